@@ -190,7 +190,7 @@ def log_capacity_once() -> None:
     def update_and_log(vllm_config: Any, kv_cache_config: Any) -> None:
         original(vllm_config, kv_cache_config)
         if plugin.uses_kvtuner(vllm_config):
-            plugin.log_capacity(vllm_config)
+            plugin.log_capacity(vllm_config, kv_cache_config)
 
     kv_cache_utils.update_kv_cache_capacity = update_and_log
     # In the engine core's own process the caller has been imported, and holds the function, before plugins load.

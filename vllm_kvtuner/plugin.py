@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from vllm_kvtuner.profile import LayerPrecision, ResolvedProfile
 
@@ -154,20 +155,38 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig) -> None:
         )
 
 
-def log_capacity(config: VllmConfig) -> None:
+def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Say once what the cache holds: profile, bits, tokens, and how many times bf16's that is."""
     resolved = resolved_profile(config)
-    ratio = resolved.bf16_bytes_per_token / resolved.bytes_per_token
+    times = 1 / _fraction_of_bf16(config, kv_cache_config)
+    padding = resolved.bf16_bytes_per_token / resolved.bytes_per_token / times - 1
     logger.info(
-        "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token; %s KV tokens fit, %.2f times "
+        "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token%s; %s KV tokens fit, %.2f times "
         "as many as bf16",
         resolved.profile.source or resolved.profile.name,
         resolved.nominal_bits,
         resolved.stored_bits,
         f"{resolved.bytes_per_token:,}",
+        f" and {padding:.1%} padding between unequal pages" if padding > 0.001 else "",
         f"{config.cache_config.kv_cache_size_tokens or 0:,}",
-        ratio,
+        times,
     )
+
+
+def _fraction_of_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
+    """Bytes of a block of the pool, padding included, over what its largest group would take in bf16."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    shapes = {layer.index: layer.shape for layer in resolved_profile(config).layers}
+    ranks = config.parallel_config.tensor_parallel_size
+    bf16 = 0
+    for group in kv_cache_config.kv_cache_groups:
+        indices = (extract_layer_index(name) for name in group.layer_names)
+        numbers = sum(
+            max(1, shapes[index].num_kv_heads // ranks) * shapes[index].head_size for index in indices if index in shapes
+        )
+        bf16 = max(bf16, 4 * numbers * group.kv_cache_spec.block_size)
+    return kv_cache_config.kv_cache_tensors[0].size / kv_cache_config.num_blocks / bf16
 
 
 class _HfConfig:

@@ -1,0 +1,48 @@
+"""The ``kvtuner`` command: one subcommand per module, imported only when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from vllm_kvtuner.schema import ProfileError
+
+COMMANDS = (
+    ("profile", "profile_commands", "show, check and list precision profiles"),
+    ("statics", "statics", "make a statics file from the bias of a model's k projection"),
+    ("demo", "demo", "serve the demo model and show a chat completion"),
+    ("evaluate", "evaluate", "measure a profile's loss against the unquantized cache"),
+    ("bench", "bench", "measure speed and capacity"),
+)
+"""Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, and help of each subcommand."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status; 1 with all problems on stderr where a profile or a file beside it is wrong.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="kvtuner", description="Per-layer mixed-precision KV cache for vLLM.")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, module_name, help_text in COMMANDS:
+        subparser = subparsers.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
+        if name == called:
+            module = importlib.import_module(f".{module_name}", __package__)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except ProfileError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

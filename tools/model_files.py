@@ -1,0 +1,54 @@
+"""Find a model's files and read its shape, without loading weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from vllm_kvtuner.profile import ModelShape, ProfileError
+
+
+def read_config(model: str) -> Any:
+    """A model's config: the mapping in a folder's ``config.json``, or transformers' config of a model id.
+
+    Raises:
+        ProfileError: no such folder or model.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return _auto_config(model)
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ProfileError([f"{model}: model must be a folder with a config.json, but got one without"]) from None
+    except ValueError as error:
+        raise ProfileError([f"{path}: the file must be JSON, but got {error}"]) from None
+    if not isinstance(config, dict):
+        raise ProfileError([f"{path}: the file must hold a JSON object, but got {type(config).__name__}"])
+    return config
+
+
+def load_model_shape(model: str) -> ModelShape:
+    """The shape of a model folder or id.
+
+    Raises:
+        ProfileError: no such model, or its config does not give the shape.
+    """
+    config = read_config(model)
+    try:
+        return ModelShape.from_hf_config(config, model)
+    except ProfileError:
+        if not isinstance(config, dict):
+            raise
+        # A config.json may leave out what the model's config class has as defaults.
+        return ModelShape.from_hf_config(_auto_config(model), model)
+
+
+def _auto_config(model: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ProfileError([f"{model}: model must be a folder or the id of a model, but got {reason}"]) from None
