@@ -14,11 +14,13 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
+    AttentionImplBase,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
     CommonAttentionMetadata,
     MultipleOf,
+    max_decode_query_len,
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
@@ -67,9 +69,8 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        if self.reorder_batch_threshold > MAX_DECODE_QUERY_LEN:
-            self.reorder_batch_threshold = 1
+        self.decode_query_len = decode_query_len(vllm_config)
+        self.reorder_batch_threshold = self.decode_query_len
         implementation = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self._sliding_window: int | None = implementation.sliding_window
         self._attend_cached_prefill: bool = implementation.attend_cached_prefill
@@ -80,7 +81,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
     ) -> KVTunerMetadata:
         common = common_attn_metadata
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
-            common, decode_threshold=self.reorder_batch_threshold
+            common, decode_threshold=self.decode_query_len
         )
         plan = None
         if num_prefills:
@@ -100,13 +101,19 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
-            max_decode_query_len=min(common.max_query_len, self.reorder_batch_threshold),
+            max_decode_query_len=min(common.max_query_len, self.decode_query_len),
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             positions=common.positions,
             prefill=plan,
         )
+
+
+def decode_query_len(vllm_config: VllmConfig) -> int:
+    """The most query tokens of a request that counts as decode: verification of speculated tokens does, if it fits."""
+    query_len = max_decode_query_len(vllm_config)
+    return query_len if query_len <= MAX_DECODE_QUERY_LEN else 1
 
 
 class KVTunerBackend(AttentionBackend):
@@ -123,7 +130,7 @@ class KVTunerBackend(AttentionBackend):
         return "CUSTOM"
 
     @staticmethod
-    def get_impl_cls():
+    def get_impl_cls() -> type[AttentionImplBase]:
         from vllm_kvtuner.impl import KVTunerImpl
 
         return KVTunerImpl

@@ -195,7 +195,7 @@ def log_capacity_once() -> None:
     kv_cache_utils.update_kv_cache_capacity = update_and_log
     # In the engine core's own process the caller has been imported, and holds the function, before plugins load.
     if core := sys.modules.get("vllm.v1.engine.core"):
-        core.update_kv_cache_capacity = update_and_log
+        setattr(core, original.__name__, update_and_log)
 
 
 def _after(owner: type, name: str, action: Callable[..., None]) -> None:

@@ -6,19 +6,23 @@ they are dequantized into a bounded workspace (prefill_plan.py). On a CPU the re
 
 import functools
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_kvtuner import envs, reference
-from vllm_kvtuner.backend import MAX_DECODE_QUERY_LEN, KVTunerMetadata
+from vllm_kvtuner.backend import KVTunerMetadata, decode_query_len
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.prefill_plan import CacheSlice, PrefillPlan, workspace_rows
 from vllm_kvtuner.profile import LayerPrecision
 from vllm_kvtuner.transforms import LayerTransforms
+
+if TYPE_CHECKING:
+    from vllm_kvtuner.kernels.paged_attention import DecodeWorkspace
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         )
         config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
-        self.max_decode_tokens = _max_decode_tokens(config)
+        self.max_decode_tokens = config.scheduler_config.max_num_seqs * decode_query_len(config)
         self.prefill_workspace_tokens = workspace_rows(
             envs.prefill_workspace_tokens(), config.scheduler_config.max_num_batched_tokens, sliding_window
         )
@@ -90,16 +94,14 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             from vllm_kvtuner.kernels.reshape_and_cache import reshape_and_cache
 
             self._store, self._prefill = reshape_and_cache, self._prefill_gpu
-            self.fa_version = get_flash_attn_version(
-                head_size=head_size, requires_softcap=self.logits_soft_cap > 0
-            )
+            self.fa_version = get_flash_attn_version(head_size=head_size, requires_softcap=self.logits_soft_cap > 0)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # While the model loads, so that vLLM counts the workspaces before it sizes the cache.
         if not current_platform.is_cpu():
             self._workspaces()
 
-    def _workspaces(self):
+    def _workspaces(self) -> "_GpuWorkspaces":
         return _gpu_workspaces(
             self.num_heads,
             self.num_kv_heads,
@@ -350,7 +352,7 @@ class _GpuWorkspaces:
         values: likewise.
     """
 
-    decode: object
+    decode: "DecodeWorkspace"
     keys: torch.Tensor
     values: torch.Tensor
 
@@ -376,13 +378,6 @@ def _gpu_workspaces(
 
 
 _page_layout = functools.cache(PageLayout)
-
-
-def _max_decode_tokens(config: VllmConfig) -> int:
-    """Query tokens of the largest batch of decodes."""
-    speculative = config.speculative_config
-    query_len = 1 if speculative is None else 1 + (speculative.num_speculative_tokens or 0)
-    return config.scheduler_config.max_num_seqs * min(query_len, MAX_DECODE_QUERY_LEN)
 
 
 def _layer_metadata(layer_name: str) -> KVTunerMetadata:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from vllm_kvtuner.profile import LayerPrecision, ResolvedProfile
+    from vllm_kvtuner.transforms import RotaryTable
 
 KV_CACHE_DTYPE = "kvtuner"
 PROFILE_KEY = "kvtuner_profile"
@@ -77,7 +78,9 @@ def resolved_profile(config: VllmConfig) -> ResolvedProfile:
     """The profile of a checked configuration, resolved against its model."""
     additional = config.additional_config
     attend = additional.get(ATTEND_KEY)
-    return _resolve(additional[PROFILE_KEY], config.model_config.model, attend, _HfConfig(config.model_config.hf_config))
+    return _resolve(
+        additional[PROFILE_KEY], config.model_config.model, attend, _HfConfig(config.model_config.hf_config)
+    )
 
 
 def uses_kvtuner(config: VllmConfig) -> bool:
@@ -126,6 +129,7 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig) -> None:
     from vllm_kvtuner.transforms import LayerTransforms
 
     resolved = resolved_profile(config)
+    assert resolved.profile.statics is not None, "a profile whose transforms need statics names them"
     statics = load_statics(resolved.profile.statics, resolved)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
@@ -183,7 +187,9 @@ def _fraction_of_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> flo
     for group in kv_cache_config.kv_cache_groups:
         indices = (extract_layer_index(name) for name in group.layer_names)
         numbers = sum(
-            max(1, shapes[index].num_kv_heads // ranks) * shapes[index].head_size for index in indices if index in shapes
+            max(1, shapes[index].num_kv_heads // ranks) * shapes[index].head_size
+            for index in indices
+            if index in shapes
         )
         bf16 = max(bf16, 4 * numbers * group.kv_cache_spec.block_size)
     return kv_cache_config.kv_cache_tensors[0].size / kv_cache_config.num_blocks / bf16
@@ -253,7 +259,7 @@ def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:
     return slice(first, first + local)
 
 
-def _rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int):
+def _rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int) -> RotaryTable | None:
     """The table of a model's rotary embedding, None if the layer has none."""
     from vllm_kvtuner.transforms import RotaryTable
 

@@ -10,6 +10,7 @@ or an earlier chunk). Cached tokens are dequantized into a workspace slice by sl
 - ``attend_cached``: the fresh tokens too are read back from the cache, as if they had been cached before.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -98,15 +99,14 @@ def plan(
         device: where the kernels read the plan.
     """
     starts = query_start_loc[first_request : num_reqs + 1].tolist()
-    queries = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+    queries = [end - begin for begin, end in itertools.pairwise(starts)]
     contexts = [
         length - query for length, query in zip(seq_lens[first_request:num_reqs].tolist(), queries, strict=True)
     ]
-    whole = (attend_cached or any(contexts)) if sliding_window is not None else False
     maker = _SliceMaker(starts, queries, first_request, device)
     context: list[CacheSlice] = []
     causal: list[CacheSlice] = []
-    if whole:
+    if sliding_window is not None and (attend_cached or any(contexts)):
         tails = [min(length, sliding_window - 1) for length in contexts]
         begins = [length - tail for length, tail in zip(contexts, tails, strict=True)]
         lengths = [tail + query for tail, query in zip(tails, queries, strict=True)]
