@@ -1,0 +1,22 @@
+VENV ?= .venv
+SERVE_ARGS ?=
+TEST_ARGS ?=
+
+.PHONY: serve test lint clean
+
+serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9000" and the like go to `kvtuner demo`
+	@tools/setup_env.sh $(VENV)
+	@$(VENV)/bin/kvtuner demo $(SERVE_ARGS)
+
+test: lint  ## All CPU tests; TEST_ARGS="-m gpu" runs the GPU's
+	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+lint:
+	@tools/setup_env.sh $(VENV)
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
+
+clean:
+	rm -rf $(VENV) .models build *.egg-info

@@ -1,0 +1,207 @@
+"""vLLM engines, each in a process of its own: plain data in, plain data out.
+
+Processes are forked from a server that has imported vLLM once, so that an engine costs its own set-up alone and leaves
+no memory behind.
+"""
+
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 512
+"""Tokens of the tiny models."""
+KV_CACHE_BYTES = 16 << 20
+SERVER_ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    # One thread, not bound to a core: for models this small, threads that wait for each other cost more than they do.
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+}
+FULL_LOGPROBS = -1
+"""SamplingParams' value for the log-probabilities of the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One ``LLM.generate``.
+
+    Args:
+        prompts: token ids of each prompt.
+        sampling: keywords of SamplingParams; greedy, without stopping, where left out.
+        together: False runs one prompt after the other.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    together: bool = True
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one prompt got, or one of its ``n`` samples.
+
+    Args:
+        token_ids: generated tokens.
+        logprobs: [generated tokens, vocabulary] float32, if all were asked for.
+        prompt_logprobs: [prompt tokens - 1, vocabulary] float32, if all were asked for.
+        cached_tokens: prompt tokens that the prefix cache held.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: np.ndarray | None
+    prompt_logprobs: np.ndarray | None
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineRun:
+    """One engine's life.
+
+    Args:
+        answers: per call and prompt; ``n`` samples of one prompt follow each other.
+        block_size: tokens per block.
+        num_gpu_blocks: blocks of the pool.
+        kv_cache_size_tokens: the capacity vLLM reports.
+        allocated_bytes: bytes of the KV cache tensors.
+        page_bytes: bytes of one page of each decoder layer, in order.
+        preemptions: how often a request was preempted.
+        plugin_loaded: whether vLLM loaded the plugin.
+        log: what it printed.
+    """
+
+    answers: list[list[Answer]] = field(repr=False)
+    block_size: int
+    num_gpu_blocks: int
+    kv_cache_size_tokens: int
+    allocated_bytes: int
+    page_bytes: tuple[int, ...]
+    preemptions: int
+    plugin_loaded: bool
+    log: str = field(default="", repr=False)
+
+    @property
+    def tokens(self) -> list[list[tuple[int, ...]]]:
+        return [[answer.token_ids for answer in call] for call in self.answers]
+
+
+def run_engine(
+    model: Path,
+    calls: Sequence[Call] = (),
+    *,
+    profile: str | Path | None = None,
+    attend_cached_prefill: bool | None = None,
+    environment: Mapping[str, str] | None = None,
+    **options: Any,
+) -> EngineRun:
+    """Build an engine, run the calls one after the other, and end it.
+
+    Args:
+        model: model folder.
+        calls: what to generate.
+        profile: profile of the kvtuner cache; None runs vLLM's own (``auto``).
+        attend_cached_prefill: overrides the profile's.
+        environment: variables of the engine's process.
+        options: further keywords of LLM, over float32, eager, prefix caching, and a small cache.
+
+    Raises:
+        Exception: whatever the engine raised.
+    """
+    additional: dict[str, Any] = {} if profile is None else {"kvtuner_profile": str(profile)}
+    if attend_cached_prefill is not None:
+        additional["kvtuner_attend_cached_prefill"] = attend_cached_prefill
+    keywords = {
+        "model": str(model),
+        "kv_cache_dtype": "auto" if profile is None else "kvtuner",
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "max_num_seqs": 16,
+        "max_logprobs": -1,
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": KV_CACHE_BYTES,
+        "disable_log_stats": False,
+        "additional_config": additional,
+        **options,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        try:
+            with ProcessPoolExecutor(max_workers=1, mp_context=_fork_server()) as pool:
+                run = pool.submit(_live, keywords, list(calls), dict(environment or {}), log).result()
+        finally:
+            text = log.read_text(errors="replace")
+            print(text)  # pytest shows it beside a failure
+    return replace(run, log=text)
+
+
+def _fork_server() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.helpers.vllm_preload"])
+    os.environ.update(SERVER_ENVIRONMENT)
+    return context
+
+
+def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, str], log: Path) -> EngineRun:
+    # What the engine prints, from whichever library, is its log.
+    with log.open("wb") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    os.environ.update(environment)
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**keywords)
+    answers = []
+    for call in calls:
+        sampling = {"max_tokens": 16, "temperature": 0, "ignore_eos": True, "detokenize": False, **call.sampling}
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in call.prompts]
+        batches = [prompts] if call.together else [[prompt] for prompt in prompts]
+        outputs = [
+            output
+            for batch in batches
+            for output in llm.generate(batch, SamplingParams(**sampling), use_tqdm=False)
+        ]
+        answers.append([_answer(output, sample) for output in outputs for sample in output.outputs])
+    config = llm.llm_engine.vllm_config
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    specs = runner.get_kv_cache_spec()
+    storages = [cache.untyped_storage() for cache in runner.kv_caches]
+    run = EngineRun(
+        answers=answers,
+        block_size=config.cache_config.block_size,
+        num_gpu_blocks=config.cache_config.num_gpu_blocks,
+        kv_cache_size_tokens=config.cache_config.kv_cache_size_tokens,
+        allocated_bytes=sum({s.data_ptr(): s.nbytes() for s in storages}.values()),
+        page_bytes=tuple(spec.page_size_bytes for spec in specs.values()),
+        preemptions=sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        plugin_loaded="vllm_kvtuner.plugin" in sys.modules,
+    )
+    llm.llm_engine.engine_core.shutdown()
+    return run
+
+
+def _answer(output: Any, sample: Any) -> Answer:
+    return Answer(
+        token_ids=tuple(sample.token_ids),
+        logprobs=_matrix(sample.logprobs),
+        prompt_logprobs=_matrix(output.prompt_logprobs[1:]) if output.prompt_logprobs else None,
+        cached_tokens=output.num_cached_tokens,
+    )
+
+
+def _matrix(rows: Sequence[Mapping[int, Any]] | None) -> np.ndarray | None:
+    """Rows of full log-probabilities; None where not all of them were asked for."""
+    if not rows or len(rows[0]) < VOCABULARY:
+        return None
+    matrix = np.empty((len(rows), VOCABULARY), np.float32)
+    for index, row in enumerate(rows):
+        for token, entry in row.items():
+            matrix[index, token] = entry.logprob
+    return matrix
