@@ -5,8 +5,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from vllm_kvtuner.schema import ProfileError
-
 COMMANDS = (
     ("profile", "profile_commands", "show, check and list precision profiles"),
     ("statics", "statics", "make a statics file from the bias of a model's k projection"),
@@ -24,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status; 1 with all problems on stderr where a profile or a file beside it is wrong.
+        The exit status; 1 with all problems on stderr where the user's input is wrong.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="kvtuner", description="Per-layer mixed-precision KV cache for vLLM.")
@@ -39,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         return args.run(args)
-    except ProfileError as error:
+    except (ValueError, OSError) as error:  # a ProfileError is a ValueError
         print(error, file=sys.stderr)
         return 1
 

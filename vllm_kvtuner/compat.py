@@ -29,6 +29,7 @@ def apply() -> None:
     check_engine_config()
     give_layers_their_backend()
     bind_statics_after_loading()
+    warm_kernels_up()
     log_capacity_once()
 
 
@@ -175,6 +176,27 @@ def bind_statics_after_loading() -> None:
             plugin.bind_statics(worker.get_model(), worker.vllm_config)
 
     _after(Worker, "load_model", bind)
+
+
+def warm_kernels_up() -> None:
+    """Compile our kernels before the first request.
+
+    Symptom: the first long prompt waits seconds for Triton, since neither profiling nor graph capture runs the store
+    and gather kernels at its sizes. Cause: no warm-up hook for attention backends. Can go when there is one.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    original = Worker.compile_or_warm_up_model
+
+    @functools.wraps(original)
+    def compile_or_warm_up_model(self: Worker) -> Any:
+        if plugin.uses_kvtuner(self.vllm_config):
+            for layer in self.vllm_config.compilation_config.static_forward_context.values():
+                if warm_up := getattr(getattr(layer, "impl", None), "warm_up", None):
+                    warm_up(layer.kv_cache)
+        return original(self)
+
+    Worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
 def log_capacity_once() -> None:

@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from vllm_kvtuner.kernels.paged_attention import DecodeWorkspace
 
 
+WARM_UP_TOKENS = 256
+"""Decodes of a batch that takes the kernels' variants for many rows."""
+WARM_UP_ROWS = 1 << 15
+"""(token, KV head) rows of a prefill that takes the store kernel's variant for many rows."""
+
+
 @dataclass(frozen=True)
 class LayerSettings:
     """What the profile says of one layer, handed to its implementation.
@@ -116,6 +122,43 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         """Take over the layer's transforms, statics and rotary table included, once the model is loaded."""
         self.transforms = transforms
         self.needs_statics = False
+
+    def warm_up(self, kv_cache: torch.Tensor) -> None:
+        """Compile the kernels of this layer, at the row counts that they tell apart, without storing anything."""
+        if current_platform.is_cpu():
+            return
+        from vllm_kvtuner.kernels.gather_cache import gather_cache
+        from vllm_kvtuner.kernels.paged_attention import paged_attention
+
+        device = kv_cache.device
+        heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
+
+        def integers(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        layout = self._layout(kv_cache)
+        tokens = min(self.max_decode_tokens, WARM_UP_TOKENS)
+        for count in (1, tokens):
+            qkv = torch.zeros(WARM_UP_TOKENS, (heads + 2 * kv_heads) * size, dtype=self.dtype, device=device)
+            query, key, value = (
+                part.unflatten(1, (-1, size))
+                for part in qkv[:count].split([heads * size, kv_heads * size, kv_heads * size], dim=1)
+            )
+            slots, positions = (integers(count, fill=fill, dtype=torch.int64) for fill in (-1, 0))
+            self._store(key, value, kv_cache, slots, positions, layout, self.transforms)
+            table = integers(count, 16)
+            paged_attention(
+                query, kv_cache, table, integers(count, fill=1), torch.arange(count + 1, device=device).int(), 1,
+                self.scale, layout, self.transforms, torch.empty_like(query, memory_format=torch.contiguous_format),
+                self.sliding_window, self.logits_soft_cap, workspace=self._workspaces().decode,
+            )  # fmt: skip
+        rows = qkv.new_zeros(WARM_UP_ROWS // kv_heads, kv_heads, size)
+        slots, positions = (integers(rows.shape[0], fill=fill, dtype=torch.int64) for fill in (-1, 0))
+        self._store(rows, rows, kv_cache, slots, positions, layout, self.transforms)
+        gather_cache(
+            kv_cache, integers(1, 16), torch.tensor([0, 1], device=device).int(), integers(1),
+            self._workspaces().keys, self._workspaces().values, layout, self.transforms, num_tokens=1,
+        )  # fmt: skip
 
     def do_kv_cache_update(
         self,

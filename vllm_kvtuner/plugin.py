@@ -250,6 +250,16 @@ def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
             "block_size must be a multiple of 16 with --kv-cache-dtype kvtuner, but got "
             f"{config.cache_config.block_size}"
         )
+    if config.cache_config.kv_cache_dtype_skip_layers:
+        problems.append(
+            "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner (give layers K16V16 in the profile), "
+            f"but got {config.cache_config.kv_cache_dtype_skip_layers}"
+        )
+    if config.model_config.is_mm_prefix_lm:
+        problems.append(
+            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
+            "other in both directions; serve its text part alone (--language-model-only)"
+        )
     return tuple(problems)
 
 

@@ -1,0 +1,74 @@
+"""The plugin's parts that need no engine."""
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_kvtuner import plugin
+from vllm_kvtuner.layout import PrecisionPair
+
+
+@pytest.mark.parametrize(
+    ("total", "local", "world_size", "expected"),
+    [
+        pytest.param(8, 8, 1, [(0, 8)], id="one rank"),
+        pytest.param(8, 2, 4, [(0, 2), (2, 4), (4, 6), (6, 8)], id="two heads a rank"),
+        pytest.param(2, 1, 4, [(0, 1), (0, 1), (1, 2), (1, 2)], id="each head on two ranks"),
+    ],
+)
+def test_a_rank_takes_the_statics_of_its_own_heads(total, local, world_size, expected):
+    slices = [plugin._heads_of_rank(total, local, rank, world_size) for rank in range(world_size)]
+    assert [(part.start, part.stop) for part in slices] == expected
+    assert all(np.arange(total)[part].size == local for part in slices)
+
+
+class _Rotary(torch.nn.Module):
+    def __init__(self, **attributes):
+        super().__init__()
+        self.__dict__.update(attributes)
+
+
+class _Config:
+    class model_config:
+        dtype = torch.bfloat16
+
+
+def test_the_rotary_table_is_the_models_own():
+    table = torch.randn(32, 16)
+    rotary = plugin._rotary_table(_Rotary(cos_sin_cache=table, is_neox_style=False), _Config, 0)
+    assert torch.equal(rotary.cos_sin, table.bfloat16())
+    assert not rotary.is_neox
+
+
+@pytest.mark.parametrize(("use_long", "rows"), [(False, slice(0, 8)), (True, slice(8, 32))])
+def test_phi3_takes_the_table_of_the_context_in_use(use_long, rows):
+    table = torch.randn(32, 16)
+    module = _Rotary(long_short_cos_sin_cache=table, original_max_position_embeddings=8, use_long_rope=use_long)
+    assert torch.equal(plugin._rotary_table(module, _Config, 0).cos_sin, table[rows].bfloat16())
+
+
+def test_a_layer_without_rope_has_no_table():
+    assert plugin._rotary_table(None, _Config, 0) is None
+
+
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        pytest.param({"cos_sin_cache": torch.zeros(4, 8), "mrope_section": [1, 1, 2]}, id="M-RoPE"),
+        pytest.param({}, id="no table"),
+        pytest.param({"cos_sin_cache": torch.zeros(4, 4, dtype=torch.complex64)}, id="complex table"),
+    ],
+)
+def test_rotary_embeddings_without_one_row_per_position_are_refused(attributes):
+    with pytest.raises(ValueError, match="layer 3: key_offset needs"):
+        plugin._rotary_table(_Rotary(**attributes), _Config, 3)
+
+
+def test_backends_are_one_class_per_pair():
+    from vllm_kvtuner.backend import backend_for
+
+    pairs = [PrecisionPair(8, 4), PrecisionPair(4, 2)]
+    classes = [backend_for(pair) for pair in pairs]
+    assert [cls.pair for cls in classes] == pairs
+    assert backend_for(PrecisionPair(8, 4)) is classes[0]
+    assert len({cls.full_cls_name() for cls in classes}) == 2
