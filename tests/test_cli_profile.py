@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+
 from kvtuner_tools import cli
 from kvtuner_tools.profile_commands import parse_memory, tokens_that_fit
-
 from vllm_kvtuner.profile import load_profile, shipped_profiles
 from vllm_kvtuner.statics import load_statics
 

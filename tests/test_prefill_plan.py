@@ -104,7 +104,9 @@ def test_every_token_is_read_once_within_the_workspace(window, attend_cached):
                 expected = range(context + query if attend_cached else context)
                 # Context slices come in order; the fresh tokens' slice is another list.
                 assert sorted(positions) == list(expected)
-                cached = [position for part in planned.context for owner, position in tokens_read(part) if owner == request]
+                cached = [
+                    position for part in planned.context for owner, position in tokens_read(part) if owner == request
+                ]
                 assert cached == list(range(context))
             elif planned.fresh:
                 assert not positions
@@ -209,7 +211,9 @@ def test_attention_by_the_plan_is_plain_attention(window, attend_cached):
         for request in batch.prefills:
             context, new = batch.requests[request]
             keys, values = (
-                cached[request][which] if attend_cached else torch.cat([cached[request][which][:context], fresh[request][which]])
+                cached[request][which]
+                if attend_cached
+                else torch.cat([cached[request][which][:context], fresh[request][which]])
                 for which in (0, 1)
             )
             position = torch.arange(context, context + new)[:, None] - torch.arange(context + new)

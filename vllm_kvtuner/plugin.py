@@ -11,6 +11,8 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvtuner.layout import UNQUANTIZED, content_bytes
+
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
@@ -162,8 +164,7 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig) -> None:
 def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Say once what the cache holds: profile, bits, tokens, and how many times bf16's that is."""
     resolved = resolved_profile(config)
-    times = 1 / _fraction_of_bf16(config, kv_cache_config)
-    padding = resolved.bf16_bytes_per_token / resolved.bytes_per_token / times - 1
+    times, padding = _against_bf16(config, kv_cache_config)
     logger.info(
         "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token%s; %s KV tokens fit, %.2f times "
         "as many as bf16",
@@ -177,22 +178,30 @@ def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     )
 
 
-def _fraction_of_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> float:
-    """Bytes of a block of the pool, padding included, over what its largest group would take in bf16."""
+def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[float, float]:
+    """How many times a bf16 cache's tokens fit, and the padding over what the layers of all groups store.
+
+    Cache groups overlay each other in the pool's blocks, so the largest group of bf16 pages sets what bf16 would take.
+    """
     from vllm.model_executor.models.utils import extract_layer_index
 
-    shapes = {layer.index: layer.shape for layer in resolved_profile(config).layers}
+    layers = {layer.index: layer for layer in resolved_profile(config).layers}
     ranks = config.parallel_config.tensor_parallel_size
-    bf16 = 0
+    bf16 = stored = 0
     for group in kv_cache_config.kv_cache_groups:
-        indices = (extract_layer_index(name) for name in group.layer_names)
-        numbers = sum(
-            max(1, shapes[index].num_kv_heads // ranks) * shapes[index].head_size
-            for index in indices
-            if index in shapes
-        )
-        bf16 = max(bf16, 4 * numbers * group.kv_cache_spec.block_size)
-    return kv_cache_config.kv_cache_tensors[0].size / kv_cache_config.num_blocks / bf16
+        group_bf16 = group_stored = 0
+        for index in map(extract_layer_index, group.layer_names):
+            if (layer := layers.get(index)) is None:  # a draft model's
+                continue
+            tokens = group.kv_cache_spec.block_size * max(1, layer.shape.num_kv_heads // ranks)
+            row_bytes = 2 * layer.shape.head_size * config.model_config.dtype.itemsize
+            group_bf16 += tokens * content_bytes(UNQUANTIZED, layer.shape.head_size)
+            group_stored += tokens * (
+                content_bytes(layer.pair, layer.shape.head_size) if layer.pair.is_quantized else row_bytes
+            )
+        bf16, stored = max(bf16, group_bf16), stored + group_stored
+    block_bytes = kv_cache_config.kv_cache_tensors[0].size / kv_cache_config.num_blocks
+    return bf16 / block_bytes, block_bytes * len(kv_cache_config.kv_cache_groups) / stored - 1
 
 
 class _HfConfig:
@@ -252,8 +261,8 @@ def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
         )
     if config.cache_config.kv_cache_dtype_skip_layers:
         problems.append(
-            "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner (give layers K16V16 in the profile), "
-            f"but got {config.cache_config.kv_cache_dtype_skip_layers}"
+            "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner, where the profile's K16V16 layers "
+            f"are skipped, but got {config.cache_config.kv_cache_dtype_skip_layers}"
         )
     if config.model_config.is_mm_prefix_lm:
         problems.append(

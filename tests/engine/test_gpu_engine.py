@@ -102,3 +102,23 @@ def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
     truth = chosen_logprobs(models[architecture], "auto", forced=[tokens for tokens, _ in generated])
     for (_, logprobs), expected in zip(generated, truth, strict=True):
         assert logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+
+
+def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
+    from vllm_kvtuner.kernels import paged_attention as kernel
+
+    launches = []
+    original = kernel.paged_attention
+
+    def counted(*arguments, **keywords):
+        launches.append(torch.cuda.is_current_stream_capturing())
+        original(*arguments, **keywords)
+
+    monkeypatch.setattr(kernel, "paged_attention", counted)
+    options = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
+    chosen_logprobs(models["llama"], "kvtuner", "K4V4", **options)
+    captured = launches.index(True)
+    after_capture = launches[captured:][launches[captured:].count(True) :]
+    # 12 tokens for each prompt came from 11 decode steps, and Python launched the kernel for none of them.
+    assert any(launches)
+    assert not after_capture

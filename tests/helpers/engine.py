@@ -11,10 +11,13 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 VOCABULARY = 512
 """Tokens of the tiny models."""
@@ -28,6 +31,8 @@ SERVER_ENVIRONMENT = {
 }
 FULL_LOGPROBS = -1
 """SamplingParams' value for the log-probabilities of the whole vocabulary."""
+
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="float32 engines with vLLM's CPU build")
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class EngineRun:
         page_bytes: bytes of one page of each decoder layer, in order.
         preemptions: how often a request was preempted.
         plugin_loaded: whether vLLM loaded the plugin.
+        compiled_graphs: graphs that torch.compile made.
         log: what it printed.
     """
 
@@ -86,6 +92,7 @@ class EngineRun:
     page_bytes: tuple[int, ...]
     preemptions: int
     plugin_loaded: bool
+    compiled_graphs: int
     log: str = field(default="", repr=False)
 
     @property
@@ -145,7 +152,12 @@ def run_engine(
 def _fork_server() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.vllm_preload"])
-    os.environ.update(SERVER_ENVIRONMENT)
+    with pytest.MonkeyPatch.context() as patch:
+        # Kernels' tests set it for this process; no user's engine has it.
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        for name, value in SERVER_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        forkserver.ensure_running()
     return context
 
 
@@ -164,9 +176,7 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         prompts = [{"prompt_token_ids": list(prompt)} for prompt in call.prompts]
         batches = [prompts] if call.together else [[prompt] for prompt in prompts]
         outputs = [
-            output
-            for batch in batches
-            for output in llm.generate(batch, SamplingParams(**sampling), use_tqdm=False)
+            output for batch in batches for output in llm.generate(batch, SamplingParams(**sampling), use_tqdm=False)
         ]
         answers.append([_answer(output, sample) for output in outputs for sample in output.outputs])
     config = llm.llm_engine.vllm_config
@@ -182,6 +192,7 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         page_bytes=tuple(spec.page_size_bytes for spec in specs.values()),
         preemptions=sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         plugin_loaded="vllm_kvtuner.plugin" in sys.modules,
+        compiled_graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"],
     )
     llm.llm_engine.engine_core.shutdown()
     return run

@@ -1,0 +1,32 @@
+"""``kvtuner demo`` as ``make serve`` calls it: the real model from its wheel, served with its profile over HTTP."""
+
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_demo_serves_the_model_and_reports_its_memory():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    result = subprocess.run(
+        [sys.executable, "-m", "kvtuner_tools.cli", "demo", "--once", "--port", str(port)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    answer = result.stdout.partition("assistant: ")[2].partition("\n\nKV memory")[0]
+    assert "scatter" in answer
+    nominal, stored = re.search(r"([\d.]+) nominal bits, ([\d.]+) stored bits", result.stdout).groups()
+    assert (nominal, stored) == ("4.20", "4.70")
+    ours, bf16 = (
+        int(number.replace(",", ""))
+        for number in re.search(r"holds ([\d,]+) .* ([\d,]+)$", result.stdout.strip()).groups()
+    )
+    # The server's own count: 16 / stored bits times bf16's, less what does not fill a block.
+    assert abs(ours / bf16 / (16 / float(stored)) - 1) < 0.02

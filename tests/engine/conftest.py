@@ -1,0 +1,29 @@
+"""Tiny models and prompts of the engine tests."""
+
+import random
+
+import pytest
+
+from tests.helpers.tiny_model import make_tiny_model
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")
+
+
+@pytest.fixture(scope="session")
+def gemma3(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "gemma3", "gemma3")
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Prompts shorter than a block, longer than two, and of lengths between."""
+    numbers = random.Random(0)
+    return [[numbers.randrange(10, 250) for _ in range(length)] for length in (1, 5, 127, 128, 129, 300)]

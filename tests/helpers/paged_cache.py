@@ -1,0 +1,110 @@
+"""Packed caches of random bytes: permuted blocks, poisoned tails and stale table entries, blocks apart in memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvtuner.layout import PageLayout, PrecisionPair
+from vllm_kvtuner.reference import page_parts
+from vllm_kvtuner.transforms import LayerTransforms, RotaryTable
+
+POISON_BYTE = 255
+"""Fills what no token occupies: scale and minimum read as NaN, codes as the largest."""
+STALE_BLOCK = 1 << 30
+"""Fills table entries beyond a request: reading that block leaves the cache."""
+
+
+@dataclass(frozen=True)
+class PackedCache:
+    """A layer's cache and the requests in it.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] uint8, block stride larger than a page.
+        block_table: [num_reqs, max_blocks] int32.
+        seq_lens: [num_reqs] int32.
+    """
+
+    layout: PageLayout
+    kv_cache: torch.Tensor
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+def empty_cache(layout: PageLayout, num_blocks: int, num_kv_heads: int, device: torch.device) -> torch.Tensor:
+    """A poisoned cache whose blocks stand one chunk further apart than a page takes."""
+    shape = (num_blocks, num_kv_heads + 1, layout.block_size, layout.content_bytes)
+    return torch.full(shape, POISON_BYTE, dtype=torch.uint8, device=device)[:, :num_kv_heads]
+
+
+def slots_of(block_table: torch.Tensor, seq_lens: list[int], block_size: int) -> torch.Tensor:
+    """Slots of every token of every request, one request after the other, int64."""
+    slots = []
+    for entries, length in zip(block_table.long(), seq_lens, strict=True):
+        token = torch.arange(length, device=block_table.device)
+        slots.append(entries[token // block_size] * block_size + token % block_size)
+    return torch.cat(slots)
+
+
+def random_table(layout: PageLayout, seq_lens: list[int], device: torch.device) -> tuple[torch.Tensor, int]:
+    """A block table of distinct blocks in random order, stale beyond each request, and the blocks it ranges over.
+
+    Block 0 belongs to no request, as in vLLM.
+    """
+    needed = [-(-length // layout.block_size) for length in seq_lens]
+    num_blocks = sum(needed) + 2
+    free = (1 + torch.randperm(num_blocks - 1)).tolist()
+    table = torch.full((len(seq_lens), max(needed) + 1), STALE_BLOCK, dtype=torch.int32)
+    for request, count in enumerate(needed):
+        for index in range(count):
+            table[request, index] = free.pop()
+    return table.to(device), num_blocks
+
+
+def random_cache(
+    layout: PageLayout, seq_lens: list[int], num_kv_heads: int, device: torch.device, spread: float = 1.0
+) -> PackedCache:
+    """Requests of random codes whose rows span about [-3 spread, 3 spread], each row's range its own."""
+    table, num_blocks = random_table(layout, seq_lens, device)
+    kv_cache = empty_cache(layout, num_blocks, num_kv_heads, device)
+    slots = slots_of(table, seq_lens, layout.block_size)
+    block, offset = slots // layout.block_size, slots % layout.block_size
+    k_codes, v_codes, k_meta, v_meta = page_parts(kv_cache, layout)
+    for codes, meta, bits in ((k_codes, k_meta, layout.k_bits), (v_codes, v_meta, layout.v_bits)):
+        rows = (slots.shape[0], num_kv_heads)
+        codes[block, :, offset] = torch.randint(0, 256, (*rows, codes.shape[-1]), dtype=torch.uint8, device=device)
+        span = 6 * spread * (0.75 + 0.5 * torch.rand(rows, device=device))
+        minimum = -span * (0.4 + 0.2 * torch.rand(rows, device=device))
+        meta[block, :, offset] = torch.stack([span / (2**bits - 1), minimum], dim=-1).half()
+    return PackedCache(layout, kv_cache, table, torch.tensor(seq_lens, dtype=torch.int32, device=device))
+
+
+def make_layout(pair: str, head_size: int, block_size: int = 16) -> PageLayout:
+    return PageLayout(PrecisionPair.parse(pair), head_size, block_size)
+
+
+def rotary_table(
+    rotary_dim: int, is_neox: bool, max_position: int, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> RotaryTable:
+    frequency = 10000.0 ** (-torch.arange(rotary_dim // 2, dtype=torch.float64) / (rotary_dim // 2))
+    angle = torch.arange(max_position, dtype=torch.float64)[:, None] * frequency
+    return RotaryTable(torch.cat([angle.cos(), angle.sin()], dim=-1).to(device, dtype), is_neox)
+
+
+def random_transforms(
+    num_kv_heads: int,
+    head_size: int,
+    device: torch.device,
+    rotary: RotaryTable | None = None,
+    offset: float = 0.0,
+    equalization: bool = False,
+    **switches: bool,
+) -> LayerTransforms:
+    """Transforms with random statics; ``offset`` is the key offset's standard deviation, 0 for none."""
+    factors = None
+    if equalization:
+        factors = 0.5 + torch.rand(num_kv_heads, head_size, device=device)
+        if rotary is not None:
+            first, second = rotary.pairs(device)
+            factors[:, second] = factors[:, first]
+    key_offset = offset * torch.randn(num_kv_heads, head_size, device=device) if offset else None
+    return LayerTransforms(key_offset, rotary, factors, **switches)
