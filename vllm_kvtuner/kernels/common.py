@@ -7,6 +7,11 @@ import triton.language as tl
 from vllm_kvtuner.layout import ALIGNMENT, PageLayout
 
 
+def row_warps(head_size: int) -> int:
+    """Warps of a program on whole rows of ``head_size``, the Hadamard matrix in registers included."""
+    return 8 if head_size > 128 else 4
+
+
 def check_cache(kv_cache: torch.Tensor, layout: PageLayout) -> None:
     """The contract of every kernel on a layer's cache: contiguous, aligned chunks of ``layout``."""
     assert kv_cache.dtype == torch.uint8 and kv_cache.dim() == 4, (kv_cache.dtype, kv_cache.shape)
@@ -52,22 +57,36 @@ def hadamard_rows(x, dim, HEAD_SIZE: tl.constexpr):
         dim: int32 [columns], any order. What comes out in padding columns has no meaning.
         HEAD_SIZE: columns without padding.
     """
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    unit = fp16_unit(x)
+    scaled = tl.div_rn(x, unit[:, None])
+    high = scaled.to(tl.float16)
+    low = (scaled - high.to(tl.float32)).to(tl.float16)
+    if COLUMNS > 128:
+        # Half of the columns at a time, so that the matrix fits any card's shared memory.
+        left, right = tl.split(tl.trans(tl.reshape(dim, [2, COLUMNS // 2])))
+        y = tl.join(_times_signs(high, low, dim, left, HEAD_SIZE), _times_signs(high, low, dim, right, HEAD_SIZE))
+        y = tl.reshape(tl.permute(y, [0, 2, 1]), [ROWS, COLUMNS])
+    else:
+        y = _times_signs(high, low, dim, dim, HEAD_SIZE)
+    return y * (unit * (HEAD_SIZE & -HEAD_SIZE) ** -0.5)[:, None]
+
+
+@triton.jit
+def _times_signs(high, low, dim, out_dim, HEAD_SIZE: tl.constexpr):
+    """(high + low) [rows, columns] times the signs of the Hadamard matrix for dimensions dim and out_dim."""
     BLOCK: tl.constexpr = HEAD_SIZE & -HEAD_SIZE
-    shared = dim[:, None] & dim[None, :] & (BLOCK - 1)
+    shared = dim[:, None] & out_dim[None, :] & (BLOCK - 1)
     # Sylvester's matrix: the sign is the parity of the bits that both indices share.
     shared ^= shared >> 4
     shared ^= shared >> 2
     shared ^= shared >> 1
     sign = tl.where((shared & 1) == 0, 1.0, -1.0)
     if BLOCK != HEAD_SIZE:
-        sign = tl.where(dim[:, None] // BLOCK == dim[None, :] // BLOCK, sign, 0.0)
+        sign = tl.where(dim[:, None] // BLOCK == out_dim[None, :] // BLOCK, sign, 0.0)
     sign = sign.to(tl.float16)
-    unit = fp16_unit(x)
-    scaled = tl.div_rn(x, unit[:, None])
-    high = scaled.to(tl.float16)
-    low = (scaled - high.to(tl.float32)).to(tl.float16)
-    y = tl.dot(high, sign, tl.dot(low, sign))
-    return y * (unit * BLOCK**-0.5)[:, None]
+    return tl.dot(high, sign, tl.dot(low, sign))
 
 
 @triton.jit

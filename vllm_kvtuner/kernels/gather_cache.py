@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.common import byte_columns, check_cache, hadamard_rows, load_meta, rotated_offset
+from vllm_kvtuner.kernels.common import byte_columns, check_cache, hadamard_rows, load_meta, rotated_offset, row_warps
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.transforms import LayerTransforms
 
@@ -38,7 +38,7 @@ def _load_rows(
     return tl.where(in_row[None, :], codes.to(tl.float32) * scale[:, None] + minimum[:, None], 0.0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "search_steps"])
+@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "search_steps", "table_stride"])
 def _gather_cache_kernel(
     kv_cache_ptr, block_table_ptr, cu_seq_lens_ptr, seq_starts_ptr, key_ptr, value_ptr,
     offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr, num_tokens, num_reqs, search_steps,
@@ -128,5 +128,5 @@ def gather_cache(
         K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,
-        TOKENS=TOKENS_PER_PROGRAM, num_warps=4,
+        TOKENS=TOKENS_PER_PROGRAM, num_warps=row_warps(layout.head_size),
     )  # fmt: skip

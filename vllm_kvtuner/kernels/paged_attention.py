@@ -17,14 +17,12 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.common import check_cache, fp16_unit, hadamard_rows, load_meta
+from vllm_kvtuner.kernels.common import check_cache, hadamard_rows, load_meta, row_warps
 from vllm_kvtuner.kernels.decode_config import MAX_QUERY_LEN, DecodeConfig, decode_config, num_multiprocessors
+from vllm_kvtuner.kernels.fold_query import ROW_CONSTANTS, fold_query, folded_size, slice_dim, slice_shift
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.transforms import LayerTransforms
 
-ROW_CONSTANTS = 4
-"""fp32 numbers per folded query row: factor of its logits, sum, factor and constant of the key offset."""
-MIN_FOLDED_SIZE = 128
 MIN_PARTIAL_ROWS = 1 << 15
 """(token, head, split) rows a workspace holds at least, so that small batches split finely."""
 
@@ -48,11 +46,13 @@ class DecodeWorkspace:
     lse: torch.Tensor
 
 
-def _workspace_parts(max_num_tokens: int, num_heads: int, head_size: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _workspace_parts(
+    max_num_tokens: int, num_heads: int, head_size: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     rows = max_num_tokens * num_heads
     partial_rows = max(2 * rows, MIN_PARTIAL_ROWS)
     return {
-        "query": ((rows, _folded_size(head_size)), torch.float16),
+        "query": ((rows, folded_size(head_size)), torch.float16),
         "constants": ((rows, ROW_CONSTANTS), torch.float32),
         "coefficients": ((rows * head_size,), torch.float32),
         "output": ((partial_rows, head_size), torch.float32),
@@ -72,29 +72,6 @@ def decode_workspace_bytes(max_num_tokens: int, num_heads: int, head_size: int) 
     """Bytes that :func:`decode_workspace` allocates."""
     parts = _workspace_parts(max_num_tokens, num_heads, head_size)
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())
-
-
-def _folded_size(head_size: int) -> int:
-    """Numbers of a folded query row, padding of the slices included: at most 8 slices of at least 16."""
-    return max(MIN_FOLDED_SIZE, triton.next_power_of_2(head_size))
-
-
-# A 16-bit word of a packed row holds 16 / bits codes. Slice i of a row is code i of every word (bits i * bits and up):
-# word w of slice i is dimension 2 w + i // n + (i % n) head_size / n, with n = 8 / bits codes per byte.
-
-
-@triton.jit
-def _slice_dim(index, word, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
-    """The dimension that slice ``index`` holds at ``word``."""
-    FIELDS: tl.constexpr = 8 // BITS
-    return 2 * word + index // FIELDS + index % FIELDS * (HEAD_SIZE // FIELDS)
-
-
-@triton.jit
-def _slice_shift(index, BITS: tl.constexpr):
-    """The bit at which :func:`_slice` leaves the codes of slice ``index``: their value is code * 2^(shift - 24)."""
-    low = index * BITS
-    return tl.where(low + BITS <= 10, low, low - 8)
 
 
 @triton.jit
@@ -122,76 +99,25 @@ def _pair_columns(words):
 
 
 @triton.jit
-def _store_terms(pointers, x, mask, STRIDE: tl.constexpr, TERMS: tl.constexpr):
-    """Store x as TERMS numbers of the pointers' type that add up to it, STRIDE apart."""
-    for term in tl.static_range(TERMS):
-        part = x.to(pointers.dtype.element_ty)
-        tl.store(pointers + term * STRIDE, part, mask=mask)
-        x -= part.to(tl.float32)
+def _load_block(table_ptr, start, index, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The block of every token of the tile at ``start``, or of the whole tile if it lies within one block.
 
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _fold_query_kernel(
-    query_ptr, equalization_ptr, offset_ptr, folded_ptr, constants_ptr, coefficients_ptr,
-    num_rows, scale, token_stride,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr,
-    FOLDED_SIZE: tl.constexpr, HADAMARD: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
-    TERMS: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Folded query rows, each scaled by a power of two into fp16's range, and what undoes that in the logits.
-
-    Logits come out to base 2 as constants[0] * (s_t dot + m_t constants[1] + offset dot * constants[2] + constants[3]),
-    dot being the product of the folded row with the codes as subnormals.
+    Entries beyond the request may be stale: those tokens read block 0, and count for nothing.
     """
-    WORDS: tl.constexpr = HEAD_SIZE * BITS // 16
-    WIDTH: tl.constexpr = triton.next_power_of_2(WORDS) if WORDS > 16 else 16
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    keep = row < num_rows
-    head = row % NUM_HEADS
-    source = query_ptr + (row // NUM_HEADS).to(tl.int64) * token_stride + head * HEAD_SIZE
-    statics = head // GROUP * HEAD_SIZE
-    column = tl.arange(0, 16 // BITS * WIDTH)
-    dim = _slice_dim(column // WIDTH, column % WIDTH, HEAD_SIZE, BITS)
-    in_row = column % WIDTH < WORDS
-    valid = keep[:, None] & in_row[None, :]
-    x = tl.load(source[:, None] + dim[None, :], mask=valid, other=0.0).to(tl.float32)
-    constant = tl.zeros([ROWS], tl.float32)
-    if offset_ptr is not None:
-        unrotated = valid & (dim >= ROTARY_DIM)[None, :]
-        constant = tl.sum(x * tl.load(offset_ptr + statics[:, None] + dim[None, :], mask=unrotated, other=0.0), 1)
-    if equalization_ptr is not None:
-        x *= tl.load(equalization_ptr + statics[:, None] + dim[None, :], mask=valid, other=1.0)
-    if HADAMARD:
-        x = hadamard_rows(x, dim, HEAD_SIZE)
-        x = tl.where(in_row[None, :], x, 0.0)
-    # fp16 keeps numbers down to 2^-29 of the largest, less the 8 bits that slices are brought down by.
-    unit = fp16_unit(x)
-    weight = (1 << _slice_shift(column // WIDTH, BITS)).to(tl.float32)[None, :]
-    folded = tl.div_rn(x, unit[:, None] * weight).to(tl.float16)
-    tl.store(folded_ptr + row.to(tl.int64)[:, None] * FOLDED_SIZE + column[None, :], folded, mask=keep[:, None])
-    total = tl.sum(folded.to(tl.float32) * weight, 1)
-    constants = constants_ptr + row * 4
-    tl.store(constants, scale * unit * 2.0**24, mask=keep)
-    tl.store(constants + 1, total * 2.0**-24, mask=keep)
-    if offset_ptr is not None:
-        tl.store(constants + 3, constant * 2.0**-24 / unit, mask=keep)
-        if ROTARY_DIM > 0:
-            HALF: tl.constexpr = ROTARY_DIM // 2
-            pair = tl.arange(0, triton.next_power_of_2(HALF))
-            first = pair if IS_NEOX else 2 * pair
-            second = pair + HALF if IS_NEOX else 2 * pair + 1
-            within = keep[:, None] & (pair < HALF)[None, :]
-            q_a = tl.load(source[:, None] + first[None, :], mask=within, other=0.0).to(tl.float32)
-            q_b = tl.load(source[:, None] + second[None, :], mask=within, other=0.0).to(tl.float32)
-            m_a = tl.load(offset_ptr + statics[:, None] + first[None, :], mask=within, other=0.0)
-            m_b = tl.load(offset_ptr + statics[:, None] + second[None, :], mask=within, other=0.0)
-            # q . R_t m is the sum over pairs of (q_a m_a + q_b m_b) cos + (q_b m_a - q_a m_b) sin.
-            cos, sin = q_a * m_a + q_b * m_b, q_b * m_a - q_a * m_b
-            offset_unit = fp16_unit(tl.maximum(tl.abs(cos), tl.abs(sin)))
-            tl.store(constants + 2, offset_unit * 2.0**-24 / unit, mask=keep)
-            target = coefficients_ptr + row.to(tl.int64)[:, None] * (ROTARY_DIM * TERMS) + pair[None, :]
-            _store_terms(target, tl.div_rn(cos, offset_unit[:, None]), within, ROTARY_DIM, TERMS)
-            _store_terms(target + HALF, tl.div_rn(sin, offset_unit[:, None]), within, ROTARY_DIM, TERMS)
+    if BLOCK_SIZE % BLOCK_N == 0:
+        return tl.load(table_ptr + start // BLOCK_SIZE, mask=start < seq_len, other=0)
+    else:
+        token = start + index
+        return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < seq_len, other=0)
+
+
+@triton.jit
+def _load_padded(pointers, index, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """A tile that ``index`` along one axis pads with zeros beyond SIZE, if PADDED; otherwise a plain load."""
+    if PADDED:
+        return tl.load(pointers, mask=index < SIZE, other=0)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -201,7 +127,7 @@ def _attend_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr,
     K_META: tl.constexpr, V_META: tl.constexpr, FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, TERMS: tl.constexpr, PRECISION: tl.constexpr, ONE_QUERY: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, SPLIT_ANGLES: tl.constexpr, ONE_QUERY: tl.constexpr,
     WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -245,21 +171,23 @@ def _attend_kernel(
     folded = folded_ptr + row.to(tl.int64)[None, :] * FOLDED_SIZE + tl.arange(0, K_WIDTH)[:, None]
     queries = ()
     for index in tl.static_range(K_SLICES):
-        queries += (tl.load(folded + index * K_WIDTH, mask=is_row[None, :], other=0.0),)
+        queries += (tl.load(folded + index * K_WIDTH, mask=is_row[None, :], other=0.0),)  # type: ignore[assignment]
     if HAS_OFFSET:
         constant = tl.load(constants + 3, mask=is_row, other=0.0)
     if ROTARY_DIM > 0:
         offset_factor = tl.load(constants + 2, mask=is_row, other=0.0)
-        entry = tl.arange(0, triton.next_power_of_2(ROTARY_DIM) if ROTARY_DIM > 16 else 16)
-        pointers = coefficients_ptr + row.to(tl.int64)[None, :] * (ROTARY_DIM * TERMS) + entry[:, None]
+        ENTRIES: tl.constexpr = triton.next_power_of_2(ROTARY_DIM) if ROTARY_DIM > 16 else 16
+        entry = tl.arange(0, ENTRIES)
+        pointers = coefficients_ptr + row.to(tl.int64)[None, :] * (2 * ROTARY_DIM) + entry[:, None]
         within = is_row[None, :] & (entry < ROTARY_DIM)[:, None]
-        coefficients = ()
-        for term in tl.static_range(TERMS):
-            coefficients += (tl.load(pointers + term * ROTARY_DIM, mask=within, other=0.0),)
+        coefficients = (
+            tl.load(pointers, mask=within, other=0.0),
+            tl.load(pointers + ROTARY_DIM, mask=within, other=0.0),
+        )
 
     outputs = ()
     for _ in tl.static_range(V_SLICES):
-        outputs += (tl.zeros([V_WIDTH, BLOCK_M], tl.float32),)
+        outputs += (tl.zeros([V_WIDTH, BLOCK_M], tl.float32),)  # type: ignore[assignment]
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     minima = tl.zeros([BLOCK_M], tl.float32)
@@ -272,24 +200,22 @@ def _attend_kernel(
     index = tl.arange(0, BLOCK_N)
     k_word = tl.arange(0, K_WIDTH // 2)
     v_half = tl.arange(0, V_WIDTH)
-    # Entries beyond the request may be stale: those tokens read block 0, and count for nothing.
-    block = tl.load(table + (begin + index) // BLOCK_SIZE, mask=begin + index < seq_len, other=0)
+    block = _load_block(table, begin, index, seq_len, BLOCK_SIZE, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
         token = start + index
         seen = token < seq_len
-        chunk = block.to(tl.int64) * block_stride
+        chunk = block.to(tl.int64) * block_stride + tl.zeros([BLOCK_N], tl.int64)
         # Loaded a tile ahead, so that the copies of a tile wait for nothing.
-        following = token + BLOCK_N
-        block = tl.load(table + following // BLOCK_SIZE, mask=following < seq_len, other=0)
+        block = _load_block(table, start + BLOCK_N, index, seq_len, BLOCK_SIZE, BLOCK_N)
         place = index % BLOCK_SIZE if BLOCK_N % BLOCK_SIZE == 0 else token % BLOCK_SIZE
-        k_codes = tl.load(
-            words + (chunk + place * (K_ROW // 4))[:, None] + k_word[None, :],
-            mask=(k_word < K_ROW // 4)[None, :], other=0,
-        )  # fmt: skip
-        v_codes = tl.load(
-            halves + (chunk * 2 + (V_CODES // 2 + place * (V_ROW // 2)))[None, :] + v_half[:, None],
-            mask=(v_half < V_ROW // 2)[:, None], other=0,
-        )  # fmt: skip
+        k_place = chunk + place * (K_ROW // 4)
+        k_codes = _load_padded(
+            words + k_place[:, None] + k_word[None, :], k_word[None, :], K_ROW // 4, K_WIDTH * 2 != K_ROW
+        )
+        v_place = chunk * 2 + (V_CODES // 2 + place * (V_ROW // 2))
+        v_codes = _load_padded(
+            halves + v_place[None, :] + v_half[:, None], v_half[:, None], V_ROW // 2, V_WIDTH * 2 != V_ROW
+        )
         k_scale, k_minimum = load_meta(words + chunk + (K_META // 4 + place), seen)
         v_scale, v_minimum = load_meta(words + chunk + (V_META // 4 + place), seen)
 
@@ -305,13 +231,17 @@ def _attend_kernel(
             bias += constant[None, :]
         logits = logits * k_scale[:, None] + (k_minimum[:, None] * query_sum[None, :] + bias)
         if ROTARY_DIM > 0:
-            angles = tl.load(
-                cos_sin_ptr + token.to(tl.int64)[:, None] * ROTARY_DIM + entry[None, :],
-                mask=seen[:, None] & (entry < ROTARY_DIM)[None, :], other=0.0,
-            )  # fmt: skip
+            position = tl.minimum(token, seq_len - 1).to(tl.int64)
+            angles = cos_sin_ptr + position[:, None] * ROTARY_DIM + entry[None, :]
+            angles = _load_padded(angles, entry[None, :], ROTARY_DIM, ENTRIES != ROTARY_DIM)
             offset = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-            for term in tl.static_range(TERMS):
-                offset = tl.dot(angles.to(coefficients_ptr.dtype.element_ty), coefficients[TERMS - 1 - term], offset, input_precision=PRECISION)
+            if SPLIT_ANGLES:
+                angles = angles.to(tl.float32)
+                high = angles.to(coefficients[0].dtype)
+                offset = tl.dot((angles - high.to(tl.float32)).to(high.dtype), coefficients[0], offset)
+                angles = high
+            offset = tl.dot(angles, coefficients[1], offset)
+            offset = tl.dot(angles, coefficients[0], offset)
             logits += offset * offset_factor[None, :]
         if not ONE_QUERY:
             visible = token[:, None] <= row_position[None, :]
@@ -351,15 +281,15 @@ def _attend_kernel(
         v_words = _pair_columns(v_codes)
         new_outputs = ()
         for i in tl.static_range(V_SLICES):
-            new_outputs += (tl.dot(_slice(v_words, i, V_BITS), weights, outputs[i] * decay[None, :]),)
+            new_outputs += (tl.dot(_slice(v_words, i, V_BITS), weights, outputs[i] * decay[None, :]),)  # type: ignore[assignment]
         outputs = new_outputs
 
     is_dim = (v_half < V_ROW // 2)[:, None] & is_row[None, :]
     for i in tl.static_range(V_SLICES):
         # Undo the lift (2^14) and the codes' power of two (2^(shift - 24)).
-        undo = lift * 2.0**10 / (1 << _slice_shift(i, V_BITS)).to(tl.float32)
+        undo = lift * 2.0**10 / (1 << slice_shift(i, V_BITS)).to(tl.float32)
         out = (outputs[i] * undo + minima[None, :]) / total[None, :]
-        dim = _slice_dim(i, v_half, HEAD_SIZE, V_BITS)
+        dim = slice_dim(i, v_half, HEAD_SIZE, V_BITS)
         tl.store(partial_ptr + out_row[None, :] * HEAD_SIZE + dim[:, None], out, mask=is_dim)
     tl.store(lse_ptr + out_row, top + tl.log2(total), mask=is_row)
 
@@ -437,8 +367,8 @@ def paged_attention(
     group = num_heads // num_kv_heads
     check_cache(kv_cache, layout)
     assert head_size == layout.head_size and num_heads == group * num_kv_heads, (query.shape, layout, num_kv_heads)
-    for rows in (query, output):
-        assert rows.shape == query.shape and rows.stride(2) == 1 and rows.stride(1) == head_size, rows.stride()
+    for tokens in (query, output):
+        assert tokens.shape == query.shape and tokens.stride(2) == 1 and tokens.stride(1) == head_size, tokens.stride()
     assert 1 <= max_query_len <= MAX_QUERY_LEN, max_query_len
     assert seq_lens.shape == (num_reqs,) and query_start_loc.shape == (num_reqs + 1,)
     for lengths in (block_table, seq_lens, query_start_loc):
@@ -447,29 +377,20 @@ def paged_attention(
     assert num_rows <= workspace.constants.shape[0] and workspace.output.shape[1] == head_size, "workspace too small"
     if num_rows == 0:
         return
-    if config is None:
-        config = decode_config(
-            num_reqs, num_kv_heads, group * max_query_len, layout, num_multiprocessors(query.device)
-        )
-    num_splits = min(config.num_splits, workspace.lse.shape[0] // num_rows)
     offset = transforms.key_offset
+    if config is None:
+        num_sms = num_multiprocessors(query.device)
+        rows = group * max_query_len
+        config = decode_config(num_reqs, num_kv_heads, rows, layout, offset is not None, num_sms)
+    num_splits = min(config.num_splits, workspace.lse.shape[0] // num_rows)
     rotary = transforms.rotary if offset is not None else None
     rotary_dim = rotary.rotary_dim if rotary else 0
-    coefficients = workspace.coefficients
-    if rotary is not None:
-        assert rotary.cos_sin.is_contiguous()
-        coefficients = coefficients.view(_coefficient_dtype(rotary.cos_sin))
-    # A table in 16 bits meets coefficients in two 16-bit terms; one in fp32 is multiplied in fp32.
-    terms = 1 if coefficients.dtype == torch.float32 else 2
-    folded_size = workspace.query.shape[1]
-
-    _fold_query_kernel[(triton.cdiv(num_rows, 16),)](
-        query, transforms.key_equalization, offset, workspace.query, workspace.constants, coefficients,
-        num_rows, scale * math.log2(math.e), query.stride(0),
-        NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BITS=layout.k_bits, FOLDED_SIZE=folded_size,
-        HADAMARD=transforms.key_hadamard, ROTARY_DIM=rotary_dim, IS_NEOX=rotary.is_neox if rotary else True,
-        TERMS=terms, ROWS=16, num_warps=4,
-    )  # fmt: skip
+    # A bf16 table is multiplied as it is; any other is split into fp16 terms, and so is bf16 under Triton's
+    # interpreter, which would multiply bf16's bit patterns.
+    native = rotary is not None and rotary.cos_sin.dtype == torch.bfloat16 and query.is_cuda
+    coefficients = workspace.coefficients.view(torch.bfloat16 if native else torch.float16)
+    assert rotary is None or rotary.cos_sin.is_contiguous()
+    fold_query(query, num_kv_heads, scale, layout, transforms, workspace.query, workspace.constants, coefficients)
     row_tiles = triton.cdiv(group * max_query_len, config.block_m)
     _attend_kernel[(num_reqs, num_kv_heads * row_tiles, num_splits)](
         workspace.query, workspace.constants, coefficients, rotary and rotary.cos_sin, kv_cache, block_table, seq_lens,
@@ -478,19 +399,15 @@ def paged_attention(
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
-        FOLDED_SIZE=folded_size, HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim, TERMS=terms,
-        PRECISION="ieee", ONE_QUERY=max_query_len == 1, WINDOW=sliding_window or 0, SOFT_CAP=logits_soft_cap,
-        ROW_TILES=row_tiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        FOLDED_SIZE=workspace.query.shape[1], HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim,
+        SPLIT_ANGLES=rotary is not None and rotary.cos_sin.dtype != coefficients.dtype,
+        ONE_QUERY=max_query_len == 1, WINDOW=sliding_window or 0, SOFT_CAP=logits_soft_cap, ROW_TILES=row_tiles,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     rows_per_program = 16 if num_rows >= 2048 else 1
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
         workspace.output, workspace.lse, query_start_loc, output, num_rows, num_reqs, num_splits, output.stride(0),
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard,
-        ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=4,
+        ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip
-
-
-def _coefficient_dtype(cos_sin: torch.Tensor) -> torch.dtype:
-    """The table's own, or fp32 for bf16 on a CPU: Triton's interpreter multiplies the bit patterns of bf16."""
-    return torch.float32 if cos_sin.dtype == torch.bfloat16 and cos_sin.device.type == "cpu" else cos_sin.dtype

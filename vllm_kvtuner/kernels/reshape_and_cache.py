@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.common import byte_columns, check_cache, hadamard_rows, rotated_offset
+from vllm_kvtuner.kernels.common import byte_columns, check_cache, hadamard_rows, rotated_offset, row_warps
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.transforms import LayerTransforms
 
@@ -13,10 +13,18 @@ MANY_ROWS = 1 << 14
 
 
 @triton.jit
-def _range(low, high, factor: tl.constexpr, BITS: tl.constexpr):
-    """Scale and minimum, fp16, of rows between low and high when their range shrinks by ``factor``."""
-    scale = tl.minimum((high - low) * (factor / ((1 << BITS) - 1)), 65504.0)
-    minimum = low + (high - low) * (0.5 * (1.0 - factor))
+def _range(low, high, step, BITS: tl.constexpr):
+    """Scale and minimum, fp16, of rows between low and high when their range shrinks by factor number ``step``.
+
+    The factors are reference.RANGE_FACTORS; they become fp32 where the reference rounds them.
+    """
+    stretch = 1.0 / ((1 << BITS) - 1)
+    shift = 0.0
+    for index in tl.static_range(1, 11):
+        stretch = tl.where(step == index, (1.0 - 0.05 * index) / ((1 << BITS) - 1), stretch)
+        shift = tl.where(step == index, 0.5 * (1.0 - (1.0 - 0.05 * index)), shift)
+    scale = tl.minimum((high - low) * stretch, 65504.0)
+    minimum = low + (high - low) * shift
     return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -65504.0), 65504.0).to(tl.float16)
 
 
@@ -47,11 +55,11 @@ def _store_rows(
     WIDTH: tl.constexpr = x.shape[1] // FIELDS
     low = tl.min(tl.where(valid, x, float("inf")), 1)
     high = tl.max(tl.where(valid, x, float("-inf")), 1)
-    scale, minimum = _range(low, high, 1.0, BITS)
+    scale, minimum = _range(low, high, 0, BITS)
     if RANGE_SEARCH and BITS < 8:
         best = tl.full([ROWS], float("inf"), tl.float32)
-        for step in tl.static_range(11):
-            trial_scale, trial_minimum = _range(low, high, 1.0 - 0.05 * step, BITS)
+        for step in range(11):
+            trial_scale, trial_minimum = _range(low, high, step, BITS)
             back = _codes(x, trial_scale, trial_minimum, BITS) * trial_scale.to(tl.float32)[:, None]
             error = tl.where(valid, x - (back + trial_minimum.to(tl.float32)[:, None]), 0.0)
             error = tl.sum(error * error, 1)
@@ -70,10 +78,10 @@ def _store_rows(
     tl.store((chunk_ptr + (META + offset * 4)).to(tl.pointer_type(tl.uint32)), word, mask=keep)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_slots"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _reshape_and_cache_kernel(
     key_ptr, value_ptr, kv_cache_ptr, slot_mapping_ptr, positions_ptr,
-    offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr, num_rows, num_slots,
+    offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr, num_rows,
     key_stride, value_stride, block_stride, head_stride,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
@@ -82,7 +90,7 @@ def _reshape_and_cache_kernel(
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
-    slot = tl.load(slot_mapping_ptr + token, mask=(row < num_rows) & (token < num_slots), other=-1).to(tl.int64)
+    slot = tl.load(slot_mapping_ptr + token, mask=row < num_rows, other=-1).to(tl.int64)
     keep = slot >= 0
     chunk_ptr = kv_cache_ptr + slot // BLOCK_SIZE * block_stride + head.to(tl.int64) * head_stride
     offset = slot % BLOCK_SIZE
@@ -143,11 +151,11 @@ def reshape_and_cache(
     _reshape_and_cache_kernel[(triton.cdiv(num_rows, rows_per_program), 2)](
         key, value, kv_cache, slot_mapping, positions if transforms.key_offset is not None else None,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
-        num_rows, slot_mapping.shape[0], key.stride(0), value.stride(0), kv_cache.stride(0), kv_cache.stride(1),
+        num_rows, key.stride(0), value.stride(0), kv_cache.stride(0), kv_cache.stride(1),
         NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,
-        RANGE_SEARCH=transforms.range_search, ROWS=rows_per_program, num_warps=4,
+        RANGE_SEARCH=transforms.range_search, ROWS=rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip
