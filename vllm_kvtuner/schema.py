@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -76,11 +76,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
 class _PlainLoader(yaml.SafeLoader):
     """YAML without tags, anchors, aliases, dates and duplicate keys: what a profile says is what it shows."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         for what in ("anchor", "tag"):
@@ -100,6 +95,12 @@ class _PlainLoader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"the key {key_node.value!r} a second time in line {line}")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+
+_PlainLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_yaml(path: Path, source: str) -> dict[Any, Any]:
