@@ -43,7 +43,8 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
         for path in (ROOT / "precision_profiles").glob(f"*.{suffix}")
     }
     shapes = {
-        f"kvtuner_tools/{path.relative_to(ROOT / 'tools')}" for path in (ROOT / "tools" / "bench").rglob("*.json")
+        f"kvtuner_tools/{path.relative_to(ROOT / 'tools')}"
+        for path in (ROOT / "tools" / "bench" / "shapes").rglob("*.json")
     }
     assert "vllm_kvtuner/precision_profiles/llama31_3.25bit.yaml" in profiles
     assert profiles | shapes == {name for name in wheel.namelist() if name.endswith((".yaml", ".safetensors", ".json"))}
