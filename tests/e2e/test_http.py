@@ -17,9 +17,9 @@ PROMPT = "The capital of France is"
 CHAT = [{"role": "user", "content": "Name three colours of the rainbow."}]
 TOKENS = 12
 CLIENTS = 32
-EQUAL_ANSWERS = 24
-"""Of CLIENTS; measured 28."""
-LOGPROB_TOLERANCE = 0.7
+EQUAL_ANSWERS = 20
+"""Of CLIENTS; measured 28, with room because which requests share a step differs from run to run."""
+LOGPROB_TOLERANCE = 1.0
 """Measured 0.48, at the end of an answer whose earlier roundings moved 4-bit codes; 0.15 as a rule."""
 LONG = 900
 """Tokens of an answer that takes long enough to be cut off."""
