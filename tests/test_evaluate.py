@@ -6,6 +6,7 @@ import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ import torch
 
 from kvtuner_tools import evaluate, evaluate_engine, heldout
 from kvtuner_tools.divergence import ROWS, TokenScores, compare
-from kvtuner_tools.evaluate_engine import ReferenceLogits, max_model_len_for
+from kvtuner_tools.evaluate_engine import EngineJob, EngineResult, ReferenceLogits, max_model_len_for
 from kvtuner_tools.results import format_table, write_json
 from kvtuner_tools.settings import Setting, cache_bits
+from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
 
 VOCABULARY = 37
@@ -209,10 +211,13 @@ class V2Runner(V1Runner):
         self.prompt_logprobs_worker.compute_prompt_logprobs(self.model.compute_logits, hidden)
 
 
-def run_taps(runner: V1Runner, reference: ReferenceLogits | Path, chunks: list[int]) -> tuple:
+def run_taps(
+    runner: V1Runner, reference: ReferenceLogits | Path, chunks: list[int], loaded: torch.Tensor | None = None
+) -> tuple:
     """Run windows of 8 and 5 positions; row r of the runner's table holds the logits of position r of all."""
     worker = SimpleNamespace(model_runner=runner)
     evaluate_engine._install(worker, reference)
+    runner.kvtuner_tap.loaded = loaded
     start = 0
     for length, offset in ((8, 0), (5, 7)):
         evaluate_engine._begin(worker, start, tuple(range(length)))
@@ -234,11 +239,15 @@ def test_tap_aligns_positions_however_prefill_is_chunked(tmp_path: Path, kind, c
     reference = ReferenceLogits(path, name, vocab_size, 11)
 
     assert torch.equal(reference.read(0, 11), table[:11])
+    assert torch.equal(reference.load(torch.device("cpu")), table[:11])
+    assert reference.num_bytes == path.stat().st_size
 
     other = table.clone()
     other[9] += torch.linspace(0, 3, VOCABULARY).to(dtype)
     kl = TokenScores.join(run_taps(kind(other), reference, chunks)[0]).kl
     assert kl.nonzero()[0].tolist() == [9]
+    loaded = run_taps(kind(other), reference, chunks, reference.load(torch.device("cpu")))[0]
+    assert np.array_equal(TokenScores.join(loaded).kl, kl)
 
 
 def test_tap_refuses_missing_positions(tmp_path: Path) -> None:
@@ -284,27 +293,32 @@ def test_run_without_anything_to_evaluate_is_refused() -> None:
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
 
-    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype or --noise-floor"):
+    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, a --task"):
         evaluate.run(parser.parse_args(["model", "--data", "text.txt"]))
 
 
 def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The whole command: auto against itself in chunks, and a profile; perplexity as transformers has it."""
+    """The whole command: auto against itself in chunks, a profile, a task; perplexity as transformers has it."""
     model = make_tiny_model(tmp_path / "model")
     data = tmp_path / "text.txt"
     data.write_text("The quick brown fox jumps over the lazy dog; " * 20)
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"question": "1+1?", "answer": "Two.\\n#### 2"}\n' * 3)
     output = tmp_path / "result.json"
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
     arguments = ["--tokens=600", "--context=300", "--kv-memory=0.03125", "--noise-floor", "--profile=K4V4"]
+    arguments += [f"--task={task}", "--task-limit=2", "--task-shots=1", "--task-tokens=5"]
 
     status = evaluate.run(parser.parse_args([str(model), f"--data={data}", f"--json={output}", *arguments]))
 
     result = json.loads(output.read_text())
-    floor, profile = result["settings"]
+    auto, (floor, profile) = result["reference"], result["settings"]
     assert status == 0
     assert result["predicted_tokens"] == 598
-    assert profile["label"] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert profile["label"] in printed
+    assert "accuracy" in printed
     # The CPU kernels give the same bits in one chunk and in two; 1e-4 leaves room for one that does not.
     assert 0 <= floor["kl_mean"] < 1e-4
     assert floor["kv_tokens_ratio"] == 1
@@ -313,6 +327,96 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert profile["kv_tokens_ratio"] == pytest.approx(16 / 4.5, rel=0.02)
     expected = transformers_perplexity(model, data, 600, 300)
     assert floor["perplexity_reference"] == pytest.approx(expected, rel=0.02)
+    assert auto["perplexity"] == floor["perplexity_reference"]
+    assert auto["kl_mean"] == 0
+    assert result["task"]["questions"] == auto["task_questions"] == profile["task_questions"] == 2
+    # Random weights know no numbers and do not stop by themselves.
+    assert auto["task_finished"] == profile["task_finished"] == auto["task_accuracy"] == 0
+    assert "task_accuracy" not in floor
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json", "task.jsonl", "text.txt"]
+
+
+class Engines:
+    """Stands for in_own_process: counts the engines, and is killed at one of them."""
+
+    def __init__(self, killed_at: int | None = None) -> None:
+        self.labels: list[str] = []
+        self.killed_at = killed_at
+
+    def __call__(self, function: object, job: Any) -> Any:
+        if len(self.labels) == self.killed_at:
+            raise KeyboardInterrupt
+        assert isinstance(job, EngineJob)
+        self.labels.append(job.options.setting.label)
+        one = np.ones(3, np.float32)
+        recorded = isinstance(job.reference, Path)
+        return EngineResult(
+            reference=ReferenceLogits(job.reference, "float32", 512, 3) if recorded else job.reference,
+            scores=TokenScores(kl=one * len(self.labels), nll_reference=one, nll=one, agree=one > 0),
+            task=None if job.task is None else job.task.score([Completion("2", True)] * len(job.task.answers)),
+            kv_tokens=100,
+            block_size=16,
+            seconds=1.0,
+        )
+
+
+@pytest.fixture
+def request_of(tmp_path: Path):
+    model = make_tiny_model(tmp_path / "model")
+    data = tmp_path / "text.txt"
+    data.write_text("The quick brown fox jumps over the lazy dog; " * 20)
+    task = tmp_path / "task.jsonl"
+    task.write_text('{"question": "1+1?", "answer": "Two.\\n#### 2"}\n' * 3)
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("version: 1\nlayers: K4V2\n")
+
+    def make(**changes: Any) -> evaluate.EvaluationRequest:
+        settings = tuple(map(Setting.parse, ("kvtuner:K8V8", f"kvtuner:{profile}", "kvtuner:K2V2")))
+        values = {"settings": settings, "tokens": 60, "context": 30, "task": task, **changes}
+        return evaluate.EvaluationRequest(model=str(model), data=data, **values)
+
+    return make
+
+
+def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of) -> None:
+    partial = tmp_path / "result.json.partial"
+    profile = f"kvtuner:{tmp_path / 'profile.yaml'}"
+    monkeypatch.setattr(evaluate, "in_own_process", Engines(killed_at=3))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(request_of(), partial)
+
+    again = Engines()
+    monkeypatch.setattr(evaluate, "in_own_process", again)
+    result = evaluate.evaluate(request_of(), partial)
+
+    assert again.labels == ["auto", "kvtuner:K2V2"], "auto once more, for its logits, and what was missing"
+    assert [row["label"] for row in result["settings"]] == ["kvtuner:K8V8", profile, "kvtuner:K2V2"]
+    assert [row["kl_mean"] for row in result["settings"]] == [2, 3, 2]
+    assert result["reference"]["task_accuracy"] == 1
+    assert not partial.exists()
+
+
+@pytest.mark.parametrize("change", ["profile", "data", "request"])
+def test_rows_that_rest_on_something_else_are_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of, change: str
+) -> None:
+    partial = tmp_path / "result.json.partial"
+    monkeypatch.setattr(evaluate, "in_own_process", Engines(killed_at=3))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(request_of(), partial)
+    changed = request_of(task_tokens=7) if change == "request" else request_of()
+    if change == "profile":
+        (tmp_path / "profile.yaml").write_text("version: 1\nlayers: K2V4\n")
+    if change == "data":
+        (tmp_path / "text.txt").write_text("Another text. " * 20)
+
+    again = Engines()
+    monkeypatch.setattr(evaluate, "in_own_process", again)
+    evaluate.evaluate(changed, partial)
+
+    profile = f"kvtuner:{tmp_path / 'profile.yaml'}"
+    kept = [] if change != "profile" else ["kvtuner:K8V8"]
+    assert again.labels == [label for label in ("auto", "kvtuner:K8V8", profile, "kvtuner:K2V2") if label not in kept]
 
 
 def transformers_perplexity(model: Path, data: Path, tokens: int, context: int) -> float:

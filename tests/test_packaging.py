@@ -50,6 +50,11 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
     assert profiles | shapes == {name for name in wheel.namelist() if name.endswith((".yaml", ".safetensors", ".json"))}
 
 
+def test_wheel_holds_the_calibration_text(wheel):
+    names = {"prose.txt", "conversations.jsonl"}
+    assert {f"kvtuner_tools/calibration/data/{name}" for name in names} <= set(wheel.namelist())
+
+
 def test_profiles_are_found_in_an_installed_wheel(wheel, tmp_path):
     wheel.extractall(tmp_path)
     code = "from vllm_kvtuner.profile import load_profile; print(load_profile('llama31_3.25bit').source)"

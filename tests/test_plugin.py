@@ -1,5 +1,7 @@
 """The plugin's parts that need no engine."""
 
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -32,10 +34,13 @@ class _Config:
     class model_config:
         dtype = torch.bfloat16
 
+        class hf_text_config:
+            rope_parameters: ClassVar = {"rope_type": "default"}
+
 
 def test_the_rotary_table_is_the_models_own():
     table = torch.randn(32, 16)
-    rotary = plugin._rotary_table(_Rotary(cos_sin_cache=table, is_neox_style=False), _Config, 0)
+    rotary = plugin.rotary_table(_Rotary(cos_sin_cache=table, is_neox_style=False), _Config, 0)
     assert torch.equal(rotary.cos_sin, table.bfloat16())
     assert not rotary.is_neox
 
@@ -44,11 +49,17 @@ def test_the_rotary_table_is_the_models_own():
 def test_phi3_takes_the_table_of_the_context_in_use(use_long, rows):
     table = torch.randn(32, 16)
     module = _Rotary(long_short_cos_sin_cache=table, original_max_position_embeddings=8, use_long_rope=use_long)
-    assert torch.equal(plugin._rotary_table(module, _Config, 0).cos_sin, table[rows].bfloat16())
+    assert torch.equal(plugin.rotary_table(module, _Config, 0).cos_sin, table[rows].bfloat16())
 
 
 def test_a_layer_without_rope_has_no_table():
-    assert plugin._rotary_table(None, _Config, 0) is None
+    assert plugin.rotary_table(None, _Config, 0) is None
+
+
+def test_a_rotary_embedding_kept_elsewhere_is_not_taken_for_none():
+    assert plugin.layer_rotary(_Rotary(rotary_emb=None), _Config, 0) is None
+    with pytest.raises(ValueError, match="layer 3: key_offset needs the rotary embedding beside the attention layer"):
+        plugin.layer_rotary(_Rotary(), _Config, 3)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +72,7 @@ def test_a_layer_without_rope_has_no_table():
 )
 def test_rotary_embeddings_without_one_row_per_position_are_refused(attributes):
     with pytest.raises(ValueError, match="layer 3: key_offset needs"):
-        plugin._rotary_table(_Rotary(**attributes), _Config, 3)
+        plugin.rotary_table(_Rotary(**attributes), _Config, 3)
 
 
 def test_backends_are_one_class_per_pair():

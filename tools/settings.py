@@ -1,5 +1,6 @@
 """One way to store the KV cache, as a measurement names it: a vLLM cache dtype, or ``kvtuner`` with a profile."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,18 +37,21 @@ class Setting:
     def label(self) -> str:
         return f"{self.kv_cache_dtype}:{self.profile}" if self.profile else self.kv_cache_dtype
 
-    def additional_config(self, *, attend_cached_prefill: bool = False) -> dict[str, Any]:
+    def additional_config(self, *, attend_cached_prefill: bool = False, calibration: bool = False) -> dict[str, Any]:
         """vLLM's ``additional_config`` for this setting; {} for vLLM's own dtypes.
 
         Args:
             attend_cached_prefill: True makes prefill read back what it stored, whatever the profile says, so that
                 teacher-forced evaluation sees quantization; False leaves the choice to the profile.
+            calibration: True makes layers switchable at run time.
         """
         if self.profile is None:
             return {}
         config: dict[str, Any] = {"kvtuner_profile": self.profile}
         if attend_cached_prefill:
             config["kvtuner_attend_cached_prefill"] = True
+        if calibration:
+            config["kvtuner_calibration"] = True
         return config
 
 
@@ -73,3 +77,18 @@ def cache_bits(setting: Setting, hf_config: Any, model: str, unquantized_bits: i
     if setting.kv_cache_dtype in ("fp8", "fp8_e4m3", "fp8_e5m2"):
         return 8.0, 8.0
     return None
+
+
+def profile_sha256(setting: Setting) -> str | None:
+    """Hex SHA-256 of the bytes of a setting's profile and its statics; None where there is no file.
+
+    Raises:
+        ProfileError: the profile cannot be read.
+    """
+    if setting.profile is None:
+        return None
+    from vllm_kvtuner.profile import load_profile
+
+    profile = load_profile(setting.profile)
+    files = [path for path in (profile.source, profile.statics) if path is not None]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None

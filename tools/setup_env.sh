@@ -43,7 +43,7 @@ fi
 # Everything pip says goes to the log; the big downloads and the errors show.
 shown='^ERROR.*|^Installing collected packages|Downloading .*\(([0-9]{2,}\.[0-9]+ MB|[0-9.]+ GB)\)'
 # shellcheck disable=SC2086
-"$venv/bin/python" -m pip install --progress-bar off $index -e ".[$build,calibration,demo,test]" 2>&1 | tee "$log" |
+"$venv/bin/python" -m pip install --progress-bar off $index -e ".[$build,bench,calibration,demo,test]" 2>&1 | tee "$log" |
     { grep --line-buffered -oE "$shown" || true; } || die "the installation failed; pip's output is in $log"
 
 if [[ $build == cpu ]]; then

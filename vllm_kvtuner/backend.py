@@ -121,6 +121,7 @@ class KVTunerBackend(AttentionBackend):
 
     pair: ClassVar[PrecisionPair]
     prefer_block_outermost: ClassVar[bool]
+    switchable: ClassVar[bool] = False
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list] = ["kvtuner"]
@@ -129,8 +130,12 @@ class KVTunerBackend(AttentionBackend):
     def get_name() -> str:
         return "CUSTOM"
 
-    @staticmethod
-    def get_impl_cls() -> type[AttentionImplBase]:
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImplBase]:
+        if cls.switchable:
+            from vllm_kvtuner.calibration import SwitchableImpl
+
+            return SwitchableImpl
         from vllm_kvtuner.impl import KVTunerImpl
 
         return KVTunerImpl
@@ -170,11 +175,22 @@ class KVTunerBackend(AttentionBackend):
 
 
 @functools.cache
-def backend_for(pair: PrecisionPair, prefer_block_outermost: bool = False) -> type[KVTunerBackend]:
-    """The backend class of layers stored at ``pair``, always the same object for the same arguments."""
-    name = f"KVTuner{pair}Backend"
-    return type(
-        name,
-        (KVTunerBackend,),
-        {"pair": pair, "prefer_block_outermost": prefer_block_outermost, "__qualname__": name, "__module__": __name__},
-    )
+def backend_for(
+    pair: PrecisionPair, prefer_block_outermost: bool = False, switchable: bool = False
+) -> type[KVTunerBackend]:
+    """The backend class of layers stored at ``pair``, always the same object for the same arguments.
+
+    Args:
+        pair: what the pages have room for.
+        prefer_block_outermost: the model's pages cannot share one group.
+        switchable: calibration mode, in which a layer may store a smaller pair in these pages (calibration.py).
+    """
+    name = f"KVTuner{pair}{'Switchable' if switchable else ''}Backend"
+    attributes = {
+        "pair": pair,
+        "prefer_block_outermost": prefer_block_outermost,
+        "switchable": switchable,
+        "__qualname__": name,
+        "__module__": __name__,
+    }
+    return type(name, (KVTunerBackend,), attributes)

@@ -156,7 +156,9 @@ def give_layers_their_backend() -> None:
         from vllm_kvtuner.impl import LayerSettings
 
         resolved = plugin.resolved_profile(config)
-        kwargs["attn_backend"] = backend_for(precision.pair, plugin.mixes_attention_kinds(config))
+        kwargs["attn_backend"] = backend_for(
+            precision.pair, plugin.mixes_attention_kinds(config), plugin.is_calibration(config)
+        )
         kwargs["settings"] = LayerSettings(precision, resolved.attend_cached_prefill)
         return original(self, *args, **kwargs)
 

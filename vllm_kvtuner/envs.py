@@ -1,6 +1,7 @@
 """The environment variables of this package; nothing else reads os.environ."""
 
 import os
+from pathlib import Path
 
 DEFAULT_PREFILL_WORKSPACE_TOKENS = 65536
 
@@ -23,3 +24,23 @@ def prefill_workspace_tokens() -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise ValueError(f"{name} must be a positive integer, but got {text!r}")
     return int(text)
+
+
+def kernel_cache() -> Path:
+    """KVTUNER_KERNEL_CACHE: folder of compiled kernels; by default in the user's cache folder."""
+    if folder := os.environ.get("KVTUNER_KERNEL_CACHE"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "vllm_kvtuner" / "kernels"
+
+
+def decode_kernel() -> str | None:
+    """KVTUNER_DECODE_KERNEL: ``cuda`` or ``triton``; None leaves the choice to the card's capability.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    name = os.environ.get("KVTUNER_DECODE_KERNEL") or None
+    if name not in (None, "cuda", "triton"):
+        raise ValueError(f"KVTUNER_DECODE_KERNEL must be cuda or triton, but got {name!r}")
+    return name

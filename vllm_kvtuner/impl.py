@@ -6,7 +6,7 @@ they are dequantized into a bounded workspace (prefill_plan.py). On a CPU the re
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -14,14 +14,15 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_kvtuner import envs, reference
+from vllm_kvtuner import decode_kernel, envs, reference
 from vllm_kvtuner.backend import KVTunerMetadata, decode_query_len
-from vllm_kvtuner.layout import PageLayout
+from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout
 from vllm_kvtuner.prefill_plan import CacheSlice, PrefillPlan, workspace_rows
 from vllm_kvtuner.profile import LayerPrecision
 from vllm_kvtuner.transforms import LayerTransforms
 
 if TYPE_CHECKING:
+    from vllm_kvtuner.kernels.cuda.paged_attention import DecodeWorkspace as CudaDecodeWorkspace
     from vllm_kvtuner.kernels.paged_attention import DecodeWorkspace
 
 
@@ -77,18 +78,12 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
 
-        self.settings = settings
         self.attend_cached_prefill = settings.attend_cached_prefill
-        chosen = settings.precision.transforms
-        self.needs_statics = chosen.key_offset or chosen.key_equalization
-        self.transforms = LayerTransforms(
-            key_hadamard=chosen.key_hadamard,
-            value_hadamard=chosen.value_hadamard,
-            range_search=chosen.range_search,
-        )
+        self.configure(settings)
         config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
-        self.max_decode_tokens = config.scheduler_config.max_num_seqs * decode_query_len(config)
+        self.max_num_seqs = config.scheduler_config.max_num_seqs
+        self.max_decode_query_len = decode_query_len(config)
         self.prefill_workspace_tokens = workspace_rows(
             envs.prefill_workspace_tokens(), config.scheduler_config.max_num_batched_tokens, sliding_window
         )
@@ -102,33 +97,67 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             self._store, self._prefill = reshape_and_cache, self._prefill_gpu
             self.fa_version = get_flash_attn_version(head_size=head_size, requires_softcap=self.logits_soft_cap > 0)
 
+    def configure(self, settings: LayerSettings) -> None:
+        """Take over the layer's pair and transforms; where those need statics, bind_statics completes them."""
+        self.settings = settings
+        self._decode_kernel: str | None = None
+        chosen = settings.precision.transforms
+        self.needs_statics = chosen.needs_statics
+        self.transforms = LayerTransforms(
+            key_hadamard=chosen.key_hadamard,
+            value_hadamard=chosen.value_hadamard,
+            range_search=chosen.range_search,
+        )
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # While the model loads, so that vLLM counts the workspaces before it sizes the cache.
-        if not current_platform.is_cpu():
-            self._workspaces()
+        if current_platform.is_cpu():
+            return
+        self._prefill_workspace()
+        # A key offset may leave the layer to the portable kernel, which is known once it is bound.
+        layout = PageLayout(self.settings.precision.pair, self.head_size, BLOCK_SIZE_MULTIPLE)
+        kernels = {self._choose_kernel(layout)}
+        if self.settings.precision.transforms.key_offset:
+            kernels.add(decode_kernel.TRITON)
+        for kernel in kernels:
+            self._decode_workspace(kernel)
 
-    def _workspaces(self) -> "_GpuWorkspaces":
-        return _gpu_workspaces(
-            self.num_heads,
-            self.num_kv_heads,
-            self.head_size,
-            self.max_decode_tokens,
-            self.prefill_workspace_tokens,
-            self.dtype,
-            torch.device(current_platform.device_type, current_platform.current_device()),
+    def _device(self) -> torch.device:
+        return torch.device(current_platform.device_type, current_platform.current_device())
+
+    def _choose_kernel(self, layout: PageLayout) -> str:
+        return decode_kernel.decode_kernel(layout, self.transforms, self.logits_soft_cap, self._device())
+
+    def _prefill_workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return _prefill_workspace(
+            self.num_kv_heads, self.head_size, self.prefill_workspace_tokens, self.dtype, self._device()
         )
+
+    def _decode_workspace(self, kernel: str) -> Any:
+        """Scratch of the kernel's paged_attention."""
+        if kernel == decode_kernel.CUDA:
+            return _cuda_decode_workspace(
+                self.max_num_seqs,
+                self.max_decode_query_len,
+                self.num_heads,
+                self.num_kv_heads,
+                self.head_size,
+                self._device(),
+            )
+        tokens = self.max_num_seqs * self.max_decode_query_len
+        return _triton_decode_workspace(tokens, self.num_heads, self.head_size, self._device())
 
     def bind_statics(self, transforms: LayerTransforms) -> None:
         """Take over the layer's transforms, statics and rotary table included, once the model is loaded."""
         self.transforms = transforms
         self.needs_statics = False
+        self._decode_kernel = None
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
         """Compile the kernels of this layer, at the row counts that they tell apart, without storing anything."""
         if current_platform.is_cpu():
             return
         from vllm_kvtuner.kernels.gather_cache import gather_cache
-        from vllm_kvtuner.kernels.paged_attention import paged_attention
 
         device = kv_cache.device
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
@@ -137,27 +166,27 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             return torch.full(shape, fill, dtype=dtype, device=device)
 
         layout = self._layout(kv_cache)
-        tokens = min(self.max_decode_tokens, WARM_UP_TOKENS)
-        for count in (1, tokens):
-            qkv = torch.zeros(WARM_UP_TOKENS, (heads + 2 * kv_heads) * size, dtype=self.dtype, device=device)
+        reqs = min(self.max_num_seqs, WARM_UP_TOKENS)
+        for count, query_len in {(1, 1), (reqs, 1), (1, self.max_decode_query_len), (reqs, self.max_decode_query_len)}:
+            tokens = count * query_len
+            qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * size, dtype=self.dtype, device=device)
             query, key, value = (
                 part.unflatten(1, (-1, size))
-                for part in qkv[:count].split([heads * size, kv_heads * size, kv_heads * size], dim=1)
+                for part in qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=1)
             )
-            slots, positions = (integers(count, fill=fill, dtype=torch.int64) for fill in (-1, 0))
+            slots, positions = (integers(tokens, fill=fill, dtype=torch.int64) for fill in (-1, 0))
             self._store(key, value, kv_cache, slots, positions, layout, self.transforms)
-            table = integers(count, 16)
-            paged_attention(
-                query, kv_cache, table, integers(count, fill=1), torch.arange(count + 1, device=device).int(), 1,
-                self.scale, layout, self.transforms, torch.empty_like(query, memory_format=torch.contiguous_format),
-                self.sliding_window, self.logits_soft_cap, workspace=self._workspaces().decode,
+            starts = torch.arange(0, tokens + 1, query_len, device=device).int()
+            self._attend(
+                query, kv_cache, integers(count, 16), integers(count, fill=query_len), starts, query_len,
+                torch.empty_like(query, memory_format=torch.contiguous_format),
             )  # fmt: skip
-        rows = qkv.new_zeros(WARM_UP_ROWS // kv_heads, kv_heads, size)
+        rows = torch.zeros(WARM_UP_ROWS // kv_heads, kv_heads, size, dtype=self.dtype, device=device)
         slots, positions = (integers(rows.shape[0], fill=fill, dtype=torch.int64) for fill in (-1, 0))
         self._store(rows, rows, kv_cache, slots, positions, layout, self.transforms)
         gather_cache(
             kv_cache, integers(1, 16), torch.tensor([0, 1], device=device).int(), integers(1),
-            self._workspaces().keys, self._workspaces().values, layout, self.transforms, num_tokens=1,
+            *self._prefill_workspace(), layout, self.transforms, num_tokens=1,
         )  # fmt: skip
 
     def do_kv_cache_update(
@@ -205,26 +234,56 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: KVTunerMetadata, output: torch.Tensor
     ) -> None:
         tokens, reqs = metadata.num_decode_tokens, metadata.num_decodes
-        arguments = (
+        self._attend(
             query[:tokens],
             kv_cache,
             metadata.block_table[:reqs],
             metadata.seq_lens[:reqs],
             metadata.query_start_loc[: reqs + 1],
             metadata.max_decode_query_len,
-            self.scale,
-            self._layout(kv_cache),
-            self.transforms,
             output[:tokens],
+        )
+
+    def _attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        max_query_len: int,
+        output: torch.Tensor,
+    ) -> None:
+        """Attention of the newest tokens by this layer's decode kernel; shapes as the reference has them."""
+        layout = self._layout(kv_cache)
+        arguments = (
+            query,
+            kv_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            max_query_len,
+            self.scale,
+            layout,
+            self.transforms,
+            output,
             self.sliding_window,
             self.logits_soft_cap,
         )
         if current_platform.is_cpu():
             reference.paged_attention_ref(*arguments)
-        else:
-            from vllm_kvtuner.kernels.paged_attention import paged_attention
+            return
+        if self._decode_kernel is None:
+            self._decode_kernel = self._choose_kernel(layout)
+        workspace = self._decode_workspace(self._decode_kernel)
+        if self._decode_kernel == decode_kernel.CUDA:
+            from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 
-            paged_attention(*arguments, workspace=self._workspaces().decode)
+            cuda.paged_attention(*arguments, workspace=workspace)
+        else:
+            from vllm_kvtuner.kernels import paged_attention as triton
+
+            triton.paged_attention(*arguments, workspace=workspace)
 
     def _prefill_cpu(
         self,
@@ -322,8 +381,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         """Keys and values [num_tokens, num_kv_heads, head_size] of a slice, in the workspace."""
         from vllm_kvtuner.kernels.gather_cache import gather_cache
 
-        workspaces = self._workspaces()
-        keys, values = workspaces.keys[: part.num_tokens], workspaces.values[: part.num_tokens]
+        keys, values = (workspace[: part.num_tokens] for workspace in self._prefill_workspace())
         gather_cache(
             kv_cache,
             metadata.block_table[part.first_request : part.first_request + part.num_reqs],
@@ -385,39 +443,30 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         return attended, lse
 
 
-@dataclass(frozen=True)
-class _GpuWorkspaces:
-    """Scratch that all layers of one shape share: layers run one after the other.
-
-    Args:
-        decode: the decode kernel's partial results.
-        keys: [prefill_workspace_tokens, num_kv_heads, head_size] for dequantized keys.
-        values: likewise.
-    """
-
-    decode: "DecodeWorkspace"
-    keys: torch.Tensor
-    values: torch.Tensor
+# Scratch that all layers of one shape share: layers run one after the other.
 
 
 @functools.cache
-def _gpu_workspaces(
-    num_heads: int,
-    num_kv_heads: int,
-    head_size: int,
-    max_decode_tokens: int,
-    prefill_tokens: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> _GpuWorkspaces:
+def _prefill_workspace(
+    num_kv_heads: int, head_size: int, tokens: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two of [tokens, num_kv_heads, head_size], for dequantized keys and values."""
+    keys, values = (torch.empty(tokens, num_kv_heads, head_size, dtype=dtype, device=device) for _ in range(2))
+    return keys, values
+
+
+@functools.cache
+def _cuda_decode_workspace(*arguments: Any) -> "CudaDecodeWorkspace":
+    from vllm_kvtuner.kernels.cuda.paged_attention import decode_workspace
+
+    return decode_workspace(*arguments)
+
+
+@functools.cache
+def _triton_decode_workspace(*arguments: Any) -> "DecodeWorkspace":
     from vllm_kvtuner.kernels.paged_attention import decode_workspace
 
-    shape = (prefill_tokens, num_kv_heads, head_size)
-    return _GpuWorkspaces(
-        decode=decode_workspace(max_decode_tokens, num_heads, head_size, device),
-        keys=torch.empty(shape, dtype=dtype, device=device),
-        values=torch.empty(shape, dtype=dtype, device=device),
-    )
+    return decode_workspace(*arguments)
 
 
 _page_layout = functools.cache(PageLayout)

@@ -26,6 +26,9 @@ PROFILE_KEY = "kvtuner_profile"
 """Key of additional_config that holds the profile: a path, a shipped name, or a pair."""
 ATTEND_KEY = "kvtuner_attend_cached_prefill"
 """Key of additional_config that overrides the profile's attend_cached_prefill."""
+CALIBRATION_KEY = "kvtuner_calibration"
+"""Key of additional_config that, when true, makes a calibration engine: the profile's pairs are the room of the pages,
+and calibration.switch changes what the layers store in them while the engine runs."""
 MODEL_KEY = "kvtuner_model"
 """Key of additional_config that holds the model the profile was checked against (a draft model is another)."""
 DIGEST_KEY = "kvtuner_digest"
@@ -90,6 +93,11 @@ def uses_kvtuner(config: VllmConfig) -> bool:
     return config.cache_config is not None and config.cache_config.cache_dtype == KV_CACHE_DTYPE
 
 
+def is_calibration(config: VllmConfig) -> bool:
+    """Whether the run's layers can be switched to other pairs and transforms."""
+    return bool(config.additional_config.get(CALIBRATION_KEY))
+
+
 def layer_precision(config: VllmConfig, layer_name: str) -> LayerPrecision | None:
     """What the profile says of a decoder attention layer, or None for one that it does not know (a draft model's)."""
     from vllm.model_executor.models.utils import extract_layer_index
@@ -108,10 +116,15 @@ def mixes_attention_kinds(config: VllmConfig) -> bool:
     return len(set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())) > 1
 
 
-def bind_statics(model: torch.nn.Module, config: VllmConfig) -> None:
+def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedProfile | None = None) -> None:
     """Give every layer whose transforms need statics its tensors and the model's own rotary table.
 
     Under tensor parallelism a rank takes the rows of its own KV heads.
+
+    Args:
+        model: the loaded model.
+        config: of the engine.
+        resolved: what the layers were switched to in calibration mode; by default the profile of ``config``.
 
     Raises:
         ValueError: the statics file is missing, unreadable or does not fit, or a layer's rotary embedding is of a
@@ -130,7 +143,7 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig) -> None:
     from vllm_kvtuner.statics import load_statics
     from vllm_kvtuner.transforms import LayerTransforms
 
-    resolved = resolved_profile(config)
+    resolved = resolved or resolved_profile(config)
     assert resolved.profile.statics is not None, "a profile whose transforms need statics names them"
     statics = load_statics(resolved.profile.statics, resolved)
     modules = dict(model.named_modules())
@@ -148,7 +161,7 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig) -> None:
         rotary = None
         if chosen.key_offset:
             parent = modules[names[id(layer)].rpartition(".")[0]]
-            rotary = _rotary_table(getattr(parent, "rotary_emb", None), config, precision.index)
+            rotary = layer_rotary(parent, config, precision.index)
         layer.impl.bind_statics(
             LayerTransforms(
                 key_offset=tensor(static.key_offset) if chosen.key_offset else None,
@@ -264,6 +277,11 @@ def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
             "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner, where the profile's K16V16 layers "
             f"are skipped, but got {config.cache_config.kv_cache_dtype_skip_layers}"
         )
+    if is_calibration(config) and config.compilation_config.cudagraph_mode.name != "NONE":
+        problems.append(
+            f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph replays the "
+            f"pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
+        )
     if config.model_config.is_mm_prefix_lm:
         problems.append(
             "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
@@ -278,7 +296,27 @@ def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:
     return slice(first, first + local)
 
 
-def _rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int) -> RotaryTable | None:
+def layer_rotary(parent: torch.nn.Module, config: VllmConfig, layer: int) -> RotaryTable | None:
+    """The table of the rotary embedding beside an attention layer, None if the layer rotates nothing.
+
+    Args:
+        parent: the module that holds the attention layer.
+        config: of the engine.
+        layer: its index.
+
+    Raises:
+        ValueError: the model has RoPE, but keeps it elsewhere (Transformers' own modelling code does), or as
+            :func:`rotary_table`.
+    """
+    if not hasattr(parent, "rotary_emb") and getattr(config.model_config.hf_text_config, "rope_parameters", None):
+        raise ValueError(
+            f"layer {layer}: key_offset needs the rotary embedding beside the attention layer, but the model's "
+            f"{type(parent).__name__} has none"
+        )
+    return rotary_table(getattr(parent, "rotary_emb", None), config, layer)
+
+
+def rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int) -> RotaryTable | None:
     """The table of a model's rotary embedding, None if the layer has none."""
     from vllm_kvtuner.transforms import RotaryTable
 
@@ -297,5 +335,23 @@ def _rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int
             f"layer {layer}: key_offset needs a rotary table with one row per position, but the model's "
             f"{type(module).__name__} has none"
         )
+    is_neox = getattr(module, "is_neox_style", True)
+    linear = _linear_rotary(module) if hasattr(module, "_compute_cos_sin_cache") else None
+    if linear is not None:
+        return linear
     # In the dtype the model rotates in, so that exactly what it added is subtracted.
-    return RotaryTable(cos_sin=table.to(dtype), is_neox=getattr(module, "is_neox_style", True))
+    return RotaryTable(cos_sin=table.to(dtype), is_neox=is_neox)
+
+
+@functools.cache
+def _linear_rotary(module: torch.nn.Module) -> RotaryTable | None:
+    """Computed once for all layers that share the module, from its table before any rounding to the model's dtype."""
+    import torch
+
+    from vllm_kvtuner.transforms import linear_rotary
+
+    with torch.device("cpu"):
+        table = module._compute_cos_sin_cache().float().cpu()
+    if table.shape != module.cos_sin_cache.shape:
+        return None
+    return linear_rotary(table, getattr(module, "is_neox_style", True), module.cos_sin_cache.device)

@@ -18,20 +18,28 @@ from dataclasses import dataclass
 
 import torch
 
+ANGLE_STEP = 16
+"""Positions between the rows of :attr:`RotaryTable.coarse_angles`."""
+
 
 @dataclass(frozen=True)
 class RotaryTable:
-    """The rotation a model applies to keys, as the model itself computed it.
+    """The rotation a model applies to keys.
 
     Args:
         cos_sin: [max_position, rotary_dim], each row the cosines of the rotary_dim / 2 pairs and then the sines
             (scaling variants and their factors included).
         is_neox: True if pair i is dimensions (i, i + rotary_dim / 2), False if it is (2 i, 2 i + 1). Dimensions from
             rotary_dim on are not rotated.
+        frequencies: [rotary_dim / 2] fp64 on the CPU, radians per position, where every angle is that times the
+            position; None for other rotations.
+        amplitude: factor on all cosines and sines.
     """
 
     cos_sin: torch.Tensor
     is_neox: bool
+    frequencies: torch.Tensor | None = None
+    amplitude: float = 1.0
 
     @property
     def rotary_dim(self) -> int:
@@ -43,6 +51,68 @@ class RotaryTable:
         if self.is_neox:
             return index, index + self.rotary_dim // 2
         return 2 * index, 2 * index + 1
+
+    @functools.cached_property
+    def coarse_angles(self) -> torch.Tensor:
+        """[rows, rotary_dim / 2, 2] fp32: cosine and sine at every ANGLE_STEP-th position, a few beyond the last."""
+        rows = self.cos_sin.shape[0] // ANGLE_STEP + 2 * ANGLE_STEP
+        return self._angles(torch.arange(rows, dtype=torch.float64) * ANGLE_STEP, self.amplitude)
+
+    @functools.cached_property
+    def fine_angles(self) -> torch.Tensor:
+        """[ANGLE_STEP, rotary_dim / 2, 2] fp32: cosine and sine of turning on by 0 to ANGLE_STEP - 1 positions."""
+        return self._angles(torch.arange(ANGLE_STEP, dtype=torch.float64), 1.0)
+
+    def _angles(self, positions: torch.Tensor, amplitude: float) -> torch.Tensor:
+        assert self.frequencies is not None
+        angles = positions[:, None] * self.frequencies
+        return (amplitude * torch.stack([angles.cos(), angles.sin()], dim=-1)).float().to(self.cos_sin.device)
+
+
+LINEAR_TOLERANCE = 0.03
+"""By how much a model's table may differ from angles proportional to the position: fp32 angles of 131,072 positions are
+off by up to 0.008 radians, and bf16 cosines by 0.004."""
+
+
+def linear_rotary(table: torch.Tensor, is_neox: bool, device: torch.device | str) -> RotaryTable | None:
+    """The rotation by angles proportional to the position that ``table`` rounds, or None if it is no such rotation.
+
+    A key offset only has to be the same rotation wherever it is taken off and given back; how a model rounds its own
+    remains in what is stored. Proportional angles let a reader turn it on from token to token.
+
+    Args:
+        table: [max_position, rotary_dim] as :class:`RotaryTable` has it, fp32 and on the CPU.
+        is_neox: as there.
+        device: where the table that is given back lies, in fp32.
+    """
+    cos, sin = table.double().chunk(2, dim=-1)
+    amplitude = cos[0, 0].item()
+    if table.shape[0] < 2 or not amplitude:
+        return None
+    frequencies = torch.atan2(sin[1], cos[1])
+    exact = torch.empty_like(table, dtype=torch.float32)
+    positions = torch.arange(table.shape[0], dtype=torch.float64)
+    for rows in positions.long().split(1 << 14):
+        angles = positions[rows, None] * frequencies
+        exact[rows] = (amplitude * torch.cat([angles.cos(), angles.sin()], dim=-1)).float()
+    if not (exact - table).abs().max().item() <= LINEAR_TOLERANCE * abs(amplitude):
+        return None
+    return RotaryTable(exact.to(device), is_neox, frequencies, amplitude)
+
+
+@dataclass(frozen=True)
+class OffsetPairs:
+    """The rotary pairs in which a layer's key offset is not 0, filled up to a multiple of 8 by pairs that are.
+
+    Args:
+        index: [pairs] int32, of the rotary embedding's pairs.
+        dims: [pairs] int32, first dimension | second dimension << 16.
+        numbers: [num_kv_heads, pairs, 2] fp32, the offset's two numbers before RoPE.
+    """
+
+    index: torch.Tensor
+    dims: torch.Tensor
+    numbers: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -79,6 +149,19 @@ class LayerTransforms:
             partner[:, first] = -self.key_offset[:, second]
             partner[:, second] = self.key_offset[:, first]
         return partner
+
+    @functools.cached_property
+    def offset_pairs(self) -> OffsetPairs | None:
+        """None without a rotated key offset: what is not rotated moves all of a row's logits alike."""
+        if self.key_offset is None or self.rotary is None:
+            return None
+        first, second = self.rotary.pairs(self.key_offset.device)
+        numbers = torch.stack([self.key_offset[:, first], self.key_offset[:, second]], dim=-1)
+        index = numbers.abs().amax(dim=(0, 2)).nonzero()[:, 0]
+        index = torch.nn.functional.pad(index, (0, -len(index) % 8), value=-1)
+        kept = numbers[:, index.clamp(min=0)] * (index >= 0)[None, :, None]
+        index = index.clamp(min=0)
+        return OffsetPairs(index.int(), (first[index] | second[index] << 16).int(), kept.contiguous())
 
 
 @functools.cache

@@ -141,7 +141,7 @@ def run_engine(
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         try:
-            with ProcessPoolExecutor(max_workers=1, mp_context=_fork_server()) as pool:
+            with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:
                 run = pool.submit(_live, keywords, list(calls), dict(environment or {}), log).result()
         finally:
             text = log.read_text(errors="replace")
@@ -149,7 +149,8 @@ def run_engine(
     return replace(run, log=text)
 
 
-def _fork_server() -> Any:
+def fork_server() -> Any:
+    """Context of processes that are forked from the server."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.helpers.vllm_preload"])
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,54 @@
+"""What the benchmarks' arguments name."""
+
+import pytest
+
+from kvtuner_tools.bench.points import AttentionShape, KernelPoint, LongPrefill, Point, ThroughputPoint
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "expected"),
+    [
+        (Point, " 64x8192", Point(64, 8192)),
+        (ThroughputPoint, "4096x512", ThroughputPoint(4096, 512)),
+        (LongPrefill, "32768:8192", LongPrefill(32768, 8192)),
+        (LongPrefill, "512:512", LongPrefill(512, 512)),
+        (AttentionShape, "llama31_8b", AttentionShape(32, 8, 128)),
+        (AttentionShape, "7/1/64", AttentionShape(7, 1, 64)),
+    ],
+)
+def test_read_and_written_back(kind, text, expected):
+    assert kind.parse(text) == expected
+    assert kind.parse(str(expected)) == expected
+
+
+@pytest.mark.parametrize("text", ["64", "x8", "0x8", "8x0", "8x8x8", "-1x8", "ax8"])
+def test_points_of_another_form(text):
+    for kind in (Point, ThroughputPoint, KernelPoint):
+        with pytest.raises(ValueError, match="point is written"):
+            kind.parse(text)
+
+
+@pytest.mark.parametrize("text", ["32768", "8192:32768", "0:0", "8x4"])
+def test_long_prefills_of_another_form(text):
+    with pytest.raises(ValueError, match="a long prefill is written PROMPT:CHUNK"):
+        LongPrefill.parse(text)
+
+
+@pytest.mark.parametrize("text", ["llama", "32/8", "32/0/128", "30/8/128", "a/b/c"])
+def test_shapes_of_another_form(text):
+    with pytest.raises(ValueError, match=r"HEADS.*but got"):
+        AttentionShape.parse(text)
+
+
+def test_kernel_points():
+    assert KernelPoint.parse("3x8").lengths == (8, 8, 8)
+    mixed = KernelPoint.parse("mixed:64:256-16128")
+    assert str(mixed) == "mixed:64:256-16128"
+    assert len(mixed.lengths) == 64
+    assert min(mixed.lengths) >= 256 and max(mixed.lengths) <= 16128
+    assert len(set(mixed.lengths)) > 32
+    assert KernelPoint.parse("mixed:64:256-16128") == mixed, "the same lengths in every run"
+    assert KernelPoint.parse("mixed:2:7-7").lengths == (7, 7)
+    for text in ("mixed:0:1-2", "mixed:4:9-3", "mixed:4:0-3", "mixed:4:3"):
+        with pytest.raises(ValueError, match="mixed"):
+            KernelPoint.parse(text)

@@ -1,0 +1,97 @@
+"""A process of its own: state, errors, interruption, and its end with its owner's."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from kvtuner_tools.processes import OwnProcess, in_own_process
+
+TIMEOUT_S = 30
+OWNER = """
+import os, time
+from kvtuner_tools.processes import OwnProcess
+
+if __name__ == "__main__":
+    process = OwnProcess()
+    print(process.run(os.getpid), flush=True)
+    process.run(time.sleep, 600)
+"""
+
+
+def wait_until_gone(pid: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.1)
+                continue
+        return
+    os.kill(pid, signal.SIGKILL)
+    pytest.fail(f"process {pid} outlived its owner")
+
+
+def test_runs_elsewhere_and_keeps_state() -> None:
+    process = OwnProcess()
+    try:
+        pid = process.run(os.getpid)
+        assert pid != os.getpid()
+        process.run(os.umask, 0o123)
+        assert process.run(os.umask, 0) == 0o123
+        with pytest.raises(ValueError, match="invalid literal"):
+            process.run(int, "x")
+        assert process.run(os.getpid) == pid
+    finally:
+        process.close()
+    wait_until_gone(pid)
+
+
+def test_in_own_process() -> None:
+    assert in_own_process(len, "abc") == 3
+    with pytest.raises(BrokenProcessPool):
+        in_own_process(os._exit, 1)
+
+
+def test_an_interrupted_call_ends_the_process() -> None:
+    process = OwnProcess()
+    pid = process.run(os.getpid)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.5)
+        with pytest.raises(KeyboardInterrupt):
+            process.run(time.sleep, 600)
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    process.close()
+    wait_until_gone(pid)
+
+
+def test_ctrl_c_is_left_to_the_owner() -> None:
+    process = OwnProcess()
+    try:
+        os.kill(process.run(os.getpid), signal.SIGINT)
+        assert process.run(len, "abc") == 3
+    finally:
+        process.close()
+
+
+def test_it_ends_with_an_owner_that_was_killed(tmp_path: Path) -> None:
+    script = tmp_path / "owner.py"
+    script.write_text(OWNER)
+    owner = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    wait_until_gone(pid)

@@ -1,0 +1,186 @@
+"""Throughput with a fixed number of requests in flight: one that ends is replaced at once."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from .points import ThroughputPoint
+
+DECODE_STEPS = 32
+"""Steps after the last request's first token that are timed on their own."""
+
+
+class Engine(Protocol):
+    """What the loop uses of vLLM's LLMEngine."""
+
+    def add_request(self, request_id: str, prompt: Any, params: Any) -> str: ...
+
+    def abort_request(self, request_ids: list[str]) -> None: ...
+
+    def step(self) -> list[Any]: ...
+
+    def has_unfinished_requests(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """One engine step that returned something.
+
+    Args:
+        seconds: since the last one ended.
+        tokens: output tokens of all requests.
+        first_tokens: how many of them were a request's first.
+    """
+
+    seconds: float
+    tokens: int
+    first_tokens: int
+
+
+class ClosedLoop:
+    """Requests in flight in an engine, and the output tokens of each.
+
+    Args:
+        engine: where they run.
+        prompt: makes a new prompt's tokens.
+        sampling: makes the parameters of a request with so many output tokens; they return tokens as they come.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompt: Callable[[], Sequence[int]],
+        sampling: Callable[[int], Any],
+        clock: Callable[[], float],
+    ) -> None:
+        self.engine = engine
+        self.tokens: dict[str, int] = {}
+        self.limits: dict[str, int] = {}
+        self._prompt = prompt
+        self._sampling = sampling
+        self._clock = clock
+        self._last = clock()
+        self._submitted = 0
+
+    def submit(self, output_tokens: int) -> None:
+        """Add a request."""
+        request = str(self._submitted)
+        self._submitted += 1
+        self.tokens[request] = 0
+        self.engine.add_request(request, {"prompt_token_ids": self._prompt()}, self._sampling(output_tokens))
+
+    def step(self, output_tokens: int) -> Step:
+        """Run the engine until a step returns tokens; each request that ends is replaced by one of ``output_tokens``.
+
+        A request also ends when its tokens reach its entry in ``limits``.
+        """
+        while not (outputs := self.engine.step()):
+            pass
+        now = self._clock()
+        tokens = first = 0
+        ended = []
+        for output in outputs:
+            count = self.tokens.get(output.request_id)
+            if count is None:
+                continue  # aborted while this step ran
+            new = len(output.outputs[0].token_ids)
+            tokens += new
+            first += count == 0 and new > 0
+            self.tokens[output.request_id] = count + new
+            limit = self.limits.get(output.request_id)
+            if output.finished:
+                ended.append(output.request_id)
+            elif limit is not None and count + new >= limit:
+                self.engine.abort_request([output.request_id])
+                ended.append(output.request_id)
+        for request in ended:
+            del self.tokens[request]
+            self.limits.pop(request, None)
+            self.submit(output_tokens)
+        seconds, self._last = now - self._last, now
+        return Step(seconds, tokens, first)
+
+    def stop(self) -> None:
+        """Abort what is in flight and let the engine drain."""
+        self.engine.abort_request(list(self.tokens))
+        self.tokens.clear()
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def fitting_requests(kv_tokens: int, block_size: int, tokens: int) -> int:
+    """Requests of up to ``tokens`` tokens that ``kv_tokens`` of cache hold at once, a block being given to none."""
+    blocks = -(-tokens // block_size)
+    return (kv_tokens // block_size - 1) // blocks
+
+
+def measure_throughput(
+    engine: Engine,
+    point: ThroughputPoint,
+    concurrency: int,
+    window_s: float,
+    prompt: Callable[[], Sequence[int]],
+    sampling: Callable[[int], Any],
+    preemptions: Callable[[], int],
+    progress: Callable[[str, float], None] = lambda phase, share: None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Closed-loop throughput of ``concurrency`` requests of the point's size.
+
+    Three phases. *Fill*: all requests are submitted at once and prefilled. *Decode*: ``DECODE_STEPS`` steps while all
+    of them generate. *Window*: ``window_s`` seconds of steady state, in which requests end and new prompts are
+    prefilled among the decodes. So that requests end evenly from the window's beginning on, as they do in a loop that
+    has run for long, the first ones are given remaining lengths that are spread evenly over 1 to ``point.output``.
+
+    Returns:
+        ``fill_s``; ``decode_ms`` and ``decode_tok_s`` of the decode phase's steps in which every request got a token
+        and none was prefilled (median; None if there was no such step); ``window_s`` as it came out,
+        ``output_tok_s``, ``total_tok_s`` (output tokens and the prompts prefilled meanwhile) and ``prompts`` of the
+        window; ``preemptions`` in all phases.
+    """
+    loop = ClosedLoop(engine, prompt, sampling, clock)
+    preempted = preemptions()
+    begin = clock()
+    for _ in range(concurrency):
+        # Room for the tokens that it generates while the others are prefilled.
+        loop.submit(2 * point.output)
+    first_wave = set(loop.tokens)
+    while waiting := sum(loop.tokens.get(request) == 0 for request in first_wave):
+        progress("fill", 1 - waiting / concurrency)
+        loop.step(point.output)
+    fill_s = clock() - begin
+
+    steps = []
+    for index in range(DECODE_STEPS):
+        progress("decode", index / DECODE_STEPS)
+        steps.append(loop.step(point.output))
+    pure = [step.seconds for step in steps if step.tokens == concurrency and not step.first_tokens]
+    decode_s = statistics.median(pure) if pure else None
+
+    requests = list(loop.tokens)
+    random.Random(0).shuffle(requests)
+    for index, request in enumerate(requests):
+        loop.limits[request] = loop.tokens[request] + -(-point.output * (index + 1) // len(requests))
+    begin = clock()
+    tokens = prompts = 0
+    while (elapsed := clock() - begin) < window_s:
+        progress("window", elapsed / window_s)
+        step = loop.step(point.output)
+        tokens += step.tokens
+        prompts += step.first_tokens
+    preempted = preemptions() - preempted
+    loop.stop()
+    return {
+        "fill_s": round(fill_s, 2),
+        "decode_ms": None if decode_s is None else round(decode_s * 1e3, 3),
+        "decode_tok_s": None if decode_s is None else round(concurrency / decode_s, 1),
+        "window_s": round(elapsed, 2),
+        "prompts": prompts,
+        "output_tok_s": round(tokens / elapsed, 1),
+        "total_tok_s": round((tokens + prompts * point.prompt) / elapsed, 1),
+        "preemptions": preempted,
+    }

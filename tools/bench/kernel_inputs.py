@@ -1,0 +1,164 @@
+"""Inputs of one attention call: requests, block tables, transforms, and attention over them in float64."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvtuner.layout import PageLayout
+from vllm_kvtuner.reference import page_parts
+from vllm_kvtuner.transforms import LayerTransforms, RotaryTable
+
+from .points import AttentionShape
+
+TABLE_PADDING = 8
+"""Table columns beyond the longest request: vLLM's tables have room for its longest model length, and its kernels
+read an entry or two past a request."""
+MAX_COPIES = 256
+L2_FACTOR = 6
+"""Bytes of all copies over bytes of the L2 cache, so that a copy's bytes are gone when its turn comes again."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests of one decode call, laid out several times over in one cache.
+
+    Args:
+        shape: heads of the layer.
+        block_size: tokens per block.
+        lengths: tokens in the cache of each request, its query's included.
+        query_tokens: query tokens of every request.
+        num_blocks: blocks of the cache; block 0 belongs to no request, as in vLLM.
+        block_tables: per copy [num_reqs, max_blocks] int32, no block in two of them; 0 beyond a request.
+        seq_lens: [num_reqs] int32.
+        query_start_loc: [num_reqs + 1] int32.
+        query: [num_reqs * query_tokens, num_heads, head_size] bf16.
+    """
+
+    shape: AttentionShape
+    block_size: int
+    lengths: tuple[int, ...]
+    query_tokens: int
+    num_blocks: int
+    block_tables: tuple[torch.Tensor, ...]
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    query: torch.Tensor
+
+    @property
+    def num_reqs(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def device(self) -> torch.device:
+        return self.query.device
+
+    @property
+    def scale(self) -> float:
+        return self.shape.head_size**-0.5
+
+
+def make_batch(
+    shape: AttentionShape,
+    block_size: int,
+    lengths: Sequence[int],
+    query_tokens: int,
+    copies: int,
+    device: torch.device,
+) -> Batch:
+    """Random queries over randomly placed blocks."""
+    needed = torch.tensor([-(-length // block_size) for length in lengths], device=device)
+    per_copy = int(needed.sum())
+    blocks = 1 + torch.randperm(copies * per_copy, device=device, dtype=torch.int32)
+    present = torch.arange(int(needed.max()) + TABLE_PADDING, device=device) < needed[:, None]
+    tables = []
+    for part in blocks.split(per_copy):
+        table = torch.zeros(present.shape, dtype=torch.int32, device=device)
+        table[present] = part
+        tables.append(table)
+    num_reqs = len(lengths)
+    return Batch(
+        shape=shape,
+        block_size=block_size,
+        lengths=tuple(lengths),
+        query_tokens=query_tokens,
+        num_blocks=1 + copies * per_copy,
+        block_tables=tuple(tables),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        query_start_loc=query_tokens * torch.arange(num_reqs + 1, dtype=torch.int32, device=device),
+        query=torch.randn(num_reqs * query_tokens, shape.num_heads, shape.head_size, device=device).bfloat16(),
+    )
+
+
+def copies_for(stored_bytes: int, l2_bytes: int) -> int:
+    """Copies of a call's cache that together exceed the L2 cache ``L2_FACTOR`` times, 2 to ``MAX_COPIES``."""
+    return min(max(2, math.ceil(L2_FACTOR * l2_bytes / stored_bytes)), MAX_COPIES)
+
+
+def token_places(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Block and offset in it, each int64 [total tokens], of every request's tokens in the first copy."""
+    places = []
+    for table, length in zip(batch.block_tables[0].long(), batch.lengths, strict=True):
+        token = torch.arange(length, device=batch.device)
+        places.append((table[token // batch.block_size], token % batch.block_size))
+    blocks, offsets = zip(*places, strict=True)
+    return torch.cat(blocks), torch.cat(offsets)
+
+
+def attention_float64(
+    batch: Batch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """Attention of each request's newest tokens over its own, in float64.
+
+    Args:
+        batch: the requests.
+        query: [num_tokens, num_heads, head_size].
+        keys: [total tokens, num_kv_heads, head_size], one request after the other.
+        values: as keys.
+        scale: factor on the logits.
+
+    Returns:
+        [num_tokens, num_heads, head_size] float64.
+    """
+    output = torch.empty(query.shape, dtype=torch.float64, device=query.device)
+    group = batch.shape.num_heads // batch.shape.num_kv_heads
+    begin = 0
+    for index, length in enumerate(batch.lengths):
+        rows = slice(index * batch.query_tokens, (index + 1) * batch.query_tokens)
+        key, value = (x[begin : begin + length].double().repeat_interleave(group, 1) for x in (keys, values))
+        scores = torch.einsum("nhd,lhd->hnl", query[rows].double(), key) * scale
+        position = torch.arange(length - batch.query_tokens, length, device=query.device)
+        future = torch.arange(length, device=query.device) > position[:, None]
+        probabilities = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+        output[rows] = torch.einsum("hnl,lhd->nhd", probabilities, value)
+        begin += length
+    return output
+
+
+def random_pages(layout: PageLayout, num_blocks: int, num_kv_heads: int, device: torch.device) -> torch.Tensor:
+    """A layer's cache [num_blocks, num_kv_heads, block_size, content_bytes] of random codes; values reach about 3."""
+    shape = (num_blocks, num_kv_heads, layout.block_size, layout.content_bytes)
+    kv_cache = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    for meta, bits in zip(page_parts(kv_cache, layout)[2:], (layout.k_bits, layout.v_bits), strict=True):
+        span = 6 * (0.75 + 0.5 * torch.rand(meta.shape[:-1], device=device))
+        meta[..., 0] = span / (2**bits - 1)
+        meta[..., 1] = -span / 2
+    return kv_cache
+
+
+def make_transforms(name: str, shape: AttentionShape, max_position: int, device: torch.device) -> LayerTransforms:
+    """What one of ``points.TRANSFORMS`` names, with random statics: a few channel pairs have large offsets."""
+    if name == "none":
+        return LayerTransforms()
+    if name == "hadamard":
+        return LayerTransforms(key_hadamard=True, value_hadamard=True)
+    heads, size = shape.num_kv_heads, shape.head_size
+    half = size // 2
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
+    angle = torch.arange(max_position, dtype=torch.float64, device=device)[:, None] * frequency
+    rotary = RotaryTable(torch.cat([angle.cos(), angle.sin()], dim=-1).bfloat16(), is_neox=True)
+    offset = torch.randn(heads, size, device=device)
+    offset[:, torch.randperm(half, device=device)[:8]] *= 8
+    equalization = (0.5 + torch.rand(heads, half, device=device)).repeat(1, 2)
+    return LayerTransforms(offset, rotary, equalization, key_hadamard=True, value_hadamard=True, range_search=True)

@@ -1,0 +1,305 @@
+"""Runs the cases of ``kvtuner bench kernel`` one after the other on one card."""
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .decode_kernels import CacheFormat, DecodeKernel, Unsupported, decode_kernels, packed_format
+from .kernel_inputs import attention_float64, copies_for, make_batch, make_transforms
+from .points import AttentionShape, KernelPoint
+from .store_kernels import STORE_KERNELS, build_gather, new_tokens
+from .timing import time_calls
+
+if TYPE_CHECKING:
+    from .kernel_points import KernelRequest
+
+ERROR_LENGTHS = (4096, 1, 17, 512, 1000)
+"""Requests of the small batch that a kernel is compared on with float64."""
+STORE_TOKENS = ((64, True), (16384, False))
+"""Tokens of a store, and whether each belongs to a request of its own (decode)."""
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One line of the result.
+
+    Args:
+        part: decode, store or gather.
+        shape: heads of the layer.
+        block_size: tokens per block.
+        implementation: its name.
+        cache_format: what it stores.
+        transforms: of ``points.TRANSFORMS``.
+        point: the requests to decode.
+        tokens: tokens to store or gather.
+        decode: whether stored tokens belong to a request each.
+    """
+
+    part: str
+    shape: AttentionShape
+    block_size: int
+    implementation: str
+    cache_format: CacheFormat
+    transforms: str
+    point: KernelPoint | None = None
+    tokens: int = 0
+    decode: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.part} {self.implementation} {self.cache_format.name} {self.point or self.tokens}"
+
+    def head(self) -> dict[str, Any]:
+        """What identifies it, as JSON."""
+        where: dict[str, Any] = {"tokens": self.tokens}
+        if self.point is not None:
+            where = {
+                "point": str(self.point),
+                "requests": len(self.point.lengths),
+                "tokens": sum(self.point.lengths),
+            }
+        return {
+            "implementation": self.implementation,
+            "format": self.cache_format.name,
+            "transforms": self.transforms,
+            "nominal_bits": self.cache_format.nominal_bits,
+            "stored_bits": self.cache_format.stored_bits(self.shape.head_size),
+            "shape": str(self.shape),
+            "block_size": self.block_size,
+            **where,
+        }
+
+
+@dataclass(frozen=True)
+class ErrorCase:
+    """What a kernel's error depends on; see :func:`relative_error`."""
+
+    implementation: str
+    shape: AttentionShape
+    block_size: int
+    cache_format: CacheFormat
+    transforms: str
+    query_tokens: int
+    device: torch.device
+
+    def error(self) -> float:
+        kernel = decode_kernels()[self.implementation]
+        return relative_error(
+            kernel,
+            self.shape,
+            self.block_size,
+            self.cache_format,
+            self.transforms,
+            self.query_tokens,
+            self.device,
+        )
+
+
+class KernelMeter:
+    """Plans and measures the cases of a request.
+
+    Args:
+        request: what to measure.
+        device: the card.
+        l2_bytes: size of its L2 cache.
+        read_bandwidth: bytes per second that a plain kernel reads on it, now.
+    """
+
+    def __init__(self, request: "KernelRequest", device: torch.device, l2_bytes: int, read_bandwidth: float) -> None:
+        self.request = request
+        self.device = device
+        self.l2_bytes = l2_bytes
+        self.read_bandwidth = read_bandwidth
+        self._kernels = {name: kernel for name, kernel in decode_kernels().items() if name in request.implementations}
+        self._errors: dict[ErrorCase, float | Exception] = {}
+
+    def plan(self) -> tuple[list[KernelCase], list[dict[str, str]]]:
+        """All cases, and implementation, part and reason of what cannot run here."""
+        cases: list[KernelCase] = []
+        skipped: list[dict[str, str]] = []
+        for shape in self.request.shapes:
+            decode = self._able(self._kernels, "decode", shape, skipped)
+            for block_size in self.request.block_sizes:
+                if "decode" in self.request.parts:
+                    cases += self._decode_cases(decode, shape, block_size)
+                if "store" in self.request.parts:
+                    cases += self._store_cases(shape, block_size, skipped)
+                if "gather" in self.request.parts:
+                    cases += [
+                        KernelCase("gather", shape, block_size, "triton", packed_format(pair, shape.head_size), name,
+                                   tokens=self.request.gather_tokens)
+                        for pair in self.request.store_pairs
+                        for name in self.request.transforms
+                    ]  # fmt: skip
+        return cases, skipped
+
+    def _able(
+        self, kernels: dict[str, DecodeKernel], part: str, shape: AttentionShape, skipped: list[dict[str, str]]
+    ) -> dict[str, DecodeKernel]:
+        if part not in self.request.parts:
+            return {}
+        able = {}
+        for name, kernel in kernels.items():
+            if reason := kernel.skip_reason(shape.head_size):
+                entry = {"implementation": name, "part": part, "reason": reason}
+                if entry not in skipped:
+                    skipped.append(entry)
+            else:
+                able[name] = kernel
+        return able
+
+    def _decode_cases(
+        self, kernels: dict[str, DecodeKernel], shape: AttentionShape, block_size: int
+    ) -> Iterator[KernelCase]:
+        for point in self.request.points:
+            for name, kernel in kernels.items():
+                for cache_format in kernel.formats(self.request.pairs, shape.head_size):
+                    for transforms in self.request.transforms if kernel.transformed else ("none",):
+                        yield KernelCase("decode", shape, block_size, name, cache_format, transforms, point)
+
+    def _store_cases(
+        self, shape: AttentionShape, block_size: int, skipped: list[dict[str, str]]
+    ) -> Iterator[KernelCase]:
+        for name, kernel in STORE_KERNELS.items():
+            if reason := kernel.skip_reason():
+                entry = {"implementation": name, "part": "store", "reason": reason}
+                if entry not in skipped:
+                    skipped.append(entry)
+                continue
+            for cache_format in kernel.formats(self.request.store_pairs, shape.head_size):
+                for transforms in self.request.transforms if kernel.transformed else ("none",):
+                    for tokens, decode in STORE_TOKENS:
+                        yield KernelCase(
+                            "store", shape, block_size, name, cache_format, transforms, tokens=tokens, decode=decode
+                        )
+
+    def compare(self, cases: Sequence[KernelCase], jobs: int, done: Callable[[int, int], None]) -> None:
+        """Find the error of every decode kernel of ``cases``, in ``jobs`` processes at once.
+
+        Their compiled kernels are on disk then, so that compilation, which takes far longer than all the rest, takes
+        place on many cores.
+
+        Args:
+            cases: of :meth:`plan`.
+            jobs: processes.
+            done: told how many of how many are known.
+        """
+        wanted = list(dict.fromkeys(self._error_case(case) for case in cases if case.part == "decode"))
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+            futures = {case: pool.submit(case.error) for case in wanted}
+            for index, (case, future) in enumerate(futures.items()):
+                done(index, len(wanted))
+                try:
+                    self._errors[case] = future.result()
+                except Exception as error:  # a kernel can fail in any way; the others must still be measured
+                    self._errors[case] = error
+
+    def measure(self, case: KernelCase) -> dict[str, Any]:
+        """The case's entry: ``us`` and what follows from it; or the reason in ``failure``, or in ``unsupported``."""
+        torch.manual_seed(0)
+        entry: dict[str, Any] = {**case.head(), "failure": None, "unsupported": None}
+        try:
+            entry |= {"decode": self._decode, "store": self._store, "gather": self._gather}[case.part](case)
+        except Unsupported as reason:
+            entry["unsupported"] = str(reason)
+        except Exception as error:  # as in compare
+            entry["failure"] = f"{type(error).__name__}: {error}"
+        torch.cuda.empty_cache()
+        return entry
+
+    def _decode(self, case: KernelCase) -> dict[str, Any]:
+        assert case.point is not None
+        shape = case.shape
+        stored = sum(case.point.lengths) * shape.num_kv_heads * case.cache_format.content_bytes
+        copies = copies_for(stored, self.l2_bytes)
+        error = self._error(case)
+        batch = make_batch(shape, case.block_size, case.point.lengths, self.request.query_tokens, copies, self.device)
+        transforms = make_transforms(case.transforms, shape, max(case.point.lengths), self.device)
+        launches = self._kernels[case.implementation].build(batch, case.cache_format, transforms)
+        return {
+            "query_tokens": self.request.query_tokens,
+            "copies": copies,
+            **self._timed(launches.calls, stored),
+            "relative_error": error,
+        }
+
+    def _error_case(self, case: KernelCase) -> ErrorCase:
+        return ErrorCase(
+            case.implementation,
+            case.shape,
+            case.block_size,
+            case.cache_format,
+            case.transforms,
+            self.request.query_tokens,
+            self.device,
+        )
+
+    def _error(self, case: KernelCase) -> float:
+        wanted = self._error_case(case)
+        if wanted not in self._errors:
+            self._errors[wanted] = wanted.error()
+        error = self._errors[wanted]
+        if isinstance(error, Exception):
+            raise error
+        return error
+
+    def _store(self, case: KernelCase) -> dict[str, Any]:
+        tokens = new_tokens(case.shape, case.block_size, case.tokens, case.decode, self.device)
+        transforms = make_transforms(case.transforms, case.shape, max(case.tokens, 2048), self.device)
+        calls = STORE_KERNELS[case.implementation].build(tokens, case.cache_format, transforms)
+        return self._timed(calls, tokens.moved_bytes(case.cache_format))
+
+    def _gather(self, case: KernelCase) -> dict[str, Any]:
+        assert case.cache_format.pair is not None
+        moved = case.tokens * case.shape.num_kv_heads * (case.cache_format.content_bytes + 4 * case.shape.head_size)
+        copies = copies_for(moved, self.l2_bytes)
+        batch = make_batch(case.shape, case.block_size, [case.tokens], 1, copies, self.device)
+        transforms = make_transforms(case.transforms, case.shape, case.tokens, self.device)
+        calls = build_gather(batch, case.cache_format.pair, transforms)
+        return self._timed(calls, moved)
+
+    def _timed(self, calls: Any, num_bytes: int) -> dict[str, Any]:
+        timing = time_calls(calls, self.request.samples, self.request.sample_ms)
+        rate = num_bytes / (timing.us * 1e-6)
+        given = self.request.bandwidth
+        return {
+            "us": round(timing.us, 3),
+            "us_min": round(timing.us_min, 3),
+            "us_max": round(timing.us_max, 3),
+            "bytes": num_bytes,
+            "bytes_s": rate,
+            "fraction_measured": rate / self.read_bandwidth,
+            "fraction_given": None if given is None else rate / given,
+        }
+
+
+def relative_error(
+    kernel: DecodeKernel,
+    shape: AttentionShape,
+    block_size: int,
+    cache_format: CacheFormat,
+    transforms: str,
+    query_tokens: int,
+    device: torch.device,
+) -> float:
+    """Largest error against float64 on the same stored bytes and queries, over the largest output.
+
+    Outputs are bf16, whose own rounding is up to 2^-9 of a number.
+
+    Raises:
+        ArithmeticError: the kernel wrote something that is no number, or not all of its output.
+    """
+    lengths = [max(length, query_tokens) for length in ERROR_LENGTHS]
+    batch = make_batch(shape, block_size, lengths, query_tokens, 1, device)
+    launches = kernel.build(batch, cache_format, make_transforms(transforms, shape, max(lengths), device))
+    launches.output.fill_(torch.nan)
+    launches.calls[0]()
+    want = attention_float64(batch, launches.query, *launches.rows(), batch.scale)
+    error = ((launches.output.double() - want).abs().max() / want.abs().max()).item()
+    if not math.isfinite(error):
+        raise ArithmeticError("the kernel's output holds numbers that are not finite")
+    return error

@@ -1,0 +1,1 @@
+"""Calibration: from a model and a memory budget to a precision profile."""

@@ -1,0 +1,149 @@
+"""What quantizing its keys and values costs a layer: errors of captured attention, by the quantizer that serves.
+
+Errors are relative, over the sampled queries of all windows. With O the attention output of unquantized keys and values
+and O' that of quantized ones, the output error is sqrt(sum |O' - O|^2 / sum |O|^2), per KV head over its query heads or
+over all heads. With P and P' the attention weights, the score error is the mean over query rows of sum_t |P'_t - P_t|;
+a row's weights sum to 1, so it is relative as it stands.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_kvtuner.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.reference import quantize_rows
+from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, restore_keys, rotate_values, transform_keys
+
+from .captured import CapturedLayer, RotaryRows, Window
+from .rotation import apply_rotary, undo_rotary
+
+
+@dataclass(frozen=True)
+class PairErrors:
+    """Errors of one layer.
+
+    Args:
+        output: output error per quantized pair.
+        output_per_head: the same per KV head.
+        score: score error per key bits.
+    """
+
+    output: Mapping[PrecisionPair, float]
+    output_per_head: Mapping[PrecisionPair, tuple[float, ...]]
+    score: Mapping[int, float]
+
+
+class AttentionMeter:
+    """Measures one layer on its windows.
+
+    Holds the windows and, per window, num_queries num_heads num_tokens fp32 attention weights; a measurement takes up
+    to four times the layer's keys beside that.
+
+    Args:
+        layer: the layer.
+        windows: its windows.
+        rotary: row t rotates a window's token t; None where the layer has no table.
+
+    Attributes:
+        windows: its windows.
+    """
+
+    def __init__(self, layer: CapturedLayer, windows: Sequence[Window], rotary: RotaryTable | None) -> None:
+        self._layer = layer
+        self.windows = windows
+        self._rotary = rotary
+        self._lengths = [window.key.shape[0] for window in windows]
+        self._keys = torch.cat([window.key for window in windows])
+        self._values = torch.cat([window.value for window in windows])
+        device = self._keys.device
+        self._positions = torch.cat([torch.arange(length, device=device) for length in self._lengths])
+        self._weights = self._attend(self._keys)
+        self._outputs = [weights @ values for weights, values in self._by_window(self._weights, self._values)]
+        self._norm = torch.stack([output.square().sum((1, 2)) for output in self._outputs]).sum(0)
+
+    def at_far_positions(self, rows: RotaryRows) -> "AttentionMeter":
+        """The same windows as they would be at the far positions of the layer's rotary table."""
+        moved = []
+        for window in self.windows:
+            positions = torch.arange(window.key.shape[0], device=window.key.device)
+            key = apply_rotary(undo_rotary(window.key, positions, rows.near), positions, rows.far)
+            query_before = undo_rotary(window.query, window.query_position, rows.near)
+            query = apply_rotary(query_before, window.query_position, rows.far)
+            moved.append(replace(window, key=key, query=query))
+        return AttentionMeter(self._layer, moved, rows.far)
+
+    def key_errors(self, transforms: LayerTransforms) -> dict[int, float]:
+        """Output error per key bits, with unquantized values."""
+        return {
+            bits: self._error(self._attend(keys), self._values)[0] for bits, keys in self._quantized_keys(transforms)
+        }
+
+    def value_errors(self, transforms: LayerTransforms) -> dict[int, float]:
+        """Output error per value bits, with unquantized keys."""
+        quantized = self._quantized_values(transforms)
+        return {bits: self._error(self._weights, values)[0] for bits, values in quantized}
+
+    def pair_errors(self, transforms: LayerTransforms) -> PairErrors:
+        """Errors of all nine pairs."""
+        values = dict(self._quantized_values(transforms))
+        output, per_head, score = {}, {}, {}
+        for k_bits, keys in self._quantized_keys(transforms):
+            weights = self._attend(keys)
+            difference = [(new - old).abs().sum(-1).flatten() for new, old in zip(weights, self._weights, strict=True)]
+            score[k_bits] = float(torch.cat(difference).mean())
+            for v_bits in QUANTIZED_BITS:
+                pair = PrecisionPair(k_bits, v_bits)
+                output[pair], per_head[pair] = self._error(weights, values[v_bits])
+        return PairErrors(
+            {pair: output[pair] for pair in QUANTIZED_PAIRS}, {pair: per_head[pair] for pair in QUANTIZED_PAIRS}, score
+        )
+
+    def _quantized_keys(self, transforms: LayerTransforms) -> Iterator[tuple[int, torch.Tensor]]:
+        """Per bits the keys as a reader gets them, in model space."""
+        transforms = replace(transforms, rotary=self._rotary)
+        rows = transform_keys(self._keys, self._positions, transforms)
+        for bits in QUANTIZED_BITS:
+            yield bits, restore_keys(_quantize(rows, bits, transforms), self._positions, transforms)
+
+    def _quantized_values(self, transforms: LayerTransforms) -> Iterator[tuple[int, torch.Tensor]]:
+        rows = rotate_values(self._values, transforms)
+        for bits in QUANTIZED_BITS:
+            yield bits, rotate_values(_quantize(rows, bits, transforms), transforms)
+
+    def _attend(self, keys: torch.Tensor) -> list[torch.Tensor]:
+        """Attention weights of the sampled queries, per window [num_kv_heads, group * num_queries, num_tokens]."""
+        layer = self._layer
+        weights = []
+        for window, key in zip(self.windows, keys.split(self._lengths), strict=True):
+            num_queries = window.query.shape[0]
+            grouped = window.query.view(num_queries, layer.num_kv_heads, -1, layer.head_size).permute(1, 2, 0, 3)
+            scores = (grouped * layer.scale).flatten(1, 2) @ key.permute(1, 2, 0)
+            if layer.logits_soft_cap > 0:
+                scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
+            distance = window.query_position[:, None] - torch.arange(key.shape[0], device=key.device)
+            hidden = distance < 0
+            if layer.sliding_window is not None:
+                hidden |= distance >= layer.sliding_window
+            hidden = hidden.repeat(grouped.shape[1], 1)
+            weights.append(scores.masked_fill(hidden, -torch.inf).softmax(-1))
+        return weights
+
+    def _error(self, weights: list[torch.Tensor], values: torch.Tensor) -> tuple[float, tuple[float, ...]]:
+        """Output error over all heads, and per KV head."""
+        pairs = zip(self._by_window(weights, values), self._outputs, strict=True)
+        squares = [(attention @ value - output).square().sum((1, 2)) for (attention, value), output in pairs]
+        square = torch.stack(squares).sum(0)
+        per_head = (square / self._norm).sqrt()
+        return float((square.sum() / self._norm.sum()).sqrt()), tuple(per_head.tolist())
+
+    def _by_window(
+        self, weights: list[torch.Tensor], values: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        return zip(weights, (value.transpose(0, 1) for value in values.split(self._lengths)), strict=True)
+
+
+def _quantize(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:
+    """Rows as a page gives them back, fp32."""
+    codes, scale, minimum = quantize_rows(rows, bits, transforms.range_search)
+    return codes.float() * scale.float()[..., None] + minimum.float()[..., None]

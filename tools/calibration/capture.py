@@ -1,0 +1,125 @@
+"""Capture queries, keys and values of every attention layer from calibration text run through vLLM itself.
+
+Each file is written when its layer has run, so the engine's process holds one layer of one window at a time:
+(2 num_tokens num_kv_heads + num_queries num_heads) head_size numbers. On disk a capture takes, per layer,
+(2 tokens num_kv_heads + windows num_queries num_heads) head_size numbers; captured.py has the format.
+
+Windows run one at a time, each in one engine step, so an interrupted capture that goes on at the first window that
+lacks a layer ends with the files of an undisturbed one.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_kvtuner.schema import ProfileError
+
+from ..model_files import load_model_shape
+from ..processes import in_own_process
+from ..results import provenance
+from .artifacts import digest
+from .calibration_text import load_text
+from .capture_engine import CaptureJob, run_capture_engine
+from .captured import CAPTURE_SCHEMA, Capture, model_identity
+
+CAPTURE_FOLDER = "capture"
+"""Name of the capture's folder in a calibration's output folder."""
+
+
+@dataclass(frozen=True)
+class CaptureRequest:
+    """What to capture.
+
+    Args:
+        model: folder or id.
+        data: text or jsonl (see calibration_text.py); None for the bundled set.
+        tokens: tokens to run, at least.
+        context: tokens of a window at most.
+        queries: query rows sampled per window.
+        seed: of the drawing of windows and rows.
+        dtype: the model's dtype as vLLM takes it.
+    """
+
+    model: str
+    data: Path | None = None
+    tokens: int = 4096
+    context: int = 512
+    queries: int = 64
+    seed: int = 0
+    dtype: str = "auto"
+
+
+def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
+    """Capture into ``out_dir / "capture"``, or go on with what an interrupted run of the same request left there.
+
+    A capture of another request, other text or other versions is replaced.
+
+    Args:
+        request: what to capture.
+        out_dir: the calibration's output folder; made if it does not exist.
+
+    Raises:
+        ValueError: the model is not served, or the data cannot be used (all problems).
+    """
+    from transformers import AutoTokenizer
+
+    shape = load_model_shape(request.model)
+    if shape.unsupported:
+        raise ProfileError([f"{request.model}: model {reason}" for reason in shape.unsupported])
+    text = load_text(
+        request.data,
+        AutoTokenizer.from_pretrained(request.model),
+        tokens=request.tokens,
+        context=request.context,
+        seed=request.seed,
+    )
+    versions = provenance()["versions"]
+    inputs = digest(
+        {
+            "schema": CAPTURE_SCHEMA,
+            "model": model_identity(shape),
+            "text": [text.identity, text.windows],
+            "context": request.context,
+            "queries": request.queries,
+            "seed": request.seed,
+            "dtype": request.dtype,
+            "versions": versions,
+        }
+    )
+    folder = out_dir / CAPTURE_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    found = _find(folder)
+    if found is None or found.inputs != inputs:
+        _clear(folder)
+    elif not found.missing_windows():
+        return found
+    job = CaptureJob(
+        shape=shape,
+        text=text,
+        context=request.context,
+        queries=request.queries,
+        seed=request.seed,
+        dtype=request.dtype,
+        inputs=inputs,
+        versions=versions,
+        folder=folder,
+    )
+    in_own_process(run_capture_engine, job)
+    return Capture.read(folder)
+
+
+def _find(folder: Path) -> Capture | None:
+    """The capture in a folder, complete or not; None if there is none that this version reads."""
+    try:
+        return Capture.read_incomplete(folder)
+    except ProfileError:
+        return None
+
+
+def _clear(folder: Path) -> None:
+    """Remove a capture, and nothing else that may lie in its folder."""
+    for pattern in ("capture.json", ".capture.json.*", "rotary-*.safetensors", ".rotary-*.safetensors.*"):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for window in folder.glob("window-[0-9]*"):
+        shutil.rmtree(window)

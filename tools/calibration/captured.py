@@ -1,0 +1,210 @@
+"""A capture on disk: queries, keys and values of every attention layer over calibration text.
+
+``capture.json`` describes it; ``window-<w>/layer-<i>.safetensors`` holds what layer i saw of window w, after RoPE, in
+the model's dtype::
+
+    key, value       [num_tokens, num_kv_heads, head_size]    the whole window, positions 0 to num_tokens - 1
+    query            [num_queries, num_heads, head_size]      a random sample of its rows
+    query_position   [num_queries] int64                      their positions, ascending
+
+``rotary-<n>.safetensors`` holds rows of a rotary table of the model, [context, rotary_dim] in its dtype: ``near`` those
+of positions 0 to context - 1, ``far`` the table's last ones. With both, keys are known before RoPE and at positions far
+beyond those they were captured at.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from vllm_kvtuner.model_shape import ModelShape
+from vllm_kvtuner.schema import ProfileError
+from vllm_kvtuner.transforms import RotaryTable
+
+from ..results import write_json
+from .artifacts import read_artifact
+
+CAPTURE_SCHEMA = "kvtuner-capture/1"
+
+_FILE = "capture.json"
+_KEYS = ("inputs", "model", "data", "seed", "versions", "dtype", "windows", "layers")
+
+
+@dataclass(frozen=True)
+class CapturedLayer:
+    """An attention layer as vLLM built it.
+
+    Args:
+        index: decoder layer.
+        num_heads: query heads.
+        num_kv_heads: KV heads.
+        head_size: numbers per head.
+        scale: factor on the logits.
+        sliding_window: tokens a query sees, itself included, or None for all.
+        logits_soft_cap: c > 0 replaces each logit x by c tanh(x / c).
+        rotary: number of its rotary table, or None if it rotates nothing or has no table of one row per position.
+        offset_unsupported: why keys before RoPE cannot be had, or None.
+    """
+
+    index: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    sliding_window: int | None
+    logits_soft_cap: float
+    rotary: int | None
+    offset_unsupported: str | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one layer saw of one window, after RoPE, fp32; position t is row t.
+
+    Args:
+        key: [num_tokens, num_kv_heads, head_size].
+        value: likewise.
+        query: [num_queries, num_heads, head_size].
+        query_position: [num_queries] int64.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    query: torch.Tensor
+    query_position: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RotaryRows:
+    """Rows of a rotary table as the model rotates by it.
+
+    Args:
+        near: positions 0 to context - 1.
+        far: as many rows from ``far_position`` on; row t is position far_position + t.
+        far_position: the first position of ``far``.
+    """
+
+    near: RotaryTable
+    far: RotaryTable
+    far_position: int
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A capture's description.
+
+    Args:
+        folder: where it is.
+        inputs: digest of everything it follows from; stages that read it key their own results by this.
+        model: identity, as in a profile's ``model`` section.
+        data: identity of the text: source, sha256, tokens.
+        seed: of the drawing of windows and query rows.
+        versions: package -> version.
+        dtype: the model's, as torch names it.
+        windows: tokens of each window.
+        layers: every layer that caches keys and values, in order.
+    """
+
+    folder: Path
+    inputs: str
+    model: Mapping[str, Any]
+    data: Mapping[str, Any]
+    seed: int
+    versions: Mapping[str, str]
+    dtype: str
+    windows: tuple[int, ...]
+    layers: tuple[CapturedLayer, ...]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Capture":
+        """Read the description of a complete capture.
+
+        Raises:
+            ProfileError: no capture, one of another schema, or one that was interrupted.
+        """
+        capture = cls.read_incomplete(folder)
+        if missing := capture.missing_windows():
+            rule = f"must hold all {len(capture.windows)} windows; run the capture again to go on with it"
+            raise ProfileError([f"{folder}: the capture {rule}, but got {len(capture.windows) - len(missing)}"])
+        return capture
+
+    @classmethod
+    def read_incomplete(cls, folder: Path) -> "Capture":
+        """As :meth:`read`, windows missing or not."""
+        document = read_artifact(folder / _FILE, CAPTURE_SCHEMA, _KEYS)
+        layers = tuple(CapturedLayer(**layer) for layer in document.pop("layers"))
+        return cls(folder=folder, layers=layers, windows=tuple(document.pop("windows")), **document)
+
+    def write(self) -> None:
+        """Write the description."""
+        values = asdict(self)
+        del values["folder"]
+        write_json(self.folder / _FILE, {"schema": CAPTURE_SCHEMA, **values})
+
+    def missing_windows(self) -> list[int]:
+        """Windows that lack a layer, ascending."""
+        return [
+            window
+            for window in range(len(self.windows))
+            if not all(layer_file(self.folder, window, layer.index).exists() for layer in self.layers)
+        ]
+
+    def load_layer(self, layer: CapturedLayer, device: torch.device | str = "cpu") -> list[Window]:
+        """All windows of a layer: 4 (2 tokens num_kv_heads + windows num_queries num_heads) head_size bytes."""
+        windows = []
+        for window in range(len(self.windows)):
+            tensors = load_file(layer_file(self.folder, window, layer.index), device=str(device))
+            position = tensors.pop("query_position")
+            windows.append(Window(**{name: each.float() for name, each in tensors.items()}, query_position=position))
+        return windows
+
+    def load_rotary(self, layer: CapturedLayer, device: torch.device | str = "cpu") -> RotaryRows | None:
+        """The rotary table's rows of a layer, or None where it has none."""
+        if layer.rotary is None:
+            return None
+        with safe_open(rotary_file(self.folder, layer.rotary), framework="pt", device=str(device)) as file:
+            metadata = file.metadata()
+            near, far = (RotaryTable(file.get_tensor(name), metadata["is_neox"] == "True") for name in ("near", "far"))
+        return RotaryRows(near, far, int(metadata["far_position"]))
+
+
+def save_rotary(folder: Path, number: int, table: RotaryTable, context: int) -> None:
+    """Write the rows of a table that :class:`RotaryRows` describes."""
+    far_position = table.cos_sin.shape[0] - context
+    rows = {"near": table.cos_sin[:context], "far": table.cos_sin[far_position:]}
+    metadata = {"is_neox": str(table.is_neox), "far_position": str(far_position)}
+    save_tensors(rotary_file(folder, number), {name: each.cpu().clone() for name, each in rows.items()}, metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file so that a reader sees all of it or none."""
+    # Named by the process, since one that outlives its killed parent may write the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(tensors, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def layer_file(folder: Path, window: int, layer: int) -> Path:
+    """Where a capture holds a layer's tensors of a window."""
+    return folder / f"window-{window:04d}" / f"layer-{layer:03d}.safetensors"
+
+
+def rotary_file(folder: Path, number: int) -> Path:
+    """Where a capture holds the rows of a rotary table."""
+    return folder / f"rotary-{number}.safetensors"
+
+
+def model_identity(shape: ModelShape) -> dict[str, Any]:
+    """A model as a profile's ``model`` section names it; heads and sizes are one number where all layers agree."""
+    per_layer = {name: [getattr(layer, name) for layer in shape.layers] for name in ("num_kv_heads", "head_size")}
+    return {
+        "name": shape.name,
+        "architecture": shape.architecture,
+        "num_layers": len(shape.layers),
+        **{name: values[0] if len(set(values)) == 1 else values for name, values in per_layer.items()},
+    }

@@ -1,0 +1,148 @@
+"""``kvtuner calibrate`` and a command for each of its stages."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_kvtuner.schema import ProfileError
+
+from .options import OPTIONS_FILE, Options, add_options, check_options, given_options, merge
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What ``cli`` asks of a subcommand.
+
+    Args:
+        add_arguments: adds its arguments to a parser.
+        run: runs it and returns the exit status.
+    """
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _run(options: Options, out: Path, stages: Sequence[str]) -> int:
+    check_options(options, out, with_budget="search" in stages)
+    import optuna
+
+    from .pipeline import Calibration
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    calibration = Calibration(out, options)
+    options.write(out)
+    started = time.monotonic()
+    with _interruptible():
+        for stage in stages:
+            calibration.run(stage)
+    if len(stages) > 1:
+        print(f"all stages: {time.monotonic() - started:.1f} s")
+    return 0
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; everything so far is kept: run the same command again to go on", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def _all_arguments(parser: argparse.ArgumentParser) -> None:
+    _first_arguments(parser)
+    add_options(parser, ("sensitivity", "prune", "cluster", "search"))
+
+
+def _first_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model folder or id")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="output folder; a run goes on in it")
+    add_options(parser, ("capture",))
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from .pipeline import STAGES
+
+    return _run(merge(_known(args.out), given_options(args)), args.out, STAGES)
+
+
+def _capture(args: argparse.Namespace) -> int:
+    return _run(merge(_known(args.out), given_options(args)), args.out, ("capture",))
+
+
+def _known(out: Path) -> Options:
+    """The folder's options where it has some, so that a command goes on with what an earlier one was given."""
+    return Options.read(out) if (out / OPTIONS_FILE).exists() else Options()
+
+
+def _stage(name: str) -> Command:
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("out", metavar="DIR", type=Path, help="output folder of the stages before")
+        add_options(parser, (name,))
+
+    def run(args: argparse.Namespace) -> int:
+        _require(args.out)
+        return _run(merge(Options.read(args.out), given_options(args)), args.out, (name,))
+
+    return Command(add_arguments, run)
+
+
+def _require(out: Path) -> None:
+    if not (out / OPTIONS_FILE).exists():
+        rule = "must be the output folder of kvtuner capture or kvtuner calibrate"
+        raise ProfileError([f"{out}: the folder {rule}, but got one without {OPTIONS_FILE}"])
+
+
+def _search_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="DIR", type=Path, nargs="?", help="output folder of the stages before")
+    parser.add_argument(
+        "--join",
+        metavar="DIR_OR_URL",
+        help="work on the search of this output folder or Optuna storage as one more worker",
+    )
+    parser.add_argument("--study", metavar="NAME", help="with --join: the study (default: the one made last)")
+    add_options(parser, ("search",))
+
+
+def _search(args: argparse.Namespace) -> int:
+    given = given_options(args)
+    if args.join is None:
+        if args.out is None or args.study is not None:
+            raise ProfileError(
+                ["kvtuner search must be given DIR, or --join with an optional --study, but got neither"]
+            )
+        return STAGE_COMMANDS["search"].run(args)
+    if args.out is not None or given:
+        raise ProfileError(["--join takes the search as it was made: it must stand alone or with --study"])
+    folder = Path(args.join)
+    is_folder = "://" not in args.join
+    if is_folder:
+        _require(folder)
+    storage = Options.read(folder).storage_url(folder) if is_folder else args.join
+    import optuna
+
+    from .pipeline import join
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    with _interruptible():
+        join(storage, args.study)
+    return 0
+
+
+STAGE_COMMANDS = {name: _stage(name) for name in ("sensitivity", "prune", "cluster", "search", "export", "report")}
+
+calibrate = Command(_all_arguments, _calibrate)
+capture = Command(_first_arguments, _capture)
+sensitivity = STAGE_COMMANDS["sensitivity"]
+prune = STAGE_COMMANDS["prune"]
+cluster = STAGE_COMMANDS["cluster"]
+search = Command(_search_arguments, _search)
+export = STAGE_COMMANDS["export"]
+report = STAGE_COMMANDS["report"]

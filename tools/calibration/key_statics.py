@@ -1,0 +1,99 @@
+"""Static tensors of keys from a capture: means before RoPE, and equalization factors per RoPE pair.
+
+With factors f, a logit is sum_d (q_d f_d)(k_d / f_d). Where the errors of a quantized row are of one size in all
+channels, as after a Hadamard rotation, that size goes with sum_d (k_d / f_d)^2, and the logit's squared error with it
+times sum_d (q_d f_d)^2. By the Cauchy-Schwarz inequality the product is least at f^2 = std(k) / rms(q); f^2 = std(k) is
+the same for queries that are alike in all channels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvtuner.statics import rope_pairs
+from vllm_kvtuner.transforms import RotaryTable
+
+from .captured import Window
+from .rotation import undo_rotary
+
+_SMALLEST = 1e-3
+"""A channel below this share of its head's root mean square counts as this; a dead one would get a factor of 0."""
+
+
+@dataclass(frozen=True)
+class PairLayout:
+    """Which channels share a factor.
+
+    Args:
+        rotary_dim: leading channels that RoPE rotates.
+        is_neox: as in RotaryTable.
+    """
+
+    rotary_dim: int
+    is_neox: bool
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What a statics file says of it."""
+        return {"rotary_dim": str(self.rotary_dim), "rope_style": self._style}
+
+    @property
+    def _style(self) -> str:
+        return "neox" if self.is_neox else "interleaved"
+
+    def pooled(self, square: torch.Tensor) -> torch.Tensor:
+        """Mean squares [num_kv_heads, head_size], each replaced by its pair's mean."""
+        first, second = rope_pairs(square.shape[1], self.rotary_dim, self._style)
+        pooled = square.clone()
+        pooled[:, first] = pooled[:, second] = (square[:, first] + square[:, second]) / 2
+        return pooled
+
+
+@dataclass(frozen=True)
+class KeyStatics:
+    """Moments of a layer's keys and queries before RoPE, fp32.
+
+    Args:
+        mean: [num_kv_heads, head_size] of the keys.
+        variance: likewise, about the mean.
+        query_square: likewise, mean square of the queries over a KV head's query heads.
+    """
+
+    mean: torch.Tensor
+    variance: torch.Tensor
+    query_square: torch.Tensor
+
+    @classmethod
+    def of(cls, windows: Sequence[Window], rotary: RotaryTable | None) -> "KeyStatics":
+        """Over all windows but their first tokens, whose keys, where attention sinks, are unlike all others.
+
+        Args:
+            windows: the layer's.
+            rotary: rotated row t of each; None if nothing did.
+        """
+        keys, queries = [], []
+        for window in windows:
+            positions = torch.arange(window.key.shape[0], device=window.key.device)
+            key = window.key if rotary is None else undo_rotary(window.key, positions, rotary)
+            keys.append(key[1:])
+            query, at = window.query, window.query_position
+            queries.append(query if rotary is None else undo_rotary(query, at, rotary))
+        key, query = torch.cat(keys), torch.cat(queries)
+        num_kv_heads, head_size = key.shape[1:]
+        grouped = query.view(query.shape[0], num_kv_heads, -1, head_size)
+        return cls(key.mean(0), key.var(0, correction=0), grouped.square().mean((0, 2)))
+
+    def factors(self, layout: PairLayout) -> dict[str, torch.Tensor | None]:
+        """Factors [num_kv_heads, head_size] by what they follow from, of geometric mean 1 per head."""
+        key, query = _floored(layout.pooled(self.variance)), _floored(layout.pooled(self.query_square))
+        return {"keys": _normalized(key**0.25), "keys and queries": _normalized((key / query) ** 0.25)}
+
+
+def _floored(square: torch.Tensor) -> torch.Tensor:
+    floor = (_SMALLEST**2 * square.mean(1, keepdim=True)).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.maximum(square, floor)
+
+
+def _normalized(factors: torch.Tensor) -> torch.Tensor:
+    return factors / factors.log().mean(1, keepdim=True).exp()

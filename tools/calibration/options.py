@@ -1,0 +1,327 @@
+"""What a calibration is asked to do: the options of its commands, kept in the output folder, checked before any model
+loads."""
+
+import argparse
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from vllm_kvtuner.layout import QUANTIZED_PAIRS, UNQUANTIZED
+from vllm_kvtuner.profile import ModelShape, ProfileError
+from vllm_kvtuner.schema import parse_layers
+
+from ..model_files import load_model_shape
+from ..profile_commands import parse_memory
+from ..results import write_json
+from .artifacts import read_artifact
+from .calibration_text import CalibrationText, load_text, read_documents
+from .cluster import DEFAULT_FACTOR
+from .sampling import SAMPLERS, make_sampler
+from .space import bytes_for_bits, bytes_for_memory, check_budget
+from .study import open_storage, sqlite_url
+
+OPTIONS_SCHEMA = "kvtuner-calibration/1"
+OPTIONS_FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that can be asked for. What is None takes its default from elsewhere, as ``help`` says.
+
+    Args:
+        model: folder or id.
+        data: calibration text; the bundled set by default.
+        heldout: text for the final scores; by default windows of ``data`` that nothing else uses.
+        dtype: of the model.
+        seed: of everything that is drawn.
+        window: tokens of a window at most.
+        capture_tokens: tokens that sensitivity is measured on.
+        search_tokens: tokens that a setting is scored on in the search.
+        heldout_tokens: tokens that final scores rest on.
+        kv_memory: bytes of the measuring engine's KV cache.
+        transforms: ``choose`` them by measured error, or ``none``.
+        unquantized: layers kept at K16V16, such as ``0, 31``; empty for none.
+        keep_all_pairs: do not prune.
+        cluster_factor: largest ratio of errors within a cluster; 1 for none.
+        max_bits: budget in stored bits.
+        memory: budget as bytes of KV cache, together with ``context`` and ``concurrency``.
+        context: tokens of a request.
+        concurrency: requests at once.
+        sampler: Optuna's sampler.
+        trials: settings to score, seeds included.
+        storage: URL of the Optuna storage; an SQLite file in the output folder by default.
+    """
+
+    model: str = ""
+    data: str | None = None
+    heldout: str | None = None
+    dtype: str = "bfloat16"
+    seed: int = 0
+    window: int = 512
+    capture_tokens: int = 4096
+    search_tokens: int = 2048
+    heldout_tokens: int = 4096
+    kv_memory: int = 1 << 30
+    transforms: str = "choose"
+    unquantized: str = ""
+    keep_all_pairs: bool = False
+    cluster_factor: float = DEFAULT_FACTOR
+    max_bits: float | None = None
+    memory: int | None = None
+    context: int | None = None
+    concurrency: int | None = None
+    sampler: str = "nsga2"
+    trials: int = 64
+    storage: str | None = None
+
+    @property
+    def unquantized_layers(self) -> tuple[int, ...]:
+        return tuple(parse_layers(self.unquantized, None)) if self.unquantized else ()
+
+    def storage_url(self, out: Path) -> str:
+        return self.storage or sqlite_url(out / "study.db")
+
+    def max_bytes(self, shapes: dict[int, tuple[int, int]]) -> int:
+        """The budget in bytes per token; ``shapes`` gives each layer's KV heads and head size."""
+        if self.max_bits is not None:
+            return bytes_for_bits(self.max_bits, shapes)
+        assert self.memory is not None and self.context is not None and self.concurrency is not None
+        return bytes_for_memory(self.memory, self.context, self.concurrency)
+
+    def budget_text(self, nominal: float, stored: float) -> str:
+        """The budget in bits, and what it comes from where it was given as memory."""
+        bits = f"at most {stored:.3f} stored bits ({nominal:.3f} nominal)"
+        if self.max_bits is not None:
+            return bits
+        return f"{bits}: {self.concurrency} requests of {self.context:,} tokens in {self.memory:,} bytes"
+
+    def write(self, out: Path) -> None:
+        write_json(out / OPTIONS_FILE, {"schema": OPTIONS_SCHEMA, **asdict(self)})
+
+    @classmethod
+    def read(cls, out: Path) -> "Options":
+        """Options of an output folder.
+
+        Raises:
+            ValueError: none there, or a file of another schema.
+        """
+        return cls(**read_artifact(out / OPTIONS_FILE, OPTIONS_SCHEMA, tuple(field.name for field in fields(cls))))
+
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "capture": ("data", "heldout", "dtype", "seed", "window", "capture_tokens", "search_tokens", "heldout_tokens"),
+    "sensitivity": ("transforms",),
+    "prune": ("unquantized", "keep_all_pairs"),
+    "cluster": ("cluster_factor",),
+    "search": (
+        "max_bits",
+        "memory",
+        "context",
+        "concurrency",
+        "sampler",
+        "trials",
+        "storage",
+        "kv_memory",
+    ),
+    "export": (),
+    "report": (),
+}
+"""Options of each stage's command; those of the stages before it stay as the output folder has them."""
+
+_HELP: dict[str, tuple[str, dict[str, Any]]] = {
+    "data": ("calibration text: plain text or .jsonl (default: the bundled set)", {"metavar": "FILE"}),
+    "heldout": (
+        "text for the final scores (default: windows of the calibration text not used before)",
+        {"metavar": "FILE"},
+    ),
+    "dtype": ("dtype of the model", {"choices": ("bfloat16", "float16", "float32")}),
+    "seed": ("seed of everything that is drawn", {"type": int}),
+    "window": ("tokens of a window of text", {"type": int}),
+    "capture_tokens": ("tokens that sensitivity is measured on", {"type": int}),
+    "search_tokens": ("tokens that each setting is scored on in the search", {"type": int}),
+    "heldout_tokens": ("tokens that the final scores rest on", {"type": int}),
+    "kv_memory": ("KV cache memory of the measuring engine", {"type": parse_memory}),
+    "transforms": ("choose each layer's transforms by measured error, or use none", {"choices": ("choose", "none")}),
+    "unquantized": ("layers to keep at K16V16, such as 0,31", {"metavar": "LAYERS"}),
+    "keep_all_pairs": ("keep all nine pairs of each layer as candidates", {"action": argparse.BooleanOptionalAction}),
+    "cluster_factor": (
+        "largest ratio of two layers' errors within a cluster; 1: every layer decides alone",
+        {"type": float, "metavar": "RATIO"},
+    ),
+    "max_bits": ("budget in stored bits (scales included)", {"type": float, "metavar": "BITS"}),
+    "memory": ("budget as KV cache memory such as 20GiB, with --context and --concurrency", {"type": parse_memory}),
+    "context": ("tokens of a request, with --memory", {"type": int, "metavar": "TOKENS"}),
+    "concurrency": ("requests at once, with --memory", {"type": int, "metavar": "REQUESTS"}),
+    "sampler": ("Optuna's sampler", {"choices": SAMPLERS}),
+    "trials": ("settings to score, those of earlier runs included", {"type": int}),
+    "storage": ("Optuna storage URL (default: an SQLite file in the output folder)", {"metavar": "URL"}),
+}
+
+
+def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
+    """Add the options of these stages; what is not given is absent from the parsed arguments."""
+    defaults = Options()
+    for stage in stages:
+        for name in GROUPS[stage]:
+            text, more = _HELP[name]
+            default = getattr(defaults, name)
+            shown = f" (default {default})" if default not in (None, "", False) else ""
+            parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text + shown, **more)
+
+
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The options that were given, by name; a budget of one kind replaces one of the other."""
+    names = {field.name for field in fields(Options)}
+    given = {name: value for name, value in vars(args).items() if name in names}
+    if "max_bits" in given and not given.keys() & {"memory", "context", "concurrency"}:
+        given |= dict.fromkeys(("memory", "context", "concurrency"))
+    elif "memory" in given and "max_bits" not in given:
+        given["max_bits"] = None
+    return given
+
+
+def merge(options: Options, given: dict[str, Any]) -> Options:
+    return replace(options, **given)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token windows of the three purposes; none is in two of them, unless held-out text is a file of its own.
+
+    Args:
+        capture: what sensitivity is measured on.
+        search: what settings are scored on in the search.
+        heldout: what final scores rest on.
+    """
+
+    capture: CalibrationText
+    search: CalibrationText
+    heldout: CalibrationText
+
+
+def load_texts(options: Options, tokenizer: Any) -> Texts:
+    """Draw the windows.
+
+    Raises:
+        ValueError: files that cannot be used or that hold too little text.
+    """
+    data = None if options.data is None else Path(options.data)
+    total = 0
+    drawn: list[CalibrationText] = []
+    used: set[tuple[int, ...]] = set()
+    sizes = [options.capture_tokens, options.search_tokens]
+    for tokens in sizes if options.heldout else [*sizes, options.heldout_tokens]:
+        # A longer draw with the same seed begins, file by file, with the windows of a shorter one.
+        total += tokens
+        text = load_text(data, tokenizer, tokens=total, context=options.window, seed=options.seed)
+        drawn.append(replace(text, windows=tuple(window for window in text.windows if window not in used)))
+        used.update(text.windows)
+    if options.heldout:
+        path = Path(options.heldout)
+        drawn.append(
+            load_text(path, tokenizer, tokens=options.heldout_tokens, context=options.window, seed=options.seed)
+        )
+    return Texts(*drawn)
+
+
+def check_options(options: Options, out: Path, *, with_budget: bool) -> None:
+    """Refuse everything that can be known to be wrong without loading the model, all at once.
+
+    Args:
+        options: to check.
+        out: the output folder.
+        with_budget: whether a budget must be given.
+
+    Raises:
+        ProfileError: the problems.
+    """
+    problems: list[str] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except ProfileError as error:
+            problems.extend(error.problems)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        return None
+
+    problems += _numbers(options)
+    shape: ModelShape | None = attempt(lambda: load_model_shape(options.model))
+    if shape is not None:
+        problems += [f"{options.model}: model {reason}" for reason in shape.unsupported]
+        attempt(lambda: _check_layers(options, shape))
+    for name in (options.data, options.heldout):
+        if name is not None:
+            attempt(lambda path=Path(name): read_documents(path))  # type: ignore[misc]
+    if out.exists() and not out.is_dir():
+        problems.append(f"--out must be a folder, but got {str(out)!r}, which is a file")
+    if with_budget and (wrong := _budget_kind(options)):
+        problems.append(wrong)
+    elif with_budget and shape is not None and not problems:
+        attempt(lambda: _check_budget(options, shape))
+    if options.sampler == "moead":
+        attempt(lambda: make_sampler(options.sampler, options.seed))
+    if options.storage is not None:
+        attempt(lambda: open_storage(options.storage_url(out)))
+    if problems:
+        raise ProfileError(problems)
+
+
+def _numbers(options: Options) -> list[str]:
+    least = {
+        "window": 32,
+        "capture_tokens": 1,
+        "search_tokens": 1,
+        "heldout_tokens": 1,
+        "kv_memory": 1,
+        "cluster_factor": 1,
+        "memory": 1,
+        "context": 1,
+        "concurrency": 1,
+        "trials": 1,
+    }
+    problems = []
+    for name, minimum in least.items():
+        value = getattr(options, name)
+        if value is not None and not (math.isfinite(value) and value >= minimum):
+            problems.append(f"--{name.replace('_', '-')} must be at least {minimum}, but got {value}")
+    if options.max_bits is not None and not 0 < options.max_bits <= 16:
+        problems.append(f"--max-bits must be above 0 and at most 16, but got {options.max_bits:g}")
+    return problems
+
+
+def _budget_kind(options: Options) -> str | None:
+    by_memory = [options.memory is not None, options.context is not None, options.concurrency is not None]
+    if (options.max_bits is None and all(by_memory)) or (options.max_bits is not None and not any(by_memory)):
+        return None
+    names = [name for name in GROUPS["search"][:4] if getattr(options, name) is not None]
+    given = ", ".join(f"--{name.replace('_', '-')}" for name in names) or "none"
+    return f"the budget must be given as --max-bits, or as --memory with --context and --concurrency, but got {given}"
+
+
+def _check_layers(options: Options, shape: ModelShape) -> None:
+    try:
+        layers = options.unquantized_layers
+    except ValueError as error:
+        raise ValueError(f"--unquantized {error}") from None
+    if unknown := sorted(set(layers) - set(shape.attention_layers)):
+        rule = f"must name layers of {shape.name} that cache keys and values"
+        raise ValueError(f"--unquantized {rule}, but got {', '.join(map(str, unknown))}")
+    if set(layers) == set(shape.attention_layers):
+        raise ValueError(f"--unquantized must leave a layer to choose pairs for, but got all {len(layers)}")
+
+
+def shapes_of(shape: ModelShape) -> dict[int, tuple[int, int]]:
+    """KV heads and head size of every layer that caches keys and values."""
+    layers = {layer: shape.layers[layer] for layer in shape.attention_layers}
+    return {layer: (each.num_kv_heads, each.head_size) for layer, each in layers.items()}
+
+
+def _check_budget(options: Options, shape: ModelShape) -> None:
+    shapes = shapes_of(shape)
+    smallest = min(QUANTIZED_PAIRS, key=lambda pair: pair.nominal_bits)
+    cheapest = [UNQUANTIZED if layer in options.unquantized_layers else smallest for layer in shapes]
+    check_budget(options.max_bytes(shapes), shapes, cheapest)

@@ -1,0 +1,279 @@
+"""The stages of a calibration, each from the files of those before it in the output folder to its own.
+
+A stage whose files follow from the same inputs is not run again: capture and transforms know their own, the search goes
+on in the study that its plan names, and held-out scores are kept per setting. The rest takes no time.
+"""
+
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_kvtuner.layout import PrecisionPair
+
+from ..results import write_json
+from .artifacts import STATICS_FILE, Evaluator, Quality, SensitivityTable, digest, read_artifact
+from .calibration_text import CalibrationText
+from .cluster import cluster, read_clusters, write_clusters
+from .export import write_profile
+from .options import GROUPS, Options, Texts, load_texts
+from .outcome import HELDOUT_FILE, PROFILE_ORIGIN, Heldout, Scored, SearchResult, format_pairs, verdict
+from .plots import read_study_figures, write_study_figures
+from .prune import prune, read_candidates, write_candidates
+from .report import build_report, write_report
+from .sampling import make_sampler
+from .search import LazyEvaluator, run_search, search_result
+from .sensitivity import SENSITIVITY_FILE, measure_sensitivity
+from .space import SearchSpace, check_budget
+from .study import EngineSettings, SearchPlan, create_study, find_plan, open_storage
+
+CANDIDATES_FILE = "candidates.json"
+CLUSTERS_FILE = "clusters.json"
+PROFILE_FILE = "profile.yaml"
+REPORT_FILE = "report.html"
+FIGURES_FILE = "study_figures.json"
+COSTS_FILE = "costs.json"
+COSTS_SCHEMA = "kvtuner-costs/1"
+STAGES = ("capture", "sensitivity", "prune", "cluster", "search", "export", "report")
+
+
+class Calibration:
+    """The stages on one output folder.
+
+    Args:
+        out: the folder; made if it does not exist.
+        options: what is asked for.
+    """
+
+    def __init__(self, out: Path, options: Options) -> None:
+        self.out = out
+        self.options = options
+        out.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stage: str) -> None:
+        """Run one of ``STAGES`` and print what it took.
+
+        Raises:
+            ValueError: a stage before it has not been run, or its input is wrong.
+        """
+        started = time.monotonic()
+        message = getattr(self, stage)()
+        seconds = time.monotonic() - started
+        self._add_cost(stage, seconds)
+        print(f"{stage}: {message} ({seconds:.1f} s)", flush=True)
+
+    @cached_property
+    def texts(self) -> Texts:
+        from transformers import AutoTokenizer
+
+        return load_texts(self.options, AutoTokenizer.from_pretrained(self.options.model))
+
+    def capture(self) -> str:
+        from .capture import CaptureRequest, run_capture
+
+        options = self.options
+        request = CaptureRequest(
+            model=options.model,
+            data=None if options.data is None else Path(options.data),
+            tokens=options.capture_tokens,
+            context=options.window,
+            seed=options.seed,
+            dtype=options.dtype,
+        )
+        capture = run_capture(request, self.out)
+        return f"{len(capture.layers)} layers, {sum(capture.windows):,} tokens"
+
+    def sensitivity(self) -> str:
+        from .capture import CAPTURE_FOLDER
+        from .captured import Capture
+        from .transform_choice import choose_transforms
+
+        capture = Capture.read(self.out / CAPTURE_FOLDER)
+        choice = choose_transforms(capture, self.out) if self.options.transforms == "choose" else None
+        table = measure_sensitivity(capture, choice, self.out)
+        return f"{len(table.layers)} layers, nine pairs each"
+
+    def prune(self) -> str:
+        table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
+        options = self.options
+        candidates = prune(table, unquantized=options.unquantized_layers, keep_all=options.keep_all_pairs)
+        write_candidates(self.out / CANDIDATES_FILE, candidates)
+        counts = [len(layer.pairs) for layer in candidates]
+        return f"{min(counts)} to {max(counts)} of nine pairs per layer"
+
+    def cluster(self) -> str:
+        clusters = cluster(read_candidates(self.out / CANDIDATES_FILE), self.options.cluster_factor)
+        write_clusters(self.out / CLUSTERS_FILE, clusters)
+        return f"{len(clusters)} clusters of {sum(len(each.layers) for each in clusters)} layers"
+
+    def search(self) -> str:
+        plan = self._plan()
+        options = self.options
+        study = create_study(
+            open_storage(options.storage_url(self.out)), plan, make_sampler(options.sampler, options.seed)
+        )
+        budget = options.budget_text(*plan.space.budget_bits(plan.max_bytes))
+        print(f"search: {budget}, {len(plan.space.clusters)} decisions, study {study.study_name}", flush=True)
+        run_search(study, plan, lambda: start_engine(plan.engine), options.trials)
+        result = search_result(study, plan, budget, self.texts.search.identity)
+        result.write(self.out)
+        decisions = sum(len(each.pairs) > 1 for each in plan.space.clusters)
+        write_study_figures(self.out / FIGURES_FILE, study, decisions)
+        chosen = result.chosen
+        return (
+            f"{result.trials['scored']} settings scored; best {chosen.origin}, mean KL {chosen.quality.kl_mean:.5f} at "
+            f"{chosen.nominal_bits:.3f} nominal, {chosen.stored_bits:.3f} stored bits"
+        )
+
+    def export(self) -> str:
+        heldout = self._score_heldout()
+        path = self.out / PROFILE_FILE
+        table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
+        write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout)
+        return f"{path}. {verdict(heldout, SearchResult.read(self.out).max_bits)}"
+
+    def report(self) -> str:
+        result = SearchResult.read(self.out)
+        html = build_report(
+            SensitivityTable.read(self.out / SENSITIVITY_FILE),
+            read_candidates(self.out / CANDIDATES_FILE),
+            read_clusters(self.out / CLUSTERS_FILE),
+            result,
+            Heldout.read(self.out),
+            read_study_figures(self.out / FIGURES_FILE),
+            {stage: cost["seconds"] for stage, cost in read_costs(self.out).items() if stage != "report"},
+        )
+        write_report(self.out / REPORT_FILE, html)
+        return str(self.out / REPORT_FILE)
+
+    def _plan(self) -> SearchPlan:
+        candidates = read_candidates(self.out / CANDIDATES_FILE)
+        shapes = {layer.index: (layer.num_kv_heads, layer.head_size) for layer in candidates}
+        max_bytes = self.options.max_bytes(shapes)
+        check_budget(max_bytes, shapes, [layer.pairs[0] for layer in candidates])
+        return SearchPlan(
+            space=SearchSpace(read_clusters(self.out / CLUSTERS_FILE), shapes),
+            max_bytes=max_bytes,
+            sampler=self.options.sampler,
+            seed=self.options.seed,
+            engine=self._engine(self.texts.search),
+        )
+
+    def _engine(self, text: CalibrationText) -> EngineSettings:
+        table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
+        transforms = {layer.index: layer.transforms for layer in table.layers}
+        needs_statics = any(each.needs_statics for each in transforms.values())
+        return EngineSettings(
+            model=self.options.model,
+            dtype=self.options.dtype,
+            windows=text.windows,
+            transforms=transforms,
+            statics=(self.out / STATICS_FILE).read_bytes() if needs_statics else None,
+            unquantized=self.options.unquantized_layers,
+            kv_memory_bytes=self.options.kv_memory,
+        )
+
+    def _score_heldout(self) -> Heldout:
+        """Score the chosen setting, the uniform ones and the two additive choices; keeps what is there already."""
+        result = SearchResult.read(self.out)
+        space = self._plan().space
+        engine = self._engine(self.texts.heldout)
+        inputs = digest(engine.to_plain())
+        settings = [] if (found := self._found_heldout(inputs)) is None else list(found.settings)
+        known = {format_pairs(each.pairs): each.quality for each in settings}
+        wanted = {PROFILE_ORIGIN: result.chosen.pairs}
+        wanted |= {f"uniform {pair}": space.uniform(pair) for pair in space.uniform_pairs()}
+        wanted |= {"greedy": result.greedy, "integer program": result.integer_program}
+        settings = []
+        with closing(LazyEvaluator(lambda: start_engine(engine))) as evaluator:
+            for origin, pairs in tqdm(wanted.items(), desc="held-out", unit="setting"):
+                if (quality := known.get(format_pairs(pairs))) is None:
+                    quality = known[format_pairs(pairs)] = evaluator.score(pairs)
+                settings.append(Scored(None, origin, pairs, *space.bits(pairs), quality))
+                heldout = Heldout(inputs, self.texts.heldout.identity, tuple(settings))
+                heldout.write(self.out)
+        return heldout
+
+    def _found_heldout(self, inputs: str) -> Heldout | None:
+        """Scores of an earlier run with the same engine, complete or not."""
+        if not (self.out / HELDOUT_FILE).exists():
+            return None
+        found = Heldout.read(self.out)
+        return found if found.inputs == inputs else None
+
+    def _add_cost(self, stage: str, seconds: float) -> None:
+        """Add to what earlier runs with the same options took."""
+        options = asdict(self.options)
+        names = [name for each in STAGES[: STAGES.index(stage) + 1] for name in GROUPS[each] if name != "trials"]
+        inputs = digest({"model": self.options.model, **{name: options[name] for name in names}})
+        costs = read_costs(self.out)
+        before = costs.get(stage, {})
+        total = seconds + (before["seconds"] if before.get("inputs") == inputs else 0.0)
+        costs[stage] = {"inputs": inputs, "seconds": round(total, 2)}
+        write_json(self.out / COSTS_FILE, {"schema": COSTS_SCHEMA, "stages": costs})
+
+
+def read_costs(out: Path) -> dict[str, dict[str, Any]]:
+    """Stage -> its inputs' digest and the seconds it took; empty where nothing has run.
+
+    Raises:
+        ValueError: a file of another schema.
+    """
+    path = out / COSTS_FILE
+    return read_artifact(path, COSTS_SCHEMA, ("stages",))["stages"] if path.exists() else {}
+
+
+class _Engine:
+    """A calibration engine with the file that its statics are read from."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        from .engine import CalibrationEngine
+
+        self._folder = TemporaryDirectory(prefix="kvtuner-statics-")
+        statics = None
+        if settings.statics is not None:
+            statics = Path(self._folder.name) / STATICS_FILE
+            statics.write_bytes(settings.statics)
+        self._engine = CalibrationEngine(
+            settings.model,
+            settings.windows,
+            transform_overrides=settings.transforms,
+            statics=statics,
+            unquantized_layers=settings.unquantized,
+            kv_memory_bytes=settings.kv_memory_bytes,
+            dtype=settings.dtype,
+        )
+
+    def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
+        return self._engine.score(pairs)
+
+    def close(self) -> None:
+        self._engine.close()
+        self._folder.cleanup()
+
+
+def start_engine(settings: EngineSettings) -> Evaluator:
+    """vLLM as the measuring instrument."""
+    return _Engine(settings)
+
+
+def join(storage: str, study_name: str | None) -> None:
+    """Work on a search that another process made, until it is done.
+
+    Args:
+        storage: URL of the Optuna storage.
+        study_name: the study; None takes the one made last.
+
+    Raises:
+        ValueError: no such storage or study.
+    """
+    opened = open_storage(storage)
+    plan = find_plan(opened, storage, study_name)
+    study = create_study(opened, plan, make_sampler(plan.sampler, plan.seed))
+    run_search(study, plan, lambda: start_engine(plan.engine))

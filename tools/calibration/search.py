@@ -1,0 +1,282 @@
+"""Search the settings with Optuna: mean KL divergence and stored bits, both as small as can be, within a budget.
+
+Proposals come from Optuna's sampler and, in turn with it, from the integer program over errors refitted to the scores
+so far. A trial that proposes a known setting is answered from the study, and one over the budget is not scored: its
+setting made to fit stands in line instead. So evaluations, which cost an engine's pass each, go to new settings within
+the budget, and to the uniform ones that everything is compared with.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+from tqdm import tqdm
+
+from vllm_kvtuner.layout import PrecisionPair
+
+from .artifacts import Evaluator, Quality
+from .greedy import greedy
+from .integer_program import integer_program
+from .outcome import Scored, SearchResult
+from .refit import refit
+from .space import Choice, SearchSpace
+from .study import SEEDED, TRIALS, WORKER, SearchPlan, at_work, put_back, reclaim
+
+BARREN_TRIALS = 100
+"""Trials in a row without a new setting, after which the sampler has nothing more to say."""
+LOWER_BUDGETS = 6
+"""Budgets below the wanted one for which the integer program's choices are seeds too: a first Pareto front."""
+SOLVERS = {"integer_program": integer_program, "greedy": greedy}
+"""Choices that take errors as additive."""
+REFIT_EVERY = 2
+"""Settings scored between two that the refitted integer program proposes."""
+QUALITY = "quality"
+ORIGIN = "origin"
+REFITTED = "refitted"
+REPAIR_OF = "repair_of"
+DUPLICATE_OF = "duplicate_of"
+"""User attributes of a trial: its scores, where a seed came from, the number of scores that its errors were refitted
+to, the trial over the budget that it is made from, and the trial that already had its setting."""
+BUDGET = "stored bits over the budget"
+"""The constraint: kept where it is at most 0."""
+_POLL_SECONDS = 2.0
+
+
+def seeds(plan: SearchPlan) -> list[tuple[str, Choice]]:
+    """Settings to score first, each once: uniform ones, the greedy and the exact choice, and exact ones of less."""
+    space = plan.space
+    found: list[tuple[str, Choice]] = []
+
+    def add(origin: str, choice: Choice | None) -> None:
+        if choice is not None and all(choice != known for _, known in found):
+            found.append((origin, choice))
+
+    for pair in space.uniform_pairs():
+        add(f"uniform {pair}", space.choice_of(space.uniform(pair)))
+    for name, solve in SOLVERS.items():
+        add(name.replace("_", " "), solve(space.clusters, plan.max_bytes))
+    least = space.bytes_per_token(space.cheapest())
+    for step in range(LOWER_BUDGETS, 0, -1):
+        lower = least + (plan.max_bytes - least) * step // (LOWER_BUDGETS + 1)
+        add(f"integer program at {space.stored_bits(lower):.2f} stored bits", integer_program(space.clusters, lower))
+    return found
+
+
+def run_search(
+    study: Study, plan: SearchPlan, make_evaluator: Callable[[], Evaluator], trials: int | None = None
+) -> None:
+    """Work on the study until it has the evaluations wanted; also what a worker that joins does.
+
+    Args:
+        study: made by ``study.create_study``.
+        plan: its plan.
+        make_evaluator: starts the measuring engine; called when the first setting has to be scored.
+        trials: evaluations wanted, those of earlier runs included; None takes what the study was last given.
+    """
+    if trials is not None:
+        study.set_user_attr(TRIALS, trials)
+    if SEEDED not in study.user_attrs:
+        for origin, choice in seeds(plan):
+            study.enqueue_trial(_params(plan.space, choice), user_attrs={ORIGIN: origin}, skip_if_exists=True)
+        study.set_user_attr(SEEDED, True)
+    evaluator = LazyEvaluator(make_evaluator)
+    with closing(evaluator), at_work(study) as me, tqdm(desc="search", unit="setting") as bar:
+        while _wait_for_turn(study, me, bar):
+            _propose_refitted(study, plan)
+            trial = study.ask()
+            try:
+                trial.set_user_attr(WORKER, me)
+                _run_trial(study, plan, trial, evaluator)
+            except UpdateFinishedTrialError:
+                continue  # SQLite has no row locks, so another worker may have taken the same trial from the queue
+            except BaseException:
+                put_back(study, trial._trial_id)
+                raise
+            _show_best(bar, study, plan)
+        for pair in plan.space.uniform_pairs():
+            pairs = plan.space.uniform(pair)
+            is_fit = plan.space.bytes_of(pairs) <= plan.max_bytes
+            if is_fit and plan.space.choice_of(pairs) is None and _uniform_attr(pair) not in study.user_attrs:
+                study.set_user_attr(_uniform_attr(pair), asdict(evaluator.score(pairs)))
+
+
+class LazyEvaluator:
+    """An Evaluator that starts the engine when it is first needed: what is finished needs none."""
+
+    def __init__(self, make: Callable[[], Evaluator]) -> None:
+        self._make = make
+        self._evaluator: Evaluator | None = None
+
+    def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
+        if self._evaluator is None:
+            self._evaluator = self._make()
+        return self._evaluator.score(pairs)
+
+    def close(self) -> None:
+        if self._evaluator is not None:
+            self._evaluator.close()
+
+
+def _wait_for_turn(study: Study, me: str, bar: "tqdm[Any]") -> bool:
+    """True when a trial may be asked for, False when the search is done."""
+    while True:
+        reclaim(study, me)
+        trials = study.get_trials(deepcopy=False)
+        scored = sum(trial.state == TrialState.COMPLETE for trial in trials)
+        running = sum(trial.state == TrialState.RUNNING for trial in trials)
+        wanted = study.user_attrs[TRIALS]
+        bar.total, bar.n = max(wanted, scored), scored
+        bar.refresh()
+        seeds_left = any(trial.state == TrialState.WAITING and ORIGIN in trial.user_attrs for trial in trials)
+        if seeds_left or (scored + running < wanted and _barren(trials) < BARREN_TRIALS):
+            return True
+        if not running:
+            return False
+        time.sleep(_POLL_SECONDS)  # another worker's trial may yet be put back
+
+
+def _propose_refitted(study: Study, plan: SearchPlan) -> None:
+    """Every now and then, put the setting in line that is best by errors learned from the study and is not known yet.
+
+    What is put in line follows from the trials alone, so doing it again after a kill changes nothing.
+    """
+    trials = study.get_trials(deepcopy=False)
+    scored = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    seeds_left = any(trial.state == TrialState.WAITING and ORIGIN in trial.user_attrs for trial in trials)
+    if seeds_left or len(scored) % REFIT_EVERY:
+        return
+    space = plan.space
+    choices = [_choice(space, trial) for trial in scored]
+    learned = refit(space.clusters, [(choice, t.values[0]) for choice, t in zip(choices, scored, strict=True)])
+    if (choice := integer_program(learned, plan.max_bytes, set(choices))) is not None:
+        study.enqueue_trial(_params(space, choice), user_attrs={REFITTED: len(scored)}, skip_if_exists=True)
+
+
+def _barren(trials: Sequence[FrozenTrial]) -> int:
+    """Trials since the last one that was scored."""
+    finished = [trial.state for trial in trials if trial.state.is_finished()]
+    return next((n for n, state in enumerate(reversed(finished)) if state == TrialState.COMPLETE), len(finished))
+
+
+def _run_trial(study: Study, plan: SearchPlan, trial: Trial, evaluator: LazyEvaluator) -> None:
+    # Optuna samples when a parameter is first asked for, so never for a trial from the queue; NSGA-II gives a trial its
+    # generation then, and one without is no parent.
+    _ = trial.relative_params
+    space = plan.space
+    choice = tuple(
+        PrecisionPair.parse(trial.suggest_categorical(each.name, [pair.name for pair in each.pairs]))
+        for each in space.clusters
+    )
+    size = space.bytes_per_token(choice)
+    trials = study.get_trials(deepcopy=False)
+    this = trials[trial.number]
+    if BUDGET not in this.constraints:  # it is there if the trial was put back
+        trial.set_constraint(BUDGET, space.stored_bits(size) - space.stored_bits(plan.max_bytes))
+    same = (each for each in trials if each.state == TrialState.COMPLETE and each.params == trial.params)
+    if (known := next(same, None)) is not None:
+        trial.set_user_attr(DUPLICATE_OF, known.number)
+        study.tell(trial, state=TrialState.PRUNED)
+    elif size > plan.max_bytes and ORIGIN not in this.user_attrs:
+        repaired = _params(space, space.repair(choice, plan.max_bytes))
+        study.enqueue_trial(repaired, user_attrs={REPAIR_OF: trial.number}, skip_if_exists=True)
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        if QUALITY not in this.user_attrs:
+            trial.set_user_attr(QUALITY, asdict(evaluator.score(space.pairs(choice))))
+        quality = Quality(**trial.user_attrs[QUALITY])
+        study.tell(trial, [quality.kl_mean, space.stored_bits(size)])
+
+
+def _params(space: SearchSpace, choice: Choice) -> dict[str, str]:
+    return {each.name: pair.name for each, pair in zip(space.clusters, choice, strict=True)}
+
+
+def _choice(space: SearchSpace, trial: FrozenTrial) -> Choice:
+    return tuple(PrecisionPair.parse(trial.params[each.name]) for each in space.clusters)
+
+
+def _origin(plan: SearchPlan, trial: FrozenTrial) -> str:
+    if REFITTED in trial.user_attrs:
+        return f"refitted to {trial.user_attrs[REFITTED]} scores"
+    if REPAIR_OF in trial.user_attrs:
+        return f"{plan.sampler}, made to fit"
+    return trial.user_attrs.get(ORIGIN, plan.sampler)
+
+
+def _uniform_attr(pair: PrecisionPair) -> str:
+    return f"uniform {pair}"
+
+
+def _show_best(bar: "tqdm[Any]", study: Study, plan: SearchPlan) -> None:
+    scored = scored_settings(study, plan)
+    if any(_fits(each, plan) for each in scored):
+        best = choose(scored, plan)
+        bar.set_postfix_str(
+            f"best KL {best.quality.kl_mean:.5f} at {best.nominal_bits:.2f} nominal, {best.stored_bits:.2f} stored bits"
+        )
+
+
+def scored_settings(study: Study, plan: SearchPlan) -> list[Scored]:
+    """Everything that was scored, in the order of trials; last uniform settings that are no choice of candidates."""
+    space = plan.space
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        pairs = space.pairs(_choice(space, trial))
+        found.append(_scored(trial.number, _origin(plan, trial), pairs, space, trial.user_attrs[QUALITY]))
+    for pair in space.uniform_pairs():
+        if (quality := study.user_attrs.get(_uniform_attr(pair))) is not None:
+            found.append(_scored(None, f"uniform {pair}", space.uniform(pair), space, quality))
+    return found
+
+
+def _scored(
+    number: int | None, origin: str, pairs: dict[int, PrecisionPair], space: SearchSpace, quality: dict[str, Any]
+) -> Scored:
+    return Scored(number, origin, pairs, *space.bits(pairs), Quality(**quality))
+
+
+def _fits(each: Scored, plan: SearchPlan) -> bool:
+    return plan.space.bytes_of(each.pairs) <= plan.max_bytes
+
+
+def choose(scored: Sequence[Scored], plan: SearchPlan) -> Scored:
+    """The setting within the budget with the least mean KL; of equal ones that of fewer bits, then the earlier."""
+    within = [each for each in scored if _fits(each, plan)]
+    return min(within, key=lambda each: (each.quality.kl_mean, each.stored_bits))
+
+
+def search_result(study: Study, plan: SearchPlan, budget: str, data: Mapping[str, Any]) -> SearchResult:
+    """What a search that is done found.
+
+    Args:
+        study: the search's.
+        plan: its plan.
+        budget: in words.
+        data: identity of the text that settings were scored on.
+    """
+    space = plan.space
+    trials = study.get_trials(deepcopy=False)
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    duplicates = sum(DUPLICATE_OF in trial.user_attrs for trial in trials)
+    pruned = sum(trial.state == TrialState.PRUNED for trial in trials)
+    choices = {name: solve(space.clusters, plan.max_bytes) for name, solve in SOLVERS.items()}
+    scored = scored_settings(study, plan)
+    return SearchResult(
+        study=study.study_name,
+        sampler=plan.sampler,
+        seed=plan.seed,
+        budget=budget,
+        max_bits=space.stored_bits(plan.max_bytes),
+        data=data,
+        chosen=choose(scored, plan),
+        scored=tuple(scored),
+        trials={"scored": len(complete), "duplicates": duplicates, "over_budget": pruned - duplicates},
+        evaluation_seconds=median(trial.duration.total_seconds() for trial in complete if trial.duration),
+        **{name: {} if choice is None else space.pairs(choice) for name, choice in choices.items()},
+    )

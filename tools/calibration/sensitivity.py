@@ -1,0 +1,58 @@
+"""How sensitive each layer is to the precision of its keys and values: errors of all nine pairs on captured samples."""
+
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vllm_kvtuner.precision import TransformSettings
+from vllm_kvtuner.transforms import LayerTransforms
+
+from .artifacts import LayerSensitivity, SensitivityTable
+from .attention_error import AttentionMeter
+from .captured import Capture
+from .transform_choice import TransformChoice, default_device, layer_transforms
+
+SENSITIVITY_FILE = "sensitivity.json"
+"""Name of the table in a calibration's output folder."""
+
+
+def measure_sensitivity(
+    capture: Capture,
+    choice: TransformChoice | None,
+    out_dir: Path,
+    *,
+    device: torch.device | str | None = None,
+) -> SensitivityTable:
+    """Measure every layer at the captured positions and write ``sensitivity.json``.
+
+    Args:
+        capture: what to measure on.
+        choice: each layer's transforms; None measures without any, which is the published method's setting.
+        out_dir: the calibration's output folder; holds the choice's statics.
+        device: where to measure; by default the first GPU, or the CPU.
+    """
+    device = device or default_device()
+    built = {} if choice is None else layer_transforms(choice, out_dir, device)
+    layers = []
+    for layer in tqdm(capture.layers, desc="sensitivity", unit="layer"):
+        rotary = capture.load_rotary(layer, device)
+        meter = AttentionMeter(layer, capture.load_layer(layer, device), None if rotary is None else rotary.near)
+        errors = meter.pair_errors(built.get(layer.index, LayerTransforms()))
+        layers.append(
+            LayerSensitivity(
+                index=layer.index,
+                num_kv_heads=layer.num_kv_heads,
+                head_size=layer.head_size,
+                sliding_window=layer.sliding_window,
+                transforms=TransformSettings() if choice is None else choice.transforms[layer.index],
+                output_error={pair.name: error for pair, error in errors.output.items()},
+                score_error={f"K{bits}": error for bits, error in errors.score.items()},
+                output_error_per_head={pair.name: heads for pair, heads in errors.output_per_head.items()},
+            )
+        )
+    table = SensitivityTable(
+        model=capture.model, data=capture.data, seed=capture.seed, versions=capture.versions, layers=tuple(layers)
+    )
+    table.write(out_dir / SENSITIVITY_FILE)
+    return table

@@ -1,0 +1,84 @@
+"""lm-eval's tasks through its vLLM backend, on one KV cache setting. Needs the optional package ``lm-eval``."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .model_files import max_positions
+from .settings import Setting
+
+MAX_MODEL_LEN = 4096
+"""Tokens of prompt and answer, or fewer if the model has fewer positions."""
+BOOTSTRAPS = 1000
+"""Resamplings for the standard error of metrics that have no closed form."""
+
+
+@dataclass(frozen=True)
+class LmEvalJob:
+    """One engine and the tasks to run in it.
+
+    Attributes:
+        tasks: names that lm-eval knows, or YAML files that define a task.
+        limit: questions per task at most.
+        kv_memory_bytes: memory of the KV cache.
+    """
+
+    tasks: tuple[str, ...]
+    limit: int | None
+    model: str
+    dtype: str
+    setting: Setting
+    kv_memory_bytes: int
+
+
+def check_lm_eval() -> None:
+    """Raises: ValueError: lm-eval is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--lm-eval must have the package lm-eval: pip install 'vllm-kvtuner[lm-eval]'")
+
+
+def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None]]]:
+    """Metrics of each task, each its value and standard error (None where lm-eval gives none), under ``metric,filter``.
+
+    Prompts are lm-eval's own, in the model's chat template if it has one. Meant for a process of its own.
+    """
+    # As in every measurement here: one process, and settings that differ in the cache alone.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    import lm_eval
+    from transformers import AutoTokenizer
+
+    arguments = {
+        "pretrained": job.model,
+        "dtype": job.dtype,
+        "max_model_len": min(MAX_MODEL_LEN, max_positions(job.model)),
+        "kv_cache_dtype": job.setting.kv_cache_dtype,
+        "additional_config": job.setting.additional_config(attend_cached_prefill=True),
+        "kv_cache_memory_bytes": job.kv_memory_bytes,
+        "enforce_eager": True,
+    }
+    results = lm_eval.simple_evaluate(
+        model="vllm",
+        model_args=arguments,
+        tasks=[str(Path(task).absolute()) if task.endswith(".yaml") else task for task in job.tasks],
+        batch_size="auto",
+        limit=job.limit,
+        log_samples=False,
+        bootstrap_iters=BOOTSTRAPS,
+        apply_chat_template=bool(AutoTokenizer.from_pretrained(job.model).chat_template),
+    )
+    return {task: _metrics(values) for task, values in results["results"].items()}
+
+
+def _metrics(values: dict[str, Any]) -> dict[str, tuple[float, float | None]]:
+    """lm-eval's flat ``metric,filter`` and ``metric_stderr,filter``, paired."""
+    metrics = {}
+    for key, value in values.items():
+        name, _, filter_name = key.partition(",")
+        if not filter_name or name.endswith("_stderr"):
+            continue
+        stderr = values.get(f"{name}_stderr,{filter_name}")
+        metrics[key] = (value, stderr if isinstance(stderr, float) else None)
+    return metrics

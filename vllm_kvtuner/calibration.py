@@ -1,0 +1,104 @@
+"""Calibration mode: what the layers of a running engine store can be switched, pair and transforms alike.
+
+Pages keep the size of the pair that the engine was built with. A smaller pair's chunk takes the first bytes of each
+(block, KV head) chunk, in the very layout and by the very kernels that serve it.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vllm_kvtuner import plugin
+from vllm_kvtuner.backend import KVTunerMetadata
+from vllm_kvtuner.impl import KVTunerImpl
+from vllm_kvtuner.layout import PageLayout, PrecisionPair, content_bytes
+from vllm_kvtuner.precision import LayerPrecision, ResolvedProfile
+
+
+class SwitchableImpl(KVTunerImpl):
+    """A layer whose pages may hold a smaller pair than they have room for."""
+
+    def warm_up(self, kv_cache: torch.Tensor) -> None:
+        super().warm_up(self._chunks(kv_cache))
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        super().do_kv_cache_update(layer, key, value, self._chunks(kv_cache), slot_mapping)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: KVTunerMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if attn_metadata is not None:  # without, there may be no cache yet
+            kv_cache = self._chunks(kv_cache)
+        return super().forward(
+            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+        )
+
+    def _chunks(self, kv_cache: torch.Tensor) -> torch.Tensor:
+        return chunks_of(kv_cache, self._layout(kv_cache))
+
+
+def chunks_of(kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """The first bytes of each chunk of a layer's cache, as the cache of a pair that needs no more.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes of the room] uint8, chunks contiguous.
+        layout: of the pair stored, with the same block_size.
+
+    Returns:
+        [num_blocks, num_kv_heads, block_size, layout.content_bytes] uint8, a view whose chunks begin where those of
+        ``kv_cache`` do.
+    """
+    assert layout.content_bytes <= kv_cache.shape[3], (layout, kv_cache.shape)
+    shape = (*kv_cache.shape[:3], layout.content_bytes)
+    return kv_cache.as_strided(shape, (*kv_cache.stride()[:2], layout.content_bytes, 1))
+
+
+def switch(worker: Any, resolved: ResolvedProfile) -> None:
+    """Make every layer store what a profile says; what it stored before has no meaning any more.
+
+    For vLLM's ``collective_rpc``; the caller empties the prefix cache.
+
+    Args:
+        worker: of an engine in calibration mode.
+        resolved: pairs, transforms and statics, resolved against the engine's model.
+
+    Raises:
+        ValueError: a pair that needs more room than its layer's pages have, or K16V16 where the engine was built
+            with a quantized layer, or the other way round; nothing is switched then. Or the statics do not fit.
+    """
+    room = {layer.index: layer.pair for layer in plugin.resolved_profile(worker.vllm_config).layers}
+    if refusals := [refusal for layer in resolved.layers if (refusal := _refusal(layer, room[layer.index]))]:
+        raise ValueError("\n".join(refusals))
+    precisions = {layer.index: layer for layer in resolved.layers}
+    for layer in worker.vllm_config.compilation_config.static_forward_context.values():
+        if isinstance(impl := getattr(layer, "impl", None), SwitchableImpl):
+            impl.configure(replace(impl.settings, precision=precisions[impl.settings.precision.index]))
+    plugin.bind_statics(worker.get_model(), worker.vllm_config, resolved)
+
+
+def _refusal(layer: LayerPrecision, room: PrecisionPair) -> str | None:
+    """Why a layer cannot store a pair in pages made for ``room``, or None if it can."""
+    if layer.pair.is_quantized != room.is_quantized:
+        rule = "must be quantized in this engine" if room.is_quantized else "must be K16V16 in this engine"
+    elif content_bytes(layer.pair, layer.shape.head_size) > content_bytes(room, layer.shape.head_size):
+        rule = f"must fit pages made for {room}"
+    else:
+        return None
+    return f"layers.{layer.index}: {rule}, but got {layer.pair}"

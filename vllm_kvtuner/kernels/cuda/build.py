@@ -1,0 +1,112 @@
+"""Compile a CUDA source of this folder for a card, once: compiled code is kept on disk."""
+
+import functools
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from cuda.bindings import driver
+from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
+from cuda.core.utils import FileStreamProgramCache
+
+from vllm_kvtuner import envs
+
+SOURCES = Path(__file__).parent
+INCLUDE = '#include "device.cuh"\n'
+
+
+@dataclass(frozen=True)
+class BuiltKernel:
+    """A kernel on one device.
+
+    Args:
+        kernel: as cuda.core launches it.
+        block: threads of a CTA.
+        shared_bytes: dynamic shared memory of a CTA.
+        max_ctas: CTAs that the device runs at once.
+    """
+
+    kernel: Kernel
+    block: int
+    shared_bytes: int
+    max_ctas: int
+
+    def launch(self, grid: int, *arguments: object) -> None:
+        """Launch ``grid`` CTAs on torch's current stream; arguments are ctypes or numpy scalars or device addresses."""
+        stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+        config = LaunchConfig(grid=grid, block=self.block, shmem_size=self.shared_bytes)
+        launch(stream, config, self.kernel, *arguments)
+
+
+def source(stem: str) -> str:
+    """Text of ``stem``.cu with its one include put in place, so that the text alone decides what is built."""
+    text = (SOURCES / f"{stem}.cu").read_text()
+    assert text.count(INCLUDE) == 1, f"{stem}.cu must include device.cuh once"
+    return text.replace(INCLUDE, (SOURCES / "device.cuh").read_text().replace("#pragma once\n", ""))
+
+
+def compile_cubin(stem: str, defines: Mapping[str, int], arch: str, cache: FileStreamProgramCache | None) -> ObjectCode:
+    """Compile ``stem``.cu for ``arch`` such as ``sm_90``, or take it from ``cache``.
+
+    The cache's key holds source, options, architecture and the compiler's version (see cuda.core.utils).
+
+    Raises:
+        cuda.core.utils.NVRTCError: the source does not compile; with the compiler's log.
+    """
+    options = ProgramOptions(
+        arch=arch,
+        std="c++17",
+        define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
+    )
+    return Program(source(stem), "c++", options).compile("cubin", cache=cache)
+
+
+def kernel_cache() -> FileStreamProgramCache:
+    """The cache of compiled kernels on disk.
+
+    Raises:
+        ValueError: the folder belongs to somebody else, or others may write to it: what it holds runs on the card.
+    """
+    folder = envs.kernel_cache()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for path in (folder, folder / "entries"):
+        if not path.exists():
+            continue
+        status = path.stat()
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise ValueError(
+                f"KVTUNER_KERNEL_CACHE: {path} must belong to user {os.geteuid()} and be writable by no other, but "
+                f"belongs to {status.st_uid} with mode {stat.filemode(status.st_mode)}"
+            )
+    return FileStreamProgramCache(folder)
+
+
+@functools.cache
+def build(
+    stem: str, defines: tuple[tuple[str, int], ...], block: int, shared_bytes: int, device: torch.device
+) -> BuiltKernel:
+    """Compile and load the kernel that ``stem``.cu defines under the same name.
+
+    Args:
+        stem: name of the source and of its kernel.
+        defines: macros and their values.
+        block: threads of a CTA.
+        shared_bytes: dynamic shared memory of a CTA.
+        device: a CUDA device.
+    """
+    with torch.cuda.device(device):
+        major, minor = torch.cuda.get_device_capability(device)
+        code = compile_cubin(stem, dict(defines), f"sm_{major}{minor}", kernel_cache())
+        kernel = code.get_kernel(stem)
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        index = torch.cuda.current_device() if device.index is None else device.index
+        (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(index))
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{stem}: {shared_bytes} bytes of shared memory were refused: {status.name}")
+        per_multiprocessor = kernel.occupancy.max_active_blocks_per_multiprocessor(block, shared_bytes)
+        assert per_multiprocessor > 0, (stem, defines, shared_bytes)
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return BuiltKernel(kernel, block, shared_bytes, per_multiprocessor * multiprocessors)

@@ -1,0 +1,279 @@
+"""Launch paged_attention.cu: decode attention straight on packed pages, in one kernel.
+
+The contract is that of :func:`vllm_kvtuner.kernels.paged_attention.paged_attention`, the portable path.
+"""
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import torch
+
+from vllm_kvtuner.kernels.common import check_cache
+from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build
+from vllm_kvtuner.kernels.cuda.sm_speed import SmShares, sm_shares
+from vllm_kvtuner.layout import PageLayout
+from vllm_kvtuner.transforms import LayerTransforms
+
+MAX_QUERY_LEN = 16
+"""Query tokens per request that one launch serves."""
+NUM_WARPS = 4
+MAX_CTAS_PER_MULTIPROCESSOR = 4
+RESERVED_SHARED_BYTES = 1024
+"""Shared memory that the system takes of each CTA."""
+PASS_ROWS = (4, 8)
+"""Query rows (heads of the group times query tokens) of one pass over the tokens."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Knobs of one variant.
+
+    Args:
+        stage_tokens: cached tokens that a warp's copy brings.
+        num_stages: copies that a warp has in flight.
+        min_ctas: CTAs per multiprocessor that registers and shared memory must allow.
+    """
+
+    stage_tokens: int
+    num_stages: int
+    min_ctas: int
+
+
+@dataclass(frozen=True)
+class DecodeWorkspace:
+    """Scratch of :func:`paged_attention`; launches that run one after the other may share it.
+
+    Args:
+        partial: [2 * CTAs, rows of a pass, head_size] fp32, unnormalized outputs of segments that CTAs share.
+        state: [2 * CTAs, rows of a pass, 2] fp32, their reference to base 2 and total.
+        arrivals: [segments] int32, 0 between launches.
+        claims: [3] int32, 0 between launches.
+        shares: how much work each multiprocessor gets.
+    """
+
+    partial: torch.Tensor
+    state: torch.Tensor
+    arrivals: torch.Tensor
+    claims: torch.Tensor
+    shares: SmShares
+
+
+def _workspace_parts(
+    max_num_reqs: int, max_query_len: int, num_heads: int, num_kv_heads: int, head_size: int, num_sms: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    slots = 2 * MAX_CTAS_PER_MULTIPROCESSOR * num_sms
+    rows = pass_rows(num_heads // num_kv_heads * max_query_len)
+    segments = max_num_reqs * num_kv_heads * math.ceil(num_heads // num_kv_heads * max_query_len / PASS_ROWS[0])
+    return {
+        "partial": ((slots, rows, head_size), torch.float32),
+        "state": ((slots, rows, 2), torch.float32),
+        "arrivals": ((segments,), torch.int32),
+        "claims": ((3,), torch.int32),
+    }
+
+
+def decode_workspace(
+    max_num_reqs: int,
+    max_query_len: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    device: torch.device | str,
+) -> DecodeWorkspace:
+    """Scratch for batches of up to ``max_num_reqs`` requests of up to ``max_query_len`` query tokens each."""
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    parts = _workspace_parts(max_num_reqs, max_query_len, num_heads, num_kv_heads, head_size, num_sms)
+    tensors = {k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in parts.items()}
+    return DecodeWorkspace(**tensors, shares=sm_shares(torch.device(device)))
+
+
+def pass_rows(rows: int) -> int:
+    """Rows of a pass that serves ``rows`` query rows per KV head."""
+    return PASS_ROWS[0] if rows <= PASS_ROWS[0] else PASS_ROWS[1]
+
+
+def decode_config(layout: PageLayout, rows: int, offset_pairs: int, shared_bytes_per_sm: int) -> DecodeConfig:
+    """Knobs for a layout, rows of a pass and a multiprocessor's shared memory, from sweeps on an H200.
+
+    As many CTAs as registers and shared memory allow, two stages (more only lengthen the way to memory), and stages as
+    long as fit. See tools/bench/README.md.
+    """
+    bits = layout.pair.nominal_bits
+    # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
+    min_ctas = 2 if bits >= 4 else MAX_CTAS_PER_MULTIPROCESSOR if bits >= 3 else 3
+    if rows > PASS_ROWS[0] or offset_pairs:
+        min_ctas = min(min_ctas, 3)
+    if layout.head_size > 128 or offset_pairs > 16:
+        min_ctas = 2
+    num_stages, stage_tokens = 2, 64
+
+    def fits() -> bool:
+        cta = shared_bytes(layout, rows, DecodeConfig(stage_tokens, num_stages, min_ctas), offset_pairs)
+        return min_ctas * (cta + RESERVED_SHARED_BYTES) <= shared_bytes_per_sm
+
+    while not fits() and stage_tokens > 16:
+        stage_tokens //= 2
+    while not fits() and min_ctas > 1:
+        min_ctas -= 1
+    while layout.block_size % stage_tokens and stage_tokens % layout.block_size:
+        stage_tokens //= 2
+    return DecodeConfig(stage_tokens, num_stages, min_ctas)
+
+
+def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pairs: int) -> int:
+    """Dynamic shared memory of a CTA: at least the size of the kernel's struct."""
+    ring = NUM_WARPS * config.num_stages * config.stage_tokens * layout.content_bytes
+    outputs = NUM_WARPS * rows * layout.head_size * 4
+    queries = 2 * rows * layout.head_size * 2 + rows // 4 * 8 * (layout.head_size + 16) + rows * offset_pairs * 8
+    return ring + outputs + queries + 1024
+
+
+def unsupported(layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float = 0.0) -> str | None:
+    """Why this kernel does not serve a layer, or None if it does."""
+    if layout.head_size % 32 or layout.head_size * layout.v_bits % 128:
+        return f"head_size {layout.head_size} with {layout.v_bits}-bit values does not fill its matrix instructions"
+    if transforms.key_offset is None:
+        return None
+    rotary = transforms.rotary
+    if rotary is not None and rotary.frequencies is None:
+        return "the key offset's rotation is not proportional to the position"
+    if logits_soft_cap and (rotary is None or transforms.key_offset[:, rotary.rotary_dim :].any()):
+        return "a capped logit needs all of the key offset, but some of it is not rotated"
+    return None
+
+
+def _defines(
+    layout: PageLayout,
+    group: int,
+    rows: int,
+    config: DecodeConfig,
+    dtype: torch.dtype,
+    transforms: LayerTransforms,
+    offset_pairs: int,
+    sliding_window: int | None,
+    soft_cap: bool,
+) -> dict[str, int]:
+    return {
+        "SHARED_BYTES": shared_bytes(layout, rows, config, offset_pairs),
+        "HEAD_SIZE": layout.head_size,
+        "K_BITS": layout.k_bits,
+        "V_BITS": layout.v_bits,
+        "BLOCK_SIZE": layout.block_size,
+        "GROUP": group,
+        "PASS_ROWS": rows,
+        "STAGE_TOKENS": config.stage_tokens,
+        "NUM_STAGES": config.num_stages,
+        "MIN_CTAS": config.min_ctas,
+        "QUERY_BF16": int(dtype == torch.bfloat16),
+        "KEY_HADAMARD": int(transforms.key_hadamard),
+        "VALUE_HADAMARD": int(transforms.value_hadamard),
+        "KEY_EQUALIZATION": int(transforms.key_equalization is not None),
+        "OFFSET_PAIRS": offset_pairs,
+        "WINDOW": sliding_window or 0,
+        "SOFT_CAP": int(soft_cap),
+    }
+
+
+def _build(
+    layout: PageLayout,
+    group: int,
+    max_query_len: int,
+    dtype: torch.dtype,
+    transforms: LayerTransforms,
+    sliding_window: int | None,
+    soft_cap: bool,
+    device: torch.device,
+    config: DecodeConfig | None,
+) -> tuple[BuiltKernel, int]:
+    rows = pass_rows(group * max_query_len)
+    offset = transforms.offset_pairs
+    pairs = 0 if offset is None else len(offset.index)
+    if config is None:
+        shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+        config = decode_config(layout, rows, pairs, shared)
+    defines = _defines(layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap)
+    return build("paged_attention", tuple(defines.items()), 32 * NUM_WARPS, defines["SHARED_BYTES"], device), rows
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    max_query_len: int,
+    scale: float,
+    layout: PageLayout,
+    transforms: LayerTransforms,
+    output: torch.Tensor,
+    sliding_window: int | None = None,
+    logits_soft_cap: float = 0.0,
+    *,
+    workspace: DecodeWorkspace,
+    config: DecodeConfig | None = None,
+) -> None:
+    """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
+
+    As :func:`vllm_kvtuner.reference.paged_attention_ref`, which has the arguments' shapes. Nothing is read back to
+    the host and nothing allocated: the launch depends on shapes alone, so a CUDA graph may hold it. Rows of output
+    beyond the last query become 0. The first call of a variant compiles it.
+
+    Args:
+        workspace: from :func:`decode_workspace`, for at least this many requests and this shape of layer.
+        config: knobs, or None for :func:`decode_config`'s.
+    """
+    num_tokens, num_heads, head_size = query.shape
+    num_reqs, num_kv_heads = block_table.shape[0], kv_cache.shape[1]
+    group = num_heads // num_kv_heads
+    check_cache(kv_cache, layout)
+    assert head_size == layout.head_size and num_heads == group * num_kv_heads, (query.shape, layout, num_kv_heads)
+    for tokens in (query, output):
+        assert tokens.shape == query.shape and tokens.stride(2) == 1 and tokens.stride(1) == head_size, tokens.stride()
+        assert tokens.dtype == query.dtype and tokens.dtype in (torch.float16, torch.bfloat16), tokens.dtype
+    assert 1 <= max_query_len <= MAX_QUERY_LEN, max_query_len
+    assert seq_lens.shape == (num_reqs,) and query_start_loc.shape == (num_reqs + 1,)
+    for lengths in (block_table, seq_lens, query_start_loc):
+        assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
+    if num_tokens == 0:
+        return
+    kernel, rows = _build(
+        layout, group, max_query_len, query.dtype, transforms, sliding_window, logits_soft_cap > 0, query.device, config
+    )
+    max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
+    assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"
+    grid = min(kernel.max_ctas, workspace.partial.shape[0] // 2)
+    assert workspace.partial.shape[1] >= rows and workspace.partial.shape[2] == head_size, "workspace too small"
+    log2e = math.log2(math.e)
+    rotary_pairs, offset_addresses = 0, (0,) * 5
+    if (offset := transforms.offset_pairs) is not None:
+        rotary = transforms.rotary
+        assert rotary is not None and rotary.frequencies is not None, "unsupported() says so"
+        rotary_pairs = rotary.rotary_dim // 2
+        parts = (offset.numbers, offset.dims, offset.index, rotary.coarse_angles, rotary.fine_angles)
+        offset_addresses = tuple(part.data_ptr() for part in parts)
+    # Shares differ only where every multiprocessor runs as many CTAs.
+    num_sms = workspace.shares.fast.shape[0]
+    fast_ctas = grid // num_sms * workspace.shares.num_fast if grid % num_sms == 0 else 0
+    integers = (num_reqs, num_tokens, num_kv_heads, max_segments, rotary_pairs, fast_ctas, workspace.shares.fast_share)
+    kernel.launch(
+        grid,
+        query.data_ptr(),
+        output.data_ptr(),
+        kv_cache.data_ptr(),
+        block_table.data_ptr(),
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        workspace.partial.data_ptr(),
+        workspace.state.data_ptr(),
+        workspace.arrivals.data_ptr(),
+        workspace.claims.data_ptr(),
+        workspace.shares.fast.data_ptr(),
+        0 if transforms.key_equalization is None else transforms.key_equalization.data_ptr(),
+        *offset_addresses,
+        *(ctypes.c_uint64(n) for n in (query.stride(0), output.stride(0), kv_cache.stride(0), kv_cache.stride(1))),
+        ctypes.c_uint64(block_table.stride(0)),
+        *(ctypes.c_int32(n) for n in integers),
+        ctypes.c_float(scale * log2e),
+        ctypes.c_float(logits_soft_cap * log2e),
+    )
