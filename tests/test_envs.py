@@ -1,5 +1,7 @@
 """Environment variables."""
 
+from pathlib import Path
+
 import pytest
 
 from vllm_kvtuner import envs
@@ -26,3 +28,33 @@ def test_bad_numbers(monkeypatch, text):
     monkeypatch.setenv("KVTUNER_PREFILL_WORKSPACE_TOKENS", text)
     with pytest.raises(ValueError, match="KVTUNER_PREFILL_WORKSPACE_TOKENS must be a positive integer, but got '"):
         envs.prefill_workspace_tokens()
+
+
+@pytest.mark.parametrize(
+    ("variables", "folder"),
+    [
+        ({}, "~/.cache/vllm_kvtuner/kernels"),
+        ({"XDG_CACHE_HOME": "/var/cache"}, "/var/cache/vllm_kvtuner/kernels"),
+        ({"XDG_CACHE_HOME": "", "KVTUNER_KERNEL_CACHE": ""}, "~/.cache/vllm_kvtuner/kernels"),
+        ({"XDG_CACHE_HOME": "/var/cache", "KVTUNER_KERNEL_CACHE": "~/mine"}, "~/mine"),
+    ],
+    ids=["home", "XDG", "empty", "own"],
+)
+def test_the_kernel_cache_lies_in_the_users_cache_folder(monkeypatch, variables, folder):
+    for name in ("XDG_CACHE_HOME", "KVTUNER_KERNEL_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert envs.kernel_cache() == Path(folder).expanduser()
+
+
+def test_the_decode_kernel_is_one_of_two(monkeypatch):
+    monkeypatch.delenv("KVTUNER_DECODE_KERNEL", raising=False)
+    assert envs.decode_kernel() is None
+    for name, kernel in (("", None), ("cuda", "cuda"), ("triton", "triton")):
+        monkeypatch.setenv("KVTUNER_DECODE_KERNEL", name)
+        assert envs.decode_kernel() == kernel
+    for name in ("CUDA", "fa3", "cuda "):
+        monkeypatch.setenv("KVTUNER_DECODE_KERNEL", name)
+        with pytest.raises(ValueError, match=f"^KVTUNER_DECODE_KERNEL must be cuda or triton, but got '{name}'$"):
+            envs.decode_kernel()

@@ -36,6 +36,16 @@ def test_wheel_holds_every_module(wheel):
     assert {name for name in wheel.namelist() if name.endswith(".py")} == expected
 
 
+def test_wheel_holds_every_cuda_source(wheel):
+    sources = {
+        str(path.relative_to(ROOT))
+        for suffix in ("cu", "cuh")
+        for path in (ROOT / "vllm_kvtuner").rglob(f"*.{suffix}")
+    }
+    assert "vllm_kvtuner/kernels/cuda/paged_attention.cu" in sources
+    assert sources == {name for name in wheel.namelist() if name.endswith((".cu", ".cuh"))}
+
+
 def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
     profiles = {
         f"vllm_kvtuner/precision_profiles/{path.name}"

@@ -1,12 +1,13 @@
-"""Which decode kernel serves a layer: CUDA's where the card and the layer allow it, else Triton's, the portable one.
+"""Which kernels serve a layer: CUDA's where the card and the layer allow it, else Triton's, the portable ones.
 
-Decided before the first request and never by failure: KVTUNER_DECODE_KERNEL=cuda on a layer that it does not serve is
-an error.
+Decided before the first request and never by failure: KVTUNER_DECODE_KERNEL=cuda on a layer whose decode it does not
+serve is an error. Store and gather follow the same variable, each layer by what its rows allow.
 """
 
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -24,32 +25,49 @@ DEFAULT_MAJORS = (8, 9)
 
 
 def decode_kernel(layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float, device: torch.device) -> str:
-    """``cuda`` or ``triton``; the choice and its reason are logged once.
+    """``cuda`` or ``triton`` for a layer's decode; the choice and its reason are logged once.
 
     Raises:
         ValueError: KVTUNER_DECODE_KERNEL asks for the CUDA kernel where it cannot run.
     """
-    asked = envs.decode_kernel()
-    if asked == TRITON:
-        _log(f"decode kernel: {TRITON}, as KVTUNER_DECODE_KERNEL says")
-        return TRITON
-    reason = _no_cuda_kernel(device)
-    if reason is None:
+
+    def unsupported() -> str | None:
         from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
-        reason = unsupported(layout, transforms, logits_soft_cap)
+        return unsupported(layout, transforms, logits_soft_cap)
+
+    kernel, reason = _choose(unsupported, device)
+    if envs.decode_kernel() == CUDA and kernel != CUDA:
+        raise ValueError(f"KVTUNER_DECODE_KERNEL is {CUDA!r}, but {reason}; leave it unset or give {TRITON!r}")
+    _log(f"decode kernel: {kernel}{reason and f', since {reason}'}")
+    return kernel
+
+
+def row_kernels(layout: PageLayout, device: torch.device) -> str:
+    """``cuda`` or ``triton`` for a layer's store and gather; the choice and its reason are logged once."""
+
+    def unsupported() -> str | None:
+        from vllm_kvtuner.kernels.cuda.rows import unsupported
+
+        return unsupported(layout)
+
+    kernel, reason = _choose(unsupported, device)
+    _log(f"store and gather kernels: {kernel}{reason and f', since {reason}'}")
+    return kernel
+
+
+def _choose(unsupported: Callable[[], str | None], device: torch.device) -> tuple[str, str]:
+    """The kernel and why, "" where the CUDA kernel is simply the default."""
+    asked = envs.decode_kernel()
+    if asked == TRITON:
+        return TRITON, f"KVTUNER_DECODE_KERNEL is {TRITON!r}"
+    if reason := _no_cuda_kernel(device) or unsupported():
+        return TRITON, reason
     if asked == CUDA:
-        if reason is not None:
-            raise ValueError(f"KVTUNER_DECODE_KERNEL is {asked!r}, but {reason}; leave it unset or give {TRITON!r}")
-        _log(f"decode kernel: {CUDA}, as KVTUNER_DECODE_KERNEL says")
-        return CUDA
-    if reason is None and torch.cuda.get_device_capability(device)[0] not in DEFAULT_MAJORS:
-        reason = f"{CUDA} is not the default on this architecture (KVTUNER_DECODE_KERNEL={CUDA} asks for it)"
-    if reason is not None:
-        _log(f"decode kernel: {TRITON}, since {reason}")
-        return TRITON
-    _log(f"decode kernel: {CUDA}")
-    return CUDA
+        return CUDA, f"KVTUNER_DECODE_KERNEL is {CUDA!r}"
+    if torch.cuda.get_device_capability(device)[0] not in DEFAULT_MAJORS:
+        return TRITON, f"CUDA's is not the default on this architecture (KVTUNER_DECODE_KERNEL={CUDA} asks for it)"
+    return CUDA, ""
 
 
 @functools.cache

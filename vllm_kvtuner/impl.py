@@ -6,7 +6,6 @@ they are dequantized into a bounded workspace (prefill_plan.py). On a CPU the re
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -14,17 +13,13 @@ from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
-from vllm_kvtuner import decode_kernel, envs, reference
+from vllm_kvtuner import envs, reference
 from vllm_kvtuner.backend import KVTunerMetadata, decode_query_len
-from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout
+from vllm_kvtuner.layer_kernels import LayerKernels
+from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.prefill_plan import CacheSlice, PrefillPlan, workspace_rows
 from vllm_kvtuner.profile import LayerPrecision
 from vllm_kvtuner.transforms import LayerTransforms
-
-if TYPE_CHECKING:
-    from vllm_kvtuner.kernels.cuda.paged_attention import DecodeWorkspace as CudaDecodeWorkspace
-    from vllm_kvtuner.kernels.paged_attention import DecodeWorkspace
-
 
 WARM_UP_TOKENS = 256
 """Decodes of a batch that takes the kernels' variants for many rows."""
@@ -79,28 +74,39 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
 
         self.attend_cached_prefill = settings.attend_cached_prefill
-        self.configure(settings)
         config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
         self.max_num_seqs = config.scheduler_config.max_num_seqs
         self.max_decode_query_len = decode_query_len(config)
+        self.kernels: LayerKernels | None = None
         self.prefill_workspace_tokens = workspace_rows(
             envs.prefill_workspace_tokens(), config.scheduler_config.max_num_batched_tokens, sliding_window
         )
         if current_platform.is_cpu():
-            self._store, self._prefill = reference.reshape_and_cache_ref, self._prefill_cpu
+            self._prefill = self._prefill_cpu
         else:
             from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-            from vllm_kvtuner.kernels.reshape_and_cache import reshape_and_cache
-
-            self._store, self._prefill = reshape_and_cache, self._prefill_gpu
+            self._prefill = self._prefill_gpu
             self.fa_version = get_flash_attn_version(head_size=head_size, requires_softcap=self.logits_soft_cap > 0)
+            self.kernels = LayerKernels(
+                num_heads,
+                self.num_kv_heads,
+                head_size,
+                self.scale,
+                sliding_window,
+                self.logits_soft_cap,
+                self.max_num_seqs,
+                self.max_decode_query_len,
+                torch.device(current_platform.device_type, current_platform.current_device()),
+            )
+        self.configure(settings)
 
     def configure(self, settings: LayerSettings) -> None:
         """Take over the layer's pair and transforms; where those need statics, bind_statics completes them."""
         self.settings = settings
-        self._decode_kernel: str | None = None
+        if self.kernels is not None:
+            self.kernels.forget()
         chosen = settings.precision.transforms
         self.needs_statics = chosen.needs_statics
         self.transforms = LayerTransforms(
@@ -111,61 +117,35 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         # While the model loads, so that vLLM counts the workspaces before it sizes the cache.
-        if current_platform.is_cpu():
+        if self.kernels is None:
             return
         self._prefill_workspace()
-        # A key offset may leave the layer to the portable kernel, which is known once it is bound.
-        layout = PageLayout(self.settings.precision.pair, self.head_size, BLOCK_SIZE_MULTIPLE)
-        kernels = {self._choose_kernel(layout)}
-        if self.settings.precision.transforms.key_offset:
-            kernels.add(decode_kernel.TRITON)
-        for kernel in kernels:
-            self._decode_workspace(kernel)
-
-    def _device(self) -> torch.device:
-        return torch.device(current_platform.device_type, current_platform.current_device())
-
-    def _choose_kernel(self, layout: PageLayout) -> str:
-        return decode_kernel.decode_kernel(layout, self.transforms, self.logits_soft_cap, self._device())
+        precision = self.settings.precision
+        self.kernels.reserve(precision.pair, self.transforms, precision.transforms.key_offset)
 
     def _prefill_workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.kernels is not None
         return _prefill_workspace(
-            self.num_kv_heads, self.head_size, self.prefill_workspace_tokens, self.dtype, self._device()
+            self.num_kv_heads, self.head_size, self.prefill_workspace_tokens, self.dtype, self.kernels.device
         )
-
-    def _decode_workspace(self, kernel: str) -> Any:
-        """Scratch of the kernel's paged_attention."""
-        if kernel == decode_kernel.CUDA:
-            return _cuda_decode_workspace(
-                self.max_num_seqs,
-                self.max_decode_query_len,
-                self.num_heads,
-                self.num_kv_heads,
-                self.head_size,
-                self._device(),
-            )
-        tokens = self.max_num_seqs * self.max_decode_query_len
-        return _triton_decode_workspace(tokens, self.num_heads, self.head_size, self._device())
 
     def bind_statics(self, transforms: LayerTransforms) -> None:
         """Take over the layer's transforms, statics and rotary table included, once the model is loaded."""
         self.transforms = transforms
         self.needs_statics = False
-        self._decode_kernel = None
+        if self.kernels is not None:
+            self.kernels.forget()
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
         """Compile the kernels of this layer, at the row counts that they tell apart, without storing anything."""
-        if current_platform.is_cpu():
+        if self.kernels is None:
             return
-        from vllm_kvtuner.kernels.gather_cache import gather_cache
-
         device = kv_cache.device
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_size
 
         def integers(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.full(shape, fill, dtype=dtype, device=device)
 
-        layout = self._layout(kv_cache)
         reqs = min(self.max_num_seqs, WARM_UP_TOKENS)
         for count, query_len in {(1, 1), (reqs, 1), (1, self.max_decode_query_len), (reqs, self.max_decode_query_len)}:
             tokens = count * query_len
@@ -175,7 +155,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
                 for part in qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=1)
             )
             slots, positions = (integers(tokens, fill=fill, dtype=torch.int64) for fill in (-1, 0))
-            self._store(key, value, kv_cache, slots, positions, layout, self.transforms)
+            self._store(key, value, kv_cache, slots, positions)
             starts = torch.arange(0, tokens + 1, query_len, device=device).int()
             self._attend(
                 query, kv_cache, integers(count, 16), integers(count, fill=query_len), starts, query_len,
@@ -183,10 +163,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             )  # fmt: skip
         rows = torch.zeros(WARM_UP_ROWS // kv_heads, kv_heads, size, dtype=self.dtype, device=device)
         slots, positions = (integers(rows.shape[0], fill=fill, dtype=torch.int64) for fill in (-1, 0))
-        self._store(rows, rows, kv_cache, slots, positions, layout, self.transforms)
-        gather_cache(
+        self._store(rows, rows, kv_cache, slots, positions)
+        self.kernels.gather(
             kv_cache, integers(1, 16), torch.tensor([0, 1], device=device).int(), integers(1),
-            *self._prefill_workspace(), layout, self.transforms, num_tokens=1,
+            *self._prefill_workspace(), layout=self._layout(kv_cache), transforms=self.transforms, num_tokens=1,
         )  # fmt: skip
 
     def do_kv_cache_update(
@@ -202,7 +182,19 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         positions = None
         if self.transforms.key_offset is not None:
             positions = _layer_metadata(layer.layer_name).positions
-        self._store(key, value, kv_cache, slot_mapping, positions, self._layout(kv_cache), self.transforms)
+        self._store(key, value, kv_cache, slot_mapping, positions)
+
+    def _store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None,
+    ) -> None:
+        """Transform, quantize and pack new tokens into their slots; shapes as the reference has them."""
+        store = reference.reshape_and_cache_ref if self.kernels is None else self.kernels.store
+        store(key, value, kv_cache, slot_mapping, positions, self._layout(kv_cache), self.transforms)
 
     def forward(
         self,
@@ -255,35 +247,14 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         output: torch.Tensor,
     ) -> None:
         """Attention of the newest tokens by this layer's decode kernel; shapes as the reference has them."""
+        arguments = (query, kv_cache, block_table, seq_lens, query_start_loc, max_query_len)
         layout = self._layout(kv_cache)
-        arguments = (
-            query,
-            kv_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            max_query_len,
-            self.scale,
-            layout,
-            self.transforms,
-            output,
-            self.sliding_window,
-            self.logits_soft_cap,
-        )
-        if current_platform.is_cpu():
-            reference.paged_attention_ref(*arguments)
-            return
-        if self._decode_kernel is None:
-            self._decode_kernel = self._choose_kernel(layout)
-        workspace = self._decode_workspace(self._decode_kernel)
-        if self._decode_kernel == decode_kernel.CUDA:
-            from vllm_kvtuner.kernels.cuda import paged_attention as cuda
-
-            cuda.paged_attention(*arguments, workspace=workspace)
+        if self.kernels is None:
+            reference.paged_attention_ref(
+                *arguments, self.scale, layout, self.transforms, output, self.sliding_window, self.logits_soft_cap
+            )
         else:
-            from vllm_kvtuner.kernels import paged_attention as triton
-
-            triton.paged_attention(*arguments, workspace=workspace)
+            self.kernels.attend(*arguments, layout, self.transforms, output)
 
     def _prefill_cpu(
         self,
@@ -379,18 +350,17 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self, kv_cache: torch.Tensor, metadata: KVTunerMetadata, part: CacheSlice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values [num_tokens, num_kv_heads, head_size] of a slice, in the workspace."""
-        from vllm_kvtuner.kernels.gather_cache import gather_cache
-
         keys, values = (workspace[: part.num_tokens] for workspace in self._prefill_workspace())
-        gather_cache(
+        assert self.kernels is not None
+        self.kernels.gather(
             kv_cache,
             metadata.block_table[part.first_request : part.first_request + part.num_reqs],
             part.cu_seq_lens,
             part.seq_starts,
             keys,
             values,
-            self._layout(kv_cache),
-            self.transforms,
+            layout=self._layout(kv_cache),
+            transforms=self.transforms,
             num_tokens=part.num_tokens,
         )
         return keys, values
@@ -443,9 +413,6 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         return attended, lse
 
 
-# Scratch that all layers of one shape share: layers run one after the other.
-
-
 @functools.cache
 def _prefill_workspace(
     num_kv_heads: int, head_size: int, tokens: int, dtype: torch.dtype, device: torch.device
@@ -453,20 +420,6 @@ def _prefill_workspace(
     """Two of [tokens, num_kv_heads, head_size], for dequantized keys and values."""
     keys, values = (torch.empty(tokens, num_kv_heads, head_size, dtype=dtype, device=device) for _ in range(2))
     return keys, values
-
-
-@functools.cache
-def _cuda_decode_workspace(*arguments: Any) -> "CudaDecodeWorkspace":
-    from vllm_kvtuner.kernels.cuda.paged_attention import decode_workspace
-
-    return decode_workspace(*arguments)
-
-
-@functools.cache
-def _triton_decode_workspace(*arguments: Any) -> "DecodeWorkspace":
-    from vllm_kvtuner.kernels.paged_attention import decode_workspace
-
-    return decode_workspace(*arguments)
 
 
 _page_layout = functools.cache(PageLayout)

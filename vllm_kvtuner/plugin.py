@@ -336,9 +336,11 @@ def rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int)
             f"{type(module).__name__} has none"
         )
     is_neox = getattr(module, "is_neox_style", True)
-    linear = _linear_rotary(module) if hasattr(module, "_compute_cos_sin_cache") else None
-    if linear is not None:
-        return linear
+    # Phi-3 computes its tables from arguments, and has no cos_sin_cache.
+    if hasattr(module, "cos_sin_cache") and hasattr(module, "_compute_cos_sin_cache"):
+        linear = _linear_rotary(module)
+        if linear is not None:
+            return linear
     # In the dtype the model rotates in, so that exactly what it added is subtracted.
     return RotaryTable(cos_sin=table.to(dtype), is_neox=is_neox)
 

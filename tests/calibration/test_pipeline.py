@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import optuna
 import plotly.io
@@ -117,6 +118,28 @@ def test_changed_inputs_run_again(finished, monkeypatch, tmp_path):
     assert len(evaluators) == 2 * first
     assert sum(len(each.scored) for each in evaluators[:first]) == sum(len(each.scored) for each in evaluators[first:])
     assert load_profile(str(tmp_path / "profile.yaml")).transforms_of(0) == STATICS
+
+
+def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatch):
+    table = sensitivity_table(3)
+    measured = []
+
+    def measure(capture, choice, out):
+        measured.append((capture.inputs, choice))
+        table.write(out / "sensitivity.json")
+        return table
+
+    monkeypatch.setattr(pipeline, "measure_sensitivity", measure)
+    capture = SimpleNamespace(inputs="first")
+    monkeypatch.setattr("kvtuner_tools.calibration.captured.Capture.read", lambda folder: capture)
+    made = calibration(tmp_path, table, [], monkeypatch, transforms="none")
+    for inputs, number in (("first", 1), ("first", 1), ("second", 2)):
+        capture.inputs = inputs
+        made.run("sensitivity")
+        assert len(measured) == number
+    (tmp_path / "sensitivity.json").write_text("edited")
+    made.run("sensitivity")
+    assert len(measured) == 3
 
 
 def test_costs_of_stages_are_kept(finished):
@@ -303,6 +326,14 @@ def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):
 def test_join_errors(tmp_path, capsys, arguments, problem):
     assert cli.main([argument.replace("DIR", str(tmp_path)) for argument in arguments]) == 1
     assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["calibrate", *STAGES])
+def test_every_command_has_its_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"kvtuner {command}" in capsys.readouterr().out
 
 
 def test_memory_budget_reaches_the_search(tmp_path, monkeypatch):

@@ -245,11 +245,14 @@ def test_several_workers_share_the_trials(tmp_path, monkeypatch):
     monkeypatch.setattr(search_module, "_POLL_SECONDS", 0.05)
     url = sqlite_url(tmp_path / "study.db")
     plan = make_plan()
-    create_study(open_storage(url), plan, make_sampler("nsga2", 0)).set_user_attr("trials", 24)
+    create_study(open_storage(url), plan, make_sampler("nsga2", 0))
     evaluators = [FakeEvaluator(TABLE, seconds=0.05) for _ in range(2)]
 
     def work(evaluator):
         storage = open_storage(url)
+        if evaluator is evaluators[0]:
+            searched(plan, 24, storage, evaluator)
+            return
         joined = find_plan(storage, url, None)
         assert joined == plan
         study = create_study(storage, joined, make_sampler(joined.sampler, joined.seed))
@@ -308,6 +311,12 @@ def test_join_needs_a_study_of_ours():
 def test_storage_that_cannot_be_opened(url):
     with pytest.raises(ValueError, match="--storage must be a database that can be opened"):
         open_storage(url)
+
+
+def test_errors_do_not_show_a_password():
+    with pytest.raises(ValueError, match=r"got 'nosuch://me:\*\*\*@host/db'") as caught:
+        open_storage("nosuch://me:secret@host/db")
+    assert "secret" not in str(caught.value)
 
 
 def test_moead_without_optunahub_is_a_clear_error(monkeypatch):

@@ -1,4 +1,4 @@
-"""Engines on a GPU: the Triton path against vLLM's unquantized cache, eager and in CUDA graphs."""
+"""Engines on a GPU: the kernels chosen by default against vLLM's unquantized cache, eager and in CUDA graphs."""
 
 import gc
 import random
@@ -105,7 +105,7 @@ def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
 
 
 def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
-    from vllm_kvtuner.kernels import paged_attention as kernel
+    from vllm_kvtuner.kernels.cuda import paged_attention as kernel
 
     launches = []
     original = kernel.paged_attention

@@ -8,41 +8,34 @@ each); with logits of standard deviation 1 or 2 the former moves a probability b
 import pytest
 import torch
 
-from tests.helpers.paged_cache import (
-    PackedCache,
-    make_layout,
-    random_cache,
-    random_transforms,
-    rotary_table,
+from tests.helpers.decode_cases import (
+    HEAD_SIZES,
+    SEQ_LENS,
+    GraphBatch,
+    attend,
+    balanced_query,
+    beyond_32_bits,
+    changing_value_scales,
+    far_window,
+    flat_rows_beside_steep_ones,
+    largest_value,
+    padded_batch,
+    scale_values,
+    values_near_the_middle,
 )
+from tests.helpers.paged_cache import make_layout, random_cache, random_transforms, rotary_table
 from vllm_kvtuner.kernels.decode_config import DecodeConfig, decode_config
 from vllm_kvtuner.kernels.paged_attention import decode_workspace, decode_workspace_bytes, paged_attention
 from vllm_kvtuner.layout import QUANTIZED_PAIRS
-from vllm_kvtuner.reference import page_parts, paged_attention_ref
-from vllm_kvtuner.transforms import LayerTransforms, rotated_offset
+from vllm_kvtuner.reference import paged_attention_ref
+from vllm_kvtuner.transforms import LayerTransforms
 
-HEAD_SIZES = (64, 96, 128, 256)
-SEQ_LENS = [70, 1, 15, 16, 17, 129]
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 1.5e-3, torch.bfloat16: 5e-3}
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def starts_of(query_lens, device):
-    return torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device=device)
-
-
-def attend(function, cache: PackedCache, query, query_lens, transforms, **options):
-    """Output of one of the two implementations, NaN where it wrote nothing."""
-    output = torch.full_like(query, torch.nan)
-    function(
-        query, cache.kv_cache, cache.block_table, cache.seq_lens, starts_of(query_lens, query.device),
-        max(query_lens), cache.layout.head_size**-0.5, cache.layout, transforms, output, **options,
-    )  # fmt: skip
-    return output
 
 
 def check(
@@ -67,16 +60,9 @@ def check(
     got = attend(paged_attention, cache, query, query_lens, transforms, workspace=workspace, config=config, **options)
     want = attend(paged_attention_ref, cache, query, query_lens, transforms, **options)
     assert not want.isnan().any()
-    largest = cached_values(cache).abs().max().item()
-    limit = (TOLERANCES[dtype] if tolerance is None else tolerance) * largest
+    limit = (TOLERANCES[dtype] if tolerance is None else tolerance) * largest_value(cache)
     torch.testing.assert_close(got, want, rtol=0, atol=limit)
     return got
-
-
-def cached_values(cache):
-    """Bounds of every cached value, [..., 2] fp32."""
-    scale, minimum = page_parts(cache.kv_cache, cache.layout)[3].float().nan_to_num(0).unbind(-1)
-    return torch.stack([minimum, minimum + scale * (2**cache.layout.v_bits - 1)], dim=-1)
 
 
 @pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
@@ -127,46 +113,25 @@ def test_many_counts_of_queries(device):
 
 
 def test_padding_rows_become_0(device):
-    """A CUDA graph's batch: a request of length 0 with a row, requests without rows, rows beyond the last query."""
-    cache = random_cache(make_layout("K4V4", 64), [20, 0, 35, 0, 0], 2, device)
-    query = torch.randn(7, 4, 64, device=device)
-    starts = torch.tensor([0, 2, 3, 4, 4, 4], dtype=torch.int32, device=device)
+    batch = padded_batch(torch.float32, device)
     workspace = decode_workspace(7, 4, 64, device)
     for part in (workspace.output, workspace.lse):
         part.fill_(torch.nan)
-    outputs = []
-    for function, options in ((paged_attention, {"workspace": workspace}), (paged_attention_ref, {})):
-        output = torch.full_like(query, torch.nan)
-        function(
-            query, cache.kv_cache, cache.block_table, cache.seq_lens, starts, 2, 0.125, cache.layout,
-            LayerTransforms(), output, **options,
-        )  # fmt: skip
-        outputs.append(output)
-    torch.testing.assert_close(outputs[0][:4], outputs[1][:4], rtol=0, atol=4e-3)
-    assert not outputs[0][2].any(), "a request of length 0"
-    assert not outputs[0][4:].any(), "rows beyond the last query"
+    got, want = batch.attend(paged_attention, workspace=workspace), batch.attend(paged_attention_ref)
+    torch.testing.assert_close(got[:4], want[:4], rtol=0, atol=4e-3)
+    assert not got[2].any(), "a request of length 0"
+    assert not got[4:].any(), "rows beyond the last query"
 
 
 def test_a_window_reads_no_tile_outside(device):
-    """At a position far out, and with every block before the window's first tile poisoned."""
-    length, window, layout = 20_000, 40, make_layout("K4V4", 64)
-    whole = random_cache(layout, [80], 1, device)
-    blocks = -(-length // 16)
-    table = torch.full((1, blocks), int(whole.block_table[0, 0]), dtype=torch.int32, device=device)
-    table[0, -5:] = whole.block_table[0, :5]
-    good = PackedCache(layout, whole.kv_cache, table, torch.tensor([length], dtype=torch.int32, device=device))
-    used = set(whole.block_table[0, :5].tolist())
-    poisoned_block = next(block for block in range(whole.kv_cache.shape[0]) if block not in used)
-    poisoned = table.clone()
-    poisoned[0, :-5] = poisoned_block
-    transforms = random_transforms(1, 64, device, rotary_table(64, True, length, device), offset=2.0)
+    case = far_window(device)
+    rotary = rotary_table(64, True, int(case.whole.seq_lens[0]), device)
+    transforms = random_transforms(1, 64, device, rotary, offset=2.0)
     query = torch.randn(1, 4, 64, device=device)
-    options = {"sliding_window": window}
-    want = attend(paged_attention_ref, good, query, [1], transforms, **options)
-    workspace = decode_workspace(1, 4, 64, device)
-    bad = PackedCache(layout, whole.kv_cache, poisoned, good.seq_lens)
-    config = DecodeConfig(8, 16, 3, 1, 2)
-    got = attend(paged_attention, bad, query, [1], transforms, workspace=workspace, config=config, **options)
+    options = {"sliding_window": case.window}
+    want = attend(paged_attention_ref, case.whole, query, [1], transforms, **options)
+    options |= {"workspace": decode_workspace(1, 4, 64, device), "config": DecodeConfig(8, 16, 3, 1, 2)}
+    got = attend(paged_attention, case.poisoned, query, [1], transforms, **options)
     torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
 
 
@@ -174,34 +139,17 @@ def test_a_window_reads_no_tile_outside(device):
 @pytest.mark.parametrize("pair", ["K4V2", "K4V8"])
 def test_value_scales_of_any_size(pair, spread, device):
     cache = random_cache(make_layout(pair, 64), [70, 129], 1, device)
-    _, _, _, meta = page_parts(cache.kv_cache, cache.layout)
-    meta.copy_((meta.float() * spread).clamp(-65000, 65000))
+    scale_values(cache, spread)
     got = check(cache, 4)
     assert got.abs().max() > 0.1 * spread
 
 
 def test_value_scales_that_change_within_a_request(device):
-    """Growing, shrinking, and alternating by 2^20 between tokens; each row's share must survive the others'."""
-    cache = random_cache(make_layout("K4V4", 64), [200, 200, 200], 1, device)
-    _, _, _, meta = page_parts(cache.kv_cache, cache.layout)
-    token = torch.arange(200, device=device)
-    for request, factor in enumerate(
-        (10.0 ** (token / 50 - 3), 10.0 ** (1 - token / 50), 2.0 ** (10 - 20 * (token % 2)))
-    ):
-        blocks = cache.block_table[request, token // 16].long()
-        meta[blocks, 0, token % 16] = (meta[blocks, 0, token % 16].float() * factor[:, None]).half()
-    check(cache, 4, config=DecodeConfig(8, 16, 2, 1, 2))
+    check(changing_value_scales(device), 4, config=DecodeConfig(8, 16, 2, 1, 2))
 
 
 def test_flat_rows_beside_steep_ones(device):
-    """A row of one large number has scale 0; all of it is in the minimum."""
-    cache = random_cache(make_layout("K4V4", 64), [60], 1, device)
-    _, codes, _, meta = page_parts(cache.kv_cache, cache.layout)
-    for token in range(0, 60, 2):
-        block = int(cache.block_table[0, token // 16])
-        meta[block, :, token % 16] = torch.tensor([0.0 if token % 4 else 2.0**-20, 50.0], dtype=torch.float16)
-        codes[block, :, token % 16] = 0
-    got = check(cache, 4)
+    got = check(flat_rows_beside_steep_ones(device), 4)
     assert got.abs().max() > 10
 
 
@@ -214,16 +162,8 @@ def test_uniform_attention(pair, device):
 
 @pytest.mark.parametrize("block_n", [16, 64])
 def test_rounding_of_probabilities_cancels(block_n, device):
-    """Codes close to the middle of a wide range: the values are 1/60 of what codes and minima contribute each."""
-    cache = random_cache(make_layout("K4V8", 64), [400, 30], 1, device)
-    _, codes, _, meta = page_parts(cache.kv_cache, cache.layout)
-    codes.copy_(torch.randint(126, 131, codes.shape))
-    scale = meta[..., 0].float()
-    meta[..., 1] = torch.where(scale.isnan(), torch.nan, -128 * scale)
-    # A value is at most 2.5 steps; probabilities and steps rounded apart would err by 2^-12 of 128 steps each.
-    limit = 2.5 * scale.nan_to_num(0).max().item() * 2**-11
-    largest = cached_values(cache).abs().max().item()
-    check(cache, 4, tolerance=limit / largest, config=DecodeConfig(8, block_n, 2, 1, 2))
+    cache, limit = values_near_the_middle(device)
+    check(cache, 4, tolerance=limit / largest_value(cache), config=DecodeConfig(8, block_n, 2, 1, 2))
 
 
 @pytest.mark.parametrize("query_lens", [[1, 1], [4, 2]], ids=["one_query", "several_queries"])
@@ -251,11 +191,7 @@ def test_offsets_of_hundreds_of_logits_keep_fp32_accuracy(dtype, device):
     """Two tokens whose offsets' logits, of about 500, are equal: rounded to 16 bits they would part by 0.1 or more."""
     transforms = random_transforms(2, 64, device, rotary_table(64, True, 2, device, dtype), offset=20.0)
     cache = random_cache(make_layout("K8V8", 64), [2], 2, device, spread=0.01)
-    query = 30 * torch.randn(1, 2, 8, 64, device=device)
-    first, second = rotated_offset(transforms, torch.arange(2, device=device))
-    apart = (first - second)[:, None]
-    query -= (query * apart).sum(-1, keepdim=True) / apart.square().sum(-1, keepdim=True) * apart
-    check(cache, 8, query=query.view(1, 16, 64), transforms=transforms)
+    check(cache, 8, query=balanced_query(transforms, 16, size=30), transforms=transforms)
 
 
 def test_a_constant_offset_counts_under_a_soft_cap(device):
@@ -356,18 +292,11 @@ def test_far_positions_with_an_offset(device):
 
 @pytest.mark.gpu
 def test_offsets_beyond_32_bits(device):
-    layout = make_layout("K8V8", 128)
-    small = random_cache(layout, [300, 77], 8, device)
-    num_small = small.kv_cache.shape[0]
-    num_blocks = (5 << 30) // (8 * layout.chunk_bytes)
-    kv_cache = torch.empty(num_blocks, 8, 16, layout.content_bytes, dtype=torch.uint8, device=device)
-    kv_cache[-num_small:] = small.kv_cache
-    table = small.block_table + (num_blocks - num_small)
-    last = PackedCache(layout, kv_cache, table, small.seq_lens)
     query = torch.randn(2, 32, 128, device=device)
     workspace = decode_workspace(2, 32, 128, device)
     got, want = (
-        attend(paged_attention, cache, query, [1, 1], LayerTransforms(), workspace=workspace) for cache in (last, small)
+        attend(paged_attention, cache, query, [1, 1], LayerTransforms(), workspace=workspace)
+        for cache in beyond_32_bits(make_layout("K8V8", 128), device)
     )
     assert torch.equal(got, want)
 
@@ -376,50 +305,17 @@ def test_offsets_beyond_32_bits(device):
 @pytest.mark.parametrize("max_query_len", [1, 4])
 def test_a_cuda_graph_replays_what_eager_computes(max_query_len, device):
     """Captured once; then lengths, blocks, queries and bytes change, some requests become padding."""
-    layout = make_layout("K4V2", 128)
-    rotary = rotary_table(128, True, 5000, device)
+    batch = GraphBatch(make_layout("K4V2", 128), max_query_len, device)
+    rotary = rotary_table(128, True, batch.MAX_POSITION, device)
     transforms = random_transforms(
         8, 128, device, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True
     )
-    first, second = (random_cache(layout, lengths, 8, device) for lengths in ([900] * 6, [5000, 3, 64, 17, 0, 0]))
-    num_blocks, width = second.kv_cache.shape[0], second.block_table.shape[1]
-    kv_cache = torch.zeros(
-        max(num_blocks, first.kv_cache.shape[0]), *first.kv_cache.shape[1:], dtype=torch.uint8, device=device
-    )
-    table = torch.zeros(6, width, dtype=torch.int32, device=device)
-    seq_lens, query = (
-        torch.zeros_like(first.seq_lens),
-        torch.empty(6 * max_query_len, 32, 128, device=device).bfloat16(),
-    )
-    starts = torch.zeros(7, dtype=torch.int32, device=device)
-    output = torch.empty_like(query)
-    workspace = decode_workspace(query.shape[0], 32, 128, device)
+    workspace = decode_workspace(batch.query.shape[0], batch.NUM_HEADS, 128, device)
 
     def run():
         paged_attention(
-            query, kv_cache, table, seq_lens, starts, max_query_len, 128**-0.5, layout, transforms, output,
-            workspace=workspace,
+            batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, max_query_len,
+            128**-0.5, make_layout("K4V2", 128), transforms, batch.output, workspace=workspace,
         )  # fmt: skip
 
-    def fill(cache, query_lens):
-        kv_cache[: cache.kv_cache.shape[0]] = cache.kv_cache
-        table[:, : cache.block_table.shape[1]] = cache.block_table
-        seq_lens.copy_(cache.seq_lens)
-        starts.copy_(starts_of(query_lens, device))
-        query.normal_()
-        output.fill_(torch.nan)
-
-    fill(first, [max_query_len] * 6)
-    run()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    for cache, query_lens in ((first, [max_query_len] * 6), (second, [max_query_len, 1, 1, max_query_len, 0, 0])):
-        fill(cache, query_lens)
-        graph.replay()
-        replayed = output.clone()
-        output.fill_(torch.nan)
-        run()
-        assert torch.equal(replayed, output)
-        assert not output.isnan().any()
+    batch.check_replay(run)

@@ -156,7 +156,11 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "concurrency": ("requests at once, with --memory", {"type": int, "metavar": "REQUESTS"}),
     "sampler": ("Optuna's sampler", {"choices": SAMPLERS}),
     "trials": ("settings to score, those of earlier runs included", {"type": int}),
-    "storage": ("Optuna storage URL (default: an SQLite file in the output folder)", {"metavar": "URL"}),
+    "storage": (
+        "Optuna storage URL, kept in the output folder: leave its password to the driver, such as ~/.pgpass "
+        "(default: an SQLite file in the output folder, for one worker)",
+        {"metavar": "URL"},
+    ),
 }
 
 

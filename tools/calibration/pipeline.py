@@ -1,7 +1,8 @@
 """The stages of a calibration, each from the files of those before it in the output folder to its own.
 
-A stage whose files follow from the same inputs is not run again: capture and transforms know their own, the search goes
-on in the study that its plan names, and held-out scores are kept per setting. The rest takes no time.
+A stage whose files follow from the same inputs is not run again: capture and transforms know their own, a key lies
+beside the sensitivity table, the search goes on in the study that its plan names, and held-out scores are kept per
+setting. The rest takes no time.
 """
 
 import time
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from vllm_kvtuner.layout import PrecisionPair
 
+from ..heldout import file_sha256
 from ..results import write_json
 from .artifacts import STATICS_FILE, Evaluator, Quality, SensitivityTable, digest, read_artifact
 from .calibration_text import CalibrationText
@@ -33,6 +35,9 @@ from .sensitivity import SENSITIVITY_FILE, measure_sensitivity
 from .space import SearchSpace, check_budget
 from .study import EngineSettings, SearchPlan, create_study, find_plan, open_storage
 
+SENSITIVITY_KEY_FILE = "sensitivity.key.json"
+KEY_SCHEMA = "kvtuner-stage-key/1"
+"""What the sensitivity table follows from, and its digest."""
 CANDIDATES_FILE = "candidates.json"
 CLUSTERS_FILE = "clusters.json"
 PROFILE_FILE = "profile.yaml"
@@ -96,7 +101,13 @@ class Calibration:
 
         capture = Capture.read(self.out / CAPTURE_FOLDER)
         choice = choose_transforms(capture, self.out) if self.options.transforms == "choose" else None
+        inputs = digest([capture.inputs, None if choice is None else choice.inputs])
+        path, key_path = self.out / SENSITIVITY_FILE, self.out / SENSITIVITY_KEY_FILE
+        known = read_artifact(key_path, KEY_SCHEMA, ("inputs", "sha256")) if key_path.exists() else {}
+        if path.exists() and known == {"inputs": inputs, "sha256": file_sha256(path)}:
+            return "as it was"
         table = measure_sensitivity(capture, choice, self.out)
+        write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
         return f"{len(table.layers)} layers, nine pairs each"
 
     def prune(self) -> str:

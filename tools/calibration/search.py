@@ -77,14 +77,17 @@ def run_search(
         study: made by ``study.create_study``.
         plan: its plan.
         make_evaluator: starts the measuring engine; called when the first setting has to be scored.
-        trials: evaluations wanted, those of earlier runs included; None takes what the study was last given.
+        trials: evaluations wanted, those of earlier runs included; None, for a worker that joins, takes what the study
+            was last given, and leaves the seeds to whoever made it.
     """
     if trials is not None:
         study.set_user_attr(TRIALS, trials)
-    if SEEDED not in study.user_attrs:
-        for origin, choice in seeds(plan):
-            study.enqueue_trial(_params(plan.space, choice), user_attrs={ORIGIN: origin}, skip_if_exists=True)
-        study.set_user_attr(SEEDED, True)
+        if SEEDED not in study.user_attrs:
+            for origin, choice in seeds(plan):
+                study.enqueue_trial(_params(plan.space, choice), user_attrs={ORIGIN: origin}, skip_if_exists=True)
+            study.set_user_attr(SEEDED, True)
+    while SEEDED not in study.user_attrs:
+        time.sleep(_POLL_SECONDS)  # whoever made the study is still putting its seeds in line
     evaluator = LazyEvaluator(make_evaluator)
     with closing(evaluator), at_work(study) as me, tqdm(desc="search", unit="setting") as bar:
         while _wait_for_turn(study, me, bar):
@@ -178,7 +181,12 @@ def _run_trial(study: Study, plan: SearchPlan, trial: Trial, evaluator: LazyEval
     this = trials[trial.number]
     if BUDGET not in this.constraints:  # it is there if the trial was put back
         trial.set_constraint(BUDGET, space.stored_bits(size) - space.stored_bits(plan.max_bytes))
-    same = (each for each in trials if each.state == TrialState.COMPLETE and each.params == trial.params)
+    scored_or_before = (
+        each
+        for each in trials
+        if each.state == TrialState.COMPLETE or (each.state == TrialState.RUNNING and each.number < trial.number)
+    )
+    same = (each for each in scored_or_before if each.params == trial.params)
     if (known := next(same, None)) is not None:
         trial.set_user_attr(DUPLICATE_OF, known.number)
         study.tell(trial, state=TrialState.PRUNED)

@@ -5,6 +5,7 @@ worker renews a line of its own; a trial whose worker is gone is put back in lin
 """
 
 import base64
+import re
 import socket
 import threading
 import time
@@ -137,8 +138,13 @@ def open_storage(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, engine_kwargs=engine)
     except Exception as error:  # SQLAlchemy's, the driver's and the import's errors have no common base
-        shown = str(error).splitlines()[0]
-        raise ValueError(f"--storage must be a database that can be opened, but got {url!r}: {shown}") from None
+        got = f"{url!r}: {str(error).splitlines()[0]}".replace(url, hide_password(url))
+        raise ValueError(f"--storage must be a database that can be opened, but got {got}") from None
+
+
+def hide_password(url: str) -> str:
+    """The URL as messages may show it."""
+    return re.sub(r"(://[^:/@]*):[^@/]+@", r"\1:***@", url)
 
 
 def sqlite_url(path: Path) -> str:
@@ -180,7 +186,7 @@ def find_plan(storage: BaseStorage, url: str, name: str | None) -> SearchPlan:
     if name in studies and PLAN in studies[name].user_attrs:
         return SearchPlan.from_plain(studies[name].user_attrs[PLAN])
     known = ", ".join(each.study_name for each in ours) or "none"
-    raise ValueError(f"{url}: --study must name a search in this storage ({known}), but got {name!r}")
+    raise ValueError(f"{hide_password(url)}: --study must name a search in this storage ({known}), but got {name!r}")
 
 
 @contextmanager

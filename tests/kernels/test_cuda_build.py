@@ -1,0 +1,214 @@
+"""The CUDA sources through the compiler, which needs no GPU, and the cache of what it makes."""
+
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from tests.helpers.cubin import local_memory_instructions, resource_usage
+from tests.helpers.decode_cases import HEAD_SIZES, linear_table, with_offset_pairs
+from tests.helpers.paged_cache import make_layout, random_transforms
+from vllm_kvtuner.kernels.cuda import build
+from vllm_kvtuner.kernels.cuda import paged_attention as cuda
+from vllm_kvtuner.layout import QUANTIZED_PAIRS
+from vllm_kvtuner.transforms import LayerTransforms
+
+CPU = torch.device("cpu")
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_120": 100 << 10}
+"""Shared memory of a multiprocessor (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+SHARED_BYTES_OF_A_CTA = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a layer and a batch ask of the compiler; knobs are the defaults."""
+
+    pair: str
+    head_size: int
+    group: int = 4
+    block_size: int = 16
+    max_query_len: int = 1
+    transformed: bool = False
+    offset_pairs: int = 0
+    window: int | None = None
+    soft_cap: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def defines(self, arch: str) -> dict[str, int]:
+        switches = dict.fromkeys(("equalization", "key_hadamard", "value_hadamard"), self.transformed)
+        rotary = linear_table(self.head_size, True, 2, CPU) if self.offset_pairs else None
+        transforms = random_transforms(1, self.head_size, CPU, rotary, offset=float(rotary is not None), **switches)
+        if rotary is not None:
+            transforms = with_offset_pairs(transforms, self.offset_pairs)
+        pairs = 0 if transforms.offset_pairs is None else len(transforms.offset_pairs.index)
+        layout, rows = make_layout(self.pair, self.head_size, self.block_size), self.rows
+        config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch])
+        return cuda._defines(
+            layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap
+        )
+
+    @property
+    def rows(self) -> int:
+        return cuda.pass_rows(self.group * self.max_query_len)
+
+    def compile(self, arch: str) -> bytes:
+        return bytes(build.compile_cubin("paged_attention", self.defines(arch), arch, None).code)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant("K8V8", 128),
+        Variant("K8V4", 128, transformed=True),
+        Variant("K8V2", 64, block_size=64),
+        Variant("K4V8", 96, group=3),
+        Variant("K4V4", 128, transformed=True, offset_pairs=8),
+        Variant("K4V2", 128, block_size=128),
+        Variant("K2V8", 64, group=1, dtype=torch.float16),
+        Variant("K2V4", 96, window=100, soft_cap=True),
+        Variant("K2V2", 128),
+    ],
+    ids=lambda variant: f"{variant.pair}-{variant.head_size}",
+)
+def test_nothing_spills_where_decoding_is_fastest(variant):
+    """Passes of 4 rows on sm_90, head size up to 128: as many CTAs as the knobs ask for fit into the registers."""
+    assert variant.rows == 4
+    cubin = variant.compile("sm_90")
+    usage = resource_usage(cubin)
+    threads = 32 * cuda.NUM_WARPS * variant.defines("sm_90")["MIN_CTAS"]
+    assert usage["REG"] * threads <= 1 << 16
+    assert (usage["STACK"], usage["LOCAL"], local_memory_instructions(cubin)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "variant"),
+    [
+        ("sm_80", Variant("K4V4", 128, block_size=64)),
+        ("sm_80", Variant("K2V4", 96, group=7, transformed=True, offset_pairs=13)),
+        ("sm_80", Variant("K8V8", 256, window=4096)),
+        ("sm_90", Variant("K4V2", 256, group=8, transformed=True)),
+        ("sm_90", Variant("K4V4", 128, group=1, max_query_len=16, soft_cap=True, dtype=torch.float16)),
+        ("sm_90", Variant("K8V4", 128, transformed=True, offset_pairs=64)),
+        ("sm_120", Variant("K4V2", 128)),
+        ("sm_120", Variant("K2V2", 64, group=8, transformed=True, offset_pairs=8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.pair}-{value.head_size}",
+)
+def test_every_family_compiles(arch, variant):
+    """With the architecture's own path (bulk copies or cp.async), within what a CTA can have of shared memory."""
+    defines = variant.defines(arch)
+    assert defines["SHARED_BYTES"] <= SHARED_BYTES_OF_A_CTA[arch]
+    assert resource_usage(variant.compile(arch))["REG"] <= 255
+
+
+def test_a_source_that_does_not_compile_says_why():
+    defines = Variant("K4V4", 128).defines("sm_90") | {"HEAD_SIZE": 24}
+    with pytest.raises(Exception, match="head size") as caught:
+        build.compile_cubin("paged_attention", defines, "sm_90", None)
+    assert type(caught.value).__name__ == "NVRTCError"
+
+
+@pytest.mark.parametrize("arch", list(SHARED_BYTES))
+def test_default_knobs_fit_every_layer(arch):
+    for pair in QUANTIZED_PAIRS:
+        for head_size in HEAD_SIZES:
+            for block_size in (16, 48, 64, 128, 256):
+                layout = make_layout(pair.name, head_size, block_size)
+                for rows in cuda.PASS_ROWS:
+                    for pairs in (0, 8, head_size // 2):
+                        config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch])
+                        cta = cuda.shared_bytes(layout, rows, config, pairs)
+                        assert config.min_ctas * (cta + cuda.RESERVED_SHARED_BYTES) <= SHARED_BYTES[arch]
+                        assert cta <= SHARED_BYTES_OF_A_CTA[arch]
+                        assert block_size % config.stage_tokens == 0 or config.stage_tokens % block_size == 0
+                        assert config.stage_tokens % 16 == 0 and config.min_ctas >= 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "transforms", "soft_cap", "reason"),
+    [
+        pytest.param(make_layout("K4V4", 128), LayerTransforms(), 0.0, None, id="plain"),
+        pytest.param(make_layout("K4V2", 96), LayerTransforms(), 0.0, "head_size 96 with 2-bit values", id="96 V2"),
+        pytest.param(make_layout("K4V4", 80), LayerTransforms(), 0.0, "head_size 80", id="80"),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, offset=1.0), 0.0, None, id="offset not rotated"
+        ),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, offset=1.0), 30.0, "some of it is not rotated",
+            id="offset not rotated, capped",
+        ),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, linear_table(32, True, 9, CPU), offset=1.0), 30.0,
+            "some of it is not rotated", id="offset partly rotated, capped",
+        ),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, linear_table(64, True, 9, CPU), offset=1.0), 30.0,
+            None, id="offset rotated, capped",
+        ),
+        pytest.param(
+            make_layout("K4V4", 64),
+            random_transforms(
+                1, 64, CPU, dataclasses.replace(linear_table(64, True, 9, CPU), frequencies=None), offset=1.0
+            ),
+            0.0, "not proportional to the position", id="offset rotated otherwise",
+        ),
+    ],
+)  # fmt: skip
+def test_unsupported_layers_are_named(layout, transforms, soft_cap, reason):
+    got = cuda.unsupported(layout, transforms, soft_cap)
+    assert got == reason if reason is None else reason in got
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "deep" / "kernels"
+    monkeypatch.setenv("KVTUNER_KERNEL_CACHE", str(folder))
+    return folder
+
+
+def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
+    """Keyed by what decides it: other defines, another architecture and another source are compiled on their own."""
+    defines = Variant("K8V2", 64).defines("sm_90")
+
+    def compiled(arch="sm_90", **changed):
+        cubin = build.compile_cubin("paged_attention", {**defines, **changed}, arch, build.kernel_cache())
+        return bytes(cubin.code), len(build.kernel_cache())
+
+    first, entries = compiled()
+    assert entries == 1
+    assert cache_folder.stat().st_mode & 0o077 == 0
+    (entry,) = (path for path in cache_folder.rglob("*") if path.is_file() and path.read_bytes() == first)
+    entry.write_bytes(first + b"kept")
+    assert compiled() == (first + b"kept", 1), "taken from the folder"
+    assert compiled(QUERY_BF16=0)[1] == 2
+    assert compiled("sm_80")[1] == 3
+    text = build.source("paged_attention")
+    monkeypatch.setattr(build, "source", lambda stem: text + "// changed\n")
+    assert compiled()[1] == 4
+
+
+def test_sources_are_whole():
+    for path in build.SOURCES.glob("*.cu"):
+        assert "#include" not in build.source(path.stem).replace("// No header", "")
+
+
+@pytest.mark.parametrize("inner", [".", "entries"])
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_cache_that_others_may_write_to_is_refused(cache_folder, inner, mode):
+    build.kernel_cache()
+    folder = cache_folder / inner
+    folder.mkdir(exist_ok=True)
+    folder.chmod(mode)
+    with pytest.raises(ValueError, match=rf"^KVTUNER_KERNEL_CACHE: {folder.resolve()} must .* writable by no other"):
+        build.kernel_cache()
+    folder.chmod(0o755)
+    build.kernel_cache()
+
+
+def test_a_cache_of_somebody_else_is_refused(cache_folder, monkeypatch):
+    build.kernel_cache()
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(ValueError, match=rf"must belong to user {owner + 1} .* belongs to {owner} "):
+        build.kernel_cache()

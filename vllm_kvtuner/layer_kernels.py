@@ -1,0 +1,170 @@
+"""The GPU kernels of one layer: which of them serve it, and the scratch that they share with other layers."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_kvtuner import decode_kernel
+from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
+from vllm_kvtuner.transforms import LayerTransforms
+
+
+class LayerKernels:
+    """Store, gather and decode of a layer whose pair and transforms may change between calls.
+
+    Args:
+        num_heads: query heads.
+        num_kv_heads: of the layer.
+        head_size: numbers per row.
+        scale: factor on the logits.
+        sliding_window: tokens a query sees, or None for all.
+        logits_soft_cap: 0 for none.
+        max_num_seqs: decodes of a batch.
+        max_decode_query_len: query tokens of one decode.
+        device: a GPU.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        scale: float,
+        sliding_window: int | None,
+        logits_soft_cap: float,
+        max_num_seqs: int,
+        max_decode_query_len: int,
+        device: torch.device,
+    ) -> None:
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.sliding_window = sliding_window
+        self.logits_soft_cap = logits_soft_cap
+        self.max_num_seqs = max_num_seqs
+        self.max_decode_query_len = max_decode_query_len
+        self.device = device
+        self.forget()
+
+    def forget(self) -> None:
+        """Choose anew at the next call: the layer's pair or transforms have changed."""
+        self._decode: str | None = None
+        self._rows: _RowKernels | None = None
+
+    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, has_offset: bool) -> None:
+        """Take the decode kernel's scratch, so that it is counted before the cache is sized.
+
+        Args:
+            pair: of the layer.
+            transforms: of the layer, without statics that are bound later.
+            has_offset: whether a key offset is, which may leave the layer to the portable kernel.
+        """
+        layout = PageLayout(pair, self.head_size, BLOCK_SIZE_MULTIPLE)
+        self._workspace(decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device))
+        if has_offset:
+            self._workspace(decode_kernel.TRITON)
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None,
+        layout: PageLayout,
+        transforms: LayerTransforms,
+    ) -> None:
+        """As :func:`vllm_kvtuner.reference.reshape_and_cache_ref`."""
+        store = self._row_kernels(layout).reshape_and_cache
+        store(key, value, kv_cache, slot_mapping, positions, layout, transforms)
+
+    def gather(self, *arguments: Any, layout: PageLayout, transforms: LayerTransforms, num_tokens: int) -> None:
+        """As :func:`vllm_kvtuner.reference.gather_cache_ref`, ``arguments`` those before the layout."""
+        self._row_kernels(layout).gather_cache(*arguments, layout, transforms, num_tokens=num_tokens)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        max_query_len: int,
+        layout: PageLayout,
+        transforms: LayerTransforms,
+        output: torch.Tensor,
+    ) -> None:
+        """As :func:`vllm_kvtuner.reference.paged_attention_ref`, with the layer's scale, window and cap."""
+        if self._decode is None:
+            self._decode = decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device)
+        if self._decode == decode_kernel.CUDA:
+            from vllm_kvtuner.kernels.cuda import paged_attention as kernel
+        else:
+            from vllm_kvtuner.kernels import paged_attention as kernel  # type: ignore[no-redef]
+        kernel.paged_attention(
+            query,
+            kv_cache,
+            block_table,
+            seq_lens,
+            query_start_loc,
+            max_query_len,
+            self.scale,
+            layout,
+            transforms,
+            output,
+            self.sliding_window,
+            self.logits_soft_cap,
+            workspace=self._workspace(self._decode),
+        )
+
+    def _row_kernels(self, layout: PageLayout) -> "_RowKernels":
+        if self._rows is None:
+            self._rows = _row_kernels(decode_kernel.row_kernels(layout, self.device))
+        return self._rows
+
+    def _workspace(self, kernel: str) -> Any:
+        """Scratch of the kernel's paged_attention."""
+        if kernel == decode_kernel.CUDA:
+            shape = (self.num_heads, self.num_kv_heads, self.head_size)
+            return _cuda_workspace(self.max_num_seqs, self.max_decode_query_len, *shape, self.device)
+        tokens = self.max_num_seqs * self.max_decode_query_len
+        return _triton_workspace(tokens, self.num_heads, self.head_size, self.device)
+
+
+class _RowKernels(NamedTuple):
+    """Store and gather, with the contracts of the reference's."""
+
+    reshape_and_cache: Callable[..., None]
+    gather_cache: Callable[..., None]
+
+
+@functools.cache
+def _row_kernels(kernels: str) -> _RowKernels:
+    if kernels == decode_kernel.CUDA:
+        from vllm_kvtuner.kernels.cuda import gather_cache as cuda_gather
+        from vllm_kvtuner.kernels.cuda import reshape_and_cache as cuda_store
+
+        return _RowKernels(cuda_store.reshape_and_cache, cuda_gather.gather_cache)
+    from vllm_kvtuner.kernels import gather_cache, reshape_and_cache
+
+    return _RowKernels(reshape_and_cache.reshape_and_cache, gather_cache.gather_cache)
+
+
+# Scratch that all layers of one shape share: layers run one after the other.
+
+
+@functools.cache
+def _cuda_workspace(*arguments: Any) -> Any:
+    from vllm_kvtuner.kernels.cuda.paged_attention import decode_workspace
+
+    return decode_workspace(*arguments)
+
+
+@functools.cache
+def _triton_workspace(*arguments: Any) -> Any:
+    from vllm_kvtuner.kernels.paged_attention import decode_workspace
+
+    return decode_workspace(*arguments)
