@@ -38,9 +38,7 @@ def test_wheel_holds_every_module(wheel):
 
 def test_wheel_holds_every_cuda_source(wheel):
     sources = {
-        str(path.relative_to(ROOT))
-        for suffix in ("cu", "cuh")
-        for path in (ROOT / "vllm_kvtuner").rglob(f"*.{suffix}")
+        str(path.relative_to(ROOT)) for suffix in ("cu", "cuh") for path in (ROOT / "vllm_kvtuner").rglob(f"*.{suffix}")
     }
     assert "vllm_kvtuner/kernels/cuda/paged_attention.cu" in sources
     assert sources == {name for name in wheel.namelist() if name.endswith((".cu", ".cuh"))}

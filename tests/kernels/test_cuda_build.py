@@ -11,6 +11,7 @@ from tests.helpers.decode_cases import HEAD_SIZES, linear_table, with_offset_pai
 from tests.helpers.paged_cache import make_layout, random_transforms
 from vllm_kvtuner.kernels.cuda import build
 from vllm_kvtuner.kernels.cuda import paged_attention as cuda
+from vllm_kvtuner.kernels.cuda import sm_speed
 from vllm_kvtuner.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.transforms import LayerTransforms
 
@@ -62,11 +63,11 @@ class Variant:
         Variant("K8V8", 128),
         Variant("K8V4", 128, transformed=True),
         Variant("K8V2", 64, block_size=64),
-        Variant("K4V8", 96, group=3),
+        Variant("K4V8", 96, group=3, window=100, soft_cap=True),
         Variant("K4V4", 128, transformed=True, offset_pairs=8),
         Variant("K4V2", 128, block_size=128),
         Variant("K2V8", 64, group=1, dtype=torch.float16),
-        Variant("K2V4", 96, window=100, soft_cap=True),
+        Variant("K2V4", 96),
         Variant("K2V2", 128),
     ],
     ids=lambda variant: f"{variant.pair}-{variant.head_size}",
@@ -100,6 +101,28 @@ def test_every_family_compiles(arch, variant):
     defines = variant.defines(arch)
     assert defines["SHARED_BYTES"] <= SHARED_BYTES_OF_A_CTA[arch]
     assert resource_usage(variant.compile(arch))["REG"] <= 255
+
+
+@pytest.mark.parametrize("arch", list(SHARED_BYTES))
+def test_the_measure_of_multiprocessors_compiles(arch):
+    assert resource_usage(bytes(build.compile_cubin("sm_speed", {}, arch, None).code))["LOCAL"] == 0
+
+
+@pytest.mark.parametrize(
+    ("speed", "num_fast", "share"),
+    [
+        pytest.param([1.0] * 132, 0, 32, id="all alike"),
+        pytest.param([1.0, 1.03] * 66, 0, 32, id="noise"),
+        pytest.param([1.08] * 22 + [1.0] * 110, 22, 35, id="one in six reads 8% faster"),
+        pytest.param([2.0] * 22 + [1.0] * 110, 22, 38, id="far faster"),
+        pytest.param([float("nan")] * 4 + [1.125] * 20 + [1.0] * 108, 20, 36, id="some not measured"),
+    ],
+)
+def test_fast_multiprocessors_get_larger_shares(speed, num_fast, share):
+    shares = sm_speed.shares_of(speed, "cpu")
+    assert (shares.num_fast, shares.fast_share) == (num_fast, share)
+    assert shares.fast.dtype == torch.uint8 and shares.fast.shape == (132,)
+    assert shares.fast.nonzero()[:, 0].tolist() == [index for index, x in enumerate(speed) if x > 1.04]
 
 
 def test_a_source_that_does_not_compile_says_why():
