@@ -1062,7 +1062,11 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   {
     Cursor cursor;
     find(a, first, last, lane, cursor);
-    if (lane == 0) shared.producers[warp] = cursor;
+    if (lane == 0) {
+      shared.producers[warp] = cursor;
+      shared.raw_segment[1][warp] = -1;
+    }
+    __syncwarp();
     if (thread == 0) {
       shared.cursor = cursor;
       shared.segment = 0;
@@ -1103,8 +1107,9 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   bool more = true;
   while (more) {
     const Request& request = cursor.request;
-    if (shared.raw_segment[shared.segment % 2][warp] != shared.segment)
-      fetch_rows(a, shared, cursor, shared.segment, warp, lane);
+    const bool fetched = shared.raw_segment[shared.segment % 2][warp] == shared.segment;
+    __syncwarp();
+    if (!fetched) fetch_rows(a, shared, cursor, shared.segment, warp, lane);
     copies_wait_all();
     __syncwarp();
     for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) fold_row(a, shared, cursor, row, lane);
