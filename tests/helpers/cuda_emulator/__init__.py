@@ -1,0 +1,147 @@
+"""Runs the CUDA sources on a CPU, under their own Python launchers: what a kernel computes, not how fast.
+
+The host's compiler builds a source with `cuda_emulator.h` in place of CUDA, and with the bodies below in place of the
+functions that device.cuh writes in PTX. It is compiled as for sm_80, so that copies are plain loads.
+"""
+
+import ctypes
+import functools
+import hashlib
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_kvtuner.kernels.cuda import build as cuda_build
+from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda.sm_speed import SLOW_SHARE, SmShares
+
+HEADER = Path(__file__).with_name("cuda_emulator.h")
+COMPILER = shutil.which("g++")
+OPTIONS = ("-O1", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+OPTIONS += ("-shared", "-fPIC")
+CTAS = 3
+"""CTAs at once: few, so that each has several requests and requests have several CTAs."""
+SHARED_BYTES_PER_MULTIPROCESSOR = 228 * 1024
+
+_MMA = "const u32 words[] = {{{words}}}; multiply<{k}, {per_word}>(c, words, {a}, {b}, __LINE__, {kinds});"
+BODIES = {
+    "shared_address(": "return (u32)((const u8*)pointer - memory);",
+    "exp2_approx(": "return exp2f(x);",
+    "reciprocal_approx(": "return 1.0f / x;",
+    "unpack_fp16(": "return {half_to_float(word & 0xFFFF), half_to_float(word >> 16)};",
+    "pack_fp16(": "return float_to_half(low) | float_to_half(high) << 16;",
+    "truncate_fp16(": "return float_to_half_truncated(low) | float_to_half_truncated(high) << 16;",
+    "from_fp16(": "return half_to_float(bits);",
+    "to_fp16(": "return (u16)float_to_half(x);",
+    "to_bf16(": "return (u16)float_to_bfloat(x);",
+    "pack_bf16(": "return float_to_bfloat(low) | float_to_bfloat(high) << 16;",
+    "arrive(": "return atomicAdd(counter, 1);",
+    "mma_u8s8_k32(": _MMA.format(
+        words="a0, a1, a2, a3, b0, b1", k=32, per_word=4, a=4, b=2, kinds="unsigned_byte, signed_byte"
+    ),
+    "mma_u8s8_k16(": _MMA.format(words="a0, a1, b0", k=16, per_word=4, a=2, b=1, kinds="unsigned_byte, signed_byte"),
+    "mma_fp16(": _MMA.format(
+        words="a0, a1, a2, a3, b0, b1", k=16, per_word=2, a=4, b=2, kinds="half_number, half_number"
+    ),
+    "transpose_8x8(": "return transposed(word, __LINE__);",
+    "copy_16(": "copy_16_bytes(memory + target, source, __LINE__);",
+}
+"""Bodies of device.cuh's functions, by what follows their return type."""
+
+
+def available() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    if COMPILER is None:
+        return "no g++ on the path"
+    if platform.machine() != "x86_64":
+        return "fp16 is converted by x86 instructions"
+    return None
+
+
+def emulated_source(stem: str) -> str:
+    """The kernel's source with the bodies of :data:`BODIES` and without inline PTX."""
+    text = cuda_build.source(stem)
+    for name, body in BODIES.items():
+        match = re.search(rf"__forceinline__ [\w ]*\b{re.escape(name)}[^{{]*\{{", text)
+        assert match, f"device.cuh has no function {name}...)"
+        line_end = text.index("\n", match.end())
+        one_line = text[line_end - 1] == "}"
+        end = line_end - 1 if one_line else text.index("\n}\n", match.end()) + 1
+        text = f"{text[: match.end()]} {body} {text[end:]}"
+    text = re.sub(r'asm( volatile)?\((?:[^;"]|"(?:[^"\\]|\\.)*")*\);', "", text)
+    return text.replace("extern __shared__ __align__(128) u8 memory[];", "").replace("__restrict__", "")
+
+
+@functools.cache
+def _library(stem: str, defines: tuple[tuple[str, int], ...], shared_bytes: int) -> ctypes.CDLL:
+    source = emulated_source(stem)
+    signature = re.search(rf'extern "C" __global__.*?\b{stem}\(([^)]*)\)', source[source.rindex('extern "C"') :], re.S)
+    parameters = [" ".join(parameter.split()) for parameter in signature[1].split(",")]
+    names = [re.findall(r"\w+", parameter)[-1] for parameter in parameters]
+    statics = "\n".join("static " + re.sub(r"(\w+)$", r"arg_\1", parameter) + ";" for parameter in parameters)
+    arguments = ", ".join(f"arg_{name}" for name in names)
+    text = "\n".join(
+        [
+            f'#include "{HEADER}"',
+            f"alignas(128) static unsigned char memory[{max(shared_bytes, 16)}];",
+            *(f"#define {name} {value}" for name, value in defines),
+            source,
+            statics,
+            f'extern "C" void emulate(unsigned ctas, int threads, {", ".join(parameters)}) {{',
+            *(f"arg_{name} = {name};" for name in names),
+            "for (unsigned cta = 0; cta < ctas; cta++) {",
+            # As a CTA finds it: what an earlier one may have left there.
+            "std::fill_n((int*)memory, sizeof(memory) / 4, 1);",
+            f"run_cta(cta, ctas, threads, [] {{ {stem}({arguments}); }});",
+            "}",
+            "}",
+        ]
+    )
+    digest = hashlib.sha256((text + HEADER.read_text()).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"cuda_emulator_{digest}"
+    if not (folder / "kernel.so").exists():
+        with tempfile.TemporaryDirectory() as scratch:
+            (Path(scratch) / "kernel.cpp").write_text(text)
+            command = [COMPILER, *OPTIONS, "-o", f"{scratch}/kernel.so", f"{scratch}/kernel.cpp"]
+            built = subprocess.run(command, capture_output=True, text=True)
+            assert built.returncode == 0, built.stderr[:4000]
+            folder.mkdir(exist_ok=True)
+            shutil.move(f"{scratch}/kernel.so", folder / "kernel.so")
+    return ctypes.CDLL(str(folder / "kernel.so"))
+
+
+class EmulatedKernel:
+    """Stands for build.BuiltKernel."""
+
+    max_ctas = CTAS
+
+    def __init__(self, stem: str, defines: tuple[tuple[str, int], ...], block: int, shared_bytes: int) -> None:
+        self._function = _library(stem, defines, shared_bytes).emulate
+        self._block = block
+
+    def launch(self, grid: int, *arguments: object) -> None:
+        values = [ctypes.c_uint64(value) if isinstance(value, int) else value for value in arguments]
+        self._function(ctypes.c_uint(grid), ctypes.c_int(self._block), *values)
+
+
+def install(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the emulated kernels under the launchers, on tensors in the CPU's memory."""
+
+    def build(stem, defines, block, shared_bytes, device):
+        return EmulatedKernel(stem, defines, block, shared_bytes)
+
+    for launcher in (gather_cache, paged_attention, reshape_and_cache):
+        monkeypatch.setattr(launcher, "build", build)
+    shares = SmShares(torch.zeros(CTAS, dtype=torch.uint8), 0, SLOW_SHARE)
+    monkeypatch.setattr(paged_attention, "sm_shares", lambda device: shares)
+    properties = SimpleNamespace(
+        multi_processor_count=CTAS, shared_memory_per_multiprocessor=SHARED_BYTES_PER_MULTIPROCESSOR
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

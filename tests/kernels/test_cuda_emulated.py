@@ -1,0 +1,116 @@
+"""The CUDA kernels' arithmetic and bookkeeping on a CPU, lane by lane, against the reference on the same bytes."""
+
+import pytest
+import torch
+
+from tests.helpers import cuda_emulator
+from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
+from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.reference import gather_cache_ref, paged_attention_ref, reshape_and_cache_ref
+from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, linear_rotary
+
+pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
+
+CPU = torch.device("cpu")
+BF16, FP16 = torch.bfloat16, torch.float16
+SEQ_LENS = [1, 15, 0, 16, 150, 17]
+"""More requests than CTAs, one without tokens, and one that several CTAs share."""
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch):
+    torch.manual_seed(0)
+    cuda_emulator.install(monkeypatch)
+
+
+def rotary(rotary_dim: int, is_neox: bool = True) -> RotaryTable:
+    frequency = 10000.0 ** (-torch.arange(rotary_dim // 2, dtype=torch.float64) / (rotary_dim // 2))
+    angle = torch.arange(512, dtype=torch.float64)[:, None] * frequency
+    table = linear_rotary(torch.cat([angle.cos(), angle.sin()], dim=-1).float(), is_neox, CPU)
+    assert table is not None
+    return table
+
+
+def offset_in(pairs: int, num_kv_heads: int, head_size: int, table: RotaryTable, **switches: bool) -> LayerTransforms:
+    """A key offset in the first ``pairs`` rotary pairs alone."""
+    offset = torch.zeros(num_kv_heads, head_size)
+    for dims in table.pairs():
+        offset[:, dims[:pairs]] = 5 * torch.randn(num_kv_heads, pairs)
+    return LayerTransforms(offset, table, **switches)
+
+
+@pytest.mark.parametrize(
+    ("pair", "head_size", "group", "block_size", "dtype", "query_lens", "options", "transforms"),
+    [
+        pytest.param("K4V4", 128, 4, 16, BF16, [1], {}, None, id="K4V4"),
+        pytest.param("K8V8", 128, 4, 64, FP16, [1], {}, None, id="K8V8, block size 64"),
+        pytest.param("K2V2", 64, 3, 16, FP16, [1], {}, None, id="K2V2, head size 64, group of 3"),
+        pytest.param("K4V2", 256, 1, 32, BF16, [1], {}, None, id="K4V2, head size 256"),
+        pytest.param("K2V8", 96, 7, 16, FP16, [1], {}, None, id="K2V8, head size 96, group of 7"),
+        pytest.param("K8V4", 128, 2, 16, FP16, [1, 5, 1, 16, 3, 2], {}, None, id="1 to 16 query tokens"),
+        pytest.param("K4V4", 64, 4, 16, FP16, [1, 3, 1, 2, 4, 1], {"sliding_window": 40}, None, id="sliding window"),
+        pytest.param("K4V8", 64, 4, 16, FP16, [1], {"logits_soft_cap": 30.0}, None, id="soft cap"),
+        pytest.param(
+            "K4V4", 128, 4, 16, FP16, [1],
+            {}, lambda: LayerTransforms(key_hadamard=True, value_hadamard=True), id="rotations",
+        ),
+        pytest.param(
+            "K4V4", 96, 4, 16, FP16, [1],
+            {}, lambda: random_transforms(2, 96, CPU, None, equalization=True, key_hadamard=True), id="equalization",
+        ),
+        pytest.param(
+            "K4V4", 128, 4, 16, FP16, [1],
+            {}, lambda: offset_in(7, 2, 128, rotary(128), key_hadamard=True), id="key offset",
+        ),
+        pytest.param(
+            "K8V2", 64, 8, 16, FP16, [2],
+            {}, lambda: offset_in(16, 2, 64, rotary(32, is_neox=False)), id="key offset, all pairs, partly rotated",
+        ),
+    ],
+)  # fmt: skip
+def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, transforms):
+    layout = make_layout(pair, head_size, block_size)
+    transforms = transforms() if transforms else LayerTransforms()
+    query_lens = query_lens if len(query_lens) > 1 else query_lens * len(SEQ_LENS)
+    seq_lens = [max(length, queries) if length else 0 for length, queries in zip(SEQ_LENS, query_lens, strict=True)]
+    cache = random_cache(layout, seq_lens, 2, CPU)
+    total = sum(query_lens)
+    query = torch.randn(total + 2, 2 * group, head_size).to(dtype)
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
+    got = torch.full_like(query, torch.nan)
+    want = torch.zeros(total, 2 * group, head_size)
+    workspace = paged_attention.decode_workspace(len(seq_lens), max(query_lens), 2 * group, 2, head_size, CPU)
+    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), head_size**-0.5, layout)
+    paged_attention.paged_attention(query, *arguments, transforms, got, **options, workspace=workspace)
+    paged_attention_ref(query[:total].float(), *arguments, transforms, want, **options)
+    error = (got[:total].float() - want).norm() / want.norm()
+    assert error < (3e-3 if dtype == BF16 else 6e-4)
+    assert (got[total:] == 0).all(), "rows beyond the last query"
+    assert not workspace.arrivals.any(), "counters are 0 between launches"
+
+
+@pytest.mark.parametrize("many_rows", [False, True])
+@pytest.mark.parametrize("pair", ["K8V4", "K4V2", "K2V8"])
+def test_store_and_gather(pair, many_rows, monkeypatch):
+    monkeypatch.setattr(reshape_and_cache, "MANY_ROWS", 0 if many_rows else 1 << 62)
+    layout = make_layout(pair, 96, 16)
+    table = rotary(48)
+    transforms = random_transforms(2, 96, CPU, table, offset=5.0, equalization=True)
+    seq_lens = [33, 1, 16]
+    cache = random_cache(layout, seq_lens, 2, CPU)
+    slots = slots_of(cache.block_table, seq_lens, 16)
+    positions = torch.cat([torch.arange(length) for length in seq_lens])
+    key, value = torch.randn(2, sum(seq_lens), 2, 96).to(BF16)
+    got, want = (empty_cache(layout, cache.kv_cache.shape[0], 2, CPU) for _ in range(2))
+    reshape_and_cache.reshape_and_cache(key, value, got, slots, positions, layout, transforms)
+    reshape_and_cache_ref(key, value, want, slots, positions, layout, transforms)
+    assert torch.equal(got, want)
+
+    ends = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()], dtype=torch.int32)
+    firsts = torch.zeros(len(seq_lens), dtype=torch.int32)
+    out = [torch.full((2, sum(seq_lens), 2, 96), torch.nan) for _ in range(2)]
+    for gather, (keys, values) in zip((gather_cache.gather_cache, gather_cache_ref), out, strict=True):
+        gather(
+            want, cache.block_table, ends, firsts, keys, values, layout, transforms, num_tokens=sum(seq_lens)
+        )  # fmt: skip
+    torch.testing.assert_close(*out, rtol=2e-6, atol=2e-5)
