@@ -100,19 +100,28 @@ def test_cuda_asked_for_without_cuda_core_is_an_error(card, without_cuda_core):
         choose()
 
 
-def test_the_choice_and_its_reason_are_logged_once(card, caplog):
+@pytest.mark.parametrize(
+    ("capability", "asked", "layout", "kernel"),
+    [
+        pytest.param((9, 0), None, UNSERVED, "cuda", id="a layer whose decode is the portable kernel's"),
+        pytest.param((9, 0), "triton", SERVED, "triton", id="asked for the portable ones"),
+        pytest.param((10, 0), None, SERVED, "triton", id="a newer card"),
+        pytest.param((9, 0), "cuda", make_layout("K4V4", 80), "triton", id="rows that CUDA does not serve"),
+    ],
+)
+def test_store_and_gather_follow_the_same_variable(card, capability, asked, layout, kernel):
+    card(capability, asked)
+    assert decode_kernel.row_kernels(layout, DEVICE) == kernel
+
+
+def test_the_choice_and_its_reason_are_logged_once(card, caplog, monkeypatch):
     card((9, 0))
     logger = logging.getLogger("vllm.vllm_kvtuner.decode_kernel")
-    level = logger.level
-    logger.addHandler(caplog.handler)  # vLLM's loggers do not propagate
-    logger.setLevel(logging.INFO)
-    try:
-        for layout in (SERVED, UNSERVED, SERVED, UNSERVED):
-            choose(layout)
-    finally:
-        logger.removeHandler(caplog.handler)
-        logger.setLevel(level)
-    messages = list(dict.fromkeys(record.getMessage() for record in caplog.records))
-    assert messages[0] == "decode kernel: cuda"
-    assert messages[1].startswith("decode kernel: triton, since head_size 96 with 2-bit values")
-    assert len(messages) == 2
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # vLLM's loggers do not propagate
+    monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(logging.INFO, logger=logger.name)
+    for layout in (SERVED, UNSERVED, SERVED, UNSERVED):
+        choose(layout)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "decode kernel: cuda"
+    assert second.startswith("decode kernel: triton, since head_size 96 with 2-bit values")

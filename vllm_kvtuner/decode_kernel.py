@@ -34,7 +34,7 @@ def decode_kernel(layout: PageLayout, transforms: LayerTransforms, logits_soft_c
     def unsupported() -> str | None:
         from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
-        return unsupported(layout, transforms, logits_soft_cap)
+        return unsupported(layout, transforms, logits_soft_cap, torch.cuda.get_device_capability(device))
 
     kernel, reason = _choose(unsupported, device)
     if envs.decode_kernel() == CUDA and kernel != CUDA:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-ANGLE_STEP = 16
+ANGLE_STEP = 32
 """Positions between the rows of :attr:`RotaryTable.coarse_angles`."""
 
 

@@ -6,7 +6,7 @@ import torch
 from tests.helpers import cuda_emulator
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
-from vllm_kvtuner.reference import gather_cache_ref, paged_attention_ref, reshape_and_cache_ref
+from vllm_kvtuner.reference import gather_cache_ref, page_parts, paged_attention_ref, reshape_and_cache_ref
 from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, linear_rotary
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
@@ -87,6 +87,39 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     assert error < (3e-3 if dtype == BF16 else 6e-4)
     assert (got[total:] == 0).all(), "rows beyond the last query"
     assert not workspace.arrivals.any(), "counters are 0 between launches"
+
+
+def decode_one(cache, query, **options):
+    """Output for one request's newest token, and the reference's."""
+    group = query.shape[1] // 2
+    workspace = paged_attention.decode_workspace(1, 1, query.shape[1], 2, cache.layout.head_size, CPU)
+    starts = torch.tensor([0, 1], dtype=torch.int32)
+    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, 1, cache.layout.head_size**-0.5)
+    got, want = torch.full_like(query, torch.nan), torch.zeros(1, 2 * group, cache.layout.head_size)
+    rest = (cache.layout, LayerTransforms())
+    paged_attention.paged_attention(query, *arguments, *rest, got, **options, workspace=workspace)
+    paged_attention_ref(query.float(), *arguments, *rest, want, **options)
+    return got.float(), want
+
+
+def test_blocks_that_left_the_window_may_hold_anything():
+    """Copies come in stages of 64 tokens, of which the window's first may begin in blocks that others own by now."""
+    cache = random_cache(make_layout("K4V4", 64), [150], 2, CPU)
+    cache.kv_cache[cache.block_table[0, : (150 - 40) // 16].long()] = 255
+    got, want = decode_one(cache, torch.randn(1, 8, 64).to(FP16), sliding_window=40)
+    assert (got - want).norm() < 6e-4 * want.norm()
+
+
+def test_constant_values_under_growing_logits():
+    """Rows of scale 0 give no weight that could grow too large; the total must stay finite all the same."""
+    cache = random_cache(make_layout("K8V8", 64), [96], 2, CPU)
+    page_parts(cache.kv_cache, cache.layout)[3][..., 0] = 0
+    keys = page_parts(cache.kv_cache, cache.layout)[2]
+    token = torch.arange(96)
+    keys[cache.block_table[0, token // 16].long(), :, token % 16, 1] = (token * 0.5).half()[:, None]
+    query = torch.full((1, 8, 64), 3.0, dtype=FP16)
+    got, want = decode_one(cache, query)
+    assert (got - want).norm() < 2e-3 * want.norm()
 
 
 @pytest.mark.parametrize("many_rows", [False, True])

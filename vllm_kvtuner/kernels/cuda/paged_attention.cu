@@ -2,7 +2,7 @@
 //
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, BLOCK_SIZE, GROUP (query heads per KV head), PASS_ROWS (query rows of a
 // pass, 4 or 8), STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
-// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), WINDOW (0: none), SOFT_CAP (0 or 1).
+// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (a multiple of 32), WINDOW (0: none), SOFT_CAP (0 or 1).
 //
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
 // head) chunk or several. A *segment* is what one pass reads: all stages of one (request, KV head, pass). Segments
@@ -89,8 +89,8 @@ struct Arguments {
   const float2* offset;          // [KV heads][OFFSET_PAIRS], the offset's numbers before RoPE
   const int* offset_dims;        // [OFFSET_PAIRS], dimensions of a pair: first | second << 16
   const int* offset_index;       // [OFFSET_PAIRS], of the rotary embedding's pairs
-  const float2* coarse_angles;   // [positions / 16][rotary_pairs], cosine and sine at every 16th position
-  const float2* fine_angles;     // [16][rotary_pairs], cosine and sine of 0 to 15 positions
+  const float2* coarse_angles;   // [positions / ANGLE_STEP][rotary_pairs], cosine and sine at every ANGLE_STEP-th position
+  const uint4* fine_angles;      // [OFFSET_PAIRS / 8][ANGLE_STEP / 16][2 terms][32 lanes], A operands of 16 positions
   u64 query_stride, output_stride;                 // numbers from token to token
   u64 block_stride, head_stride, table_stride;     // bytes, bytes, numbers
   int num_reqs, num_tokens, num_kv_heads;
@@ -439,7 +439,6 @@ struct RowConstants {
   int len;           // tokens of the request
 #if OFFSET_PAIRS
   float offset_factor[TILES];
-  float2 offset[TILES][OFFSET_STEPS][2];
 #endif
 };
 
@@ -571,71 +570,64 @@ __device__ __forceinline__ float value_unit(int c) {
 }
 
 #if OFFSET_PAIRS
-// fp16 in two terms: cosine and sine of 0 to 15 positions for the rows of the first product.
-struct OffsetSteps {
-  u32 high[OFFSET_STEPS][4], low[OFFSET_STEPS][4];
-  int index[OFFSET_STEPS][2];  // of this lane's pairs
-
-  __device__ __forceinline__ void load(const Arguments& a, int lane) {
-#pragma unroll
-    for (int step = 0; step < OFFSET_STEPS; step++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int token = token_of_row(lane / 4) + i % 2 * 8;
-        index[step][i / 2] = a.offset_index[step * 8 + lane % 4 + i / 2 * 4];
-        const float2 angle = a.fine_angles[token * a.rotary_pairs + index[step][i / 2]];
-        high[step][i] = pack_fp16(angle.x, angle.y);
-        float2 rounded = unpack_fp16(high[step][i]);
-        low[step][i] = pack_fp16(angle.x - rounded.x, angle.y - rounded.y);
-      }
-  }
-};
-
-// q . R_t m of 16 tokens from position `token`, in units of offset_factor.
-__device__ __forceinline__ void offset_products(const Arguments& a, const OffsetSteps& steps, const RowConstants& rows,
-                                                int token, int lane, float (&sums)[TILES][2]) {
-  float products[TILES][4] = {};
+// q . R_t m of STEP_TOKENS tokens from position `token`, in units of offset_factor. Coefficients and angles come anew from
+// shared memory and the L1 cache each time: registers for all pairs would leave none for warps.
+__device__ __forceinline__ void offset_products(const Arguments& a, const Shared& shared, int token, int lane,
+                                                float (&sums)[GROUPS][TILES][2]) {
+  const int g = lane / 4, t = lane % 4;
+  float products[GROUPS][TILES][4] = {};
 #pragma unroll
   for (int step = 0; step < OFFSET_STEPS; step++) {
-    float2 angles[2];
+    u32 operand[TILES][2];
 #pragma unroll
-    for (int b = 0; b < 2; b++)
-      angles[b] = a.coarse_angles[(u64)(token / 16) * a.rotary_pairs + steps.index[step][b]];
+    for (int b = 0; b < 2; b++) {
+      const int pair = step * 8 + t + 4 * b;
+      const float2 angle =
+          __ldg(&a.coarse_angles[(u64)(token / ANGLE_STEP) * a.rotary_pairs + __ldg(&a.offset_index[pair])]);
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      u32 operand[2];
-#pragma unroll
-      for (int b = 0; b < 2; b++) {
-        // The sum of two angles: the coefficients turn with the 16 tokens, cosines and sines within them stay.
-        float2 c = rows.offset[tile][step][b];
-        float cosine = c.x * angles[b].x + c.y * angles[b].y, sine = c.y * angles[b].x - c.x * angles[b].y;
-        u32 high = pack_fp16(cosine, sine);
-        float2 rounded = unpack_fp16(high);
-        u32 low = pack_fp16(cosine - rounded.x, sine - rounded.y);
-        operand[b] = lane / 4 % 2 ? low : high;
+      for (int tile = 0; tile < TILES; tile++) {
+        // The sum of two angles: the coefficients turn with every ANGLE_STEP tokens, cosines and sines within them stay.
+        const float2 c = shared.offset[4 * tile + g / 2][pair];
+        const float cosine = c.x * angle.x + c.y * angle.y, sine = c.y * angle.x - c.x * angle.y;
+        const u32 high = pack_fp16(cosine, sine);
+        const float2 rounded = unpack_fp16(high);
+        const u32 low = pack_fp16(cosine - rounded.x, sine - rounded.y);
+        operand[tile][b] = g % 2 ? low : high;
       }
-      const u32(&h)[4] = steps.high[step];
-      const u32(&l)[4] = steps.low[step];
-      mma_fp16(products[tile], l[0], l[1], l[2], l[3], operand[0], operand[1]);
-      mma_fp16(products[tile], h[0], h[1], h[2], h[3], operand[0], operand[1]);
+    }
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+      const uint4* fine = a.fine_angles + ((step * (ANGLE_STEP / 16) + (token / 16 + group) % (ANGLE_STEP / 16)) * 2) * 32;
+      const uint4 high = __ldg(fine + lane), low = __ldg(fine + 32 + lane);
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        mma_fp16(products[group][tile], low.x, low.y, low.z, low.w, operand[tile][0], operand[tile][1]);
+        mma_fp16(products[group][tile], high.x, high.y, high.z, high.w, operand[tile][0], operand[tile][1]);
+      }
     }
   }
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-    sums[tile][0] = products[tile][0] + products[tile][1];
-    sums[tile][1] = products[tile][2] + products[tile][3];
-  }
+  for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+      sums[group][tile][0] = products[group][tile][0] + products[group][tile][1];
+      sums[group][tile][1] = products[group][tile][2] + products[group][tile][3];
+    }
 }
 #endif
 
 // STEP_TOKENS tokens from the one at `token`, the first of a piece's part or of a 16-token run within it.
 __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int step, int token, const RowConstants& rows,
 #if OFFSET_PAIRS
-                                       const OffsetSteps& steps,
+                                       const Shared& shared,
 #endif
                                        int lane, Accumulators& sums) {
   const int g = lane / 4;
   float logits[GROUPS][TILES][2], lifted[GROUPS][2], minimum[GROUPS][2];
+#if OFFSET_PAIRS
+  float offsets[GROUPS][TILES][2];
+  offset_products(a, shared, token, lane, offsets);
+#endif
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
     const int place = step * STEP_TOKENS + group * 16;
@@ -643,10 +635,6 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
     const int within = place % PIECE_TOKENS;
     int dots[TILES][2];
     key_products(piece + within * K_ROW, rows, lane, dots);
-#if OFFSET_PAIRS
-    float offsets[TILES][2];
-    offset_products(a, steps, rows, token + group * 16, lane, offsets);
-#endif
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = token_of_row(g) + 8 * half;
@@ -659,7 +647,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
         float logit = k_meta.y * rows.sum_factor[tile];
         logit = fmaf(k_meta.x * rows.dot_factor[tile], __int2float_rn(dots[tile][half]), logit);
 #if OFFSET_PAIRS
-        logit = fmaf(offsets[tile][half], rows.offset_factor[tile], logit);
+        logit = fmaf(offsets[group][tile][half], rows.offset_factor[tile], logit);
 #endif
 #if SOFT_CAP
         // To base 2: cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
@@ -680,8 +668,12 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         const int position = token + group * 16 + token_of_row(g) + 8 * half;
-        // What stands beyond the request may be any bits.
-        if (position >= rows.len) lifted[group][half] = minimum[group][half] = 0.0f;
+        // What stands beyond the request, or in blocks that left its window, may be any bits.
+        bool absent = position >= rows.len;
+#if WINDOW
+        absent |= position < rows.seen_by_all - WINDOW;
+#endif
+        if (absent) lifted[group][half] = minimum[group][half] = 0.0f;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
           bool seen = position < rows.limit[tile];
@@ -702,8 +694,8 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
       for (int tile = 0; tile < TILES; tile++) {
         p[group][tile][half] = exp2_approx(logits[group][tile][half] - sums.reference[tile]);
         weight[group][tile][half] = p[group][tile][half] * lifted[group][half];
-        // Also where infinity meets a scale of 0.
-        surpassed |= !(weight[group][tile][half] <= MAX_WEIGHT);
+        // Also where P itself grows without bound, beside scales of 0, and where infinity meets one.
+        surpassed |= !(fmaf(p[group][tile][half], 0x1p-64f, weight[group][tile][half]) <= MAX_WEIGHT);
       }
   if (__any_sync(FULL_WARP, surpassed)) {
     float largest = 0.0f;
@@ -872,10 +864,6 @@ __device__ __forceinline__ void load_rows(const Shared& shared, const Request& r
     rows.sum_factor[tile] = shared.sum_factor[row];
 #if OFFSET_PAIRS
     rows.offset_factor[tile] = shared.offset_factor[row];
-#pragma unroll
-    for (int step = 0; step < OFFSET_STEPS; step++)
-#pragma unroll
-      for (int b = 0; b < 2; b++) rows.offset[tile][step][b] = shared.offset[4 * tile + g / 2][step * 8 + t + 4 * b];
 #endif
     int query, member;
     row_of(request, pass, row, query, member);
@@ -1030,7 +1018,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
                     const int* query_start_loc, float* partial, float2* partial_state, int* arrivals, int* claims,
                     const u8* fast,
                     const float* equalization, const float2* offset, const int* offset_dims, const int* offset_index,
-                    const float2* coarse_angles, const float2* fine_angles, u64 query_stride, u64 output_stride, u64 block_stride, u64 head_stride,
+                    const float2* coarse_angles, const uint4* fine_angles, u64 query_stride, u64 output_stride, u64 block_stride, u64 head_stride,
                     u64 table_stride, int num_reqs, int num_tokens, int num_kv_heads, int max_segments,
                     int rotary_pairs, int fast_ctas, int fast_share, float scale_log2, float soft_cap_log2) {
   const Arguments a = {query,        output,        kv_cache,      block_table,  seq_lens,      query_start_loc,
@@ -1097,10 +1085,6 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     producer.issue(a, first, last, warp, lane, shared.ring[warp][i], &shared.barriers[warp][i], policy);
 
   clear_rows(a, thread);
-#if OFFSET_PAIRS
-  OffsetSteps steps;
-  steps.load(a, lane);
-#endif
   int slot = 0;
   u32 parity = 0;
   Accumulators sums;
@@ -1134,7 +1118,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
           attend(a, shared.ring[warp][slot], step,
                  (first_stage + stage) * STAGE_TOKENS + step * STEP_TOKENS, rows,
 #if OFFSET_PAIRS
-                 steps,
+                 shared,
 #endif
                  lane, sums);
         __syncwarp();

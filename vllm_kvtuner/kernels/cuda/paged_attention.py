@@ -4,6 +4,7 @@ The contract is that of :func:`vllm_kvtuner.kernels.paged_attention.paged_attent
 """
 
 import ctypes
+import functools
 import math
 from dataclasses import dataclass
 
@@ -13,12 +14,14 @@ from vllm_kvtuner.kernels.common import check_cache
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build
 from vllm_kvtuner.kernels.cuda.sm_speed import SmShares, sm_shares
 from vllm_kvtuner.layout import PageLayout
-from vllm_kvtuner.transforms import LayerTransforms
+from vllm_kvtuner.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
 MAX_QUERY_LEN = 16
 """Query tokens per request that one launch serves."""
 NUM_WARPS = 4
 MAX_CTAS_PER_MULTIPROCESSOR = 4
+SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Compute capabilities with 100 KB of shared memory in a multiprocessor."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that the system takes of each CTA."""
 PASS_ROWS = (4, 8)
@@ -102,9 +105,11 @@ def decode_config(layout: PageLayout, rows: int, offset_pairs: int, shared_bytes
     bits = layout.pair.nominal_bits
     # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
     min_ctas = 2 if bits >= 4 else MAX_CTAS_PER_MULTIPROCESSOR if bits >= 3 else 3
-    if rows > PASS_ROWS[0] or offset_pairs:
+    if offset_pairs > 16:
+        min_ctas = 3
+    if rows > PASS_ROWS[0]:
         min_ctas = min(min_ctas, 3)
-    if layout.head_size > 128 or offset_pairs > 16:
+    if layout.head_size > 128:
         min_ctas = 2
     num_stages, stage_tokens = 2, 64
 
@@ -129,8 +134,15 @@ def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pai
     return ring + outputs + queries + 1024
 
 
-def unsupported(layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float = 0.0) -> str | None:
-    """Why this kernel does not serve a layer, or None if it does."""
+def unsupported(
+    layout: PageLayout,
+    transforms: LayerTransforms,
+    logits_soft_cap: float = 0.0,
+    capability: tuple[int, int] = (9, 0),
+) -> str | None:
+    """Why this kernel does not serve a layer on cards of a compute capability, or None if it does."""
+    if layout.head_size > 128 and capability in SMALL_SHARED_MEMORY:
+        return f"head_size {layout.head_size} does not fit the shared memory of compute capability {capability}"
     if layout.head_size % 32 or layout.head_size * layout.v_bits % 128:
         return f"head_size {layout.head_size} with {layout.v_bits}-bit values does not fill its matrix instructions"
     if transforms.key_offset is None:
@@ -170,6 +182,7 @@ def _defines(
         "VALUE_HADAMARD": int(transforms.value_hadamard),
         "KEY_EQUALIZATION": int(transforms.key_equalization is not None),
         "OFFSET_PAIRS": offset_pairs,
+        "ANGLE_STEP": ANGLE_STEP,
         "WINDOW": sliding_window or 0,
         "SOFT_CAP": int(soft_cap),
     }
@@ -194,6 +207,27 @@ def _build(
         config = decode_config(layout, rows, pairs, shared)
     defines = _defines(layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap)
     return build("paged_attention", tuple(defines.items()), 32 * NUM_WARPS, defines["SHARED_BYTES"], device), rows
+
+
+@functools.cache
+def _fine_operands(offset: OffsetPairs, rotary: RotaryTable) -> torch.Tensor:
+    """[pairs / 8, ANGLE_STEP / 16, 2, 32, 4] int32: turning on by 0 to ANGLE_STEP - 1 positions, as fp16 in two terms.
+
+    Each 16 positions are one A operand of the matrix instruction: register i of lane 4 g + t holds cosine and sine of
+    pair t + 4 (i // 2) at the token of row g + 8 (i % 2), in the kernel's order of tokens.
+    """
+    lane, register = torch.arange(32)[:, None], torch.arange(4)[None, :]
+    row = lane // 4
+    token = (row ^ (row >> 1 & 1)) + 8 * (register % 2)
+    pair = lane % 4 + 4 * (register // 2)
+    angles = rotary.fine_angles.cpu()[:, offset.index.cpu().long()]
+    angles = angles.view(ANGLE_STEP // 16, 16, -1, 8, 2)[:, token, :, pair]
+    # [lane, register, 16 positions, pairs / 8, 2]: what is indexed with slices between comes first.
+    angles = angles.permute(3, 2, 0, 1, 4)
+    high = angles.half()
+    low = (angles - high.float()).half()
+    words = torch.stack([high, low], dim=2).contiguous().view(torch.int32)
+    return words.squeeze(-1).contiguous().to(offset.index.device)
 
 
 def paged_attention(
@@ -250,7 +284,7 @@ def paged_attention(
         rotary = transforms.rotary
         assert rotary is not None and rotary.frequencies is not None, "unsupported() says so"
         rotary_pairs = rotary.rotary_dim // 2
-        parts = (offset.numbers, offset.dims, offset.index, rotary.coarse_angles, rotary.fine_angles)
+        parts = (offset.numbers, offset.dims, offset.index, rotary.coarse_angles, _fine_operands(offset, rotary))
         offset_addresses = tuple(part.data_ptr() for part in parts)
     # Shares differ only where every multiprocessor runs as many CTAs.
     num_sms = workspace.shares.fast.shape[0]
