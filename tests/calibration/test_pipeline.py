@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import optuna
 import plotly.io
 import pytest
@@ -20,8 +21,10 @@ from tests.helpers.calibration import FakeEvaluator, sensitivity_table
 from vllm_kvtuner.layout import PrecisionPair
 from vllm_kvtuner.precision import TransformSettings
 from vllm_kvtuner.profile import load_profile
+from vllm_kvtuner.statics import LayerStatics, load_statics, save_statics
 
 AFTER_SENSITIVITY = STAGES[2:]
+OFFSETS = {layer: LayerStatics(key_offset=np.full((2, 64), layer, dtype=np.float32)) for layer in (0, 2, 3)}
 STATICS = TransformSettings(key_offset=True, key_hadamard=True)
 
 
@@ -46,7 +49,7 @@ def calibration(out, table, evaluators, monkeypatch, **options):
     made = Calibration(out, options)
     made.__dict__["texts"] = texts()
     table.write(out / "sensitivity.json")
-    (out / "statics.safetensors").write_bytes(b"statics")
+    save_statics(out / "statics.safetensors", OFFSETS, {"data": "bundled", "method": "test", "model": "fake"})
     return made
 
 
@@ -74,7 +77,10 @@ def test_profile_round_trip(finished):
         layer.index: layer.transforms for layer in table.layers
     }
     assert profile.statics == out / "profile.statics.safetensors"
-    assert profile.statics.read_bytes() == b"statics"
+    statics = load_statics(profile.statics, profile.resolve(profile.model))
+    assert {index: each.key_offset.tolist() for index, each in statics.items()} == {
+        index: OFFSETS[index].key_offset.tolist() for index in (2, 3)
+    }
     assert profile.model is not None and profile.model.name == "fake"
     provenance = profile.provenance
     assert provenance["versions"] == table.versions
@@ -103,7 +109,7 @@ def test_nothing_runs_twice(finished, monkeypatch, tmp_path):
     anew = calibration(tmp_path, table, [], monkeypatch)
     for stage in AFTER_SENSITIVITY:
         anew.run(stage)
-    assert (tmp_path / "profile.yaml").read_bytes() == before["profile.yaml"]
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
 def test_changed_inputs_run_again(finished, monkeypatch, tmp_path):

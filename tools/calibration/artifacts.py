@@ -172,6 +172,16 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def read_statics(path: Path) -> bytes:
+    """A statics file with its header in sorted order: safetensors writes metadata in another order every time, and what
+    follows from the file must not depend on that."""
+    data = path.read_bytes()
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[size:]
+
+
 def _read_layer(problems: Problems, position: int, raw: Any) -> LayerSensitivity | None:
     key = f"layers[{position}]"
     if not check_exact_keys(problems, key, raw, tuple(field.name for field in fields(LayerSensitivity))):

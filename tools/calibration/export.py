@@ -15,7 +15,7 @@ from vllm_kvtuner.precision import SCHEMA_VERSION, TransformSettings
 from vllm_kvtuner.profile import load_profile
 from vllm_kvtuner.schema import format_layers
 
-from .artifacts import SensitivityTable
+from .artifacts import SensitivityTable, read_statics
 from .outcome import Heldout, Scored, SearchResult, short_name, verdict
 
 
@@ -44,7 +44,7 @@ def write_profile(path: Path, table: SensitivityTable, statics: Path, result: Se
     }
     if any(each.needs_statics for each in transforms.values()):
         name = f"{path.stem}.statics.safetensors"
-        _write(path.with_name(name), statics.read_bytes())
+        _write(path.with_name(name), read_statics(statics))
         document["statics"] = name
     document["provenance"] = provenance(table, result, heldout)
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)

@@ -20,7 +20,7 @@ from vllm_kvtuner.layout import PrecisionPair
 
 from ..heldout import file_sha256
 from ..results import write_json
-from .artifacts import STATICS_FILE, Evaluator, Quality, SensitivityTable, digest, read_artifact
+from .artifacts import STATICS_FILE, Evaluator, Quality, SensitivityTable, digest, read_artifact, read_statics
 from .calibration_text import CalibrationText
 from .cluster import cluster, read_clusters, write_clusters
 from .export import write_profile
@@ -185,7 +185,7 @@ class Calibration:
             dtype=self.options.dtype,
             windows=text.windows,
             transforms=transforms,
-            statics=(self.out / STATICS_FILE).read_bytes() if needs_statics else None,
+            statics=read_statics(self.out / STATICS_FILE) if needs_statics else None,
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
         )
