@@ -1,6 +1,7 @@
 """The CUDA kernels' arithmetic and bookkeeping on a CPU, lane by lane, against the reference on the same bytes."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tests.helpers import cuda_emulator
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda.sm_speed import SmShares
 from vllm_kvtuner.reference import gather_cache_ref, page_parts, paged_attention_ref, reshape_and_cache_ref
 from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, linear_rotary
 
@@ -114,6 +116,24 @@ def test_blocks_that_left_the_window_may_hold_anything():
     cache.kv_cache[cache.block_table[0, : (150 - 40) // 16].long()] = 255
     got = decode_one_by_cuda(cache, query.to(FP16), sliding_window=40)
     assert (got - want).norm() < 2e-3 * want.norm()
+
+
+@pytest.mark.parametrize("fast", [[1, 0, 0], [0, 1, 1], [1, 1, 1]])
+def test_larger_shares_for_faster_multiprocessors(fast):
+    """Shares depend on places that CTAs claim; there is one for each, whatever multiprocessors they run on."""
+    cache = random_cache(make_layout("K4V4", 64), [700, 90, 900], 2, CPU)
+    query = torch.randn(3, 8, 64)
+    starts = torch.arange(4, dtype=torch.int32)
+    shares = SmShares(torch.tensor(fast, dtype=torch.uint8), sum(fast), 37)
+    workspace = replace(paged_attention.decode_workspace(3, 1, 8, 2, 64, CPU), shares=shares)
+    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, 1, 0.125, cache.layout, LayerTransforms())
+    want, got = torch.empty_like(query), torch.full_like(query, torch.nan, dtype=FP16)
+    paged_attention_ref(query, *arguments, want)
+    # Stages of 16 tokens: 212 of them are enough for shares to differ.
+    config = paged_attention.DecodeConfig(16, 2, 1)
+    paged_attention.paged_attention(query.to(FP16), *arguments, got, workspace=workspace, config=config)
+    assert (got.float() - want).norm() < 2e-3 * want.norm()
+    assert not workspace.claims.any() and not workspace.arrivals.any(), "counters are 0 between launches"
 
 
 def test_constant_values_under_growing_logits():

@@ -193,9 +193,7 @@ struct Shares {
 // A CTA's place in the shares, by one thread: a large one for a fast multiprocessor while there are any left, so that
 // every CTA gets one wherever it runs. What is computed depends on the places alone, not on who takes them.
 __device__ __forceinline__ int claim(const Arguments& a) {
-  u32 multiprocessor;
-  asm volatile("mov.u32 %0, %smid;" : "=r"(multiprocessor));
-  int fast = a.fast[multiprocessor];
+  int fast = a.fast[multiprocessor()];
   int place = atomicAdd(&a.claims[fast], 1);
   if (place >= (fast ? a.fast_ctas : (int)gridDim.x - a.fast_ctas)) {
     fast ^= 1;

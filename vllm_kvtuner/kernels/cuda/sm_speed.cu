@@ -24,8 +24,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(end)::"memory");
   if (threadIdx.x == 0) {
     elapsed[blockIdx.x] = end - begin;
-    u32 multiprocessor;
-    asm volatile("mov.u32 %0, %smid;" : "=r"(multiprocessor));
-    multiprocessors[blockIdx.x] = multiprocessor;
+    multiprocessors[blockIdx.x] = multiprocessor();
   }
 }
