@@ -2,6 +2,7 @@
 
 import functools
 import os
+import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from cuda.core.utils import FileStreamProgramCache
 from vllm_kvtuner import envs
 
 SOURCES = Path(__file__).parent
-INCLUDE = '#include "device.cuh"\n'
+INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class BuiltKernel:
 
 
 def source(stem: str) -> str:
-    """Text of ``stem``.cu with its one include put in place, so that the text alone decides what is built."""
-    text = (SOURCES / f"{stem}.cu").read_text()
-    assert text.count(INCLUDE) == 1, f"{stem}.cu must include device.cuh once"
-    return text.replace(INCLUDE, (SOURCES / "device.cuh").read_text().replace("#pragma once\n", ""))
+    """Text of ``stem``.cu with its parts in place of their includes, so that the text alone decides what is built."""
+
+    def part(include: re.Match[str]) -> str:
+        return (SOURCES / include[1]).read_text().replace("#pragma once\n", "")
+
+    return INCLUDE.sub(part, (SOURCES / f"{stem}.cu").read_text())
 
 
 def compile_cubin(stem: str, defines: Mapping[str, int], arch: str, cache: FileStreamProgramCache | None) -> ObjectCode:

@@ -1,0 +1,92 @@
+// paged_attention.cu: queries in the frame of the stored keys.
+#pragma once
+
+// A row of the query into the frame of the stored keys, in 16-bit fixed point; by one warp.
+__device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, const Cursor& cursor, int row, int lane) {
+  const int kv_head = cursor.kv_head;
+  float x[NUMBERS];
+  const u16* source = query_row(a, cursor, row);
+  const bool present = source != nullptr;
+  const u16* raw = shared.raw_query[shared.segment % 2][row];
+#pragma unroll
+  for (int i = 0; i < NUMBERS; i++) x[i] = present ? load_query(raw + i * 32 + lane) : 0.0f;
+#if OFFSET_PAIRS
+  float2 coefficients[(OFFSET_PAIRS + 31) / 32];
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < (OFFSET_PAIRS + 31) / 32; i++) {
+    int pair = i * 32 + lane;
+    coefficients[i] = make_float2(0.0f, 0.0f);
+    if (present && pair < OFFSET_PAIRS) {
+      int dims = a.offset_dims[pair];
+      float first = load_query(raw + (dims & 0xFFFF)), second = load_query(raw + (dims >> 16));
+      float2 m = a.offset[kv_head * OFFSET_PAIRS + pair];
+      // q . R_t m is the sum over pairs of (q_a m_a + q_b m_b) cos + (q_b m_a - q_a m_b) sin.
+      coefficients[i] = make_float2(first * m.x + second * m.y, second * m.x - first * m.y);
+      largest = fmaxf(largest, fmaxf(fabsf(coefficients[i].x), fabsf(coefficients[i].y)));
+    }
+  }
+  largest = fmaxf(warp_max(largest), 1e-30f);
+#pragma unroll
+  for (int i = 0; i < (OFFSET_PAIRS + 31) / 32; i++)
+    if (i * 32 + lane < OFFSET_PAIRS)
+      shared.offset[row][i * 32 + lane] = make_float2(coefficients[i].x / largest, coefficients[i].y / largest);
+  if (lane == 0) shared.offset_factor[row] = largest * a.scale_log2;
+#endif
+#if KEY_EQUALIZATION
+#pragma unroll
+  for (int i = 0; i < NUMBERS; i++) x[i] *= a.equalization[kv_head * HEAD_SIZE + i * 32 + lane];
+#endif
+#if KEY_HADAMARD
+  hadamard_row(x, lane);
+#endif
+  float absmax = 0.0f;
+#pragma unroll
+  for (int i = 0; i < NUMBERS; i++) absmax = fmaxf(absmax, fabsf(x[i]));
+  absmax = fmaxf(warp_max(absmax), 1e-30f);
+  // 32512 = 127 * 256: the high byte rounds to at most 127.
+  const float unit = absmax * (1.0f / 32512.0f), inverse = 32512.0f / absmax;
+  int sum = 0;
+  u8* high = shared.query[row / 4][2 * (row % 4)];
+#pragma unroll
+  for (int i = 0; i < NUMBERS; i++) {
+    int fixed = __float2int_rn(x[i] * inverse);
+    sum += fixed;
+    high[i * 32 + lane] = (u8)((fixed + 128) >> 8);
+    high[QUERY_STRIDE + i * 32 + lane] = (u8)fixed;
+  }
+  sum = __reduce_add_sync(FULL_WARP, sum);
+  if (lane == 0) {
+    const float factor = unit * a.scale_log2;
+    shared.dot_factor[row] = factor / (float)(1 << ((K_FIELDS - 1) * K_BITS));
+    shared.sum_factor[row] = factor * (float)sum;
+  }
+}
+
+__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int lane,
+                                          RowConstants& rows) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+    for (int field = 0; field < K_FIELDS; field++)
+#pragma unroll
+      for (int i = 0; i < K_WORDS; i++) {
+        const int word = i / K_RUN * 4 * K_RUN + t * K_RUN + i % K_RUN;
+        rows.query[tile][field][i] = 0;
+        if (K_WORDS_ROW % 4 == 0 || word < K_WORDS_ROW)
+          rows.query[tile][field][i] = *(const u32*)&shared.query[tile][g][4 * word + field * K_ROW];
+      }
+    const int row = 4 * tile + t;
+    rows.dot_factor[tile] = shared.dot_factor[row];
+    rows.sum_factor[tile] = shared.sum_factor[row];
+#if OFFSET_PAIRS
+    rows.offset_factor[tile] = shared.offset_factor[row];
+#endif
+    int query, member;
+    row_of(request, pass, row, query, member);
+    rows.limit[tile] = min(request.len - request.num_queries + 1 + query, request.len);
+  }
+  rows.len = request.len;
+  rows.seen_by_all = request.len - request.num_queries + 1 + pass * PASS_ROWS / GROUP;
+}

@@ -1,0 +1,142 @@
+// paged_attention.cu: from warps' sums to output rows.
+#pragma once
+
+// Adds a warp's sums in fp32 to what it has kept of the segment so far.
+__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, bool first, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+    for (int step = 4; step < 32; step <<= 1) {
+      sums.total[tile] += __shfl_xor_sync(FULL_WARP, sums.total[tile], step);
+      sums.minima[tile] += __shfl_xor_sync(FULL_WARP, sums.minima[tile], step);
+    }
+    const int row = 4 * tile + t;
+    float* output = shared.output[warp][row];
+    const float before = first ? NOTHING : shared.top[warp][row];
+    const float top = fmaxf(before, sums.reference[tile]);
+    const float factor = exp2_approx(sums.reference[tile] - top), decay = exp2_approx(before - top);
+    const float unlift = 1.0f / sums.lift;
+#pragma unroll
+    for (int c = 0; c < 2 * V_TILES; c++) {
+      const float sum = TILES == 2 ? sums.output[c / 2][c % 2 * 2 + tile]
+                                   : sums.output[c / 2][c % 2 * 2] + sums.output[c / 2][c % 2 * 2 + 1];
+      const float x = fmaf(sum, value_unit(c) * unlift, sums.minima[tile]) * factor;
+      float& target = output[value_dim(c, g)];
+      target = first ? x : fmaf(target, decay, x);
+    }
+    __syncwarp();
+    if (g == 0) {
+      const float total = sums.total[tile] * factor;
+      shared.total[warp][row] = first ? total : fmaf(shared.total[warp][row], decay, total);
+      shared.top[warp][row] = top;
+    }
+  }
+  __syncwarp();
+}
+
+// A row of what all warps have kept, unnormalized: number i * 32 + lane in x[i].
+__device__ __forceinline__ void add_up(const Shared& shared, int row, int lane, float (&x)[NUMBERS], float& top,
+                                       float& total) {
+  top = NOTHING;
+#pragma unroll
+  for (int i = 0; i < NUM_WARPS; i++) top = fmaxf(top, shared.top[i][row]);
+  total = 0.0f;
+#pragma unroll
+  for (int j = 0; j < NUMBERS; j++) x[j] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < NUM_WARPS; i++) {
+    const float weight = exp2_approx(shared.top[i][row] - top);
+    total = fmaf(shared.total[i][row], weight, total);
+#pragma unroll
+    for (int j = 0; j < NUMBERS; j++) x[j] = fmaf(shared.output[i][row][j * 32 + lane], weight, x[j]);
+  }
+}
+
+// A normalized row to the output.
+__device__ __forceinline__ void write_row(const Arguments& a, const Cursor& cursor, int row, float (&x)[NUMBERS],
+                                          float total, int lane) {
+  const Request& request = cursor.request;
+  int query, member;
+  if (!row_of(request, cursor.pass, row, query, member)) return;
+#pragma unroll
+  for (int i = 0; i < NUMBERS; i++) x[i] /= total;
+#if VALUE_HADAMARD
+  hadamard_row(x, lane);
+#endif
+  u16* target =
+      a.output + (request.first_query + query) * a.output_stride + (cursor.kv_head * GROUP + member) * HEAD_SIZE;
+#pragma unroll
+  for (int i = 0; i < NUMBERS; i++) target[i * 32 + lane] = round_output(x[i]);
+}
+
+// Leaves this CTA's part of a segment to the CTA that ends last, which merges all parts in their order.
+__device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared, const Cursor& cursor,
+                                              const Shares& shares, int cta, int warp, int lane) {
+  const int slot = 2 * cta + (cursor.stage_begin > 0 ? 0 : 1);
+  for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
+    float x[NUMBERS], top, total;
+    add_up(shared, row, lane, x, top, total);
+#pragma unroll
+    for (int i = 0; i < NUMBERS; i++) a.partial[((u64)slot * PASS_ROWS + row) * HEAD_SIZE + i * 32 + lane] = x[i];
+    if (lane == 0) a.partial_state[slot * PASS_ROWS + row] = make_float2(top, total);
+  }
+  __syncthreads();
+  const int first = shares.owner(cursor.begin);
+  const int last = shares.owner(cursor.begin + cursor.request.stages - 1);
+  int* arrivals = a.arrivals + cursor.request.index * a.max_segments + cursor.kv_head * cursor.request.passes + cursor.pass;
+  if (warp == 0 && lane == 0) {
+    // Releases what all threads wrote before the barrier, and acquires what the others released.
+    shared.arrived = arrive(arrivals);
+    if (shared.arrived == last - first) *arrivals = 0;
+  }
+  __syncthreads();
+  if (shared.arrived != last - first) return;
+  for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
+    float top = NOTHING, total = 0.0f;
+    float x[NUMBERS] = {};
+    // A part is the second of its CTA only in the CTA where the segment begins.
+    auto slot_of = [&](int part) { return (u64)(2 * part + (part == first ? 1 : 0)) * PASS_ROWS + row; };
+    for (int base = first; base <= last; base += 32) {
+      const bool present = base + lane <= last;
+      const float2 state = present ? __ldcg(&a.partial_state[slot_of(base + lane)]) : make_float2(NOTHING, 0.0f);
+      const float newer = fmaxf(top, warp_max(state.x));
+      const float decay = exp2_approx(top - newer);
+      const float weight = present ? exp2_approx(state.x - newer) : 0.0f;
+      top = newer;
+      total = fmaf(total, decay, warp_sum(state.y * weight));
+#pragma unroll
+      for (int i = 0; i < NUMBERS; i++) x[i] *= decay;
+      constexpr int BATCH = NUMBERS <= 4 ? 16 : 8;
+      for (int begin = base; begin < min(base + 32, last + 1); begin += BATCH) {
+        float parts[BATCH][NUMBERS];
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+          const float* part = a.partial + slot_of(min(begin + j, last)) * HEAD_SIZE;
+#pragma unroll
+          for (int i = 0; i < NUMBERS; i++) parts[j][i] = __ldcg(part + i * 32 + lane);
+        }
+#pragma unroll
+        for (int j = 0; j < BATCH; j++) {
+          const float factor = __shfl_sync(FULL_WARP, weight, (begin - base + j) % 32);
+#pragma unroll
+          for (int i = 0; i < NUMBERS; i++) x[i] = fmaf(parts[j][i], begin + j <= last ? factor : 0.0f, x[i]);
+        }
+      }
+    }
+    write_row(a, cursor, row, x, total, lane);
+  }
+}
+
+// Rows that no segment writes: tokens beyond the last query, and queries of requests without cached tokens.
+__device__ __forceinline__ void clear_rows(const Arguments& a, int thread) {
+  const int row_size = a.num_kv_heads * GROUP * HEAD_SIZE;
+  const int used = a.query_start_loc[a.num_reqs];
+  for (int token = used + blockIdx.x; token < a.num_tokens; token += gridDim.x)
+    for (int i = thread; i < row_size; i += NUM_WARPS * 32) a.output[token * a.output_stride + i] = 0;
+  for (int r = blockIdx.x; r < a.num_reqs; r += gridDim.x) {
+    if (a.seq_lens[r] > 0) continue;
+    for (int token = a.query_start_loc[r]; token < a.query_start_loc[r + 1]; token++)
+      for (int i = thread; i < row_size; i += NUM_WARPS * 32) a.output[token * a.output_stride + i] = 0;
+  }
+}

@@ -1,0 +1,172 @@
+// paged_attention.cu: its arguments, and which stages of which segments a CTA reads.
+#pragma once
+
+struct Arguments {
+  const u16* query;              // [tokens][heads][HEAD_SIZE]
+  u16* output;                   // likewise
+  const u8* kv_cache;            // chunks of PageLayout
+  const int* block_table;        // [requests][blocks]
+  const int* seq_lens;           // [requests]
+  const int* query_start_loc;    // [requests + 1]
+  float* partial;                // [2 CTAs][PASS_ROWS][HEAD_SIZE], unnormalized
+  float2* partial_state;         // [2 CTAs][PASS_ROWS], reference to base 2 and total
+  int* arrivals;                 // [segments], 0 between launches
+  int* claims;                   // [3], 0 between launches: shares taken of each kind, CTAs that have one
+  const u8* fast;                // [multiprocessors], 1 for those that read memory faster
+  const float* equalization;     // [KV heads][HEAD_SIZE]
+  const float2* offset;          // [KV heads][OFFSET_PAIRS], the offset's numbers before RoPE
+  const int* offset_dims;        // [OFFSET_PAIRS], dimensions of a pair: first | second << 16
+  const int* offset_index;       // [OFFSET_PAIRS], of the rotary embedding's pairs
+  const float2* coarse_angles;   // [positions / ANGLE_STEP][rotary_pairs], cosine and sine at every ANGLE_STEP-th position
+  const uint4* fine_angles;      // [OFFSET_PAIRS / 8][ANGLE_STEP / 16][2 terms][32 lanes], A operands of 16 positions
+  u64 query_stride, output_stride;                 // numbers from token to token
+  u64 block_stride, head_stride, table_stride;     // bytes, bytes, numbers
+  int num_reqs, num_tokens, num_kv_heads;
+  int max_segments;              // of a request
+  int rotary_pairs;
+  int fast_ctas, fast_share;     // CTAs that get fast_share of the stages where others get SLOW_SHARE
+  float scale_log2;              // logits to base 2 per unit of q . k
+  float soft_cap_log2;           // the cap to base 2
+};
+
+__device__ __forceinline__ float load_query(const u16* pointer) {
+#if QUERY_BF16
+  return from_bf16(*pointer);
+#else
+  return from_fp16(*pointer);
+#endif
+}
+
+__device__ __forceinline__ u16 round_output(float x) {
+#if QUERY_BF16
+  return to_bf16(x);
+#else
+  return to_fp16(x);
+#endif
+}
+
+// The token of row r of the first product, and so of the second's row: within a pair of tokens the order alternates, so
+// that shared memory's banks are met evenly by keys (lanes g) and by values (lanes t).
+__device__ __forceinline__ int token_of_row(int row) { return row ^ (row >> 1 & 1); }
+
+struct Request {
+  int index, len, num_queries, first_query;
+  int first_stage;  // the first that any query sees
+  int stages;       // per segment
+  int passes;       // over the tokens, for each KV head
+
+  __device__ __forceinline__ void load(const Arguments& a, int request) {
+    index = request;
+    len = a.seq_lens[request];
+    first_query = a.query_start_loc[request];
+    num_queries = a.query_start_loc[request + 1] - first_query;
+    first_stage = 0;
+#if WINDOW
+    first_stage = max(len - num_queries + 1 - WINDOW, 0) / STAGE_TOKENS;
+#endif
+    stages = (len + STAGE_TOKENS - 1) / STAGE_TOKENS - first_stage;
+    passes = (num_queries * GROUP + PASS_ROWS - 1) / PASS_ROWS;
+    if (num_queries <= 0 || len <= 0) stages = passes = 0;
+  }
+  __device__ __forceinline__ int units(const Arguments& a) const { return stages * passes * a.num_kv_heads; }
+};
+
+// A place in the row of segments.
+struct Cursor {
+  Request request;
+  int kv_head, pass;
+  int begin;    // flat index of the segment's first stage
+  int stage_begin, stage_end;  // this CTA's share of the segment
+
+  __device__ __forceinline__ void share(int first, int last) {
+    stage_begin = max(first - begin, 0);
+    stage_end = min(last - begin, request.stages);
+  }
+  // To the next segment; false at the end of the CTA's share.
+  __device__ __forceinline__ bool next(const Arguments& a, int first, int last) {
+    begin += request.stages;
+    if (begin >= last) return false;
+    if (++pass == request.passes) {
+      pass = 0;
+      if (++kv_head == a.num_kv_heads) {
+        kv_head = 0;
+        do request.load(a, request.index + 1);
+        while (request.stages == 0);
+      }
+    }
+    share(first, last);
+    return true;
+  }
+};
+
+// How stages are shared out: the first CTAs get larger shares.
+struct Shares {
+  int units, ctas, fast_ctas, fast_share;
+
+  __device__ __forceinline__ int before(int cta) const {
+    return min(cta, fast_ctas) * fast_share + max(cta - fast_ctas, 0) * SLOW_SHARE;
+  }
+  // The flat index of a CTA's first stage.
+  __device__ __forceinline__ int begin(int cta) const { return (int)((u64)before(cta) * units / before(ctas)); }
+  // The CTA that reads the stage with flat index `unit`: the last that begins at or before it.
+  __device__ __forceinline__ int owner(int unit) const {
+    const int share = (int)((((u64)unit + 1) * before(ctas) - 1) / units);
+    const int fast = fast_ctas * fast_share;
+    return share < fast ? share / fast_share : fast_ctas + (share - fast) / SLOW_SHARE;
+  }
+};
+
+// A CTA's place in the shares, by one thread: a large one for a fast multiprocessor while there are any left, so that
+// every CTA gets one wherever it runs. What is computed depends on the places alone, not on who takes them.
+__device__ __forceinline__ int claim(const Arguments& a) {
+  int fast = a.fast[multiprocessor()];
+  int place = atomicAdd(&a.claims[fast], 1);
+  if (place >= (fast ? a.fast_ctas : (int)gridDim.x - a.fast_ctas)) {
+    fast ^= 1;
+    place = atomicAdd(&a.claims[fast], 1);
+  }
+  if (atomicAdd(&a.claims[2], 1) == (int)gridDim.x - 1) a.claims[0] = a.claims[1] = a.claims[2] = 0;
+  return fast ? place : a.fast_ctas + place;
+}
+
+// Stages of all requests, and the cursor's place for flat index `first`. Every warp finds them for itself.
+__device__ __forceinline__ int total_units(const Arguments& a, int lane) {
+  int sum = 0;
+  for (int r = lane; r < a.num_reqs; r += 32) {
+    Request request;
+    request.load(a, r);
+    sum += request.units(a);
+  }
+  return __reduce_add_sync(FULL_WARP, sum);
+}
+
+__device__ __forceinline__ void find(const Arguments& a, int first, int last, int lane, Cursor& cursor) {
+  int before = 0;
+  for (int base = 0;; base += 32) {
+    Request request;
+    int units = 0;
+    if (base + lane < a.num_reqs) {
+      request.load(a, base + lane);
+      units = request.units(a);
+    }
+    int until = units;
+#pragma unroll
+    for (int step = 1; step < 32; step <<= 1) {
+      int other = __shfl_up_sync(FULL_WARP, until, step);
+      if (lane >= step) until += other;
+    }
+    u32 beyond = __ballot_sync(FULL_WARP, before + until > first);
+    if (beyond) {
+      int found = __ffs(beyond) - 1;
+      int start = before + __shfl_sync(FULL_WARP, until - units, found);
+      cursor.request.load(a, base + found);
+      const int segment = (first - start) / cursor.request.stages;
+      cursor.kv_head = segment / cursor.request.passes;
+      cursor.pass = segment % cursor.request.passes;
+      cursor.begin = start + segment * cursor.request.stages;
+      cursor.share(first, last);
+      return;
+    }
+    before += __shfl_sync(FULL_WARP, until, 31);
+  }
+}
