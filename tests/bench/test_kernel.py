@@ -13,7 +13,7 @@ from kvtuner_tools import bench
 from kvtuner_tools.bench import kernel_measure, kernel_points, vllm_kernels
 from kvtuner_tools.bench.decode_kernels import CacheFormat, Unsupported, decode_kernels, packed_format
 from kvtuner_tools.bench.kernel_inputs import attention_float64, copies_for, make_batch, token_places
-from kvtuner_tools.bench.kernel_measure import KernelMeter, relative_error
+from kvtuner_tools.bench.kernel_measure import ErrorInputs, KernelMeter, relative_error
 from kvtuner_tools.bench.kernel_points import KernelRequest, parse_request, report, table
 from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape
 from kvtuner_tools.bench.read_bandwidth import BYTES, CONFIGS, STEPS, read_sums
@@ -23,6 +23,7 @@ from vllm_kvtuner.layout import QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.reference import attention_ref
 
 SHAPE = AttentionShape(4, 2, 64)
+FEW = ErrorInputs((70, 1, 17))
 BF16_ERROR = 8e-3
 """Over the largest output: twice what bf16 rounds it by, with the interpreter's truncation."""
 
@@ -66,7 +67,7 @@ def test_every_option():
     ("word", "message"),
     [
         ("--implementations=cuda,fa2", "--implementations must be of .*, but got fa2"),
-        ("--transforms=some", "--transforms must be of none, hadamard, all, but got some"),
+        ("--transforms=some", "--transforms must be of none, hadamard, offset, all, but got some"),
         ("--pairs=K16V16", "pairs must be of .*, but got K16V16"),
         ("--block-size=24", "--block-size must be multiples of 16, but got '24'"),
         ("--query-tokens=17", "--query-tokens must be 1 to 16"),
@@ -132,17 +133,14 @@ def test_float64_attention_is_the_reference(device):
 
 @pytest.mark.parametrize("query_tokens", [1, 3])
 @pytest.mark.parametrize("transforms", TRANSFORMS)
-def test_error_of_the_triton_kernel(transforms, query_tokens, device, monkeypatch):
-    monkeypatch.setattr(kernel_measure, "ERROR_LENGTHS", (70, 1, 17))
-    error = relative_error(
-        decode_kernels()["triton"], SHAPE, 16, packed_format(PrecisionPair(4, 2), 64), transforms, query_tokens, device
-    )
+def test_error_of_the_triton_kernel(transforms, query_tokens, device):
+    cache_format = packed_format(PrecisionPair(4, 2), 64)
+    error = relative_error(decode_kernels()["triton"], SHAPE, 16, cache_format, transforms, query_tokens, FEW, device)
     assert 1e-4 < error < BF16_ERROR
 
 
 def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
     """Here one that leaves a row out, and one that reads another request's blocks."""
-    monkeypatch.setattr(kernel_measure, "ERROR_LENGTHS", (70, 1, 17))
     kernel, cache_format = decode_kernels()["triton"], packed_format(PrecisionPair(8, 8), 64)
     build = type(kernel).build
 
@@ -152,7 +150,7 @@ def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
 
     monkeypatch.setattr(type(kernel), "build", partial)
     with pytest.raises(ArithmeticError, match="not finite"):
-        relative_error(kernel, SHAPE, 16, cache_format, "none", 1, device)
+        relative_error(kernel, SHAPE, 16, cache_format, "none", 1, FEW, device)
 
     def misled(self, batch, *arguments):
         launches = build(self, batch, *arguments)
@@ -161,7 +159,7 @@ def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
         return type(launches)(launches.calls, launches.output, launches.query, lambda: rows)
 
     monkeypatch.setattr(type(kernel), "build", misled)
-    assert relative_error(kernel, SHAPE, 16, cache_format, "none", 1, device) > 0.05
+    assert relative_error(kernel, SHAPE, 16, cache_format, "none", 1, FEW, device) > 0.05
 
 
 def test_formats_count_every_stored_byte():
@@ -216,6 +214,8 @@ def test_what_cannot_run_here_is_skipped_with_the_reason(device, monkeypatch):
             ("decode", "cuda"): "needs an NVIDIA GPU",
             ("store", "reshape_and_cache_flash auto"): "needs an NVIDIA GPU",
             ("store", "reshape_and_cache_flash fp8"): "needs an NVIDIA GPU",
+            ("store", "cuda"): "needs an NVIDIA GPU",
+            ("gather", "cuda"): "needs an NVIDIA GPU",
         }
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
@@ -248,7 +248,9 @@ def fixed_time(monkeypatch):
         return Timing(10.0, 9.0, 12.0)
 
     monkeypatch.setattr(kernel_measure, "time_calls", once)
-    monkeypatch.setattr(kernel_measure, "ERROR_LENGTHS", (20, 1))
+    monkeypatch.setattr(
+        kernel_measure, "ERROR_INPUTS", {"random": ErrorInputs((20, 1)), "large_keys": ErrorInputs((20,), 1, 100)}
+    )
 
 
 def test_entries(device, fixed_time):
@@ -268,7 +270,8 @@ def test_entries(device, fixed_time):
     assert decode["fraction_given"] == pytest.approx(decode["bytes_s"] / 2e9)
     assert (decode["nominal_bits"], decode["stored_bits"]) == (4.0, 4.5)
     assert (decode["requests"], decode["tokens"], decode["copies"]) == (2, 80, 2)
-    assert 0 < decode["relative_error"] < BF16_ERROR
+    assert set(decode["relative_errors"]) == {"random", "large_keys"}
+    assert all(0 < error < BF16_ERROR for error in decode["relative_errors"].values())
     assert store["bytes"] == 64 * 2 * (256 + 72) and gather["bytes"] == 64 * 2 * (256 + 72)
     json.dumps([decode, store, gather], allow_nan=False)
 
@@ -326,7 +329,8 @@ def test_report(capsys):
     entry = {
         "implementation": "cuda", "format": "K4V4", "transforms": "none", "nominal_bits": 4.0, "stored_bits": 4.25,
         "shape": "32/8/128", "block_size": 16, "point": "64x8192", "us": 140.0, "bytes": 570_425_344,
-        "fraction_measured": 0.9, "fraction_given": None, "relative_error": 2e-3, "failure": None, "unsupported": None,
+        "fraction_measured": 0.9, "fraction_given": None, "relative_errors": {"random": 2e-3},
+        "failure": None, "unsupported": None,
     }  # fmt: skip
     result = {
         "device": "a card", "bandwidth": {"measured_bytes_s": 4.37e12}, "shapes": ["32/8/128"], "seconds": 99.0,
@@ -373,7 +377,7 @@ def test_on_a_card(tmp_path):
     for entry in result["decode"]:
         assert 0 < entry["fraction_measured"] < 1.15
         limit = {"fp8": 0.1, "int4": 3e-2}.get(entry["format"], 1e-2)
-        assert entry["relative_error"] < limit, (entry["implementation"], entry["format"])
+        assert entry["relative_errors"]["random"] < limit, (entry["implementation"], entry["format"])
         assert entry["copies"] * entry["bytes"] > 2 * result["bandwidth"]["l2_bytes"]
     skipped = {entry["implementation"] for entry in result["skipped"] if entry["part"] == "decode"}
     assert {entry["implementation"] for entry in result["decode"]} == set(IMPLEMENTATIONS) - skipped

@@ -107,7 +107,7 @@ class PackedKernel(DecodeKernel):
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         assert cache_format.pair is not None
         layout = PageLayout(cache_format.pair, batch.shape.head_size, batch.block_size)
-        kv_cache = random_pages(layout, batch.num_blocks, batch.shape.num_kv_heads, batch.device)
+        kv_cache = random_pages(layout, batch.num_blocks, batch.shape.num_kv_heads, batch.device, batch.key_scale)
         module = importlib.import_module(self.module)
         workspace = self.workspace(module, batch)
         output = torch.empty_like(batch.query)
@@ -140,15 +140,20 @@ class TritonKernel(PackedKernel):
         return module.decode_workspace(tokens, shape.num_heads, shape.head_size, batch.device)
 
 
+def cuda_skip_reason() -> str | None:
+    """Why this project's CUDA kernels cannot run here, or None."""
+    if not torch.cuda.is_available() or torch.version.hip:
+        return "needs an NVIDIA GPU"
+    if (capability := torch.cuda.get_device_capability()) < (8, 0):
+        return f"needs compute capability 8.0, and the card has {capability[0]}.{capability[1]}"
+    return None
+
+
 class CudaKernel(PackedKernel):
     module = "vllm_kvtuner.kernels.cuda.paged_attention"
 
     def skip_reason(self, head_size: int) -> str | None:
-        if not torch.cuda.is_available() or torch.version.hip:
-            return "needs an NVIDIA GPU"
-        if (capability := torch.cuda.get_device_capability()) < (8, 0):
-            return f"needs compute capability 8.0, and the card has {capability[0]}.{capability[1]}"
-        return super().skip_reason(head_size)
+        return cuda_skip_reason() or super().skip_reason(head_size)
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         assert cache_format.pair is not None

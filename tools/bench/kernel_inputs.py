@@ -8,7 +8,7 @@ import torch
 
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.reference import page_parts
-from vllm_kvtuner.transforms import LayerTransforms, RotaryTable
+from vllm_kvtuner.transforms import LayerTransforms, linear_rotary
 
 from .points import AttentionShape
 
@@ -34,6 +34,7 @@ class Batch:
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
         query: [num_reqs * query_tokens, num_heads, head_size] bf16.
+        key_scale: factor on the keys that the cache holds, which are of order 1 without.
     """
 
     shape: AttentionShape
@@ -45,6 +46,7 @@ class Batch:
     seq_lens: torch.Tensor
     query_start_loc: torch.Tensor
     query: torch.Tensor
+    key_scale: float = 1.0
 
     @property
     def num_reqs(self) -> int:
@@ -66,8 +68,10 @@ def make_batch(
     query_tokens: int,
     copies: int,
     device: torch.device,
+    query_scale: float = 1.0,
+    key_scale: float = 1.0,
 ) -> Batch:
-    """Random queries over randomly placed blocks."""
+    """Random queries of standard deviation ``query_scale`` over randomly placed blocks."""
     needed = torch.tensor([-(-length // block_size) for length in lengths], device=device)
     per_copy = int(needed.sum())
     blocks = 1 + torch.randperm(copies * per_copy, device=device, dtype=torch.int32)
@@ -78,6 +82,7 @@ def make_batch(
         table[present] = part
         tables.append(table)
     num_reqs = len(lengths)
+    query = query_scale * torch.randn(num_reqs * query_tokens, shape.num_heads, shape.head_size, device=device)
     return Batch(
         shape=shape,
         block_size=block_size,
@@ -87,7 +92,8 @@ def make_batch(
         block_tables=tuple(tables),
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
         query_start_loc=query_tokens * torch.arange(num_reqs + 1, dtype=torch.int32, device=device),
-        query=torch.randn(num_reqs * query_tokens, shape.num_heads, shape.head_size, device=device).bfloat16(),
+        query=query.bfloat16(),
+        key_scale=key_scale,
     )
 
 
@@ -126,29 +132,37 @@ def attention_float64(
     begin = 0
     for index, length in enumerate(batch.lengths):
         rows = slice(index * batch.query_tokens, (index + 1) * batch.query_tokens)
-        key, value = (x[begin : begin + length].double().repeat_interleave(group, 1) for x in (keys, values))
-        scores = torch.einsum("nhd,lhd->hnl", query[rows].double(), key) * scale
         position = torch.arange(length - batch.query_tokens, length, device=query.device)
         future = torch.arange(length, device=query.device) > position[:, None]
-        probabilities = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
-        output[rows] = torch.einsum("hnl,lhd->nhd", probabilities, value)
+        for head in range(batch.shape.num_kv_heads):
+            heads = slice(head * group, (head + 1) * group)
+            key, value = (x[begin : begin + length, head].double() for x in (keys, values))
+            scores = torch.einsum("nhd,ld->hnl", query[rows, heads].double(), key) * scale
+            probabilities = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+            output[rows, heads] = torch.einsum("hnl,ld->nhd", probabilities, value)
         begin += length
     return output
 
 
-def random_pages(layout: PageLayout, num_blocks: int, num_kv_heads: int, device: torch.device) -> torch.Tensor:
-    """A layer's cache [num_blocks, num_kv_heads, block_size, content_bytes] of random codes; values reach about 3."""
+def random_pages(
+    layout: PageLayout, num_blocks: int, num_kv_heads: int, device: torch.device, key_scale: float = 1.0
+) -> torch.Tensor:
+    """A layer's cache [num_blocks, num_kv_heads, block_size, content_bytes] of random codes.
+
+    Values reach about 3, and keys 3 times ``key_scale``.
+    """
     shape = (num_blocks, num_kv_heads, layout.block_size, layout.content_bytes)
     kv_cache = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    for meta, bits in zip(page_parts(kv_cache, layout)[2:], (layout.k_bits, layout.v_bits), strict=True):
-        span = 6 * (0.75 + 0.5 * torch.rand(meta.shape[:-1], device=device))
+    sides = zip(page_parts(kv_cache, layout)[2:], (layout.k_bits, layout.v_bits), (key_scale, 1.0), strict=True)
+    for meta, bits, scale in sides:
+        span = 6 * scale * (0.75 + 0.5 * torch.rand(meta.shape[:-1], device=device))
         meta[..., 0] = span / (2**bits - 1)
         meta[..., 1] = -span / 2
     return kv_cache
 
 
 def make_transforms(name: str, shape: AttentionShape, max_position: int, device: torch.device) -> LayerTransforms:
-    """What one of ``points.TRANSFORMS`` names, with random statics: a few channel pairs have large offsets."""
+    """What one of ``points.TRANSFORMS`` names, with random statics: 8 channel pairs have large offsets."""
     if name == "none":
         return LayerTransforms()
     if name == "hadamard":
@@ -157,8 +171,13 @@ def make_transforms(name: str, shape: AttentionShape, max_position: int, device:
     half = size // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
     angle = torch.arange(max_position, dtype=torch.float64, device=device)[:, None] * frequency
-    rotary = RotaryTable(torch.cat([angle.cos(), angle.sin()], dim=-1).bfloat16(), is_neox=True)
-    offset = torch.randn(heads, size, device=device)
-    offset[:, torch.randperm(half, device=device)[:8]] *= 8
+    rotary = linear_rotary(torch.cat([angle.cos(), angle.sin()], dim=-1).float().cpu(), True, device)
+    few = torch.randperm(half, device=device)[:8]
+    offset = torch.zeros(heads, size, device=device)
+    for pair_half in (few, few + half):
+        offset[:, pair_half] = 8 * torch.randn(heads, 8, device=device)
+    if name == "offset":
+        return LayerTransforms(offset, rotary, key_hadamard=True, value_hadamard=True)
+    offset += torch.randn(heads, size, device=device)
     equalization = (0.5 + torch.rand(heads, half, device=device)).repeat(1, 2)
     return LayerTransforms(offset, rotary, equalization, key_hadamard=True, value_hadamard=True, range_search=True)

@@ -12,14 +12,28 @@ import torch
 from .decode_kernels import CacheFormat, DecodeKernel, Unsupported, decode_kernels, packed_format
 from .kernel_inputs import attention_float64, copies_for, make_batch, make_transforms
 from .points import AttentionShape, KernelPoint
-from .store_kernels import STORE_KERNELS, build_gather, new_tokens
+from .store_kernels import ROW_KERNELS, STORE_KERNELS, build_gather, new_tokens, row_kernels_skip_reason
 from .timing import time_calls
 
 if TYPE_CHECKING:
     from .kernel_points import KernelRequest
 
-ERROR_LENGTHS = (4096, 1, 17, 512, 1000)
-"""Requests of the small batch that a kernel is compared on with float64."""
+
+@dataclass(frozen=True)
+class ErrorInputs:
+    """A batch that kernels are compared on with float64: lengths of its requests, and scales of queries and keys."""
+
+    lengths: tuple[int, ...]
+    query_scale: float = 1.0
+    key_scale: float = 1.0
+
+
+ERROR_INPUTS = {
+    "random": ErrorInputs((4096, 1, 17, 512, 1000)),
+    "nearly_uniform": ErrorInputs((131072,), query_scale=0.01),
+    "large_keys": ErrorInputs((4096, 1, 17, 512, 1000), key_scale=100.0),
+}
+"""Large keys reach about 300. Weights of the nearly uniform one are all within some percent of 1 / 131072."""
 STORE_TOKENS = ((64, True), (16384, False))
 """Tokens of a store, and whether each belongs to a request of its own (decode)."""
 
@@ -86,17 +100,16 @@ class ErrorCase:
     query_tokens: int
     device: torch.device
 
-    def error(self) -> float:
+    def errors(self) -> dict[str, float]:
+        """By name of ``ERROR_INPUTS``."""
         kernel = decode_kernels()[self.implementation]
-        return relative_error(
-            kernel,
-            self.shape,
-            self.block_size,
-            self.cache_format,
-            self.transforms,
-            self.query_tokens,
-            self.device,
-        )
+        return {
+            name: relative_error(
+                kernel, self.shape, self.block_size, self.cache_format, self.transforms, self.query_tokens, inputs,
+                self.device,
+            )
+            for name, inputs in ERROR_INPUTS.items()
+        }  # fmt: skip
 
 
 class KernelMeter:
@@ -115,7 +128,7 @@ class KernelMeter:
         self.l2_bytes = l2_bytes
         self.read_bandwidth = read_bandwidth
         self._kernels = {name: kernel for name, kernel in decode_kernels().items() if name in request.implementations}
-        self._errors: dict[ErrorCase, float | Exception] = {}
+        self._errors: dict[ErrorCase, dict[str, float] | Exception] = {}
 
     def plan(self) -> tuple[list[KernelCase], list[dict[str, str]]]:
         """All cases, and implementation, part and reason of what cannot run here."""
@@ -129,12 +142,7 @@ class KernelMeter:
                 if "store" in self.request.parts:
                     cases += self._store_cases(shape, block_size, skipped)
                 if "gather" in self.request.parts:
-                    cases += [
-                        KernelCase("gather", shape, block_size, "triton", packed_format(pair, shape.head_size), name,
-                                   tokens=self.request.gather_tokens)
-                        for pair in self.request.store_pairs
-                        for name in self.request.transforms
-                    ]  # fmt: skip
+                    cases += self._gather_cases(shape, block_size, skipped)
         return cases, skipped
 
     def _able(
@@ -145,9 +153,7 @@ class KernelMeter:
         able = {}
         for name, kernel in kernels.items():
             if reason := kernel.skip_reason(shape.head_size):
-                entry = {"implementation": name, "part": part, "reason": reason}
-                if entry not in skipped:
-                    skipped.append(entry)
+                _skip(skipped, name, part, reason)
             else:
                 able[name] = kernel
         return able
@@ -166,9 +172,7 @@ class KernelMeter:
     ) -> Iterator[KernelCase]:
         for name, kernel in STORE_KERNELS.items():
             if reason := kernel.skip_reason():
-                entry = {"implementation": name, "part": "store", "reason": reason}
-                if entry not in skipped:
-                    skipped.append(entry)
+                _skip(skipped, name, "store", reason)
                 continue
             for cache_format in kernel.formats(self.request.store_pairs, shape.head_size):
                 for transforms in self.request.transforms if kernel.transformed else ("none",):
@@ -176,6 +180,20 @@ class KernelMeter:
                         yield KernelCase(
                             "store", shape, block_size, name, cache_format, transforms, tokens=tokens, decode=decode
                         )
+
+    def _gather_cases(
+        self, shape: AttentionShape, block_size: int, skipped: list[dict[str, str]]
+    ) -> Iterator[KernelCase]:
+        for name in ROW_KERNELS:
+            if reason := row_kernels_skip_reason(name):
+                _skip(skipped, name, "gather", reason)
+                continue
+            for pair in self.request.store_pairs:
+                for transforms in self.request.transforms:
+                    yield KernelCase(
+                        "gather", shape, block_size, name, packed_format(pair, shape.head_size), transforms,
+                        tokens=self.request.gather_tokens,
+                    )  # fmt: skip
 
     def compare(self, cases: Sequence[KernelCase], jobs: int, done: Callable[[int, int], None]) -> None:
         """Find the error of every decode kernel of ``cases``, in ``jobs`` processes at once.
@@ -190,7 +208,7 @@ class KernelMeter:
         """
         wanted = list(dict.fromkeys(self._error_case(case) for case in cases if case.part == "decode"))
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {case: pool.submit(case.error) for case in wanted}
+            futures = {case: pool.submit(case.errors) for case in wanted}
             for index, (case, future) in enumerate(futures.items()):
                 done(index, len(wanted))
                 try:
@@ -216,7 +234,7 @@ class KernelMeter:
         shape = case.shape
         stored = sum(case.point.lengths) * shape.num_kv_heads * case.cache_format.content_bytes
         copies = copies_for(stored, self.l2_bytes)
-        error = self._error(case)
+        errors = self._case_errors(case)
         batch = make_batch(shape, case.block_size, case.point.lengths, self.request.query_tokens, copies, self.device)
         transforms = make_transforms(case.transforms, shape, max(case.point.lengths), self.device)
         launches = self._kernels[case.implementation].build(batch, case.cache_format, transforms)
@@ -224,7 +242,7 @@ class KernelMeter:
             "query_tokens": self.request.query_tokens,
             "copies": copies,
             **self._timed(launches.calls, stored),
-            "relative_error": error,
+            "relative_errors": errors,
         }
 
     def _error_case(self, case: KernelCase) -> ErrorCase:
@@ -238,14 +256,14 @@ class KernelMeter:
             self.device,
         )
 
-    def _error(self, case: KernelCase) -> float:
+    def _case_errors(self, case: KernelCase) -> dict[str, float]:
         wanted = self._error_case(case)
         if wanted not in self._errors:
-            self._errors[wanted] = wanted.error()
-        error = self._errors[wanted]
-        if isinstance(error, Exception):
-            raise error
-        return error
+            self._errors[wanted] = wanted.errors()
+        errors = self._errors[wanted]
+        if isinstance(errors, Exception):
+            raise errors
+        return errors
 
     def _store(self, case: KernelCase) -> dict[str, Any]:
         tokens = new_tokens(case.shape, case.block_size, case.tokens, case.decode, self.device)
@@ -259,7 +277,7 @@ class KernelMeter:
         copies = copies_for(moved, self.l2_bytes)
         batch = make_batch(case.shape, case.block_size, [case.tokens], 1, copies, self.device)
         transforms = make_transforms(case.transforms, case.shape, case.tokens, self.device)
-        calls = build_gather(batch, case.cache_format.pair, transforms)
+        calls = build_gather(case.implementation, batch, case.cache_format.pair, transforms)
         return self._timed(calls, moved)
 
     def _timed(self, calls: Any, num_bytes: int) -> dict[str, Any]:
@@ -277,6 +295,12 @@ class KernelMeter:
         }
 
 
+def _skip(skipped: list[dict[str, str]], name: str, part: str, reason: str) -> None:
+    entry = {"implementation": name, "part": part, "reason": reason}
+    if entry not in skipped:
+        skipped.append(entry)
+
+
 def relative_error(
     kernel: DecodeKernel,
     shape: AttentionShape,
@@ -284,6 +308,7 @@ def relative_error(
     cache_format: CacheFormat,
     transforms: str,
     query_tokens: int,
+    inputs: ErrorInputs,
     device: torch.device,
 ) -> float:
     """Largest error against float64 on the same stored bytes and queries, over the largest output.
@@ -293,8 +318,9 @@ def relative_error(
     Raises:
         ArithmeticError: the kernel wrote something that is no number, or not all of its output.
     """
-    lengths = [max(length, query_tokens) for length in ERROR_LENGTHS]
-    batch = make_batch(shape, block_size, lengths, query_tokens, 1, device)
+    lengths = [max(length, query_tokens) for length in inputs.lengths]
+    scales = (inputs.query_scale, inputs.key_scale)
+    batch = make_batch(shape, block_size, lengths, query_tokens, 1, device, *scales)
     launches = kernel.build(batch, cache_format, make_transforms(transforms, shape, max(lengths), device))
     launches.output.fill_(torch.nan)
     launches.calls[0]()

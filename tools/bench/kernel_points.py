@@ -32,8 +32,13 @@ _COMMON = {
     "stored bits": "stored_bits:g",
 }
 _TIMES = {"us": "us:.1f", "% of measured": "percent_measured:.1f", "% of given": "percent_given:.1f"}
+_ERRORS = {
+    "error": "error_random:.1e",
+    "nearly uniform": "error_nearly_uniform:.1e",
+    "large keys": "error_large_keys:.1e",
+}
 COLUMNS = {
-    "decode": {"point": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES, "error": "relative_error:.1e"},
+    "decode": {"point": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES, **_ERRORS},
     "store": {"tokens": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
     "gather": {"tokens": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
 }
@@ -177,7 +182,7 @@ def table(result: dict[str, Any]) -> str:
             for kind in ("measured", "given"):
                 fraction = entry.get(f"fraction_{kind}")
                 row[f"percent_{kind}"] = None if fraction is None else 100 * fraction
-            rows.append(row)
+            rows.append(row | {f"error_{name}": error for name, error in entry.get("relative_errors", {}).items()})
         if rows:
             tables.append(f"{part}\n\n{format_table(columns, rows)}")
     return "\n\n".join(tables)

@@ -11,7 +11,7 @@ SHAPES = Path(__file__).parent / "shapes"
 
 IMPLEMENTATIONS = ("fa3_bf16", "fa3_fp8", "int4_per_token_head", "triton", "cuda")
 """Decode attention kernels as ``decode_kernels.decode_kernels`` names them, in the order of tables and pictures."""
-TRANSFORMS = ("none", "hadamard", "all")
+TRANSFORMS = ("none", "hadamard", "offset", "all")
 """No transform; Hadamard rotations of keys and values; these, key offset, equalization and range search."""
 
 _MIXED = re.compile(r"mixed:(\d+):(\d+)-(\d+)")

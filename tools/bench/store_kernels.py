@@ -1,23 +1,31 @@
 """Kernels that write the cache and read it back as a whole: store of new tokens, gather of a cached prefix."""
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from vllm_kvtuner.kernels.gather_cache import gather_cache
-from vllm_kvtuner.kernels.reshape_and_cache import reshape_and_cache
 from vllm_kvtuner.layout import PageLayout, PrecisionPair
 from vllm_kvtuner.transforms import LayerTransforms
 
-from .decode_kernels import CacheFormat, packed_format
+from .decode_kernels import CacheFormat, cuda_skip_reason, packed_format
 from .kernel_inputs import Batch, random_pages
 from .points import AttentionShape
 from .vllm_kernels import FP8, vllm_skip_reason
 
 STORE_COPIES = 8
 """Sets of slots that a graph's calls store to."""
+
+
+ROW_KERNELS = {"triton": "vllm_kvtuner.kernels", "cuda": "vllm_kvtuner.kernels.cuda"}
+"""Packages whose modules reshape_and_cache and gather_cache move rows, by implementation."""
+
+
+def row_kernels_skip_reason(name: str) -> str | None:
+    """Why one of ``ROW_KERNELS`` cannot run here, or None."""
+    return cuda_skip_reason() if name == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,16 @@ class StoreKernel(ABC):
         """One call per slot mapping."""
 
 
-class TritonStore(StoreKernel):
+class PackedStore(StoreKernel):
+    """Kernels to this project's packed pages: ``reshape_and_cache`` of one of ``ROW_KERNELS``."""
+
     transformed = True
 
+    def __init__(self, name: str) -> None:
+        self.name = name
+
     def skip_reason(self) -> str | None:
-        return None
+        return row_kernels_skip_reason(self.name)
 
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
         return [packed_format(pair, head_size) for pair in pairs]
@@ -104,11 +117,10 @@ class TritonStore(StoreKernel):
         layout = PageLayout(cache_format.pair, tokens.shape.head_size, tokens.block_size)
         pages = (tokens.num_blocks, tokens.shape.num_kv_heads, tokens.block_size, layout.content_bytes)
         kv_cache = torch.zeros(pages, dtype=torch.uint8, device=tokens.key.device)
+        store = importlib.import_module(f"{ROW_KERNELS[self.name]}.reshape_and_cache").reshape_and_cache
 
         def call(slots: torch.Tensor) -> Callable[[], None]:
-            return lambda: reshape_and_cache(
-                tokens.key, tokens.value, kv_cache, slots, tokens.positions, layout, transforms
-            )
+            return lambda: store(tokens.key, tokens.value, kv_cache, slots, tokens.positions, layout, transforms)
 
         return list(map(call, tokens.slot_mappings))
 
@@ -148,12 +160,13 @@ class ReshapeAndCacheFlash(StoreKernel):
 STORE_KERNELS: dict[str, StoreKernel] = {
     "reshape_and_cache_flash auto": ReshapeAndCacheFlash("auto"),
     "reshape_and_cache_flash fp8": ReshapeAndCacheFlash("fp8"),
-    "triton": TritonStore(),
+    **{name: PackedStore(name) for name in ROW_KERNELS},
 }
 
 
-def build_gather(batch: Batch, pair: PrecisionPair, transforms: LayerTransforms) -> list[Callable[[], None]]:
-    """Calls that gather the whole of a batch's one request, a call per copy."""
+def build_gather(name: str, batch: Batch, pair: PrecisionPair, transforms: LayerTransforms) -> list[Callable[[], None]]:
+    """Calls of one of ``ROW_KERNELS`` that gather the whole of a batch's one request, a call per copy."""
+    gather_cache = importlib.import_module(f"{ROW_KERNELS[name]}.gather_cache").gather_cache
     shape, (length,) = batch.shape, batch.lengths
     layout = PageLayout(pair, shape.head_size, batch.block_size)
     kv_cache = random_pages(layout, batch.num_blocks, shape.num_kv_heads, batch.device)

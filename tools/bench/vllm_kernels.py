@@ -61,7 +61,9 @@ class FlashAttention3(DecodeKernel):
         shape = batch.shape
         # Layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value].
         pages = (batch.num_blocks, batch.block_size, shape.num_kv_heads, 2 * shape.head_size)
-        kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device).to(self.dtype)
+        kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device)
+        kv_cache[..., : shape.head_size] *= batch.key_scale
+        kv_cache = kv_cache.to(self.dtype)
         keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(shape.head_size, dim=-1))
         num_splits = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
         query = batch.query.to(self.dtype)
@@ -142,9 +144,9 @@ class Int4PerTokenHead(DecodeKernel):
         keys, values = kv_cache.split(cache_format.content_bytes // 2, dim=-1)
         words = kv_cache.view(torch.float32).unflatten(-1, (2, -1))
         k_scales, v_scales = words[..., 0, -1], words[..., 1, -1]
-        for scales in (k_scales, v_scales):
+        for scales, factor in ((k_scales, batch.key_scale), (v_scales, 1.0)):
             # The rotation is not normalized: it multiplies rows by the root of its size.
-            step = 0.4 * (shape.head_size & -shape.head_size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
+            step = 0.4 * factor * (shape.head_size & -shape.head_size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
             zero_point = torch.randint(6, 10, step.shape, dtype=torch.int32, device=device)
             scales.copy_(((step.view(torch.int32) & -16) | zero_point).view(torch.float32))
 
