@@ -62,7 +62,8 @@ class FlashAttention3(DecodeKernel):
         # Layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value].
         pages = (batch.num_blocks, batch.block_size, shape.num_kv_heads, 2 * shape.head_size)
         kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device)
-        kv_cache[..., : shape.head_size] *= batch.key_scale
+        most = 3 * batch.key_scale  # as in packed pages; fp8 ends at 448
+        kv_cache[..., : shape.head_size].mul_(batch.key_scale).clamp_(-most, most)
         kv_cache = kv_cache.to(self.dtype)
         keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(shape.head_size, dim=-1))
         num_splits = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
