@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +14,9 @@ import pytest
 import torch
 
 from kvtuner_tools import evaluate, evaluate_engine, heldout
+from kvtuner_tools.calibration.capture_engine import run_capture_engine
 from kvtuner_tools.divergence import ROWS, TokenScores, compare
-from kvtuner_tools.evaluate_engine import EngineJob, EngineResult, ReferenceLogits, max_model_len_for
+from kvtuner_tools.evaluate_engine import EngineJob, EngineOptions, EngineResult, ReferenceLogits, max_model_len_for
 from kvtuner_tools.results import format_table, write_json
 from kvtuner_tools.settings import Setting, cache_bits
 from kvtuner_tools.task_accuracy import Completion
@@ -173,6 +175,32 @@ def test_max_model_len() -> None:
     assert max_model_len_for(1000, 1001) == 1001
     with pytest.raises(ValueError, match="context must be below the model's 1024 positions, but got 1024"):
         max_model_len_for(1024, 1024)
+
+
+def test_an_engine_starts_beside_others_on_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM asks for a free share of the GPU, 0.92 of it by default, even where the cache's size is given."""
+
+    class Started(Exception):
+        pass
+
+    def start(**keywords: Any) -> None:
+        raise Started(keywords)
+
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")  # both set them; this puts them back
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start, SamplingParams=None))
+    model = str(make_tiny_model(tmp_path / "model"))
+    options = EngineOptions("test", model, "bfloat16", Setting("auto"), max_model_len=256, chunk=64, kv_memory_bytes=99)
+    job = SimpleNamespace(shape=SimpleNamespace(name=model), context=64, dtype="auto")
+
+    with pytest.raises(Started) as measuring:
+        evaluate_engine.MeasuringEngine(options, tmp_path / "logits")
+    with pytest.raises(Started) as capturing:
+        run_capture_engine(job)  # type: ignore[arg-type]
+
+    assert measuring.value.args[0]["kv_cache_memory_bytes"] == 99
+    for started in (measuring, capturing):
+        assert started.value.args[0]["gpu_memory_utilization"] <= 0.01
 
 
 class V1Runner:

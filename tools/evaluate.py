@@ -14,7 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluate_engine import EngineJob, EngineOptions, EngineResult, ReferenceLogits, max_model_len_for, run_engine
+from .evaluate_engine import (
+    TASK_MAX_NUM_SEQS,
+    EngineJob,
+    EngineOptions,
+    EngineResult,
+    ReferenceLogits,
+    max_model_len_for,
+    run_engine,
+)
 from .heldout import file_sha256, load_windows
 from .lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from .processes import in_own_process
@@ -23,8 +31,6 @@ from .settings import KVTUNER, Setting, cache_bits, profile_sha256
 from .task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
 
 SCHEMA = "kvtuner-evaluation/1"
-MAX_NUM_SEQS = 64
-"""Questions of a task that run together."""
 AUTO = Setting("auto")
 COLUMNS = {
     "setting": "label:",
@@ -141,7 +147,7 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
             max_model_len=max_model_len,
             chunk=chunk,
             kv_memory_bytes=request.kv_memory_bytes,
-            max_num_seqs=1 if task is None else MAX_NUM_SEQS,
+            max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
         )
         return in_own_process(run_engine, EngineJob(options, windows, reference, task))
 

@@ -27,6 +27,9 @@ _LEN_MULTIPLE = 256
 derives from it loses nothing to a part-filled last block."""
 _ROWS_AT_ONCE = 1024
 """Rows of a reference that are copied to a device at a time."""
+TASK_MAX_NUM_SEQS = 256
+"""Questions of a task that run together, as far as the KV cache holds them: a step without CUDA graphs takes a GPU as
+long for a few as for many."""
 
 
 @dataclass(frozen=True)
@@ -251,7 +254,7 @@ class MeasuringEngine:
             max_model_len=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=max(options.chunk, options.max_num_seqs),
-            kv_cache_memory_bytes=options.kv_memory_bytes,
+            **cache_memory(options.kv_memory_bytes),
             # Prompts whose log-probabilities are wanted do not read the prefix cache; questions share their shots.
             enable_prefix_caching=True,
             # Settings must differ in the cache alone, not in what the compiler fuses around it.
@@ -310,6 +313,15 @@ class MeasuringEngine:
 
     def close(self) -> None:
         self._llm.llm_engine.engine_core.shutdown()
+
+
+def cache_memory(num_bytes: int) -> dict[str, float]:
+    """vLLM's keywords for a KV cache of this size, in an engine that may start beside others on one GPU.
+
+    Even where the cache's size is given, vLLM refuses to start unless the share of the GPU named by
+    ``gpu_memory_utilization`` is free; the share has no other use then, so it is as good as none.
+    """
+    return {"kv_cache_memory_bytes": num_bytes, "gpu_memory_utilization": 0.01}
 
 
 def run_engine(job: EngineJob) -> EngineResult:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .evaluate_engine import cache_memory
 from .model_files import max_positions
 from .settings import Setting
 
@@ -56,7 +57,7 @@ def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None
         "max_model_len": min(MAX_MODEL_LEN, max_positions(job.model)),
         "kv_cache_dtype": job.setting.kv_cache_dtype,
         "additional_config": job.setting.additional_config(attend_cached_prefill=True),
-        "kv_cache_memory_bytes": job.kv_memory_bytes,
+        **cache_memory(job.kv_memory_bytes),
         "enforce_eager": True,
     }
     results = lm_eval.simple_evaluate(

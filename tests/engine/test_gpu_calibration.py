@@ -1,6 +1,7 @@
 """Calibration on a GPU: a trial by switching gives what ``kvtuner evaluate`` gives for the profile served."""
 
 import pytest
+import torch
 
 from kvtuner_tools.calibration.engine import CalibrationEngine
 from kvtuner_tools.evaluate import EvaluationRequest, evaluate
@@ -45,3 +46,22 @@ def test_a_trial_equals_the_served_profile(tmp_path, monkeypatch, architecture):
     assert mixed.kl_mean == pytest.approx(served[1]["kl_mean"], rel=TOLERANCE)
     assert mixed.kl_mean > 10 * plain.kl_mean
     assert again.kl_mean == pytest.approx(plain.kl_mean, rel=1e-6)
+
+
+def test_two_engines_share_the_gpu(tmp_path, monkeypatch):
+    """By its default vLLM refuses a GPU that is not nearly free."""
+    monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+    model = str(make_tiny_model(tmp_path / "model", "llama", head_size=128))
+    data = tmp_path / "text.txt"
+    data.write_text("The quick brown fox jumps over the lazy dog; " * 60)
+    windows = load_windows(data, make_tokenizer(), tokens=400, context=400)
+    pairs = dict.fromkeys(range(4), PrecisionPair(4, 4))
+    free, total = torch.cuda.mem_get_info()
+    held = torch.empty(max(0, free - total // 4), dtype=torch.uint8, device="cuda")
+
+    with (
+        CalibrationEngine(model, windows, kv_memory_bytes=64 << 20) as one,
+        CalibrationEngine(model, windows, kv_memory_bytes=64 << 20) as other,
+    ):
+        assert one.score(pairs).kl_mean == pytest.approx(other.score(pairs).kl_mean, rel=1e-6)
+    assert held.numel() > 0

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from vllm_kvtuner.model_shape import ModelShape
 from vllm_kvtuner.transforms import RotaryTable
 
-from ..evaluate_engine import max_model_len_for
+from ..evaluate_engine import cache_memory, max_model_len_for
 from ..model_files import max_positions
 from .calibration_text import CalibrationText
 from .captured import Capture, CapturedLayer, layer_file, model_identity, save_rotary, save_tensors
@@ -110,7 +110,7 @@ def run_capture_engine(job: CaptureJob) -> None:
         max_model_len=max_model_len_for(job.context, max_positions(job.shape.name)),
         max_num_seqs=1,
         max_num_batched_tokens=job.context,
-        kv_cache_memory_bytes=KV_CACHE_BYTES,
+        **cache_memory(KV_CACHE_BYTES),
         enable_prefix_caching=False,
         enforce_eager=True,  # compiled graphs do not call the layers' forward
     )

@@ -22,6 +22,7 @@ from vllm_kvtuner.statics import load_statics
 
 from ..divergence import TokenScores
 from ..evaluate_engine import (
+    TASK_MAX_NUM_SEQS,
     EngineJob,
     EngineOptions,
     MeasuringEngine,
@@ -38,8 +39,6 @@ from .artifacts import Quality
 ROOM = PrecisionPair(8, 8)
 """What every quantized layer's pages have room for."""
 NO_TRANSFORMS = TransformSettings()
-MAX_NUM_SEQS = 64
-"""Questions of a task that run together."""
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +113,7 @@ class CalibrationEngine:
                     max_model_len=max_model_len_for(max(lengths), max_positions(model)),
                     chunk=chunk or longest,
                     kv_memory_bytes=kv_memory_bytes,
-                    max_num_seqs=1 if task is None else MAX_NUM_SEQS,
+                    max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
                     switchable=switchable,
                 )
 
