@@ -100,10 +100,7 @@ class LayerKernels:
         """As :func:`vllm_kvtuner.reference.paged_attention_ref`, with the layer's scale, window and cap."""
         if self._decode is None:
             self._decode = decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device)
-        if self._decode == decode_kernel.CUDA:
-            from vllm_kvtuner.kernels.cuda import paged_attention as kernel
-        else:
-            from vllm_kvtuner.kernels import paged_attention as kernel  # type: ignore[no-redef]
+        kernel, options = _decode_module(self._decode)
         kernel.paged_attention(
             query,
             kv_cache,
@@ -118,6 +115,7 @@ class LayerKernels:
             self.sliding_window,
             self.logits_soft_cap,
             workspace=self._workspace(self._decode),
+            **options,
         )
 
     def _row_kernels(self, layout: PageLayout) -> "_RowKernels":
@@ -151,6 +149,19 @@ def _row_kernels(kernels: str) -> _RowKernels:
     from vllm_kvtuner.kernels import gather_cache, reshape_and_cache
 
     return _RowKernels(reshape_and_cache.reshape_and_cache, gather_cache.gather_cache)
+
+
+@functools.cache
+def _decode_module(kernel: str) -> tuple[Any, dict[str, Any]]:
+    """Where a kernel's paged_attention is, and options of its own."""
+    if kernel == decode_kernel.CUDA:
+        from vllm_kvtuner.kernels.cuda import paged_attention as cuda
+
+        # No kernel of the model writes what says where the tokens are.
+        return cuda, {"dependent": True}
+    from vllm_kvtuner.kernels import paged_attention
+
+    return paged_attention, {}
 
 
 # Scratch that all layers of one shape share: layers run one after the other.

@@ -89,6 +89,7 @@ class PackedKernel(DecodeKernel):
 
     transformed = True
     module: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
 
     def skip_reason(self, head_size: int) -> str | None:
         try:
@@ -115,7 +116,7 @@ class PackedKernel(DecodeKernel):
         def call(block_table: torch.Tensor) -> Callable[[], None]:
             return lambda: module.paged_attention(
                 batch.query, kv_cache, block_table, batch.seq_lens, batch.query_start_loc, batch.query_tokens,
-                batch.scale, layout, transforms, output, workspace=workspace,
+                batch.scale, layout, transforms, output, workspace=workspace, **self.options,
             )  # fmt: skip
 
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,6 +152,7 @@ def cuda_skip_reason() -> str | None:
 
 class CudaKernel(PackedKernel):
     module = "vllm_kvtuner.kernels.cuda.paged_attention"
+    options: ClassVar[dict[str, Any]] = {"dependent": True}
 
     def skip_reason(self, head_size: int) -> str | None:
         return cuda_skip_reason() or super().skip_reason(head_size)

@@ -129,7 +129,7 @@ class EmulatedKernel:
         self._function = _library(stem, defines, shared_bytes).emulate
         self._block = block
 
-    def launch(self, grid: int, *arguments: object) -> None:
+    def launch(self, grid: int, *arguments: object, dependent: bool = False) -> None:
         values = [ctypes.c_uint64(value) if isinstance(value, int) else value for value in arguments]
         self._function(ctypes.c_uint(grid), ctypes.c_int(self._block), *values)
 

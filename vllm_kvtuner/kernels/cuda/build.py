@@ -28,17 +28,29 @@ class BuiltKernel:
         block: threads of a CTA.
         shared_bytes: dynamic shared memory of a CTA.
         max_ctas: CTAs that the device runs at once.
+        overlaps: whether the device can start it before the kernel before it has ended.
     """
 
     kernel: Kernel
     block: int
     shared_bytes: int
     max_ctas: int
+    overlaps: bool
 
-    def launch(self, grid: int, *arguments: object) -> None:
-        """Launch ``grid`` CTAs on torch's current stream; arguments are ctypes or numpy scalars or device addresses."""
+    def launch(self, grid: int, *arguments: object, dependent: bool = False) -> None:
+        """Launch ``grid`` CTAs on torch's current stream.
+
+        Args:
+            grid: their number.
+            arguments: ctypes or numpy scalars or device addresses.
+            dependent: start as soon as the kernel before allows (programmatic dependent launch); the kernel itself
+                waits for that one's end before it touches what that one may have written.
+        """
         stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
-        config = LaunchConfig(grid=grid, block=self.block, shmem_size=self.shared_bytes)
+        overlap = dependent and self.overlaps
+        config = LaunchConfig(
+            grid=grid, block=self.block, shmem_size=self.shared_bytes, programmatic_stream_serialization=overlap
+        )
         launch(stream, config, self.kernel, *arguments)
 
 
@@ -112,4 +124,4 @@ def build(
         per_multiprocessor = kernel.occupancy.max_active_blocks_per_multiprocessor(block, shared_bytes)
         assert per_multiprocessor > 0, (stem, defines, shared_bytes)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return BuiltKernel(kernel, block, shared_bytes, per_multiprocessor * multiprocessors)
+    return BuiltKernel(kernel, block, shared_bytes, per_multiprocessor * multiprocessors, major >= 9)

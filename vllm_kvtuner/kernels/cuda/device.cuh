@@ -221,6 +221,13 @@ __device__ __forceinline__ void copies_wait() {
 
 __device__ __forceinline__ void copies_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// Waits for the end of the kernel before on the stream, if this one was launched to overlap it.
+__device__ __forceinline__ void dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Lets the next kernel on the stream start if it was launched to overlap this one; it waits for this one's end itself.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900

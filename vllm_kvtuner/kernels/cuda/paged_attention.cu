@@ -101,16 +101,19 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
 
   // Where there is little to do, nobody waits for memory.
   const int units = total_units(a, lane);
-  Shares shares = {units, min((int)gridDim.x, (units + MIN_STAGES - 1) / MIN_STAGES), 0, SLOW_SHARE};
+  Shares shares(units, min((int)gridDim.x, (units + MIN_STAGES - 1) / MIN_STAGES));
   int cta = blockIdx.x;
   if (a.fast_ctas && units >= MIN_SHARED_STAGES * (int)gridDim.x) {
     shares.fast_ctas = a.fast_ctas;
     shares.fast_share = a.fast_share;
+    dependency_wait();
     if (thread == 0) shared.cta = claim(a);
     __syncthreads();
     cta = shared.cta;
   }
   if (cta >= shares.ctas) {
+    dependency_wait();
+    launch_dependents();
     clear_rows(a, thread);
     return;
   }
@@ -127,7 +130,6 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
       shared.cursor = cursor;
       shared.segment = 0;
     }
-    fetch_rows(a, shared, cursor, 0, warp, lane);
   }
 
   u64 policy = 0;
@@ -145,9 +147,15 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   producer.segment = 0;
   producer.more = true;
   producer.enter(a, cursor, warp, lane);
+  // Up to here only what steps share was read, which no kernel just before this one writes.
+  dependency_wait();
+  launch_dependents();
+  fetch_rows(a, shared, cursor, 0, warp, lane);
   producer.settle(a, first, last, warp, lane);
   // Ahead of the ring's copies, which would hold them up.
+#ifndef NO_QUERY_WAIT
   copies_wait_all();
+#endif
 #pragma unroll 1
   for (int i = 0; i < NUM_STAGES; i++)
     producer.issue(a, first, last, warp, lane, shared.ring[warp][i], &shared.barriers[warp][i], policy);

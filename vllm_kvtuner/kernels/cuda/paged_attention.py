@@ -246,6 +246,7 @@ def paged_attention(
     *,
     workspace: DecodeWorkspace,
     config: DecodeConfig | None = None,
+    dependent: bool = False,
 ) -> None:
     """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
 
@@ -256,6 +257,8 @@ def paged_attention(
     Args:
         workspace: from :func:`decode_workspace`, for at least this many requests and this shape of layer.
         config: knobs, or None for :func:`decode_config`'s.
+        dependent: begin before the kernel before on the stream has ended, if that one allows it. It must not be one
+            that writes block_table, seq_lens or query_start_loc.
     """
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads = block_table.shape[0], kv_cache.shape[1]
@@ -310,4 +313,5 @@ def paged_attention(
         *(ctypes.c_int32(n) for n in integers),
         ctypes.c_float(scale * log2e),
         ctypes.c_float(logits_soft_cap * log2e),
+        dependent=dependent,
     )

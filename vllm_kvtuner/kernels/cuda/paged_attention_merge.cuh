@@ -81,14 +81,17 @@ __device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared
     for (int i = 0; i < NUMBERS; i++) a.partial[((u64)slot * PASS_ROWS + row) * HEAD_SIZE + i * 32 + lane] = x[i];
     if (lane == 0) a.partial_state[slot * PASS_ROWS + row] = make_float2(top, total);
   }
+  int* arrivals = a.arrivals + cursor.request.index * a.max_segments + cursor.kv_head * cursor.request.passes + cursor.pass;
   __syncthreads();
+  // Releases what all threads wrote before the barrier, and acquires what the others released.
+  int arrived = 0;
+  if (warp == 0 && lane == 0) arrived = arrive(arrivals);
+  // While it is on its way.
   const int first = shares.owner(cursor.begin);
   const int last = shares.owner(cursor.begin + cursor.request.stages - 1);
-  int* arrivals = a.arrivals + cursor.request.index * a.max_segments + cursor.kv_head * cursor.request.passes + cursor.pass;
   if (warp == 0 && lane == 0) {
-    // Releases what all threads wrote before the barrier, and acquires what the others released.
-    shared.arrived = arrive(arrivals);
-    if (shared.arrived == last - first) *arrivals = 0;
+    shared.arrived = arrived;
+    if (arrived == last - first) *arrivals = 0;
   }
   __syncthreads();
   if (shared.arrived != last - first) return;
@@ -97,9 +100,20 @@ __device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared
     float x[NUMBERS] = {};
     // A part is the second of its CTA only in the CTA where the segment begins.
     auto slot_of = [&](int part) { return (u64)(2 * part + (part == first ? 1 : 0)) * PASS_ROWS + row; };
+    constexpr int BATCH = NUMBERS <= 4 ? 16 : 8;
+    float parts[BATCH][NUMBERS];
+    auto load = [&](int begin) {
+#pragma unroll
+      for (int j = 0; j < BATCH; j++) {
+        const float* part = a.partial + slot_of(min(begin + j, last)) * HEAD_SIZE;
+#pragma unroll
+        for (int i = 0; i < NUMBERS; i++) parts[j][i] = __ldcg(part + i * 32 + lane);
+      }
+    };
     for (int base = first; base <= last; base += 32) {
       const bool present = base + lane <= last;
       const float2 state = present ? __ldcg(&a.partial_state[slot_of(base + lane)]) : make_float2(NOTHING, 0.0f);
+      load(base);
       const float newer = fmaxf(top, warp_max(state.x));
       const float decay = exp2_approx(top - newer);
       const float weight = present ? exp2_approx(state.x - newer) : 0.0f;
@@ -107,15 +121,8 @@ __device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared
       total = fmaf(total, decay, warp_sum(state.y * weight));
 #pragma unroll
       for (int i = 0; i < NUMBERS; i++) x[i] *= decay;
-      constexpr int BATCH = NUMBERS <= 4 ? 16 : 8;
       for (int begin = base; begin < min(base + 32, last + 1); begin += BATCH) {
-        float parts[BATCH][NUMBERS];
-#pragma unroll
-        for (int j = 0; j < BATCH; j++) {
-          const float* part = a.partial + slot_of(min(begin + j, last)) * HEAD_SIZE;
-#pragma unroll
-          for (int i = 0; i < NUMBERS; i++) parts[j][i] = __ldcg(part + i * 32 + lane);
-        }
+        if (begin > base) load(begin);
 #pragma unroll
         for (int j = 0; j < BATCH; j++) {
           const float factor = __shfl_sync(FULL_WARP, weight, (begin - base + j) % 32);

@@ -99,17 +99,29 @@ struct Cursor {
   }
 };
 
-// How stages are shared out: the first CTAs get larger shares.
+// How stages are shared out: evenly, or the first CTAs get larger shares.
 struct Shares {
-  int units, ctas, fast_ctas, fast_share;
+  int units, ctas, fast_ctas = 0, fast_share = SLOW_SHARE;
+  int even, left;  // even shares, the first `left` of which have one stage more
 
+  __device__ __forceinline__ Shares(int units, int ctas) : units(units), ctas(ctas) {
+    even = units / max(ctas, 1);
+    left = units - even * ctas;
+  }
   __device__ __forceinline__ int before(int cta) const {
     return min(cta, fast_ctas) * fast_share + max(cta - fast_ctas, 0) * SLOW_SHARE;
   }
   // The flat index of a CTA's first stage.
-  __device__ __forceinline__ int begin(int cta) const { return (int)((u64)before(cta) * units / before(ctas)); }
+  __device__ __forceinline__ int begin(int cta) const {
+    if (!fast_ctas) return cta * even + min(cta, left);
+    return (int)((u64)before(cta) * units / before(ctas));
+  }
   // The CTA that reads the stage with flat index `unit`: the last that begins at or before it.
   __device__ __forceinline__ int owner(int unit) const {
+    if (!fast_ctas) {
+      const int longer = left * (even + 1);
+      return unit < longer ? unit / (even + 1) : left + (unit - longer) / even;
+    }
     const int share = (int)((((u64)unit + 1) * before(ctas) - 1) / units);
     const int fast = fast_ctas * fast_share;
     return share < fast ? share / fast_share : fast_ctas + (share - fast) / SLOW_SHARE;
