@@ -10,7 +10,7 @@ import torch
 from tests.helpers.cubin import local_memory_instructions, resource_usage
 from tests.helpers.decode_cases import HEAD_SIZES, linear_table, with_offset_pairs
 from tests.helpers.paged_cache import make_layout, random_transforms
-from vllm_kvtuner.kernels.cuda import build, sm_speed
+from vllm_kvtuner.kernels.cuda import build, gather_cache
 from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 from vllm_kvtuner.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.transforms import LayerTransforms
@@ -103,28 +103,6 @@ def test_every_family_compiles(arch, variant):
     assert resource_usage(variant.compile(arch))["REG"] <= 255
 
 
-@pytest.mark.parametrize("arch", list(SHARED_BYTES))
-def test_the_measure_of_multiprocessors_compiles(arch):
-    assert resource_usage(bytes(build.compile_cubin("sm_speed", {}, arch, None).code))["LOCAL"] == 0
-
-
-@pytest.mark.parametrize(
-    ("speed", "num_fast", "share"),
-    [
-        pytest.param([1.0] * 132, 0, 32, id="all alike"),
-        pytest.param([1.0, 1.03] * 66, 0, 32, id="noise"),
-        pytest.param([1.08] * 22 + [1.0] * 110, 22, 35, id="one in six reads 8% faster"),
-        pytest.param([2.0] * 22 + [1.0] * 110, 22, 38, id="far faster"),
-        pytest.param([float("nan")] * 4 + [1.125] * 20 + [1.0] * 108, 20, 36, id="some not measured"),
-    ],
-)
-def test_fast_multiprocessors_get_larger_shares(speed, num_fast, share):
-    shares = sm_speed.shares_of(speed, "cpu")
-    assert (shares.num_fast, shares.fast_share) == (num_fast, share)
-    assert shares.fast.dtype == torch.uint8 and shares.fast.shape == (132,)
-    assert shares.fast.nonzero()[:, 0].tolist() == [index for index, x in enumerate(speed) if x > 1.04]
-
-
 def test_a_source_that_does_not_compile_says_why():
     defines = Variant("K4V4", 128).defines("sm_90") | {"HEAD_SIZE": 24}
     with pytest.raises(Exception, match="head size") as caught:
@@ -192,8 +170,10 @@ def cache_folder(tmp_path, monkeypatch):
 def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
     """Keyed by what decides it: another define, architecture or source is compiled on its own."""
 
+    defines = gather_cache._defines(make_layout("K8V8", 64), 1, torch.float16, LayerTransforms())
+
     def compiled(arch="sm_90", define=0):
-        cubin = build.compile_cubin("sm_speed", {"UNUSED": define}, arch, build.kernel_cache())
+        cubin = build.compile_cubin("gather_cache", {**defines, "UNUSED": define}, arch, build.kernel_cache())
         return bytes(cubin.code), len(build.kernel_cache())
 
     first, entries = compiled()
@@ -204,7 +184,7 @@ def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
     assert compiled() == (first + b"kept", 1), "taken from the folder"
     assert compiled(define=1)[1] == 2
     assert compiled("sm_80")[1] == 3
-    text = build.source("sm_speed")
+    text = build.source("gather_cache")
     monkeypatch.setattr(build, "source", lambda stem: text + "// changed\n")
     assert compiled()[1] == 4
 

@@ -1,7 +1,6 @@
 """The CUDA kernels' arithmetic and bookkeeping on a CPU, lane by lane, against the reference on the same bytes."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +8,6 @@ import torch
 from tests.helpers import cuda_emulator
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
-from vllm_kvtuner.kernels.cuda.sm_speed import SmShares
 from vllm_kvtuner.reference import gather_cache_ref, page_parts, paged_attention_ref, reshape_and_cache_ref
 from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, linear_rotary
 
@@ -118,22 +116,29 @@ def test_blocks_that_left_the_window_may_hold_anything():
     assert (got - want).norm() < 2e-3 * want.norm()
 
 
-@pytest.mark.parametrize("fast", [[1, 0, 0], [0, 1, 1], [1, 1, 1]])
-def test_larger_shares_for_faster_multiprocessors(fast):
-    """Shares depend on places that CTAs claim; there is one for each, whatever multiprocessors they run on."""
-    cache = random_cache(make_layout("K4V4", 64), [700, 90, 900], 2, CPU)
-    query = torch.randn(3, 8, 64)
-    starts = torch.arange(4, dtype=torch.int32)
-    shares = SmShares(torch.tensor(fast, dtype=torch.uint8), sum(fast), 37)
-    workspace = replace(paged_attention.decode_workspace(3, 1, 8, 2, 64, CPU), shares=shares)
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param([2600], id="one request"),
+        pytest.param([700, 90, 900], id="few"),
+        pytest.param([400, 3, 1, 2, 5, 400, 16, 17, 400, 33, 400], id="short among long"),
+        pytest.param([1] * 70, id="one token each"),
+        pytest.param([1, 2000, 1], id="a share ends in what a segment counts for besides its stages"),
+    ],
+)
+def test_shares(lengths):
+    """Every stage is in one CTA's share, whatever segments count for besides their stages."""
+    cache = random_cache(make_layout("K4V4", 64), lengths, 2, CPU)
+    query = torch.randn(len(lengths), 8, 64)
+    starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
+    workspace = paged_attention.decode_workspace(len(lengths), 1, 8, 2, 64, CPU)
     arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, 1, 0.125, cache.layout, LayerTransforms())
     want, got = torch.empty_like(query), torch.full_like(query, torch.nan, dtype=FP16)
     paged_attention_ref(query, *arguments, want)
-    # Stages of 16 tokens: 212 of them are enough for shares to differ.
-    config = paged_attention.DecodeConfig(16, 2, 1)
+    config = paged_attention.DecodeConfig(stage_tokens=16, num_stages=2, min_ctas=1)
     paged_attention.paged_attention(query.to(FP16), *arguments, got, workspace=workspace, config=config)
     assert (got.float() - want).norm() < 2e-3 * want.norm()
-    assert not workspace.claims.any() and not workspace.arrivals.any(), "counters are 0 between launches"
+    assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
 def test_constant_values_under_growing_logits():

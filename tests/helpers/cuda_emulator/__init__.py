@@ -20,7 +20,6 @@ import torch
 
 from vllm_kvtuner.kernels.cuda import build as cuda_build
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
-from vllm_kvtuner.kernels.cuda.sm_speed import SLOW_SHARE, SmShares
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
 COMPILER = shutil.which("g++")
@@ -44,7 +43,6 @@ BODIES = {
     "to_bf16(": "return (u16)float_to_bfloat(x);",
     "pack_bf16(": "return float_to_bfloat(low) | float_to_bfloat(high) << 16;",
     "arrive(": "return atomicAdd(counter, 1);",
-    "multiprocessor(": "return blockIdx.x % NUM_SMS;",
     "mma_u8s8_k32(": _MMA.format(
         words="a0, a1, a2, a3, b0, b1", k=32, per_word=4, a=4, b=2, kinds="unsigned_byte, signed_byte"
     ),
@@ -92,7 +90,6 @@ def _library(stem: str, defines: tuple[tuple[str, int], ...], shared_bytes: int)
     text = "\n".join(
         [
             f'#include "{HEADER}"',
-            f"constexpr unsigned NUM_SMS = {NUM_SMS};",
             f"alignas(128) static unsigned char memory[{max(shared_bytes, 16)}];",
             *(f"#define {name} {value}" for name, value in defines),
             source,
@@ -142,8 +139,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for launcher in (gather_cache, paged_attention, reshape_and_cache):
         monkeypatch.setattr(launcher, "build", build)
-    shares = SmShares(torch.zeros(NUM_SMS, dtype=torch.uint8), 0, SLOW_SHARE)
-    monkeypatch.setattr(paged_attention, "sm_shares", lambda device: shares)
     properties = SimpleNamespace(
         multi_processor_count=NUM_SMS, shared_memory_per_multiprocessor=SHARED_BYTES_PER_MULTIPROCESSOR
     )

@@ -112,13 +112,6 @@ __device__ __forceinline__ void hadamard_row(float (&x)[COUNT], int lane) {
   for (int i = 0; i < COUNT; i++) x[i] *= scale;
 }
 
-// Where this CTA runs.
-__device__ __forceinline__ u32 multiprocessor() {
-  u32 index;
-  asm volatile("mov.u32 %0, %smid;" : "=r"(index));
-  return index;
-}
-
 // Whether this lane is the one that acts for its warp.
 __device__ __forceinline__ bool elect_one() {
 #if __CUDA_ARCH__ >= 900

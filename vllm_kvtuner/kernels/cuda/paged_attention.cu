@@ -6,7 +6,7 @@
 //
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
 // head) chunk or several. A *segment* is what one pass reads: all stages of one (request, KV head, pass). Segments
-// stand in a row, and every CTA takes an equal share of their stages, whichever segments those belong to. Within a CTA
+// stand in a row, and every CTA takes an equal share of the work, whichever segments it belongs to. Within a CTA
 // the four warps take turns, each with a ring of stages of its own. A segment that several CTAs share is merged by the
 // one that ends last, in the order of the CTAs, so that results do not depend on timing.
 //
@@ -60,11 +60,8 @@ constexpr int NUMBERS = HEAD_SIZE / 32;
 constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
 // Stages after which warps add their sums up in fp32: the matrix instruction truncates, and that must not pile up.
 constexpr int FLUSH_STAGES = NUM_WARPS * 2048 / STAGE_TOKENS;
-// A CTA reads at least a stage a warp: fewer are not worth a merge.
-constexpr int MIN_STAGES = NUM_WARPS;
-// Stages a CTA has at least where shares differ.
-constexpr int MIN_SHARED_STAGES = 8 * NUM_WARPS;
-constexpr int SLOW_SHARE = 32;
+// What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
+constexpr int MAX_VISIT = 12;
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
 
 #define MASKED __int_as_float(0xFF800000)
@@ -83,34 +80,21 @@ constexpr float TRUNCATED = 1.0f - 0x1p-10f;  // fp16 keeps at least this much o
 
 extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     paged_attention(const u16* query, u16* output, const u8* kv_cache, const int* block_table, const int* seq_lens,
-                    const int* query_start_loc, float* partial, float2* partial_state, int* arrivals, int* claims,
-                    const u8* fast, const float* equalization, const float2* offset, const int* offset_dims,
+                    const int* query_start_loc, float* partial, float2* partial_state, int* arrivals,
+                    const float* equalization, const float2* offset, const int* offset_dims,
                     const int* offset_index, const float2* coarse_angles, const uint4* fine_angles, u64 query_stride,
                     u64 output_stride, u64 block_stride, u64 head_stride, u64 table_stride, int num_reqs, int num_tokens,
-                    int num_kv_heads, int max_segments, int rotary_pairs, int fast_ctas, int fast_share,
-                    float scale_log2, float soft_cap_log2) {
-  const Arguments a = {query,        output,        kv_cache,      block_table,  seq_lens,      query_start_loc,
-                       partial,      partial_state, arrivals,      claims,       fast,          equalization,
-                       offset,       offset_dims,   offset_index,  coarse_angles, fine_angles,  query_stride,
-                       output_stride, block_stride, head_stride,   table_stride, num_reqs,      num_tokens,
-                       num_kv_heads, max_segments,  rotary_pairs,  fast_ctas,    fast_share,    scale_log2,
-                       soft_cap_log2};
+                    int num_kv_heads, int max_segments, int rotary_pairs, float scale_log2, float soft_cap_log2) {
+  Arguments a = {query,         output,        kv_cache,     block_table,   seq_lens,      query_start_loc, partial,
+                 partial_state, arrivals,      equalization, offset,        offset_dims,   offset_index,    coarse_angles,
+                 fine_angles,   query_stride,  output_stride, block_stride, head_stride,   table_stride,    num_reqs,
+                 num_tokens,    num_kv_heads,  max_segments, rotary_pairs,  scale_log2,    soft_cap_log2,   0};
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *(Shared*)memory;
   const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
 
-  // Where there is little to do, nobody waits for memory.
-  const int units = total_units(a, lane);
-  Shares shares(units, min((int)gridDim.x, (units + MIN_STAGES - 1) / MIN_STAGES));
-  int cta = blockIdx.x;
-  if (a.fast_ctas && units >= MIN_SHARED_STAGES * (int)gridDim.x) {
-    shares.fast_ctas = a.fast_ctas;
-    shares.fast_share = a.fast_share;
-    dependency_wait();
-    if (thread == 0) shared.cta = claim(a);
-    __syncthreads();
-    cta = shared.cta;
-  }
+  const Shares shares = share_out(a, lane);
+  const int cta = blockIdx.x;
   if (cta >= shares.ctas) {
     dependency_wait();
     launch_dependents();
@@ -127,7 +111,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     }
     __syncwarp();
     if (thread == 0) {
-      shared.cursor = cursor;
+      shared.cursors[0] = cursor;
       shared.segment = 0;
     }
   }
@@ -141,16 +125,15 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   }
 #endif
   __syncthreads();
-  const Cursor& cursor = shared.cursor;
   Producer producer;
   producer.shared = &shared;
   producer.segment = 0;
   producer.more = true;
-  producer.enter(a, cursor, warp, lane);
+  producer.enter(a, shared.cursors[0], warp, lane);
   // Up to here only what steps share was read, which no kernel just before this one writes.
   dependency_wait();
   launch_dependents();
-  fetch_rows(a, shared, cursor, 0, warp, lane);
+  fetch_rows(a, shared, shared.cursors[0], 0, warp, lane);
   producer.settle(a, first, last, warp, lane);
   // Ahead of the ring's copies, which would hold them up.
 #ifndef NO_QUERY_WAIT
@@ -166,6 +149,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   Accumulators sums;
   bool more = true;
   while (more) {
+    const Cursor& cursor = shared.cursors[shared.segment % 2];
     const Request& request = cursor.request;
     const bool fetched = shared.raw_segment[shared.segment % 2][warp] == shared.segment;
     __syncwarp();
@@ -174,6 +158,11 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     __syncwarp();
     for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) fold_row(a, shared, cursor, row, lane);
     __syncthreads();
+    if (thread == 0) {
+      Cursor next = cursor;
+      shared.more = next.next(a, first, last);
+      shared.cursors[(shared.segment + 1) % 2] = next;
+    }
     RowConstants rows;
     load_rows(shared, request, cursor.pass, lane, rows);
 
@@ -217,14 +206,9 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     } else {
       share_segment(a, shared, cursor, shares, cta, warp, lane);
     }
-    __syncthreads();
-    if (thread == 0) {
-      Cursor next = shared.cursor;
-      shared.more = next.next(a, first, last);
-      shared.cursor = next;
-      shared.segment++;
-    }
-    __syncthreads();
     more = shared.more;
+    __syncthreads();
+    if (thread == 0) shared.segment++;
+    __syncthreads();
   }
 }

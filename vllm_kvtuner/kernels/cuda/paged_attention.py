@@ -12,7 +12,6 @@ import torch
 
 from vllm_kvtuner.kernels.common import check_cache
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build
-from vllm_kvtuner.kernels.cuda.sm_speed import SmShares, sm_shares
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
@@ -51,15 +50,11 @@ class DecodeWorkspace:
         partial: [2 * CTAs, rows of a pass, head_size] fp32, unnormalized outputs of segments that CTAs share.
         state: [2 * CTAs, rows of a pass, 2] fp32, their reference to base 2 and total.
         arrivals: [segments] int32, 0 between launches.
-        claims: [3] int32, 0 between launches.
-        shares: how much work each multiprocessor gets.
     """
 
     partial: torch.Tensor
     state: torch.Tensor
     arrivals: torch.Tensor
-    claims: torch.Tensor
-    shares: SmShares
 
 
 def _workspace_parts(
@@ -72,7 +67,6 @@ def _workspace_parts(
         "partial": ((slots, rows, head_size), torch.float32),
         "state": ((slots, rows, 2), torch.float32),
         "arrivals": ((segments,), torch.int32),
-        "claims": ((3,), torch.int32),
     }
 
 
@@ -88,7 +82,7 @@ def decode_workspace(
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     parts = _workspace_parts(max_num_reqs, max_query_len, num_heads, num_kv_heads, head_size, num_sms)
     tensors = {k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in parts.items()}
-    return DecodeWorkspace(**tensors, shares=sm_shares(torch.device(device)))
+    return DecodeWorkspace(**tensors)
 
 
 def pass_rows(rows: int) -> int:
@@ -104,7 +98,7 @@ def decode_config(layout: PageLayout, rows: int, offset_pairs: int, shared_bytes
     """
     bits = layout.pair.nominal_bits
     # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
-    min_ctas = 2 if bits >= 4 else MAX_CTAS_PER_MULTIPROCESSOR if bits >= 3 else 3
+    min_ctas = 2 if bits >= 3 else 3
     if offset_pairs > 16:
         min_ctas = 3
     if rows > PASS_ROWS[0]:
@@ -289,10 +283,7 @@ def paged_attention(
         rotary_pairs = rotary.rotary_dim // 2
         parts = (offset.numbers, offset.dims, offset.index, rotary.coarse_angles, _fine_operands(offset, rotary))
         offset_addresses = tuple(part.data_ptr() for part in parts)
-    # Shares differ only where every multiprocessor runs as many CTAs.
-    num_sms = workspace.shares.fast.shape[0]
-    fast_ctas = grid // num_sms * workspace.shares.num_fast if grid % num_sms == 0 else 0
-    integers = (num_reqs, num_tokens, num_kv_heads, max_segments, rotary_pairs, fast_ctas, workspace.shares.fast_share)
+    integers = (num_reqs, num_tokens, num_kv_heads, max_segments, rotary_pairs)
     kernel.launch(
         grid,
         query.data_ptr(),
@@ -304,8 +295,6 @@ def paged_attention(
         workspace.partial.data_ptr(),
         workspace.state.data_ptr(),
         workspace.arrivals.data_ptr(),
-        workspace.claims.data_ptr(),
-        workspace.shares.fast.data_ptr(),
         0 if transforms.key_equalization is None else transforms.key_equalization.data_ptr(),
         *offset_addresses,
         *(ctypes.c_uint64(n) for n in (query.stride(0), output.stride(0), kv_cache.stride(0), kv_cache.stride(1))),

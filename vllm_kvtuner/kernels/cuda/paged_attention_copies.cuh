@@ -31,9 +31,9 @@ struct Shared {
   alignas(16) u16 raw_query[2][PASS_ROWS][HEAD_SIZE];
   int raw_segment[2][NUM_WARPS];
   int segment;  // of the CTA, that the warps are in
-  int cta, arrived, more;
-  // Only looked at where a segment ends, so not in registers.
-  Cursor cursor, producers[NUM_WARPS];
+  int arrived, more;
+  // Only looked at where a segment ends, so not in registers: this segment and the next one.
+  Cursor cursors[2], producers[NUM_WARPS];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 

@@ -87,8 +87,8 @@ __device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared
   int arrived = 0;
   if (warp == 0 && lane == 0) arrived = arrive(arrivals);
   // While it is on its way.
-  const int first = shares.owner(cursor.begin);
-  const int last = shares.owner(cursor.begin + cursor.request.stages - 1);
+  const int first = shares.owner(cursor.begin + a.visit);
+  const int last = shares.owner(cursor.begin + a.visit + cursor.request.stages - 1);
   if (warp == 0 && lane == 0) {
     shared.arrived = arrived;
     if (arrived == last - first) *arrivals = 0;

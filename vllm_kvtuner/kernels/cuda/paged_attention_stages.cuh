@@ -11,8 +11,6 @@ struct Arguments {
   float* partial;                // [2 CTAs][PASS_ROWS][HEAD_SIZE], unnormalized
   float2* partial_state;         // [2 CTAs][PASS_ROWS], reference to base 2 and total
   int* arrivals;                 // [segments], 0 between launches
-  int* claims;                   // [3], 0 between launches: shares taken of each kind, CTAs that have one
-  const u8* fast;                // [multiprocessors], 1 for those that read memory faster
   const float* equalization;     // [KV heads][HEAD_SIZE]
   const float2* offset;          // [KV heads][OFFSET_PAIRS], the offset's numbers before RoPE
   const int* offset_dims;        // [OFFSET_PAIRS], dimensions of a pair: first | second << 16
@@ -24,9 +22,9 @@ struct Arguments {
   int num_reqs, num_tokens, num_kv_heads;
   int max_segments;              // of a request
   int rotary_pairs;
-  int fast_ctas, fast_share;     // CTAs that get fast_share of the stages where others get SLOW_SHARE
   float scale_log2;              // logits to base 2 per unit of q . k
   float soft_cap_log2;           // the cap to base 2
+  int visit;                     // stages that a segment counts for besides its own, found by share_out
 };
 
 __device__ __forceinline__ float load_query(const u16* pointer) {
@@ -68,24 +66,24 @@ struct Request {
     passes = (num_queries * GROUP + PASS_ROWS - 1) / PASS_ROWS;
     if (num_queries <= 0 || len <= 0) stages = passes = 0;
   }
-  __device__ __forceinline__ int units(const Arguments& a) const { return stages * passes * a.num_kv_heads; }
+  __device__ __forceinline__ int segments(const Arguments& a) const { return passes * a.num_kv_heads; }
 };
 
-// A place in the row of segments.
+// A place in the row of segments, in which a segment of n stages has `visit` + n units, the stages last.
 struct Cursor {
   Request request;
   int kv_head, pass;
-  int begin;    // flat index of the segment's first stage
+  int begin;    // flat index of the segment's first unit
   int stage_begin, stage_end;  // this CTA's share of the segment
 
-  __device__ __forceinline__ void share(int first, int last) {
-    stage_begin = max(first - begin, 0);
-    stage_end = min(last - begin, request.stages);
+  __device__ __forceinline__ void share(const Arguments& a, int first, int last) {
+    stage_begin = max(first - begin - a.visit, 0);
+    stage_end = min(last - begin - a.visit, request.stages);
   }
   // To the next segment; false at the end of the CTA's share.
   __device__ __forceinline__ bool next(const Arguments& a, int first, int last) {
-    begin += request.stages;
-    if (begin >= last) return false;
+    begin += a.visit + request.stages;
+    if (begin + a.visit >= last) return false;
     if (++pass == request.passes) {
       pass = 0;
       if (++kv_head == a.num_kv_heads) {
@@ -94,64 +92,48 @@ struct Cursor {
         while (request.stages == 0);
       }
     }
-    share(first, last);
+    share(a, first, last);
     return true;
   }
 };
 
-// How stages are shared out: evenly, or the first CTAs get larger shares.
+// How units are shared out: evenly. A share has more units than a segment counts for besides its stages, so that none is
+// without stages.
 struct Shares {
-  int units, ctas, fast_ctas = 0, fast_share = SLOW_SHARE;
-  int even, left;  // even shares, the first `left` of which have one stage more
+  int ctas, even, left;  // even shares, the first `left` of which have one unit more
 
-  __device__ __forceinline__ Shares(int units, int ctas) : units(units), ctas(ctas) {
+  __device__ __forceinline__ Shares(int units, int max_ctas, int least) {
+    ctas = min(max_ctas, units ? max(units / least, 1) : 0);
     even = units / max(ctas, 1);
     left = units - even * ctas;
   }
-  __device__ __forceinline__ int before(int cta) const {
-    return min(cta, fast_ctas) * fast_share + max(cta - fast_ctas, 0) * SLOW_SHARE;
-  }
-  // The flat index of a CTA's first stage.
-  __device__ __forceinline__ int begin(int cta) const {
-    if (!fast_ctas) return cta * even + min(cta, left);
-    return (int)((u64)before(cta) * units / before(ctas));
-  }
-  // The CTA that reads the stage with flat index `unit`: the last that begins at or before it.
+  // The flat index of a CTA's first unit.
+  __device__ __forceinline__ int begin(int cta) const { return cta * even + min(cta, left); }
+  // The CTA whose share the unit is in.
   __device__ __forceinline__ int owner(int unit) const {
-    if (!fast_ctas) {
-      const int longer = left * (even + 1);
-      return unit < longer ? unit / (even + 1) : left + (unit - longer) / even;
-    }
-    const int share = (int)((((u64)unit + 1) * before(ctas) - 1) / units);
-    const int fast = fast_ctas * fast_share;
-    return share < fast ? share / fast_share : fast_ctas + (share - fast) / SLOW_SHARE;
+    const int longer = left * (even + 1);
+    return unit < longer ? unit / (even + 1) : left + (unit - longer) / even;
   }
 };
 
-// A CTA's place in the shares, by one thread: a large one for a fast multiprocessor while there are any left, so that
-// every CTA gets one wherever it runs. What is computed depends on the places alone, not on who takes them.
-__device__ __forceinline__ int claim(const Arguments& a) {
-  int fast = a.fast[multiprocessor()];
-  int place = atomicAdd(&a.claims[fast], 1);
-  if (place >= (fast ? a.fast_ctas : (int)gridDim.x - a.fast_ctas)) {
-    fast ^= 1;
-    place = atomicAdd(&a.claims[fast], 1);
-  }
-  if (atomicAdd(&a.claims[2], 1) == (int)gridDim.x - 1) a.claims[0] = a.claims[1] = a.claims[2] = 0;
-  return fast ? place : a.fast_ctas + place;
-}
-
-// Stages of all requests, and the cursor's place for flat index `first`. Every warp finds them for itself.
-__device__ __forceinline__ int total_units(const Arguments& a, int lane) {
-  int sum = 0;
+// Shares of all requests' stages, and a.visit: what folding, merging and changing over cost with a segment. Every warp
+// finds them for itself.
+__device__ __forceinline__ Shares share_out(Arguments& a, int lane) {
+  int stages = 0, segments = 0;
   for (int r = lane; r < a.num_reqs; r += 32) {
     Request request;
     request.load(a, r);
-    sum += request.units(a);
+    stages += request.stages * request.segments(a);
+    segments += request.segments(a);
   }
-  return __reduce_add_sync(FULL_WARP, sum);
+  stages = __reduce_add_sync(FULL_WARP, stages);
+  segments = __reduce_add_sync(FULL_WARP, segments);
+  // Where shares are small, it is better to have more of them.
+  a.visit = min(MAX_VISIT, stages / (4 * (int)gridDim.x));
+  return Shares(stages + a.visit * segments, gridDim.x, a.visit + NUM_WARPS);
 }
 
+// The cursor's place for flat index `first`.
 __device__ __forceinline__ void find(const Arguments& a, int first, int last, int lane, Cursor& cursor) {
   int before = 0;
   for (int base = 0;; base += 32) {
@@ -159,7 +141,7 @@ __device__ __forceinline__ void find(const Arguments& a, int first, int last, in
     int units = 0;
     if (base + lane < a.num_reqs) {
       request.load(a, base + lane);
-      units = request.units(a);
+      units = (a.visit + request.stages) * request.segments(a);
     }
     int until = units;
 #pragma unroll
@@ -172,11 +154,11 @@ __device__ __forceinline__ void find(const Arguments& a, int first, int last, in
       int found = __ffs(beyond) - 1;
       int start = before + __shfl_sync(FULL_WARP, until - units, found);
       cursor.request.load(a, base + found);
-      const int segment = (first - start) / cursor.request.stages;
+      const int segment = (first - start) / (a.visit + cursor.request.stages);
       cursor.kv_head = segment / cursor.request.passes;
       cursor.pass = segment % cursor.request.passes;
-      cursor.begin = start + segment * cursor.request.stages;
-      cursor.share(first, last);
+      cursor.begin = start + segment * (a.visit + cursor.request.stages);
+      cursor.share(a, first, last);
       return;
     }
     before += __shfl_sync(FULL_WARP, until, 31);
