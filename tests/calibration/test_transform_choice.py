@@ -77,6 +77,18 @@ def test_planted_outlier_channels_make_it_pick_their_mean(tmp_path):
         errors = {setting: pairs[positions]["K4V4"] for setting, pairs in layer.errors.items()}
         assert errors["chosen"] < 0.5 * errors["data-free"]
     assert layer.far_position == 16384 - 192
+    # Of the mean's pairs, those with the planted channels are kept, and what a multiple of eight leaves room for.
+    assert layer.offset_pairs == 8
+    offset = load_file(tmp_path / "statics.safetensors")["layers.0.key_offset"]
+    pairs = offset.unflatten(1, (2, -1)).ne(0).any(1)
+    assert pairs.sum(1).tolist() == [8] * NUM_KV_HEADS
+    assert pairs[:, [channel % (HEAD_SIZE // 2) for channel in (5, 20, 60)]].all()
+
+
+def test_an_offset_that_needs_all_of_its_pairs_keeps_them(tmp_path):
+    spread = 20 * (-1.0) ** torch.arange(HEAD_SIZE).expand(NUM_KV_HEADS, -1)
+    layer = choose(make_capture(tmp_path / "capture", offset=spread), tmp_path)
+    assert (layer.offset, layer.offset_pairs) == ("mean", None)
 
 
 def test_far_positions_do_not_lose(tmp_path):

@@ -42,6 +42,18 @@ class PairLayout:
     def _style(self) -> str:
         return "neox" if self.is_neox else "interleaved"
 
+    def largest_pairs(self, offset: torch.Tensor, count: int) -> torch.Tensor:
+        """The offset [num_kv_heads, head_size] in the ``count`` pairs where it is largest over all heads, else 0.
+
+        Channels that RoPE does not rotate are kept: they cost nothing, since their logit is the same for all keys.
+        """
+        first, second = map(torch.from_numpy, rope_pairs(offset.shape[1], self.rotary_dim, self._style))
+        energy = (offset[:, first].square() + offset[:, second].square()).sum(0)
+        dropped = energy.cpu().argsort(descending=True)[count:]
+        kept = offset.clone()
+        kept[:, first[dropped]] = kept[:, second[dropped]] = 0.0
+        return kept
+
     def pooled(self, square: torch.Tensor) -> torch.Tensor:
         """Mean squares [num_kv_heads, head_size], each replaced by its pair's mean."""
         first, second = rope_pairs(square.shape[1], self.rotary_dim, self._style)

@@ -11,6 +11,9 @@ baseline's, at the captured positions or at far ones, whichever is worse. The ba
 where there is one, Hadamard on keys and values, range search. It stays unless a candidate is better by the floor; among
 candidates within the floor of the best, the one with the fewest changes from the baseline is taken.
 
+An offset costs decoding time for every RoPE pair that it has, so only its largest pairs are kept, as few as come within
+the floor of all.
+
 Range search, which helps all candidates alike and costs most of the time, is left out while they are compared, and
 given up for a layer only if that is better by the floor.
 """
@@ -39,11 +42,13 @@ from .attention_error import AttentionMeter
 from .captured import Capture, CapturedLayer
 from .key_statics import KeyStatics, PairLayout
 
-TRANSFORMS_SCHEMA = "kvtuner-transforms/1"
+TRANSFORMS_SCHEMA = "kvtuner-transforms/2"
 TRANSFORMS_FILE = "transforms.json"
 """Name of the choice in a calibration's output folder."""
 DEFAULT_FLOOR = 0.05
 """Gain in output error below which a candidate is not told from the baseline."""
+PAIRS_STEP = 8
+"""Pairs of an offset that the decode kernel takes together."""
 NO_TRANSFORMS, DATA_FREE, CHOSEN = "none", "data-free", "chosen"
 """Settings whose errors a choice tells: without transforms, the baseline, and what was chosen."""
 NEAR, FAR = "near", "far"
@@ -60,6 +65,7 @@ class LayerChoice:
         index: decoder layer.
         transforms: the choice.
         offset: where the key offset is from: ``none``, ``bias`` or ``mean``.
+        offset_pairs: RoPE pairs that it keeps; None for all, or without one.
         equalization: what the factors are from: ``none``, ``keys`` or ``keys and queries``.
         far_position: first of the far positions; None where there are none.
         errors: setting (``none``, ``data-free``, ``chosen``) -> positions (``near``, ``far``) -> pair -> output error.
@@ -69,6 +75,7 @@ class LayerChoice:
     index: int
     transforms: TransformSettings
     offset: str
+    offset_pairs: int | None
     equalization: str
     far_position: int | None
     errors: Mapping[str, Mapping[str, Mapping[str, float]]]
@@ -180,6 +187,7 @@ class _Candidate:
 
     offset: str
     equalization: str = "none"
+    pairs: int | None = None
     key_hadamard: bool = True
     value_hadamard: bool = True
     range_search: bool = False
@@ -219,9 +227,16 @@ def _choose(
     if rotary is not None:
         meters[FAR] = meters[NEAR].at_far_positions(rotary)
 
+    def key_offset(candidate: _Candidate) -> torch.Tensor | None:
+        offset = offsets[candidate.offset]
+        if offset is None or candidate.pairs is None:
+            return offset
+        assert rotary is not None
+        return PairLayout(rotary.near.rotary_dim, rotary.near.is_neox).largest_pairs(offset, candidate.pairs)
+
     def transforms(candidate: _Candidate) -> LayerTransforms:
         return LayerTransforms(
-            key_offset=offsets[candidate.offset],
+            key_offset=key_offset(candidate),
             key_equalization=factors[candidate.equalization],
             key_hadamard=candidate.key_hadamard,
             value_hadamard=candidate.value_hadamard,
@@ -242,8 +257,14 @@ def _choose(
         return key_error(candidate, positions) / key_error(baseline, positions)
 
     combinations = itertools.product(offsets, factors, (True, False))
-    candidates = [_Candidate(*combination) for combination in combinations]
+    candidates = [_Candidate(offset, factor, key_hadamard=rotated) for offset, factor, rotated in combinations]
     chosen = _least(baseline, candidates, key_ratio, meters, floor)
+    if rotary is not None and chosen.offset != "none":
+        for count in range(PAIRS_STEP, rotary.near.rotary_dim // 2, PAIRS_STEP):
+            fewer = replace(chosen, pairs=count)
+            if all((1 - floor) * key_error(fewer, at) <= key_error(chosen, at) for at in meters):
+                chosen = fewer
+                break
     if value_error(unrotated := replace(chosen, value_hadamard=False)) <= (1 - floor) * value_error(chosen):
         chosen = unrotated
     searched = replace(chosen, range_search=True)
@@ -260,6 +281,7 @@ def _choose(
         index=layer.index,
         transforms=chosen.settings,
         offset=chosen.offset,
+        offset_pairs=chosen.pairs,
         equalization=chosen.equalization,
         far_position=None if rotary is None else rotary.far_position,
         errors={
@@ -268,7 +290,7 @@ def _choose(
         },
         note=layer.offset_unsupported,
     )
-    offset, factor = offsets[chosen.offset], factors[chosen.equalization]
+    offset, factor = key_offset(chosen), factors[chosen.equalization]
     return choice, LayerStatics(*(None if each is None else each.cpu().numpy() for each in (offset, factor)))
 
 
