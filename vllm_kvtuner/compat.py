@@ -14,6 +14,9 @@ from typing import Any
 
 from vllm_kvtuner import plugin
 
+SERVED_VERSIONS = {"cpu": "0.32.0", "cuda": "0.33.0"}
+"""vLLM's version by the kind of device that its build serves."""
+
 _applied = False
 
 
