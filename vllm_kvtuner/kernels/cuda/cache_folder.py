@@ -7,6 +7,8 @@ from pathlib import Path
 from vllm_kvtuner import envs
 
 VARIABLE = "KVTUNER_KERNEL_CACHE"
+ENTRIES = "entries"
+"""Where cuda.core keeps what was compiled."""
 
 
 def make() -> Path:
@@ -19,9 +21,11 @@ def make() -> Path:
     folder = envs.kernel_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        check(folder)
+        # cuda.core would make it as the umask says, which often lets the user's group write.
+        (folder / ENTRIES).mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise unusable(error) from error
-    check(folder)
     return folder
 
 
@@ -31,7 +35,7 @@ def check(folder: Path) -> None:
     Raises:
         ValueError: with path, rule and owner.
     """
-    for path in (folder, folder / "entries"):
+    for path in (folder, folder / ENTRIES):
         if not path.exists():
             continue
         status = path.stat()
