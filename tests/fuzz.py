@@ -7,7 +7,10 @@
 import argparse
 import collections
 import contextlib
+import copy
+import datetime
 import json
+import math
 import random
 import re
 import resource
@@ -18,9 +21,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
+import yaml
 
 from vllm_kvtuner.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile import ProfileError, load_profile, shipped_profiles
@@ -34,6 +39,7 @@ MAX_PROBLEM = 20_000
 LAYERS = 4
 SHAPE = ModelShape("model", "LlamaForCausalLM", (LayerShape(2, 64),) * LAYERS)
 STATICS = "fuzzed.safetensors"
+GOOD_STATICS = "good.safetensors"
 
 PROFILES = (
     """\
@@ -49,14 +55,15 @@ transforms:
   value_hadamard: true
   overrides:
     0, 2: {value_hadamard: false, key_offset: false}
-statics: fuzzed.safetensors
+statics: good.safetensors
 attend_cached_prefill: true
 provenance: {method: mutation, scores: {kl: 0.125, list: [1, 2.5, text]}}
 """,
     "version: 1\nlayers: K4V4\ntransforms: {range_search: true}\n",
     "model:\n  name: m\n  architecture: A\n  num_layers: 2\n  num_kv_heads: [1, 0]\n  head_size: [64, 0]\n"
     "version: 1\nlayers: {0-1: K8V2}\n",
-    "0: {nbits_key: 8, nbits_value: 4}\n'1': {nbits_key: 4, nbits_value: 2}\n2: {nbits_key: 16, nbits_value: 16}\n",
+    "0: {nbits_key: 8, nbits_value: 4}\n'1': {nbits_key: 4, nbits_value: 2}\n2: {nbits_key: 16, nbits_value: 16}\n"
+    "3: {nbits_key: 2, nbits_value: 2}\n",
 )
 VALUES = (
     *(
@@ -110,7 +117,34 @@ VALUES = (
         "# c",
         "---",
     ),
-    *("../../etc", "/dev/zero", "/", ".", "a" * 300, "a/" * 3000, "fuzzed.safetensors", "...", "a: b: c", "<<: {a: b}"),
+    *("../../etc", "/dev/zero", "/", ".", "a" * 300, "a/" * 3000, "good.safetensors", "...", "a: b: c", "<<: {a: b}"),
+)
+OBJECTS: tuple[Any, ...] = (
+    *(
+        0,
+        1,
+        2,
+        3,
+        4,
+        8,
+        64,
+        1024,
+        1025,
+        -1,
+        2**31,
+        2**63,
+        10**39,
+        True,
+        False,
+        None,
+        0.5,
+        -0.0,
+        1e308,
+        math.nan,
+        math.inf,
+    ),
+    *("", "K8V8", "K2V4", "K16V16", "K3V3", "0-3", "1-2", "0, 3", "3-1", "x", "\x1b[2J", "\u2028", "good.safetensors"),
+    *("../good.safetensors", "a" * 400, b"bytes", datetime.date(2026, 1, 1), [], {}, [1, 0, 2, 2], {"0-3": "K4V4"}),
 )
 KEYS = (
     *(
@@ -128,7 +162,7 @@ KEYS = (
 )
 PLAUSIBLE = (
     *("K8V8", "K4V2", "K16V16", "true", "false", "0", "1", "2", "3", "4", "64", "0-3", "'1'", "text", "1.5", "[1, 2]"),
-    *("8", "16", "{a: 1}", "null", '"0, 1"', "fuzzed.safetensors"),
+    *("8", "16", "{a: 1}", "null", '"0, 1"', "good.safetensors"),
 )
 DTYPES = ("F32", "F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "X", 7, None)
 
@@ -186,6 +220,41 @@ def mutate_tokens(rng: random.Random, text: str) -> str:
     return text
 
 
+def mutate_document(rng: random.Random, text: str) -> str:
+    """Another value, key or shape somewhere in what the YAML says, so that the parser lets it through."""
+    document = yaml.safe_load(text)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        places = list(_places(document))
+        if not places:
+            break
+        parent, key = rng.choice(places)
+        kind = rng.randrange(6)
+        if kind == 0:
+            del parent[key]
+        elif kind == 1 and isinstance(parent, dict):
+            parent[rng.choice(OBJECTS[:-4])] = parent.pop(key)
+        elif kind == 2 and isinstance(parent, dict):
+            parent[rng.choice(KEYS)] = copy.deepcopy(parent[key])
+        elif kind == 3:
+            parent[key] = copy.deepcopy(rng.choice([other[name] for other, name in places]))
+        else:
+            parent[key] = copy.deepcopy(rng.choice(OBJECTS))
+    return yaml.dump(document, Dumper=_PlainDumper, sort_keys=rng.random() < 0.5)
+
+
+def _places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container and key (or index) of something in it."""
+    if isinstance(value, dict | list):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            yield value, key
+            yield from _places(value[key])
+
+
+class _PlainDumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 def alias_bomb(rng: random.Random) -> str:
     """Aliases that would expand to 10^9 entries or contain themselves, wherever a value may stand."""
     levels = [f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 10)}]" for n in range(9)]
@@ -196,30 +265,36 @@ def profile_case(rng: random.Random) -> bytes:
     """Bytes of a profile."""
     shipped = rng.choice(list(shipped_profiles().values())).read_text(encoding="utf-8")
     text = rng.choice((*PROFILES, *PROFILES, shipped))
-    kind = rng.randrange(6)
+    kind = rng.randrange(9)
     if kind == 0:
         return mutate_bytes(rng, text.encode())
     if kind == 1:
         text = mutate_lines(rng, text)
     elif kind == 2:
         text = mutate_lines(rng, mutate_tokens(rng, text))
-    elif kind == 3 and rng.random() < 0.1:
-        text = alias_bomb(rng)
-    else:
+    elif kind == 3:
+        text = alias_bomb(rng) if rng.random() < 0.1 else mutate_tokens(rng, text)
+    elif kind == 4:
         text = mutate_tokens(rng, text)
-    encoding = rng.choice(("utf-8",) * 20 + ("utf-16", "utf-8-sig", "utf-32", "latin-1"))
+    else:
+        text = mutate_document(rng, text)
+    encoding = rng.choice(("utf-8",) * 60 + ("utf-16", "utf-8-sig", "utf-32", "latin-1"))
     return text.encode(encoding, "replace")
 
 
-def good_statics(rng: random.Random) -> bytes:
-    """A statics file that fits SHAPE, but for numbers that may be anything."""
-    factors = np.full((2, 64), rng.choice((1.0, 1.0, 0.0, -1.0, np.nan, np.inf, 1e38)), np.float32)
-    offset = np.full((2, 64), rng.choice((0.0, 3.0, np.nan, -np.inf)), np.float32)
-    tensors = {f"layers.{n}.key_offset": offset for n in range(LAYERS)}
-    tensors |= {f"layers.{n}.key_equalization": factors for n in range(LAYERS)}
+def statics_of(offset: float, factor: float, metadata: dict[str, str]) -> bytes:
+    """A statics file with one number everywhere."""
+    tensors = {f"layers.{n}.key_offset": np.full((2, 64), offset, np.float32) for n in range(LAYERS)}
+    tensors |= {f"layers.{n}.key_equalization": np.full((2, 64), factor, np.float32) for n in range(LAYERS)}
+    return safetensors.numpy.save(tensors, metadata or None)
+
+
+def odd_statics(rng: random.Random) -> bytes:
+    """A statics file that fits SHAPE, but for numbers and metadata that may be anything."""
     values = ("64", "0", "-2", "3", "9" * 20, "9" * 5000, "٣", "", "neox", "interleaved", "\x00", "x" * 1000)
     metadata = {key: rng.choice(values) for key in ("rotary_dim", "rope_style") if rng.random() < 0.3}
-    return safetensors.numpy.save(tensors, metadata or None)
+    factor = rng.choice((1.0, 1.0, 1.0, 0.0, -1.0, np.nan, np.inf, 1e38))
+    return statics_of(rng.choice((0.0, 3.0, 3.0, np.nan, -np.inf)), factor, metadata)
 
 
 def mutate_header(rng: random.Random, data: bytes) -> bytes:
@@ -259,7 +334,7 @@ def mutate_header(rng: random.Random, data: bytes) -> bytes:
 
 def statics_case(rng: random.Random) -> bytes:
     """Bytes of a statics file."""
-    data = good_statics(rng)
+    data = odd_statics(rng)
     kind = rng.randrange(3)
     if kind == 0:
         return data
@@ -352,6 +427,7 @@ def main() -> int:
     failures, slowest, end = [], (0.0, -1), time.monotonic() + args.seconds
     number = args.first
     with tempfile.TemporaryDirectory() as name:
+        (Path(name) / GOOD_STATICS).write_bytes(statics_of(3.0, 1.0, {}))
         while number < args.first + args.cases and time.monotonic() < end:
             begin = time.monotonic()
             try:
