@@ -113,6 +113,8 @@ def add_profile_argument() -> None:
         engine_args = from_cli_args(cls, args)
         if profile := getattr(args, "kvtuner_profile", None):
             engine_args.additional_config = {**engine_args.additional_config, plugin.PROFILE_KEY: profile}
+            # Where several API servers run, each is a new process that reads these arguments before it loads plugins.
+            args.additional_config = engine_args.additional_config
         return engine_args
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_and_ours)
