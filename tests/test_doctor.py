@@ -3,6 +3,8 @@
 import importlib.metadata
 import json
 import shutil
+import subprocess
+import sys
 from importlib.metadata import EntryPoint, EntryPoints
 
 import numpy as np
@@ -156,12 +158,22 @@ def test_a_vllm_whose_internals_differ(diagnose, monkeypatch):
     assert problem == "the plugin does not fit this vLLM: AttributeError: no such seam"
 
 
-def test_no_vllm_and_no_torch(diagnose, monkeypatch):
-    monkeypatch.setattr(machine, "_present", lambda package: False)
-    monkeypatch.setattr(machine, "_version", lambda package: None)
-    report = diagnose("--profile", "K8V8")
-    assert report["problems"] == ["torch is not installed", "vLLM is not installed"]
+def test_no_vllm_and_no_torch():
+    absent = "sys.modules.update(dict.fromkeys(['cuda', 'torch', 'transformers', 'triton', 'vllm']))"
+    program = f"import sys; {absent}; from kvtuner_tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "doctor", "--profile", "llama31_3.25bit", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert [each["problem"] for each in report["problems"]] == ["torch is not installed", "vLLM is not installed"]
+    assert report["profile llama31_3.25bit"]["stored bits"] == 3.5
     assert "kernels" not in report
+
+
+def test_a_package_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "needs_a_library.py").write_text("raise OSError('libcudart.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert machine._missing("needs_a_library") == "cannot be imported: OSError: libcudart.so: cannot open"
 
 
 @cpu_only
@@ -355,6 +367,14 @@ def test_kernels_that_err_are_found_and_told(monkeypatch, function, broken, seen
     assert not fact["errors"][seen] <= 2 * limit
     ((problem, _),) = section.problems
     assert "the self-test's results are wrong" in problem
+
+
+@cpu_only
+def test_json_has_no_nan(diagnose, monkeypatch):
+    monkeypatch.setattr(reference, "reshape_and_cache_ref", write_nothing)
+    report = diagnose("--profile", "K8V8")
+    (fact,) = report["kernels"].values()
+    assert fact["errors"]["store"] is None and fact["self-test"] == "failed"
 
 
 def test_a_kernel_that_does_not_run_is_told(monkeypatch):

@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         report: dict[str, Any] = {section.title: section.facts for section in sections}
         report["problems"] = [{"problem": problem, "do": advice} for problem, advice in problems]
-        print(json.dumps({**report, "serves": not problems}, indent=2))
+        # JSON has no NaN, as which a kernel that stores nothing shows.
+        plain = json.loads(json.dumps({**report, "serves": not problems}), parse_constant=lambda _: None)
+        print(json.dumps(plain, indent=2))
     else:
         print("\n\n".join(_format(section) for section in sections))
         print(f"\nproblems: {len(problems) or 'none'}")
@@ -87,7 +89,7 @@ def examine(model: str | None, profile: str | None) -> list[Section]:
         section, found = _profile(each, model, card.facts.get("free memory"))
         sections.append(section)
         groups |= dict.fromkeys(found)
-    kernels = _kernels(list(groups), card) if software.facts["torch"] and "device" in card.facts else None
+    kernels = _kernels(list(groups), card) if machine.usable("torch") and "device" in card.facts else None
     chosen = [] if kernels is None else [text for fact in kernels.facts.values() for text in _chosen(fact)]
     used = any(text.startswith("cuda") for text in chosen)
     sections.append(machine.kernel_cache(used))

@@ -1,6 +1,7 @@
 """What this machine and its Python environment offer the plugin, each with what is wrong about it."""
 
 import contextlib
+import functools
 import importlib.metadata
 import importlib.util
 import os
@@ -42,11 +43,11 @@ def software() -> Section:
     section.facts["Python"] = sys.version.split()[0]
     for name in ("torch", "triton", "cuda-core", "cuda-bindings"):
         section.facts[name] = _version(name)
-    if not _present("torch"):
-        section.problems.append(("torch is not installed", "install vLLM, which brings it"))
-    if not _present("vllm"):
+    if missing := _missing("torch"):
+        section.problems.append((f"torch {missing}", "install vLLM, which brings it"))
+    if missing := _missing("vllm"):
         section.facts["vLLM"] = None
-        section.problems.append(("vLLM is not installed", f"install {_served()}"))
+        section.problems.append((f"vLLM {missing}", f"install {_served()}"))
         return section
     import vllm
 
@@ -96,7 +97,7 @@ def plugin_registration() -> Section:
     section.facts["version"] = _version("vllm-kvtuner")
     entries = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=_PLUGIN_GROUP)}
     section.facts["entry point"] = entries.get("kvtuner")
-    if not _present("vllm"):
+    if not usable("vllm"):
         return section
     from vllm.plugins import load_plugins_by_group
 
@@ -153,9 +154,9 @@ def kernel_cache(used: bool) -> Section:
 
 def serves_gpu() -> bool:
     """Whether vLLM would serve on a GPU; without vLLM, whether torch could."""
-    if _present("vllm"):
+    if usable("vllm"):
         return vllm_device() != "cpu"
-    if not _present("torch"):
+    if not usable("torch"):
         return False
     import torch
 
@@ -175,8 +176,21 @@ def weight_bytes(model: str) -> int | None:
     return sum(file.stat().st_size for file in files) or None
 
 
-def _present(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
+def usable(package: str) -> bool:
+    """Whether a package can be imported."""
+    return _missing(package) is None
+
+
+@functools.cache
+def _missing(package: str) -> str | None:
+    """Why a package cannot be imported, or None."""
+    if importlib.util.find_spec(package) is None:
+        return "is not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # a library of the system that is not there shows in many ways
+        return f"cannot be imported: {type(error).__name__}: {error}"
+    return None
 
 
 def _version(distribution: str) -> str | None:
