@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile import (
+    ModelShape,
     Profile,
     ProfileError,
     ResolvedProfile,
@@ -107,13 +108,7 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
     Raises:
         ProfileError: the profile, its statics, or their fit to the model is wrong.
     """
-    profile = load_profile(spec)
-    shape = profile.model if model is None else load_model_shape(model)
-    resolved = None if shape is None else profile.resolve(shape)
-    if resolved is not None and profile.statics is not None:
-        from vllm_kvtuner.statics import load_statics
-
-        load_statics(profile.statics, resolved)
+    profile, shape, resolved = resolve(spec, model)
     return {
         "profile": profile.name,
         "source": None if profile.source is None else str(profile.source),
@@ -130,6 +125,26 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
         "layers": _layers(profile, resolved),
         "provenance": profile.provenance,
     }
+
+
+def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, ResolvedProfile | None]:
+    """A profile, its model's shape where one is known, and the two matched, statics included.
+
+    Args:
+        spec: file, name of a shipped profile, or pair.
+        model: folder or id; by default the model that the profile names, if it does.
+
+    Raises:
+        ProfileError: the profile, its statics, or their fit to the model is wrong.
+    """
+    profile = load_profile(spec)
+    shape = profile.model if model is None else load_model_shape(model)
+    resolved = None if shape is None else profile.resolve(shape)
+    if resolved is not None and profile.statics is not None:
+        from vllm_kvtuner.statics import load_statics
+
+        load_statics(profile.statics, resolved)
+    return profile, shape, resolved
 
 
 def _tokens(memory: int | None, resolved: ResolvedProfile | None, per_token: str) -> int | None:

@@ -14,6 +14,9 @@ from typing import Any
 
 from vllm_kvtuner import plugin
 
+SERVED_VERSIONS = {"cpu": "0.32.0", "cuda": "0.33.0"}
+"""vLLM's version by the kind of device that its build serves."""
+
 _applied = False
 
 
@@ -31,6 +34,7 @@ def apply() -> None:
     bind_statics_after_loading()
     warm_kernels_up()
     log_capacity_once()
+    publish_metrics()
 
 
 def register_backend() -> None:
@@ -109,6 +113,8 @@ def add_profile_argument() -> None:
         engine_args = from_cli_args(cls, args)
         if profile := getattr(args, "kvtuner_profile", None):
             engine_args.additional_config = {**engine_args.additional_config, plugin.PROFILE_KEY: profile}
+            # Where several API servers run, each is a new process that reads these arguments before it loads plugins.
+            args.additional_config = engine_args.additional_config
         return engine_args
 
     EngineArgs.add_cli_args = staticmethod(add_cli_args_and_ours)
@@ -220,6 +226,34 @@ def log_capacity_once() -> None:
     # In the engine core's own process the caller has been imported, and holds the function, before plugins load.
     if core := sys.modules.get("vllm.v1.engine.core"):
         setattr(core, original.__name__, update_and_log)
+
+
+def publish_metrics() -> None:
+    """Add our gauges to ``/metrics``.
+
+    Symptom: a dashboard sees tokens, but neither bits nor kernels. Cause: vLLM's stat logger plugins cannot add to its
+    Prometheus logger, and each engine that is made anew clears what is named ``vllm:``. Can go when it takes gauges.
+    """
+    from vllm.platforms import current_platform
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    def publish(_: None, stat_logger: PrometheusStatLogger) -> None:
+        config = stat_logger.vllm_config
+        if not plugin.uses_kvtuner(config):
+            return
+        from vllm_kvtuner import metrics
+
+        # By NVML, since this process is to make no CUDA context.
+        capability = current_platform.get_device_capability() if current_platform.is_cuda() else None
+        metrics.publish(
+            stat_logger._gauge_cls,
+            config,
+            stat_logger.engine_indexes,
+            None if capability is None else (capability.major, capability.minor),
+            current_platform.is_cpu(),
+        )
+
+    _after(PrometheusStatLogger, "log_engine_initialized", publish)
 
 
 def _after(owner: type, name: str, action: Callable[..., None]) -> None:

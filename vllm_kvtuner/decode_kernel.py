@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import logging
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +25,30 @@ DEFAULT_MAJORS = (8, 9)
 """Architectures that take the CUDA kernel unless told otherwise; newer ones only by KVTUNER_DECODE_KERNEL=cuda."""
 
 
-def decode_kernel(layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float, device: torch.device) -> str:
-    """``cuda`` or ``triton`` for a layer's decode; the choice and its reason are logged once.
+class Choice(NamedTuple):
+    """A kernel and why.
+
+    Args:
+        kernel: ``cuda`` or ``triton``.
+        reason: "" where the CUDA kernel is simply the default.
+    """
+
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}{self.reason and f', since {self.reason}'}"
+
+
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU, None where torch is built without CUDA."""
+    return None if torch.version.cuda is None else torch.cuda.get_device_capability(device)
+
+
+def choose_decode(
+    layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float, capability: tuple[int, int] | None
+) -> Choice:
+    """The decode kernel of a layer on cards of a compute capability.
 
     Raises:
         ValueError: KVTUNER_DECODE_KERNEL asks for the CUDA kernel where it cannot run.
@@ -34,48 +57,66 @@ def decode_kernel(layout: PageLayout, transforms: LayerTransforms, logits_soft_c
     def unsupported() -> str | None:
         from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
-        return unsupported(layout, transforms, logits_soft_cap, torch.cuda.get_device_capability(device))
+        assert capability is not None
+        return unsupported(layout, transforms, logits_soft_cap, capability)
 
-    kernel, reason = _choose(unsupported, device)
-    if envs.decode_kernel() == CUDA and kernel != CUDA:
-        raise ValueError(f"KVTUNER_DECODE_KERNEL is {CUDA!r}, but {reason}; leave it unset or give {TRITON!r}")
-    _log(f"decode kernel: {kernel}{reason and f', since {reason}'}")
-    return kernel
+    choice = _choose(unsupported, capability)
+    if envs.decode_kernel() == CUDA and choice.kernel != CUDA:
+        raise ValueError(f"KVTUNER_DECODE_KERNEL is {CUDA!r}, but {choice.reason}; leave it unset or give {TRITON!r}")
+    return choice
 
 
-def row_kernels(layout: PageLayout, device: torch.device) -> str:
-    """``cuda`` or ``triton`` for a layer's store and gather; the choice and its reason are logged once."""
+def choose_rows(layout: PageLayout, capability: tuple[int, int] | None) -> Choice:
+    """The store and gather kernels of a layer on cards of a compute capability."""
 
     def unsupported() -> str | None:
         from vllm_kvtuner.kernels.cuda.rows import unsupported
 
         return unsupported(layout)
 
-    kernel, reason = _choose(unsupported, device)
-    _log(f"store and gather kernels: {kernel}{reason and f', since {reason}'}")
-    return kernel
+    return _choose(unsupported, capability)
 
 
-def _choose(unsupported: Callable[[], str | None], device: torch.device) -> tuple[str, str]:
-    """The kernel and why, "" where the CUDA kernel is simply the default."""
+def decode_kernel(layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float, device: torch.device) -> str:
+    """``cuda`` or ``triton`` for a layer's decode; the choice and its reason are logged once.
+
+    Raises:
+        ValueError: as :func:`choose_decode`.
+    """
+    choice = choose_decode(layout, transforms, logits_soft_cap, device_capability(device))
+    _log(f"decode kernel: {choice}")
+    return choice.kernel
+
+
+def row_kernels(layout: PageLayout, device: torch.device) -> str:
+    """``cuda`` or ``triton`` for a layer's store and gather; the choice and its reason are logged once."""
+    choice = choose_rows(layout, device_capability(device))
+    _log(f"store and gather kernels: {choice}")
+    return choice.kernel
+
+
+def _choose(unsupported: Callable[[], str | None], capability: tuple[int, int] | None) -> Choice:
     asked = envs.decode_kernel()
     if asked == TRITON:
-        return TRITON, f"KVTUNER_DECODE_KERNEL is {TRITON!r}"
-    if reason := _no_cuda_kernel(device) or unsupported():
-        return TRITON, reason
+        return Choice(TRITON, f"KVTUNER_DECODE_KERNEL is {TRITON!r}")
+    if reason := _no_cuda_kernel(capability) or unsupported():
+        return Choice(TRITON, reason)
+    assert capability is not None
     if asked == CUDA:
-        return CUDA, f"KVTUNER_DECODE_KERNEL is {CUDA!r}"
-    if torch.cuda.get_device_capability(device)[0] not in DEFAULT_MAJORS:
-        return TRITON, f"CUDA's is not the default on this architecture (KVTUNER_DECODE_KERNEL={CUDA} asks for it)"
-    return CUDA, ""
+        return Choice(CUDA, f"KVTUNER_DECODE_KERNEL is {CUDA!r}")
+    if capability[0] not in DEFAULT_MAJORS:
+        return Choice(
+            TRITON, f"CUDA's is not the default on this architecture (KVTUNER_DECODE_KERNEL={CUDA} asks for it)"
+        )
+    return Choice(CUDA, "")
 
 
 @functools.cache
-def _no_cuda_kernel(device: torch.device) -> str | None:
-    """Why no CUDA source can run on the device, or None."""
-    if torch.version.cuda is None:
+def _no_cuda_kernel(capability: tuple[int, int] | None) -> str | None:
+    """Why no CUDA source can run on cards of a compute capability, or None."""
+    if capability is None:
         return "torch is built without CUDA"
-    if (capability := torch.cuda.get_device_capability(device)) < MIN_CAPABILITY:
+    if capability < MIN_CAPABILITY:
         return f"compute capability {capability} is below {MIN_CAPABILITY}"
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
         return "the package cuda-core is not installed"

@@ -25,6 +25,7 @@ A pair alone (``K8V4``) is a uniform profile, and ``{0: {nbits_key: 8, nbits_val
 KVTuner's reference implementation, is read as it is.
 """
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -94,12 +95,12 @@ def load_profile(spec: str) -> Profile:
             raise ProfileError([f"{spec}: {error}"]) from None
         return Profile(name=pair.name, source=None, pairs=pair)
     path = Path(spec)
-    if not path.is_file():
+    if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
         shipped = shipped_profiles()
         name = spec.removesuffix(".yaml")
         if name not in shipped:
             rule = f"must be a file, a pair such as K8V4, or one of the shipped profiles {', '.join(shipped)}"
-            got = "a folder" if path.is_dir() else "no such file" + suggest(Path(name).name, shipped)
+            got = "a folder" if os.path.isdir(path) else "no such file" + suggest(Path(name).name, shipped)
             raise ProfileError([f"{spec}: profile {rule}, but got {got}"])
         path = shipped[name]
     document = read_yaml(path, spec)
@@ -124,7 +125,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
     if statics is not None:
         if not isinstance(statics, str):
             problems.add("statics", "must name a safetensors file", show(statics))
-        elif not (path.parent / statics).is_file():
+        elif not os.path.isfile(path.parent / statics):
             problems.add("statics", "must name a file (relative to the profile)", f"{statics!r}, which is not there")
     elif needing := _layers_needing_statics(pairs, transforms, overrides):
         rule = "must name a safetensors file where key_offset or key_equalization is true"

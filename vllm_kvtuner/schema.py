@@ -14,6 +14,18 @@ import yaml
 MAX_LAYERS = 1024
 """Layer count above which a range is a typing error; bounds what a range can expand to."""
 
+MAX_BYTES = 1 << 18
+"""Size above which a file is no profile; bounds the time that reading one takes."""
+MAX_KEYS = 4096
+"""Keys of one mapping, likewise."""
+MAX_DIGITS = 40
+"""Digits of an integer, likewise."""
+MAX_PROBLEM = 4000
+"""Characters above which a problem's middle is left out."""
+
+_INTEGER = "tag:yaml.org,2002:int"
+_FLOAT = "tag:yaml.org,2002:float"
+_MERGE = "tag:yaml.org,2002:merge"
 _RANGE = re.compile(r"([0-9]{1,6})(?:\s*-\s*([0-9]{1,6}))?")
 
 
@@ -25,7 +37,7 @@ class ProfileError(ValueError):
     """
 
     def __init__(self, problems: Iterable[str]) -> None:
-        self.problems = tuple(problems)
+        self.problems = tuple(map(_one_line, problems))
         super().__init__(self.problems)
 
     def __str__(self) -> str:
@@ -61,6 +73,13 @@ class Problems:
         return True
 
 
+def _one_line(problem: str) -> str:
+    """A problem as a terminal may show it: names and values of a file may hold anything."""
+    if len(problem) > MAX_PROBLEM:
+        problem = f"{problem[: MAX_PROBLEM // 2]}...{problem[-MAX_PROBLEM // 2 :]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in problem)
+
+
 def show(value: Any) -> str:
     """The value as an error quotes it, cut to a line."""
     text = repr(value)
@@ -74,7 +93,10 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without tags, anchors, aliases, dates and duplicate keys: what a profile says is what it shows."""
+    """YAML without tags, anchors, aliases, merges, dates, base 60 and duplicate keys.
+
+    What a profile says is what it shows, and reading it takes bounded time.
+    """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
@@ -84,23 +106,36 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if len(node.value) > MAX_KEYS:
+            raise yaml.YAMLError(f"more than {MAX_KEYS} keys in the mapping of line {node.start_mark.line + 1}")
         seen = set()
         for key_node, _ in node.value:
             line = key_node.start_mark.line + 1
             if not isinstance(key_node, yaml.ScalarNode):
                 raise yaml.YAMLError(f"a key that is a list or a mapping in line {line}")
-            if key_node.tag == "tag:yaml.org,2002:int" and not re.fullmatch("0|-?[1-9][0-9]*", key_node.value):
+            if key_node.tag == _MERGE:
+                raise yaml.YAMLError(f"the merge key << in line {line}")
+            if key_node.tag == _INTEGER and not re.fullmatch("0|-?[1-9][0-9]*", key_node.value):
                 raise yaml.YAMLError(f"the key {key_node.value!r}, no plain decimal number, in line {line}")
             if key_node.value in seen:
                 raise yaml.YAMLError(f"the key {key_node.value!r} a second time in line {line}")
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
 
+    def construct_number(self, node: Any) -> Any:
+        if ":" in node.value or (node.tag == _INTEGER and len(node.value) > MAX_DIGITS):
+            raise yaml.YAMLError(
+                f"the number {show(node.value)} of base 60 or many digits in line {node.start_mark.line + 1}"
+            )
+        return self.construct_yaml_int(node) if node.tag == _INTEGER else self.construct_yaml_float(node)
+
 
 _PlainLoader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+for _tag in (_INTEGER, _FLOAT):
+    _PlainLoader.add_constructor(_tag, _PlainLoader.construct_number)
 
 
 def read_yaml(path: Path, source: str) -> dict[Any, Any]:
@@ -111,15 +146,21 @@ def read_yaml(path: Path, source: str) -> dict[Any, Any]:
         source: the file as the user wrote it, for errors.
 
     Raises:
-        ProfileError: not readable, not UTF-8, not plain YAML (tags, anchors and duplicate keys included), no mapping.
+        ProfileError: not readable, too large, not UTF-8, not plain YAML (tags, anchors and duplicate keys included), no
+            mapping.
     """
     problems = Problems(source)
-    document = None
+    content, document = b"", None
     try:
-        loader = _PlainLoader(path.read_bytes().decode("utf-8-sig"))
-        document = loader.get_single_data()
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
     except OSError as error:
         problems.add("the file", "must be readable", str(error.strerror))
+    if len(content) > MAX_BYTES:
+        problems.add("the file", f"must have at most {MAX_BYTES:,} bytes", "more")
+    problems.raise_if_any()
+    try:
+        document = _PlainLoader(content.decode("utf-8-sig")).get_single_data()
     except UnicodeDecodeError as error:
         problems.add("the file", "must be UTF-8 text", f"byte {error.object[error.start]:#x} at offset {error.start}")
     except (yaml.YAMLError, RecursionError, ValueError) as error:
@@ -144,7 +185,7 @@ def parse_layers(key: Any, num_layers: int | None) -> list[int]:
         ValueError: ``<rule>, but got <value>``: not of that form, reversed, out of range or repeated.
     """
     limit = MAX_LAYERS if num_layers is None else num_layers
-    layers: list[int] = []
+    layers: dict[int, None] = {}
     for part in str(key).split(","):
         match = _RANGE.fullmatch(part.strip())
         if match is None:
@@ -154,10 +195,10 @@ def parse_layers(key: Any, num_layers: int | None) -> list[int]:
             raise ValueError(f"must give a range from its lower to its upper layer, but got {first}-{last}")
         if last >= limit:
             raise ValueError(f"must lie within layers 0-{limit - 1}, but got {format_layers(range(first, last + 1))}")
-        layers.extend(range(first, last + 1))
-    if repeated := sorted({layer for layer in layers if layers.count(layer) > 1}):
-        raise ValueError(f"must name a layer once, but got {format_layers(repeated)} again")
-    return layers
+        if repeated := [layer for layer in range(first, last + 1) if layer in layers]:
+            raise ValueError(f"must name a layer once, but got {format_layers(repeated)} again")
+        layers |= dict.fromkeys(range(first, last + 1))
+    return list(layers)
 
 
 def format_layers(layers: Iterable[int]) -> str:

@@ -108,7 +108,7 @@ def _check_factors(problems: Problems, name: str, factors: np.ndarray, metadata:
     head_size = factors.shape[1]
     rotary_dim = metadata.get("rotary_dim", str(head_size))
     style = metadata.get("rope_style", "neox")
-    known_dim = rotary_dim.isascii() and rotary_dim.isdigit() and 0 <= int(rotary_dim) <= head_size
+    known_dim = re.fullmatch("[0-9]{1,4}", rotary_dim) is not None and int(rotary_dim) <= head_size
     if not known_dim or int(rotary_dim) % 2:
         problems.add("metadata.rotary_dim", f"must be an even number up to head_size {head_size}", show(rotary_dim))
         return

@@ -1,5 +1,6 @@
 """What cannot be served is refused with one message, before weights are loaded: the models here have none."""
 
+import json
 import re
 import shutil
 
@@ -91,3 +92,34 @@ def test_statics_of_another_model(weightless, tmp_path):
     tensor = np.zeros((2, 64), np.float32)
     save_statics(tmp_path / "statics.safetensors", {layer: LayerStatics(key_offset=tensor) for layer in (0, 1)}, {})
     refused(weightless, "layers.2.key_offset", "layers.3.key_offset", profile=tmp_path / "profile.yaml")
+
+
+def test_truncated_statics(weightless, tmp_path):
+    (tmp_path / "profile.yaml").write_text(OFFSET)
+    statics = tmp_path / "statics.safetensors"
+    tensor = np.zeros((2, 64), np.float32)
+    save_statics(statics, {layer: LayerStatics(key_offset=tensor) for layer in range(4)}, {})
+    statics.write_bytes(statics.read_bytes()[:-100])
+    refused(weightless, f"{statics}: the file must be a complete safetensors", profile=tmp_path / "profile.yaml")
+
+
+def test_statics_of_a_model_with_other_heads(weightless, tmp_path):
+    (tmp_path / "profile.yaml").write_text(OFFSET)
+    tensor = np.zeros((4, 64), np.float32)
+    statics = {layer: LayerStatics(key_offset=tensor) for layer in range(4)}
+    save_statics(tmp_path / "statics.safetensors", statics, {})
+    message = "layers.3.key_offset must have the shape (2, 64) (num_kv_heads, head_size), but got (4, 64)"
+    refused(weightless, message, profile=tmp_path / "profile.yaml")
+
+
+def test_a_model_that_has_changed_since_the_profile_was_made(weightless, tmp_path):
+    """The same folder and layers, other heads."""
+    changed = tmp_path / "model"
+    shutil.copytree(weightless, changed)
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1, "head_dim": 128}))
+    model = "{name: llama, architecture: LlamaForCausalLM, num_layers: 4, num_kv_heads: 2, head_size: 64}"
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(f"version: 1\nmodel: {model}\nlayers: K4V4\n")
+    heads = f"{profile}: model.num_kv_heads must be 1, that of {changed}, but got 2"
+    refused(changed, heads, "model.head_size must be 128", profile=profile)

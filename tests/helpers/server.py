@@ -44,9 +44,13 @@ class Server:
         assert match, f"no label {label} in {line}"
         return match[1]
 
-    def _metric_lines(self, name: str) -> list[str]:
+    def metrics(self) -> list[str]:
+        """Lines of /metrics."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as response:
-            lines = [line for line in response.read().decode().splitlines() if line.startswith(f"{name}{{")]
+            return response.read().decode().splitlines()
+
+    def _metric_lines(self, name: str) -> list[str]:
+        lines = [line for line in self.metrics() if line.startswith(f"{name}{{")]
         assert lines, f"no metric {name}"
         return lines
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import os
+import resource
 
 import pytest
 import torch
@@ -199,7 +200,6 @@ def test_sources_are_whole():
 def test_a_cache_that_others_may_write_to_is_refused(cache_folder, inner, mode):
     build.kernel_cache()
     folder = cache_folder / inner
-    folder.mkdir(exist_ok=True)
     folder.chmod(mode)
     with pytest.raises(ValueError, match=rf"^KVTUNER_KERNEL_CACHE: {folder.resolve()} must .* writable by no other"):
         build.kernel_cache()
@@ -213,3 +213,41 @@ def test_a_cache_of_somebody_else_is_refused(cache_folder, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
     with pytest.raises(ValueError, match=rf"must belong to user {owner + 1} .* belongs to {owner} "):
         build.kernel_cache()
+
+
+def compile_store():
+    defines = gather_cache._defines(make_layout("K8V8", 64), 1, torch.float16, LayerTransforms())
+    return build.compile_cubin("gather_cache", defines, "sm_90", build.kernel_cache())
+
+
+def test_a_group_writable_umask_makes_a_folder_that_is_trusted(cache_folder):
+    """As ordinary users of several distributions have it: each kernel opens the folder again."""
+    before = os.umask(0o002)
+    try:
+        for _ in range(2):
+            compile_store()
+    finally:
+        os.umask(before)
+    assert not any(path.stat().st_mode & 0o022 for path in (cache_folder, cache_folder / "entries"))
+
+
+@pytest.mark.parametrize("inner", ["", "entries", "tmp"])
+def test_a_cache_that_cannot_be_made_is_the_users_error(cache_folder, inner):
+    (cache_folder / inner).parent.mkdir(parents=True, exist_ok=True)
+    (cache_folder / inner).write_text("a file in its place")
+    with pytest.raises(ValueError, match=rf"^KVTUNER_KERNEL_CACHE: {cache_folder} must be a writable folder with room"):
+        compile_store()
+
+
+def test_a_cache_without_room_is_the_users_error(cache_folder):
+    """The limit on what a process may write to a file stands for a full disk."""
+    build.kernel_cache()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="must be a writable folder with room, but got File too large"):
+            compile_store()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in cache_folder.rglob("*") if path.is_file()] == []
+    compile_store()

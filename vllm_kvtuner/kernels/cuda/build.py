@@ -1,9 +1,7 @@
 """Compile a CUDA source of this folder for a card, once: compiled code is kept on disk."""
 
 import functools
-import os
 import re
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ from cuda.bindings import driver
 from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
 from cuda.core.utils import FileStreamProgramCache
 
-from vllm_kvtuner import envs
+from vllm_kvtuner.kernels.cuda import cache_folder
 
 SOURCES = Path(__file__).parent
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
@@ -70,33 +68,31 @@ def compile_cubin(stem: str, defines: Mapping[str, int], arch: str, cache: FileS
 
     Raises:
         cuda.core.utils.NVRTCError: the source does not compile; with the compiler's log.
+        ValueError: what was compiled cannot be kept, since the cache's disk is full or not writable.
     """
     options = ProgramOptions(
         arch=arch,
         std="c++17",
         define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
     )
-    return Program(source(stem), "c++", options).compile("cubin", cache=cache)
+    program = Program(source(stem), "c++", options)
+    try:
+        return program.compile("cubin", cache=cache)
+    except OSError as error:
+        raise cache_folder.unusable(error) from error
 
 
 def kernel_cache() -> FileStreamProgramCache:
     """The cache of compiled kernels on disk.
 
     Raises:
-        ValueError: the folder belongs to somebody else, or others may write to it: what it holds runs on the card.
+        ValueError: as :func:`vllm_kvtuner.kernels.cuda.cache_folder.make`, or its disk is full.
     """
-    folder = envs.kernel_cache()
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for path in (folder, folder / "entries"):
-        if not path.exists():
-            continue
-        status = path.stat()
-        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ValueError(
-                f"KVTUNER_KERNEL_CACHE: {path} must belong to user {os.geteuid()} and be writable by no other, but "
-                f"belongs to {status.st_uid} with mode {stat.filemode(status.st_mode)}"
-            )
-    return FileStreamProgramCache(folder)
+    folder = cache_folder.make()
+    try:
+        return FileStreamProgramCache(folder)
+    except OSError as error:
+        raise cache_folder.unusable(error) from error
 
 
 @functools.cache

@@ -1,0 +1,223 @@
+"""``kvtuner doctor``: what would run on this machine for a model and why, what is wrong, and whether kernels are right.
+
+Exit status 1 if vLLM would not serve the model with the profile here.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvtuner import envs
+from vllm_kvtuner.layout import PrecisionPair
+from vllm_kvtuner.precision import TransformSettings
+from vllm_kvtuner.profile import ProfileError
+from vllm_kvtuner.schema import format_layers
+
+from . import machine
+from .machine import Section
+from .profile_commands import resolve, tokens_that_fit
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_PAIRS = ("K8V8", "K4V4", "K2V2")
+DEFAULT_HEAD_SIZE = 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers that the same kernels serve.
+
+    Args:
+        layers: their indices; None where no model is known.
+        pair: quantized.
+        head_size: numbers per row.
+        transforms: which are on.
+    """
+
+    layers: str | None
+    pair: PrecisionPair
+    head_size: int
+    transforms: TransformSettings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", nargs="?", help="folder or id of the model that would be served")
+    parser.add_argument(
+        "--profile",
+        metavar="PROFILE",
+        help=f"file, name of a shipped profile, or pair; by default KVTUNER_PROFILE, else {', '.join(DEFAULT_PAIRS)}",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    # vLLM logs to what stdout is when it is imported.
+    with contextlib.redirect_stdout(sys.stderr):
+        sections = examine(args.model, args.profile)
+    problems = list(dict.fromkeys(problem for section in sections for problem in section.problems))
+    if args.json:
+        report: dict[str, Any] = {section.title: section.facts for section in sections}
+        report["problems"] = [{"problem": problem, "do": advice} for problem, advice in problems]
+        # JSON has no NaN, as which a kernel that stores nothing shows.
+        plain = json.loads(json.dumps({**report, "serves": not problems}), parse_constant=lambda _: None)
+        print(json.dumps(plain, indent=2))
+    else:
+        print("\n\n".join(_format(section) for section in sections))
+        print(f"\nproblems: {len(problems) or 'none'}")
+        for problem, advice in problems:
+            print(f"  {problem}\n    do: {advice}")
+    return 1 if problems else 0
+
+
+def examine(model: str | None, profile: str | None) -> list[Section]:
+    """Everything the command prints.
+
+    Args:
+        model: folder or id, or None.
+        profile: file, name or pair; None for KVTUNER_PROFILE, else the default pairs.
+    """
+    software, card = machine.software(), machine.card()
+    sections = [software, card, machine.plugin_registration()]
+    spec = profile or envs.profile()
+    groups: dict[Group, None] = {}
+    for each in (spec,) if spec else DEFAULT_PAIRS:
+        section, found = _profile(each, model, card.facts.get("free memory"))
+        sections.append(section)
+        groups |= dict.fromkeys(found)
+    kernels = _kernels(list(groups), card) if machine.usable("torch") and "device" in card.facts else None
+    chosen = [] if kernels is None else [text for fact in kernels.facts.values() for text in _chosen(fact)]
+    used = any(text.startswith("cuda") for text in chosen)
+    sections.append(machine.kernel_cache(used))
+    if kernels is not None:
+        sections.append(kernels)
+    return sections
+
+
+def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section, list[Group]]:
+    section = Section(f"profile {spec}")
+    try:
+        profile, shape, resolved = resolve(spec, model)
+    except ProfileError as error:
+        advice = "kvtuner profile check shows it alone; kvtuner profile list names the shipped profiles"
+        section.problems += [(problem, advice) for problem in error.problems]
+        return section, []
+    section.facts["file"] = None if profile.source is None else str(profile.source)
+    section.facts["model"] = None if shape is None else shape.name
+    section.facts["nominal bits"] = profile.nominal_bits if resolved is None else resolved.nominal_bits
+    if resolved is None:
+        pairs = [profile.pairs] if isinstance(profile.pairs, PrecisionPair) else sorted(set(profile.pairs.values()))
+        quantized = [pair for pair in pairs if pair.is_quantized]
+        return section, [Group(None, pair, DEFAULT_HEAD_SIZE, profile.transforms) for pair in quantized]
+    section.facts["stored bits"] = resolved.stored_bits
+    section.facts["bytes per token"] = resolved.bytes_per_token
+    section.facts["bytes per token in bf16"] = resolved.bf16_bytes_per_token
+    weights = None if model is None else machine.weight_bytes(model)
+    section.facts["weights' bytes"] = weights
+    if memory is not None:
+        section.facts["tokens in free memory without the weights"] = tokens_that_fit(
+            max(0, memory - (weights or 0)), resolved.bytes_per_token
+        )
+    section.facts["statics"] = None if profile.statics is None else str(profile.statics)
+    layers: dict[Any, list[int]] = {}
+    for layer in resolved.layers:
+        layers.setdefault((layer.pair, layer.shape.head_size, layer.transforms), []).append(layer.index)
+    if unquantized := [layer.index for layer in resolved.layers if not layer.pair.is_quantized]:
+        section.facts["layers in vLLM's own cache"] = format_layers(unquantized)
+    return section, [Group(format_layers(indices), *key) for key, indices in layers.items() if key[0].is_quantized]
+
+
+def _kernels(groups: Sequence[Group], card: Section) -> Section:
+    """Which kernels serve each group, and how far they are off."""
+    import torch
+
+    on_gpu = card.facts["device"] != "cpu"
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    section = Section("kernels")
+    for group in groups:
+        title = f"{group.pair} of head size {group.head_size}"
+        if group.transforms.names:
+            title += f" with {', '.join(group.transforms.names)}"
+        fact: dict[str, Any] = {} if group.layers is None else {"layers": group.layers}
+        section.facts[title] = fact
+        try:
+            fact |= _choices(group, device)
+        except ValueError as error:
+            fact["self-test"] = "not run"
+            section.problems.append((str(error), "unset KVTUNER_DECODE_KERNEL, or correct what it names"))
+            continue
+        _self_test(section, title, group, device)
+    return section
+
+
+def _choices(group: Group, device: "torch.device") -> dict[str, str]:
+    import torch
+
+    from vllm_kvtuner import decode_kernel
+
+    from .self_test import Case
+
+    if device.type == "cpu":
+        return {"decode": "reference, since the device is a CPU", "store and gather": "reference"}
+    case = Case(group.pair, group.head_size, group.transforms)
+    capability = decode_kernel.device_capability(device)
+    transforms = case.layer_transforms(torch.device("cpu"))
+    decode = str(decode_kernel.choose_decode(case.layout, transforms, 0.0, capability))
+    if group.transforms.key_offset and decode.startswith(decode_kernel.CUDA):
+        decode += f" ({decode_kernel.TRITON} for a model whose rotation is not proportional to the position)"
+    return {"decode": decode, "store and gather": str(decode_kernel.choose_rows(case.layout, capability))}
+
+
+def _chosen(fact: dict[str, Any]) -> list[str]:
+    return [fact[key] for key in ("decode", "store and gather") if key in fact]
+
+
+def _self_test(section: Section, title: str, group: Group, device: "torch.device") -> None:
+    from .self_test import Case, measure
+
+    fact = section.facts[title]
+    try:
+        errors = measure(Case(group.pair, group.head_size, group.transforms), device)
+    except Exception as error:  # compilers, drivers and launches fail in their own ways, each of them an answer
+        fact["self-test"] = "failed"
+        advice = "run it again with KVTUNER_DECODE_KERNEL=triton; if that passes, serve with it and report the problem"
+        section.problems.append((f"{title}: the self-test stopped with {type(error).__name__}: {error}", advice))
+        return
+    fact["self-test"] = "passed" if errors.passed else "failed"
+    fact["errors"] = dataclasses.asdict(errors)
+    if not errors.passed:
+        advice = "do not serve this profile on this card; report the problem with the output of kvtuner doctor --json"
+        section.problems.append((f"{title}: the self-test's results are wrong ({_errors(fact['errors'])})", advice))
+
+
+def _errors(errors: dict[str, float]) -> str:
+    return (
+        f"largest errors: store {errors['store']:.2f} steps, gather {errors['gather']:.1e} and decode "
+        f"{errors['decode']:.1e} of the largest number; {errors['seconds']:.2f} s"
+    )
+
+
+def _format(section: Section) -> str:
+    rows = [(name, _text(name, value)) for name, value in section.facts.items()]
+    width = max((len(name) for name, value in rows if "\n" not in value), default=0)
+    lines = [f"  {name}{value}" if "\n" in value else f"  {name:{width}}  {value}" for name, value in rows]
+    return "\n".join([section.title, *lines, *(f"  problem: {problem}" for problem, _ in section.problems)])
+
+
+def _text(name: str, value: Any) -> str:
+    if isinstance(value, dict):
+        inner = {key: _errors(each) if isinstance(each, dict) else each for key, each in value.items()}
+        return "".join(f"\n    {key:17} {each}" for key, each in inner.items())
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    if isinstance(value, int) and name.endswith(("memory", "space", "weights' bytes")):
+        return f"{value / 2**30:.2f} GiB"
+    return f"{value:,}" if isinstance(value, int) else str(value)
