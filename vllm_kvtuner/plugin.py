@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvtuner import layout
@@ -80,7 +79,10 @@ def check_config(config: VllmConfig) -> None:
     if problems := _unsupported_settings(config):
         raise ProfileError(problems)
     additional[MODEL_KEY] = config.model_config.model
-    additional[DIGEST_KEY] = _digest(resolved_profile(config))
+    resolved = resolved_profile(config)
+    if resolved.recent_windows and (problems := _unsupported_with_windows(config, resolved)):
+        raise ProfileError(problems)
+    additional[DIGEST_KEY] = _digest(resolved)
 
 
 def resolved_profile(config: VllmConfig) -> ResolvedProfile:
@@ -322,8 +324,6 @@ def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
             "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner, where the profile's K16V16 layers "
             f"are skipped, but got {config.cache_config.kv_cache_dtype_skip_layers}"
         )
-    if windows := resolved_profile(config).recent_windows:
-        problems += _unsupported_with_windows(config, windows)
     if is_calibration(config) and config.compilation_config.cudagraph_mode.name != "NONE":
         problems.append(
             f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph replays the "
@@ -337,21 +337,26 @@ def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
     return tuple(problems)
 
 
-def _unsupported_with_windows(config: VllmConfig, windows: Mapping[RecentWindow, tuple[int, ...]]) -> list[str]:
+def _unsupported_with_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """Engine settings that recent windows do not work with, each as one problem."""
     from vllm.platforms import current_platform
 
     from vllm_kvtuner.schema import format_layers
 
     problems = []
     if not current_platform.is_cpu():
-        got = "; ".join(f"{window.tokens} for layers {format_layers(layers)}" for window, layers in windows.items())
-        problems.append(f"recent_window must be 0 on a GPU, whose kernels read packed pages alone, but got {got}")
+        windows = resolved.recent_windows.items()
+        got = "; ".join(f"{window.tokens} for layers {format_layers(layers)}" for window, layers in windows)
+        problems.append(
+            f"{resolved.profile.source or resolved.profile.name}: recent_window must be 0 on a GPU, whose kernels read "
+            f"packed pages alone, but got {got}"
+        )
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         problems.append(
             "disable_hybrid_kv_cache_manager must be false with a recent_window, which would be kept of all tokens, "
             "but got true (a KV connector without support for it sets it too)"
         )
-    return problems
+    return tuple(problems)
 
 
 def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:
