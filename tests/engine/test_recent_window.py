@@ -15,10 +15,11 @@ pytestmark = cpu_only
 TOKENS = 16
 SEED = 7
 SAMPLES = 3
+MANY_TOKENS = 80
 EXACT = 1e-4
 """Measured 1.2e-5."""
-LOGPROB_TOLERANCE = 0.01
-"""Float32's rounding in another batch moves single codes of 4 bits; measured 0.003, without windows as much."""
+LOGPROB_TOLERANCE = 0.02
+"""Float32's rounding in another batch moves single codes of 4 bits; measured 0.013, without windows 0.012."""
 WINDOWS_DIFFERENCE = 0.05
 """What the windows move some log-probability by, at least."""
 GREEDY = {"max_tokens": TOKENS, "logprobs": FULL_LOGPROBS}
@@ -83,10 +84,11 @@ def test_a_window_makes_two_bits_usable(llama, prompts, tmp_path):
 
 
 def each_alone(prompts):
-    """The truth: greedy, and the samples of one prompt as requests with a seed each."""
+    """The truth: greedy, the samples of one prompt as requests with a seed each, and many tokens of short prompts."""
     return [
         Call(prompts, GREEDY, together=False),
         *(Call(prompts[-1:], {**SAMPLED, "seed": SEED + sample}) for sample in range(SAMPLES)),
+        Call(prompts[:2], {**GREEDY, "max_tokens": MANY_TOKENS}, together=False),
     ]
 
 
@@ -136,7 +138,7 @@ def test_prefix_cache(llama, prompts, profile, alone):
     assert [a.cached_tokens for a in warm] == [(len(prompt) - 1) // alignment * alignment for prompt in prompts]
     for answers in (cold, warm, batch):
         check(answers, alone.answers[0])
-    check(samples, [call[0] for call in alone.answers[1:]])
+    check(samples, [call[0] for call in alone.answers[1 : SAMPLES + 1]])
     assert len({answer.token_ids for answer in samples}) == SAMPLES
 
 
@@ -159,16 +161,16 @@ def test_preemption(llama, prompts, profile, alone):
     """A cache too small for all: requests lose the blocks of both caches, and are computed again."""
     run = run_engine(
         llama,
-        [Call(prompts[:-1] * 4, GREEDY)],
+        [Call(prompts[:2] * 6, {**GREEDY, "max_tokens": MANY_TOKENS})],
         profile=profile,
         block_size=32,
-        max_model_len=160,
-        max_num_batched_tokens=160,
+        max_model_len=96,
+        max_num_batched_tokens=32,
         num_gpu_blocks_override=60,
         enable_prefix_caching=False,
     )
     assert run.preemptions > 0
-    check(run.answers[0], alone.answers[0][:-1] * 4)
+    check(run.answers[0], alone.answers[-1] * 6)
 
 
 def test_sliding_window_layers(gemma3, prompts, tmp_path):
