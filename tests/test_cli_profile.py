@@ -76,8 +76,23 @@ def test_show_json(run):
         "k_bits": 8,
         "v_bits": 4,
         "transforms": ["key_hadamard", "value_hadamard", "range_search"],
+        "recent_window": 0,
+        "recent_window_bits": None,
     }
+    assert shown["recent_bytes_per_request"] == 0
     assert shown["provenance"]["scores"]["gsm8k_paper"] == 0.7925
+
+
+def test_show_counts_recent_windows(run, model, tmp_path):
+    profile = tmp_path / "p.yaml"
+    profile.write_text("version: 1\nlayers: K4V4\nrecent_window: 64\nrecent_window_overrides: {1: 32}\n")
+    status, out, _ = run("profile", "show", profile, "--model", model())
+    assert status == 0
+    assert "recent window    49,152 more bytes per request\n" in out  # (64 + 32) * 2 heads * 2 * 64 numbers * 2 bytes
+    assert "0       K4V4    none        64 tokens in 16 bits\n1       K4V4    none        32 tokens in 16 bits" in out
+    shown = json.loads(run("profile", "show", profile, "--model", model(), "--json")[1])
+    assert shown["recent_bytes_per_request"] == 49_152
+    assert [layer["recent_window"] for layer in shown["layers"]] == [64, 32]
 
 
 def test_a_pair_needs_a_model_for_stored_bits(run, model):

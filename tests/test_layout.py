@@ -11,6 +11,8 @@ from vllm_kvtuner.layout import (
     PrecisionPair,
     content_bytes,
     mean_bits,
+    recent_block_size,
+    recent_blocks,
     stored_bits,
     unsupported_head_size,
 )
@@ -140,3 +142,27 @@ def test_mean_bits_weigh_layers_by_what_they_cache():
     assert stored == float(Fraction(16 * total, bf16))
     with pytest.raises(ValueError, match="at least one layer"):
         mean_bits([])
+
+
+@pytest.mark.parametrize(
+    ("block_size", "token_bytes", "expected"),
+    [
+        pytest.param(128, 3 * 256, 32, id="K4V4 beside 16 bits at head size 64: 36 tokens fit"),
+        pytest.param(128, 3 * 136, 64, id="K4V4 beside 8 bits"),
+        pytest.param(96, 3 * 256, 16, id="24 is no multiple of 16"),
+        pytest.param(16, 3 * 256, 16, id="less than 16 tokens fit"),
+        pytest.param(64, 3 * 72, 64, id="no more than a packed page holds"),
+    ],
+)
+def test_recent_windows_take_blocks_that_one_of_the_pool_holds(block_size, token_bytes, expected):
+    assert recent_block_size(block_size, block_size * 3 * 72, token_bytes) == expected
+
+
+@pytest.mark.parametrize(("tokens", "block_size", "fresh"), [(1, 16, 1), (32, 16, 1), (33, 16, 1), (40, 32, 100)])
+def test_recent_blocks_is_what_the_worst_place_of_a_window_spans(tokens, block_size, fresh):
+    spans = []
+    for first_fresh in range(1000, 1000 + block_size):
+        first, last = first_fresh - tokens + 1, first_fresh + fresh - 1
+        spans.append(last // block_size - first // block_size + 1)
+    # Rounded up before the block that a part takes is added, as vLLM counts.
+    assert max(spans) <= recent_blocks(tokens, block_size, fresh) <= max(spans) + 1

@@ -1,5 +1,6 @@
 """The plugin's parts that need no engine."""
 
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from vllm_kvtuner import plugin
 from vllm_kvtuner.layout import PrecisionPair
+from vllm_kvtuner.profile import LayerShape, ModelShape, Profile
 
 
 @pytest.mark.parametrize(
@@ -98,3 +100,16 @@ def test_the_profile_stays_in_the_arguments_that_other_processes_read():
     assert EngineArgs.from_cli_args(args).additional_config == expected
     without_plugin = EngineArgs.from_cli_args.__func__.__wrapped__
     assert without_plugin(EngineArgs, args).additional_config == expected
+
+
+def test_recent_windows_are_refused_on_a_gpu(monkeypatch):
+    """The check is called itself: with vLLM's CPU build no engine has a GPU."""
+    from vllm import platforms
+
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
+    resolved = Profile("p", None, PrecisionPair(4, 4), recent_window=64, recent_window_overrides={3: 0}).resolve(shape)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False))
+    for is_cpu in (True, False):
+        monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu))
+        problems = plugin._unsupported_with_windows(config, resolved)
+        assert [line.rpartition(", but got ")[2] for line in problems] == ([] if is_cpu else ["64 for layers 0-2"])

@@ -1,5 +1,6 @@
 """Reading precision profiles and matching them with models; no model and no torch."""
 
+import dataclasses
 import subprocess
 import sys
 import textwrap
@@ -7,7 +8,7 @@ import textwrap
 import pytest
 
 from vllm_kvtuner.layout import PrecisionPair
-from vllm_kvtuner.profile import LayerShape, ModelShape, ProfileError, load_profile
+from vllm_kvtuner.profile import LayerShape, ModelShape, ProfileError, RecentWindow, load_profile
 from vllm_kvtuner.schema import format_layers, parse_layers
 
 MODEL = "model: {name: toy, architecture: ToyForCausalLM, num_layers: 4, num_kv_heads: 2, head_size: 64}\n"
@@ -79,6 +80,32 @@ provenance: {method: by hand, made: 2024-05-01, scores: {kl: 0.01, tasks: [a, b]
     assert resolved.bf16_bytes_per_token == 4 * 2 * 256
     assert resolved.stored_bits == 16 * resolved.bytes_per_token / resolved.bf16_bytes_per_token
     assert resolved.attend_cached_prefill
+
+
+def test_recent_windows(write):
+    profile = load_profile(
+        write(
+            "version: 1\nlayers: {0: K16V16, 1-3: K4V2}\nrecent_window: 64\nrecent_window_bits: 8\n"
+            "recent_window_overrides: {2: 0, 3: 128}\n"
+        )
+    )
+    resolved = profile.resolve(SHAPE)
+    windows = [layer.recent for layer in resolved.layers]
+    assert windows == [None, RecentWindow(64, 8), None, RecentWindow(128, 8)], "K16V16 layers have none"
+    assert resolved.recent_windows == {RecentWindow(64, 8): (1,), RecentWindow(128, 8): (3,)}
+    assert resolved.recent_bytes_per_request == (64 + 128) * 2 * (2 * 64 + 8)
+    assert resolved.bytes_per_token == 2 * (256 + 3 * 56), "what every token takes does not change"
+    sixteen = load_profile(write("version: 1\nlayers: K4V2\nrecent_window: 64\n")).resolve(SHAPE)
+    assert sixteen.recent_bytes_per_request == 4 * 64 * 2 * 256
+
+
+def test_recent_windows_of_one_length_need_layers_of_one_shape(write):
+    """vLLM spreads the layers of a sliding window over groups only if their pages are equal."""
+    shape = dataclasses.replace(SHAPE, layers=(*SHAPE.layers[:3], LayerShape(1, 128)))
+    profile = load_profile(write("version: 1\nlayers: K4V4\nrecent_window: 32\n"))
+    (line,) = problems_of(profile.resolve, shape)
+    assert "recent_window must only give layers of one shape a window of 32 tokens in 16 bits" in line
+    assert line.endswith("but got layers of 2 shapes (0-2, 3)")
 
 
 def test_uniform_pair_fits_any_model():
@@ -170,6 +197,9 @@ def test_all_problems_at_once(write):
         attend_cached_prefill: maybe
         provenance: text
         stattics: x
+        recent_window: -1
+        recent_window_bits: 4
+        recent_window_overrides: {1: true, 2-9: 32}
         """
     )
     problems = problems_of(load_profile, path)
@@ -190,6 +220,10 @@ def test_all_problems_at_once(write):
         "transforms.value_hadamard must be true or false, but got 1",
         "transforms.overrides.7.range_search must be true or false, but got 'yes please'",
         "transforms.overrides.7 must lie within layers 0-3, but got 7",
+        "recent_window must be an integer of 0-4096 tokens, but got -1",
+        "recent_window_bits must be one of (8, 16), but got 4",
+        "recent_window_overrides.1 must be an integer of 0-4096 tokens, but got True",
+        "recent_window_overrides.2-9 must lie within layers 0-3, but got 2-9",
         "attend_cached_prefill must be true or false, but got 'maybe'",
         "provenance must be a mapping, but got 'text'",
     ]
@@ -208,6 +242,7 @@ def test_all_problems_at_once(write):
         ("version: 1\nlayers: K8V4\nmodel: toy\n", "model must be a mapping with keys of name, architecture"),
         ("version: 1\nlayers: K8V4\ntransforms: all\n", "transforms must be a mapping"),
         ("version: 1\nlayers: K8V4\ntransforms: {overrides: 3}\n", "overrides must be a mapping from layers"),
+        ("version: 1\nlayers: K8V4\nrecent_window_overrides: 3\n", "must be a mapping from layers to tokens"),
         ("version: 1\nlayers: K8V4\nstatics: gone.safetensors\n", "statics must name a file (relative to the profile)"),
         ("version: 1\nlayers: K8V4\nstatics: [1]\n", "statics must name a safetensors file, but got [1]"),
         ("version: 1\nlayers: {0-1: K8V4, 3: K4V4}\n", "every layer a pair, but got none for 2"),

@@ -20,11 +20,14 @@ from vllm_kvtuner.reference import (
     FP16_MAX,
     attention_ref,
     gather_cache_ref,
+    gather_rows_ref,
+    merge_segments_ref,
     pack_codes,
     page_parts,
     paged_attention_ref,
     quantize_rows,
     reshape_and_cache_ref,
+    store_rows_ref,
     unpack_codes,
 )
 from vllm_kvtuner.transforms import LayerTransforms
@@ -112,24 +115,31 @@ def gathered(cache, transforms, request):
     return rows
 
 
-def plain_attention(query, key, value, scale, window, soft_cap):
-    """Attention row by row in fp64, straight from its definition."""
+def plain_attention(query, key, value, scale, window, soft_cap, skip=0):
+    """Attention row by row in fp64, straight from its definition, and the log-sum-exp of each row."""
     out = torch.zeros(query.shape, dtype=torch.float64)
+    lse = torch.full((query.shape[1], query.shape[0]), -torch.inf, dtype=torch.float64)
     group = query.shape[1] // key.shape[1]
     for row, head in itertools.product(range(query.shape[0]), range(query.shape[1])):
         position = key.shape[0] - query.shape[0] + row
         first = 0 if window is None else max(0, position - window + 1)
-        keys, values = (x[first : position + 1, head // group].double() for x in (key, value))
+        if position + 1 - skip <= first:
+            continue
+        keys, values = (x[first : position + 1 - skip, head // group].double() for x in (key, value))
         logits = keys @ query[row, head].double() * scale
         if soft_cap:
             logits = soft_cap * torch.tanh(logits / soft_cap)
         out[row, head] = torch.softmax(logits, 0) @ values
-    return out
+        lse[head, row] = torch.logsumexp(logits, 0)
+    return out, lse
 
 
-@pytest.mark.parametrize(("window", "soft_cap"), [(None, 0.0), (1, 0.0), (20, 0.0), (None, 3.0), (20, 3.0)])
+@pytest.mark.parametrize(
+    ("window", "soft_cap", "skip"),
+    [(None, 0.0, 0), (1, 0.0, 0), (20, 0.0, 0), (None, 3.0, 0), (20, 3.0, 0), (None, 0.0, 5), (20, 3.0, 17)],
+)
 @pytest.mark.parametrize("batch_tokens", [1, 80, 1 << 15], ids=["one_by_one", "some_together", "all_together"])
-def test_attention_on_pages_and_on_plain_tensors(window, soft_cap, batch_tokens, monkeypatch):
+def test_attention_on_pages_and_on_plain_tensors(window, soft_cap, skip, batch_tokens, monkeypatch):
     monkeypatch.setattr(reference, "BATCH_TOKENS", batch_tokens)
     monkeypatch.setattr(reference, "SCORES_PER_SLICE", 300)
     rotary = rotary_table(48, True, 200, CPU)
@@ -140,22 +150,73 @@ def test_attention_on_pages_and_on_plain_tensors(window, soft_cap, batch_tokens,
     query = torch.randn(sum(QUERY_LENS), 6, 96)
     starts = torch.tensor([0, *itertools.accumulate(QUERY_LENS)], dtype=torch.int32)
     scale = 96**-0.5
-    output = torch.full_like(query, torch.nan)
+    output, lse = torch.full_like(query, torch.nan), torch.full((6, len(query)), torch.nan)
     paged_attention_ref(
         query, cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(QUERY_LENS), scale, cache.layout,
-        transforms, output, window, soft_cap,
+        transforms, output, window, soft_cap, skip, lse,
     )  # fmt: skip
     for request, length in enumerate(SEQ_LENS):
         rows = slice(int(starts[request]), int(starts[request + 1]))
         if length == 0:
             assert not output[rows].any()
+            assert (lse[:, rows] == -torch.inf).all()
             continue
         key, value = gathered(cache, transforms, request)
-        want = plain_attention(query[rows], key, value, scale, window, soft_cap)
+        want, want_lse = plain_attention(query[rows], key, value, scale, window, soft_cap, skip)
         torch.testing.assert_close(output[rows].double(), want, rtol=0, atol=1e-4)
-        contiguous = torch.empty_like(query[rows])
-        attention_ref(query[rows], key, value, scale, contiguous, window, soft_cap)
+        torch.testing.assert_close(lse[:, rows].double(), want_lse, rtol=0, atol=1e-4)
+        contiguous, contiguous_lse = torch.empty_like(query[rows]), torch.empty_like(lse[:, rows])
+        attention_ref(query[rows], key, value, scale, contiguous, window, soft_cap, skip, contiguous_lse)
         torch.testing.assert_close(contiguous.double(), want, rtol=0, atol=1e-4)
+        torch.testing.assert_close(contiguous_lse.double(), want_lse, rtol=0, atol=1e-4)
+
+
+def test_blocks_that_have_left_the_sliding_window_may_hold_anything():
+    """They may be another request's by now, in another format."""
+    cache = random_cache(make_layout("K4V4", 64), [100], 2, CPU)
+    query, starts = torch.randn(1, 4, 64), torch.tensor([0, 1], dtype=torch.int32)
+    outputs = []
+    for byte in (None, 0xFF):  # as fp16 scales, NaN
+        if byte is not None:
+            cache.kv_cache[cache.block_table[0, :5].long()] = byte
+        outputs.append(torch.empty_like(query))
+        paged_attention_ref(
+            query, cache.kv_cache, cache.block_table, cache.seq_lens, starts, 1, 0.125, cache.layout,
+            LayerTransforms(), outputs[-1], 20,
+        )  # fmt: skip
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("skip", [1, 7, 200])
+def test_segments_merge_to_attention_over_all_tokens(skip):
+    query, key, value = torch.randn(30, 4, 64), torch.randn(90, 2, 64), torch.randn(90, 2, 64)
+    outputs, lses, whole = [torch.empty_like(query) for _ in range(2)], [torch.empty(4, 30) for _ in range(2)], None
+    attention_ref(query, key, value, 0.125, outputs[0], skip_newest=skip, lse=lses[0])
+    attention_ref(query, key, value, 0.125, outputs[1], sliding_window=skip, lse=lses[1])
+    merged, whole = torch.empty_like(query), torch.empty_like(query)
+    merge_segments_ref(tuple(outputs), tuple(lses), merged)
+    attention_ref(query, key, value, 0.125, whole)
+    torch.testing.assert_close(merged, whole, rtol=0, atol=1e-5)
+    empty = torch.full((4, 30), -torch.inf)
+    merge_segments_ref(tuple(outputs), (empty, empty), merged)
+    assert not merged.any(), "padding"
+
+
+def test_rows_come_back_as_they_were_stored():
+    table, num_blocks = random_table(make_layout("K8V8", 64), SEQ_LENS, CPU)
+    kv_cache = torch.full((num_blocks, 3, 16, 128), torch.nan, dtype=torch.bfloat16)
+    key, value = torch.randn(2, sum(SEQ_LENS), 3, 64).bfloat16()
+    slots = slots_of(table, SEQ_LENS, 16)
+    store_rows_ref(key, value, kv_cache, slots)
+    bounds = torch.tensor([0, *itertools.accumulate(SEQ_LENS)], dtype=torch.int32)
+    keys, values = torch.empty(2, *key.shape)
+    starts = torch.zeros(len(SEQ_LENS), dtype=torch.int32)
+    gather_rows_ref(kv_cache, table, bounds, starts, keys, values, num_tokens=sum(SEQ_LENS))
+    assert torch.equal(keys, key.float())
+    assert torch.equal(values, value.float())
+    before = kv_cache.clone()
+    store_rows_ref(key, value, kv_cache, torch.full_like(slots, -1))
+    assert torch.equal(before.nan_to_num(), kv_cache.nan_to_num())
 
 
 @pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])

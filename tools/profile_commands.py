@@ -12,6 +12,7 @@ from vllm_kvtuner.profile import (
     ModelShape,
     Profile,
     ProfileError,
+    RecentWindow,
     ResolvedProfile,
     TransformSettings,
     load_profile,
@@ -117,6 +118,7 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
         "stored_bits": None if resolved is None else resolved.stored_bits,
         "bytes_per_token": None if resolved is None else resolved.bytes_per_token,
         "bf16_bytes_per_token": None if resolved is None else resolved.bf16_bytes_per_token,
+        "recent_bytes_per_request": None if resolved is None else resolved.recent_bytes_per_request,
         "memory_bytes": memory,
         "tokens_that_fit": _tokens(memory, resolved, "bytes_per_token"),
         "bf16_tokens_that_fit": _tokens(memory, resolved, "bf16_bytes_per_token"),
@@ -155,13 +157,16 @@ def _tokens(memory: int | None, resolved: ResolvedProfile | None, per_token: str
 
 def _layers(profile: Profile, resolved: ResolvedProfile | None) -> list[dict[str, Any]]:
     """One entry per layer; for a uniform profile that no model has met, one with ``layer`` None."""
-    entries: list[tuple[int | None, PrecisionPair, TransformSettings]]
+    entries: list[tuple[int | None, PrecisionPair, TransformSettings, RecentWindow | None]]
     if resolved is not None:
-        entries = [(layer.index, layer.pair, layer.transforms) for layer in resolved.layers]
+        entries = [(layer.index, layer.pair, layer.transforms, layer.recent) for layer in resolved.layers]
     elif isinstance(profile.pairs, PrecisionPair):
-        entries = [(None, profile.pairs, profile.transforms)]
+        entries = [(None, profile.pairs, profile.transforms, profile.recent_of(-1))]
     else:
-        entries = [(layer, pair, profile.transforms_of(layer)) for layer, pair in profile.pairs.items()]
+        entries = [
+            (layer, pair, profile.transforms_of(layer), profile.recent_of(layer))
+            for layer, pair in profile.pairs.items()
+        ]
     return [
         {
             "layer": layer,
@@ -169,8 +174,10 @@ def _layers(profile: Profile, resolved: ResolvedProfile | None) -> list[dict[str
             "k_bits": pair.k_bits,
             "v_bits": pair.v_bits,
             "transforms": list(transforms.names if pair.is_quantized else ()),
+            "recent_window": recent.tokens if recent is not None and pair.is_quantized else 0,
+            "recent_window_bits": recent.bits if recent is not None and pair.is_quantized else None,
         }
-        for layer, pair, transforms in entries
+        for layer, pair, transforms, recent in entries
     ]
 
 
@@ -187,6 +194,8 @@ def _format(summary: Mapping[str, Any]) -> str:
         ratio = summary["bf16_bytes_per_token"] / summary["bytes_per_token"]
         bf16 = f"bf16 takes {summary['bf16_bytes_per_token']:,}, {ratio:.2f} times as many"
         rows.append(("bytes per token", f"{summary['bytes_per_token']:,} ({bf16})"))
+    if summary["recent_bytes_per_request"]:
+        rows.append(("recent window", f"{summary['recent_bytes_per_request']:,} more bytes per request"))
     if summary["tokens_that_fit"] is not None:
         bf16 = f"bf16: {summary['bf16_tokens_that_fit']:,}"
         rows.append(
@@ -197,12 +206,18 @@ def _format(summary: Mapping[str, Any]) -> str:
     for key, value in summary["provenance"].items():
         rows += value.items() if isinstance(value, Mapping) else [(key, value)]
     lines = [f"{name:16} {value}" for name, value in rows if value is not None]
-    groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+    groups: dict[tuple[str, ...], list[int]] = {}
     for entry in summary["layers"]:
-        groups.setdefault((entry["pair"], tuple(entry["transforms"])), []).append(entry["layer"])
-    table = [("layers", "pair", "transforms")]
-    for (pair, transforms), layers in groups.items():
-        named = "all" if layers == [None] else format_layers(layers)
-        table.append((named, pair, ", ".join(transforms) or "none"))
-    width = max(len(row[0]) for row in table)
-    return "\n".join([*lines, "", *(f"{row[0]:{width}}  {row[1]:6}  {row[2]}" for row in table)])
+        tokens, bits = entry["recent_window"], entry["recent_window_bits"]
+        recent = f"{tokens} tokens in {bits} bits" if tokens else "none"
+        groups.setdefault((entry["pair"], ", ".join(entry["transforms"]) or "none", recent), []).append(entry["layer"])
+    table: list[tuple[str, ...]] = [("layers", "pair  ", "transforms", "recent window")]
+    for cells, layers in groups.items():
+        table.append(("all" if layers == [None] else format_layers(layers), *cells))
+    has_windows = any(entry["recent_window"] for entry in summary["layers"])
+    columns = range(4 if has_windows else 3)
+    widths = [max(len(row[column]) for row in table) for column in columns]
+    lines.append("")
+    for row in table:
+        lines.append("  ".join(f"{row[column]:{widths[column]}}" for column in columns).rstrip())
+    return "\n".join(lines)

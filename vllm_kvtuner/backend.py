@@ -169,7 +169,8 @@ class KVTunerBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
         # A (block, KV head) chunk must be contiguous. Where pages of one model are unequal and cannot share one
-        # group (sliding-window beside full layers), a block-outermost layout packs them without padding.
+        # group (sliding-window beside full layers, recent windows), a block-outermost layout packs them without
+        # padding.
         layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
         return layouts[::-1] if cls.prefer_block_outermost else layouts
 

@@ -12,7 +12,7 @@ import torch
 from vllm_kvtuner import plugin
 from vllm_kvtuner.backend import KVTunerMetadata
 from vllm_kvtuner.impl import KVTunerImpl
-from vllm_kvtuner.layout import PageLayout, PrecisionPair, content_bytes
+from vllm_kvtuner.layout import PageLayout, content_bytes
 from vllm_kvtuner.precision import LayerPrecision, ResolvedProfile
 
 
@@ -80,10 +80,11 @@ def switch(worker: Any, resolved: ResolvedProfile) -> None:
         resolved: pairs, transforms and statics, resolved against the engine's model.
 
     Raises:
-        ValueError: a pair that needs more room than its layer's pages have, or K16V16 where the engine was built
-            with a quantized layer, or the other way round; nothing is switched then. Or the statics do not fit.
+        ValueError: a pair that needs more room than its layer's pages have, K16V16 where the engine was built with a
+            quantized layer, or the other way round, or another recent window than it was built with; nothing is
+            switched then. Or the statics do not fit.
     """
-    room = {layer.index: layer.pair for layer in plugin.resolved_profile(worker.vllm_config).layers}
+    room = {layer.index: layer for layer in plugin.resolved_profile(worker.vllm_config).layers}
     if refusals := [refusal for layer in resolved.layers if (refusal := _refusal(layer, room[layer.index]))]:
         raise ValueError("\n".join(refusals))
     precisions = {layer.index: layer for layer in resolved.layers}
@@ -93,8 +94,12 @@ def switch(worker: Any, resolved: ResolvedProfile) -> None:
     plugin.bind_statics(worker.get_model(), worker.vllm_config, resolved)
 
 
-def _refusal(layer: LayerPrecision, room: PrecisionPair) -> str | None:
-    """Why a layer cannot store a pair in pages made for ``room``, or None if it can."""
+def _refusal(layer: LayerPrecision, built: LayerPrecision) -> str | None:
+    """Why a layer cannot store what a profile says in the pages it was built with, or None if it can."""
+    room = built.pair
+    if layer.recent != built.recent:
+        rule = f"must have the recent window that this engine was built with ({built.recent or 'none'})"
+        return f"layers.{layer.index}: {rule}, but got {layer.recent or 'none'}"
     if layer.pair.is_quantized != room.is_quantized:
         rule = "must be quantized in this engine" if room.is_quantized else "must be K16V16 in this engine"
     elif content_bytes(layer.pair, layer.shape.head_size) > content_bytes(room, layer.shape.head_size):

@@ -163,10 +163,14 @@ def give_layers_their_backend() -> None:
 
         resolved = plugin.resolved_profile(config)
         kwargs["attn_backend"] = backend_for(
-            precision.pair, plugin.mixes_attention_kinds(config), plugin.is_calibration(config)
+            precision.pair, plugin.needs_packed_blocks(config), plugin.is_calibration(config)
         )
         kwargs["settings"] = LayerSettings(precision, resolved.attend_cached_prefill)
-        return original(self, *args, **kwargs)
+        original(self, *args, **kwargs)
+        if precision.recent is not None:
+            from vllm_kvtuner.recent import give_window
+
+            give_window(self, precision.recent, kwargs.get("kv_sharing_target_layer_name"))
 
     Attention.__init__ = init
 

@@ -19,6 +19,7 @@ from vllm_kvtuner.layer_kernels import LayerKernels
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.prefill_plan import CacheSlice, PrefillPlan, workspace_rows
 from vllm_kvtuner.profile import LayerPrecision
+from vllm_kvtuner.recent import RecentCache
 from vllm_kvtuner.transforms import LayerTransforms
 
 WARM_UP_TOKENS = 256
@@ -79,6 +80,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.max_num_seqs = config.scheduler_config.max_num_seqs
         self.max_decode_query_len = decode_query_len(config)
         self.kernels: LayerKernels | None = None
+        self.recent: RecentCache | None = None
         self.prefill_workspace_tokens = workspace_rows(
             envs.prefill_workspace_tokens(), config.scheduler_config.max_num_batched_tokens, sliding_window
         )
@@ -183,6 +185,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if self.transforms.key_offset is not None:
             positions = _layer_metadata(layer.layer_name).positions
         self._store(key, value, kv_cache, slot_mapping, positions)
+        if self.recent is not None:
+            self.recent.store(key, value, positions, self.transforms)
 
     def _store(
         self,
@@ -226,15 +230,29 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: KVTunerMetadata, output: torch.Tensor
     ) -> None:
         tokens, reqs = metadata.num_decode_tokens, metadata.num_decodes
-        self._attend(
+        arguments = (
             query[:tokens],
             kv_cache,
             metadata.block_table[:reqs],
             metadata.seq_lens[:reqs],
             metadata.query_start_loc[: reqs + 1],
             metadata.max_decode_query_len,
-            output[:tokens],
         )
+        if self.recent is None:
+            self._attend(*arguments, output[:tokens])
+            return
+        older, lse = self._older(tokens, query)
+        reference.paged_attention_ref(
+            *arguments, self.scale, self._layout(kv_cache), self.transforms, older, self.sliding_window,
+            self.logits_soft_cap, self.recent.window.tokens, lse,
+        )  # fmt: skip
+        newest = self.recent.attend(query, range(reqs), metadata, self.transforms, self.scale, self.logits_soft_cap)
+        reference.merge_segments_ref((older, newest[0]), (lse, newest[1]), output[:tokens])
+
+    def _older(self, tokens: int, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output and log-sum-exp of attention over what has left the recent window, to be written."""
+        output = torch.empty(tokens, self.num_heads, self.head_size, device=query.device)
+        return output, torch.empty(self.num_heads, tokens, device=query.device)
 
     def _attend(
         self,
@@ -291,15 +309,18 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
                 )
             if not self.attend_cached_prefill:
                 keys[-num_queries:], values[-num_queries:] = key[begin:end], value[begin:end]
-            reference.attention_ref(
-                query[begin:end],
-                keys,
-                values,
-                self.scale,
-                output[begin:end],
-                self.sliding_window,
-                self.logits_soft_cap,
+            arguments = (query[begin:end], keys, values, self.scale)
+            limits = (self.sliding_window, self.logits_soft_cap)
+            if self.recent is None:
+                reference.attention_ref(*arguments, output[begin:end], *limits)
+                continue
+            older, lse = self._older(num_queries, query)
+            reference.attention_ref(*arguments, older, *limits, self.recent.window.tokens, lse)
+            fresh = None if self.attend_cached_prefill else (key[begin:end], value[begin:end])
+            newest = self.recent.attend(
+                query, range(request, request + 1), metadata, self.transforms, self.scale, self.logits_soft_cap, fresh
             )
+            reference.merge_segments_ref((older, newest[0]), (lse, newest[1]), output[begin:end])
 
     def _prefill_gpu(
         self,

@@ -26,6 +26,8 @@ BLOCK_SIZE_MULTIPLE = 16
 """Tokens a block must be a multiple of, so that every part of a chunk is aligned."""
 MAX_HEAD_SIZE = 256
 """Largest head_size a kernel serves."""
+RECENT_BITS = (8, 16)
+"""Bits in which a recent window keeps its tokens: K8V8 pages, or rows of the model's dtype."""
 
 _PAIR = re.compile(r"K(\d+)V(\d+)", re.IGNORECASE)
 
@@ -117,6 +119,29 @@ def mean_bits(layers: Iterable[tuple[PrecisionPair, int, int]]) -> tuple[float, 
     if not numbers:
         raise ValueError("mean_bits needs at least one layer, but got none")
     return float(nominal / numbers), float(stored / numbers)
+
+
+def recent_block_size(block_size: int, block_bytes: int, token_bytes: int) -> int:
+    """Tokens per block of recent windows: as many as let one block of the pool hold the pages of all their layers.
+
+    Windows take their blocks from the pool that the packed pages come from, and a request holds whole blocks: larger
+    ones hold more tokens than a window has, smaller ones leave most of a block empty.
+
+    Args:
+        block_size: tokens of a packed page.
+        block_bytes: bytes of a block of the pool, the packed pages of all layers.
+        token_bytes: bytes of one token in the windows of all layers that have one of this length.
+
+    Returns:
+        A divisor of block_size and a multiple of 16, at least 16 (then vLLM spreads the layers over several blocks).
+    """
+    sizes = (size for size in range(block_size, 0, -BLOCK_SIZE_MULTIPLE) if block_size % size == 0)
+    return next((size for size in sizes if size * token_bytes <= block_bytes), BLOCK_SIZE_MULTIPLE)
+
+
+def recent_blocks(tokens: int, block_size: int, fresh_tokens: int = 1) -> int:
+    """Blocks that a request's recent window of ``tokens`` spans at most while ``fresh_tokens`` are computed."""
+    return -(-(tokens - 1 + fresh_tokens) // block_size) + 1
 
 
 @dataclass(frozen=True)

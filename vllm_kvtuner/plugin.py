@@ -11,6 +11,7 @@ import hashlib
 import logging
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvtuner import layout
 from vllm_kvtuner.layout import UNQUANTIZED, content_bytes
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-    from vllm_kvtuner.profile import LayerPrecision, ResolvedProfile
+    from vllm_kvtuner.profile import LayerPrecision, RecentWindow, ResolvedProfile
     from vllm_kvtuner.transforms import RotaryTable
 
 KV_CACHE_DTYPE = "kvtuner"
@@ -33,6 +34,8 @@ MODEL_KEY = "kvtuner_model"
 """Key of additional_config that holds the model the profile was checked against (a draft model is another)."""
 DIGEST_KEY = "kvtuner_digest"
 """Key of additional_config that holds a digest of the files, so that vLLM's compile cache sees them change."""
+RECENT_SUFFIX = ".recent"
+"""What follows an attention layer's name in that of its recent window."""
 
 logger = logging.getLogger("vllm.kvtuner")
 
@@ -76,7 +79,10 @@ def check_config(config: VllmConfig) -> None:
     if problems := _unsupported_settings(config):
         raise ProfileError(problems)
     additional[MODEL_KEY] = config.model_config.model
-    additional[DIGEST_KEY] = _digest(resolved_profile(config))
+    resolved = resolved_profile(config)
+    if resolved.recent_windows and (problems := _unsupported_with_windows(config, resolved)):
+        raise ProfileError(problems)
+    additional[DIGEST_KEY] = _digest(resolved)
 
 
 def resolved_profile(config: VllmConfig) -> ResolvedProfile:
@@ -114,6 +120,30 @@ def layer_precision(config: VllmConfig, layer_name: str) -> LayerPrecision | Non
 def mixes_attention_kinds(config: VllmConfig) -> bool:
     """Whether the model has sliding-window layers beside full ones, whose pages cannot share one group."""
     return len(set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())) > 1
+
+
+def needs_packed_blocks(config: VllmConfig) -> bool:
+    """Whether pages of unequal size lie in different KV cache groups, which only a block-outermost layout packs."""
+    return mixes_attention_kinds(config) or bool(resolved_profile(config).recent_windows)
+
+
+def recent_block_size(config: VllmConfig, window: RecentWindow) -> int:
+    """Tokens per block of a recent window, the same for all layers that have this one."""
+    resolved, model = resolved_profile(config), config.model_config
+    ranks = config.parallel_config.tensor_parallel_size
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    sliding = [mixes_attention_kinds(config) and kinds[layer.index] == "sliding_attention" for layer in resolved.layers]
+    widen = model.dtype.itemsize // 2  # what a profile calls 16 bits is the model's dtype
+    pool = windows = 0
+    for layer, is_sliding in zip(resolved.layers, sliding, strict=True):
+        heads = max(1, layer.shape.num_kv_heads // ranks)
+        size = content_bytes(layer.pair, layer.shape.head_size)
+        # Groups of sliding-window layers share the blocks that the full layers' pages make.
+        pool += 0 if is_sliding else heads * size * (1 if layer.pair.is_quantized else widen)
+        if layer.recent == window:
+            windows += heads * layer.recent_content_bytes * (1 if window.pair.is_quantized else widen)
+    block_size = config.cache_config.block_size
+    return layout.recent_block_size(block_size, pool * block_size, windows)
 
 
 def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedProfile | None = None) -> None:
@@ -177,31 +207,45 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
 def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Say once what the cache holds: profile, bits, tokens, and how many times bf16's that is."""
     resolved = resolved_profile(config)
-    times, padding = _against_bf16(config, kv_cache_config)
+    times, padding, recent = _against_bf16(config, kv_cache_config)
     logger.info(
-        "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token%s; %s KV tokens fit, %.2f times "
+        "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token%s%s; %s KV tokens fit, %.2f times "
         "as many as bf16",
         resolved.profile.source or resolved.profile.name,
         resolved.nominal_bits,
         resolved.stored_bits,
         f"{resolved.bytes_per_token:,}",
+        f", up to {recent:,} more per request for {_windows(resolved)}" if recent else "",
         f" and {padding:.1%} padding between unequal pages" if padding > 0.001 else "",
         f"{config.cache_config.kv_cache_size_tokens or 0:,}",
         times,
     )
 
 
-def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[float, float]:
-    """How many times a bf16 cache's tokens fit, and the padding over what the layers of all groups store.
+def _windows(resolved: ResolvedProfile) -> str:
+    return "recent windows of " + ", ".join(str(window) for window in resolved.recent_windows)
+
+
+def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[float, float, int]:
+    """How many times a bf16 cache's tokens fit, the padding over what the layers of all groups store, and the bytes of
+    the blocks that one request's recent windows hold at most while it decodes.
 
     Cache groups overlay each other in the pool's blocks, so the largest group of bf16 pages sets what bf16 would take.
     """
+    import copy
+
     from vllm.model_executor.models.utils import extract_layer_index
+    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 
     layers = {layer.index: layer for layer in resolved_profile(config).layers}
     ranks = config.parallel_config.tensor_parallel_size
-    bf16 = stored = 0
+    bf16 = stored = windows = 0
+    packed = []
     for group in kv_cache_config.kv_cache_groups:
+        if all(name.endswith(RECENT_SUFFIX) for name in group.layer_names):
+            windows += layout.recent_blocks(group.kv_cache_spec.sliding_window, group.kv_cache_spec.block_size)
+            continue
+        packed.append(group)
         group_bf16 = group_stored = 0
         for index in map(extract_layer_index, group.layer_names):
             if (layer := layers.get(index)) is None:  # a draft model's
@@ -213,8 +257,11 @@ def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[f
                 content_bytes(layer.pair, layer.shape.head_size) if layer.pair.is_quantized else row_bytes
             )
         bf16, stored = max(bf16, group_bf16), stored + group_stored
-    block_bytes = kv_cache_config.kv_cache_tensors[0].size / kv_cache_config.num_blocks
-    return bf16 / block_bytes, block_bytes * len(kv_cache_config.kv_cache_groups) / stored - 1
+    block_bytes = kv_cache_config.kv_cache_tensors[0].size // kv_cache_config.num_blocks
+    without = copy.copy(kv_cache_config)
+    without.kv_cache_groups = packed
+    share = get_kv_cache_capacity(config, kv_cache_config)[0] / get_kv_cache_capacity(config, without)[0]
+    return bf16 / block_bytes * share, block_bytes * len(packed) / stored - 1, windows * block_bytes
 
 
 class _HfConfig:
@@ -286,6 +333,28 @@ def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
         problems.append(
             "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
             "other in both directions; serve its text part alone (--language-model-only)"
+        )
+    return tuple(problems)
+
+
+def _unsupported_with_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """Engine settings that recent windows do not work with, each as one problem."""
+    from vllm.platforms import current_platform
+
+    from vllm_kvtuner.schema import format_layers
+
+    problems = []
+    if not current_platform.is_cpu():
+        windows = resolved.recent_windows.items()
+        got = "; ".join(f"{window.tokens} for layers {format_layers(layers)}" for window, layers in windows)
+        problems.append(
+            f"{resolved.profile.source or resolved.profile.name}: recent_window must be 0 on a GPU, whose kernels read "
+            f"packed pages alone, but got {got}"
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        problems.append(
+            "disable_hybrid_kv_cache_manager must be false with a recent_window, which would be kept of all tokens, "
+            "but got true (a KV connector without support for it sets it too)"
         )
     return tuple(problems)
 

@@ -5,7 +5,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.layout import UNQUANTIZED, PrecisionPair, content_bytes, mean_bits, unsupported_head_size
+from vllm_kvtuner.layout import (
+    RECENT_BITS,
+    UNQUANTIZED,
+    PrecisionPair,
+    content_bytes,
+    mean_bits,
+    unsupported_head_size,
+)
 from vllm_kvtuner.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.schema import Problems, format_layers
 
@@ -45,6 +52,33 @@ TRANSFORM_KEYS = tuple(field.name for field in fields(TransformSettings))
 """Names of the transforms, in the order they are applied."""
 
 
+MAX_RECENT_WINDOW = 4096
+"""Longest recent window, in tokens."""
+
+
+@dataclass(frozen=True)
+class RecentWindow:
+    """The newest tokens of a request, which attention reads from a second cache instead of from the packed pages.
+
+    Args:
+        tokens: how many, the query itself included.
+        bits: 16, rows of the model's dtype without transforms, or 8, K8V8 with the layer's transforms.
+    """
+
+    tokens: int
+    bits: int = 16
+
+    def __post_init__(self) -> None:
+        assert self.tokens > 0 and self.bits in RECENT_BITS, self
+
+    @property
+    def pair(self) -> PrecisionPair:
+        return PrecisionPair(self.bits, self.bits)
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens in {self.bits} bits"
+
+
 @dataclass(frozen=True)
 class LayerPrecision:
     """What one layer stores.
@@ -54,12 +88,25 @@ class LayerPrecision:
         pair: bits of its keys and values.
         shape: KV heads (before tensor parallelism) and head size.
         transforms: what it does before storing; all off for K16V16.
+        recent: its recent window; None for K16V16.
     """
 
     index: int
     pair: PrecisionPair
     shape: LayerShape
     transforms: TransformSettings
+    recent: RecentWindow | None = None
+
+    @property
+    def recent_content_bytes(self) -> int:
+        """Bytes one token of the recent window takes in one KV head."""
+        return 0 if self.recent is None else content_bytes(self.recent.pair, self.shape.head_size)
+
+    @property
+    def recent_bytes(self) -> int:
+        """Bytes the recent window of one request takes over all KV heads."""
+        tokens = 0 if self.recent is None else self.recent.tokens
+        return tokens * self.shape.num_kv_heads * self.recent_content_bytes
 
 
 @dataclass(frozen=True)
@@ -74,6 +121,9 @@ class Profile:
         pairs: the pair of each layer, or one for all.
         transforms: transforms of every layer without an override.
         transform_overrides: transforms of single layers.
+        recent_window: tokens of the recent window of every layer without an override; 0 for none.
+        recent_window_bits: bits of all recent windows.
+        recent_window_overrides: tokens of the recent window of single layers.
         attend_cached_prefill: prefill attends to what it stored, not to the fresh keys and values.
         statics: safetensors file with the static tensors, if given.
         provenance: how the profile was made; plain values.
@@ -86,6 +136,9 @@ class Profile:
     model: ModelShape | None = None
     transforms: TransformSettings = TransformSettings()
     transform_overrides: Mapping[int, TransformSettings] = field(default_factory=dict)
+    recent_window: int = 0
+    recent_window_bits: int = 16
+    recent_window_overrides: Mapping[int, int] = field(default_factory=dict)
     attend_cached_prefill: bool = False
     statics: Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -101,6 +154,10 @@ class Profile:
 
     def transforms_of(self, layer: int) -> TransformSettings:
         return self.transform_overrides.get(layer, self.transforms)
+
+    def recent_of(self, layer: int) -> RecentWindow | None:
+        tokens = self.recent_window_overrides.get(layer, self.recent_window)
+        return RecentWindow(tokens, self.recent_window_bits) if tokens else None
 
     def resolve(self, shape: ModelShape) -> "ResolvedProfile":
         """Match the profile with a model.
@@ -126,12 +183,17 @@ class Profile:
             pair = self.pair_of(index)
             assert pair is not None
             transforms = self.transforms_of(index) if pair.is_quantized else TransformSettings()
-            layers.append(LayerPrecision(index, pair, shape.layers[index], transforms))
+            recent = self.recent_of(index) if pair.is_quantized else None
+            layers.append(LayerPrecision(index, pair, shape.layers[index], transforms, recent))
         return ResolvedProfile(self, tuple(layers))
 
     def _check_layers(self, problems: Problems, shape: ModelShape) -> None:
         named = () if isinstance(self.pairs, PrecisionPair) else self.pairs
-        for key, layers in (("layers", named), ("transforms.overrides", self.transform_overrides)):
+        for key, layers in (
+            ("layers", named),
+            ("transforms.overrides", self.transform_overrides),
+            ("recent_window_overrides", self.recent_window_overrides),
+        ):
             if beyond := [layer for layer in layers if layer >= len(shape.layers)]:
                 rule = f"must lie within the layers 0-{len(shape.layers) - 1} of {shape.name}"
                 problems.add(key, rule, format_layers(beyond))
@@ -151,6 +213,7 @@ class Profile:
             problems.add(f"layers.{format_layers(where)}", broken, f"head_size {head_size} with {pair}")
 
         quantized = [layer for layer, pair in pairs.items() if pair.is_quantized]
+        _check_recent(problems, {layer: (self.recent_of(layer), shape.layers[layer]) for layer in quantized})
         offset = [layer for layer in quantized if self.transforms_of(layer).key_offset]
         if offset and shape.offset_unsupported:
             rule = f"must be false for {shape.name}, whose {shape.offset_unsupported}"
@@ -187,6 +250,23 @@ class ResolvedProfile:
         return sum(layer.shape.num_kv_heads * content_bytes(layer.pair, layer.shape.head_size) for layer in self.layers)
 
     @property
+    def recent_bytes_per_request(self) -> int:
+        """Bytes the recent windows of one request take over all layers and KV heads, beside ``bytes_per_token``.
+
+        The engine allocates them in whole blocks.
+        """
+        return sum(layer.recent_bytes for layer in self.layers)
+
+    @property
+    def recent_windows(self) -> dict[RecentWindow, tuple[int, ...]]:
+        """Layers of each recent window."""
+        windows: dict[RecentWindow, tuple[int, ...]] = {}
+        for layer in self.layers:
+            if layer.recent is not None:
+                windows[layer.recent] = (*windows.get(layer.recent, ()), layer.index)
+        return windows
+
+    @property
     def bf16_bytes_per_token(self) -> int:
         return sum(
             layer.shape.num_kv_heads * content_bytes(UNQUANTIZED, layer.shape.head_size) for layer in self.layers
@@ -195,6 +275,24 @@ class ResolvedProfile:
     @property
     def attend_cached_prefill(self) -> bool:
         return self.profile.attend_cached_prefill
+
+
+def _check_recent(problems: Problems, layers: Mapping[int, tuple[RecentWindow | None, LayerShape]]) -> None:
+    unpacked: dict[tuple[str, int], list[int]] = {}
+    shapes: dict[RecentWindow, dict[LayerShape, list[int]]] = {}
+    for layer, (recent, shape) in layers.items():
+        if recent is None:
+            continue
+        if recent.pair.is_quantized and (broken := unsupported_head_size(shape.head_size, recent.bits)):
+            unpacked.setdefault((broken, shape.head_size), []).append(layer)
+        shapes.setdefault(recent, {}).setdefault(shape, []).append(layer)
+    for (broken, head_size), where in unpacked.items():
+        problems.add("recent_window_bits", broken, f"head_size {head_size} in layers {format_layers(where)}")
+    for recent, found in shapes.items():
+        if len(found) > 1:
+            got = ", ".join(format_layers(where) for where in found.values())
+            rule = f"must only give layers of one shape a window of {recent}"
+            problems.add("recent_window", rule, f"layers of {len(found)} shapes ({got})")
 
 
 def _check_identity(problems: Problems, model: ModelShape, shape: ModelShape) -> None:

@@ -17,6 +17,9 @@ A profile file::
       value_hadamard: true
       overrides:
         0-3: {value_hadamard: false}
+    recent_window: 64           # newest tokens of a request that are read in 16 bits; 0 where left out
+    recent_window_bits: 16      # or 8
+    recent_window_overrides: {0-3: 128, 30-31: 0}
     statics: llama.statics.safetensors   # beside the profile; key_offset and key_equalization read it
     attend_cached_prefill: false
     provenance: {}              # how it was made: any plain values
@@ -31,13 +34,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.layout import BITS, UNQUANTIZED, PrecisionPair
+from vllm_kvtuner.layout import BITS, RECENT_BITS, UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.precision import (
+    MAX_RECENT_WINDOW,
     SCHEMA_VERSION,
     TRANSFORM_KEYS,
     LayerPrecision,
     Profile,
+    RecentWindow,
     ResolvedProfile,
     TransformSettings,
 )
@@ -58,13 +63,25 @@ __all__ = [
     "ModelShape",
     "Profile",
     "ProfileError",
+    "RecentWindow",
     "ResolvedProfile",
     "TransformSettings",
     "load_profile",
     "shipped_profiles",
 ]
 
-_KEYS = ("version", "model", "layers", "transforms", "statics", "attend_cached_prefill", "provenance")
+_KEYS = (
+    "version",
+    "model",
+    "layers",
+    "transforms",
+    "recent_window",
+    "recent_window_bits",
+    "recent_window_overrides",
+    "statics",
+    "attend_cached_prefill",
+    "provenance",
+)
 _MODEL_KEYS = ("name", "architecture", "num_layers", "num_kv_heads", "head_size")
 _PRESET_KEYS = ("nbits_key", "nbits_value")
 _PAIR = re.compile(r"K\d+V\d+", re.IGNORECASE)
@@ -120,6 +137,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
     num_layers = None if model is None else len(model.layers) or None
     pairs = _parse_pairs(problems, document.get("layers"), model)
     transforms, overrides = _parse_transforms(problems, document.get("transforms", {}), num_layers)
+    window, window_bits, window_overrides = _parse_recent(problems, document, num_layers)
 
     statics = document.get("statics")
     if statics is not None:
@@ -144,6 +162,9 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
         pairs=pairs,
         transforms=transforms,
         transform_overrides=overrides,
+        recent_window=window,
+        recent_window_bits=window_bits,
+        recent_window_overrides=window_overrides,
         attend_cached_prefill=attend,
         statics=path.parent / statics if isinstance(statics, str) else None,
         provenance=provenance,
@@ -241,6 +262,31 @@ def _read_switches(problems: Problems, key: str, raw: Mapping[Any, Any]) -> dict
         if not isinstance(value, bool):
             problems.add(f"{key}.{name}", "must be true or false", show(value))
     return {name: value is True for name, value in switches.items()}
+
+
+def _parse_recent(
+    problems: Problems, document: Mapping[Any, Any], num_layers: int | None
+) -> tuple[int, int, dict[int, int]]:
+    """Tokens, bits, and tokens of single layers."""
+
+    def tokens(key: str, value: Any) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RECENT_WINDOW:
+            return value
+        problems.add(key, f"must be an integer of 0-{MAX_RECENT_WINDOW} tokens", show(value))
+        return 0
+
+    window = tokens("recent_window", document.get("recent_window", 0))
+    bits = document.get("recent_window_bits", 16)
+    if not isinstance(bits, int) or bits not in RECENT_BITS:
+        problems.add("recent_window_bits", f"must be one of {RECENT_BITS}", show(bits))
+        bits = 16
+    key, overrides = "recent_window_overrides", document.get("recent_window_overrides", {})
+    if not isinstance(overrides, Mapping):
+        problems.add(key, "must be a mapping from layers to tokens such as 0-3: 128", show(overrides))
+        overrides = {}
+    counts = {str(written): tokens(f"{key}.{written}", value) for written, value in overrides.items()}
+    expanded = expand_layers(problems, key, overrides, num_layers)
+    return window, bits, {layer: counts[written] for layer, (written, _) in expanded.items()}
 
 
 def _layers_needing_statics(

@@ -178,17 +178,49 @@ def gather_cache_ref(
         transforms: the layer's transforms.
         num_tokens: tokens gathered, cu_seq_lens[-1], known to the host.
     """
-    lengths = (cu_seq_lens[1:] - cu_seq_lens[:-1]).long()
-    request = torch.repeat_interleave(torch.arange(lengths.shape[0], device=lengths.device), lengths)
-    row = torch.arange(num_tokens, device=lengths.device)
-    position = row - cu_seq_lens[:-1].long()[request] + seq_starts.long()[request]
-    block = block_table[request, position // layout.block_size].long()
-    offset = position % layout.block_size
+    block, offset, position = _gathered_slots(block_table, cu_seq_lens, seq_starts, num_tokens, layout.block_size)
     k_codes, v_codes, k_meta, v_meta = page_parts(kv_cache, layout)
     keys = dequantize(k_codes[block, :, offset], k_meta[block, :, offset], layout.k_bits)
     values = dequantize(v_codes[block, :, offset], v_meta[block, :, offset], layout.v_bits)
     key_out[:num_tokens] = restore_keys(keys, position, transforms).to(key_out.dtype)
     value_out[:num_tokens] = rotate_values(values, transforms).to(value_out.dtype)
+
+
+def _gathered_slots(
+    block_table: torch.Tensor, cu_seq_lens: torch.Tensor, seq_starts: torch.Tensor, num_tokens: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Block, offset in it and position, each [num_tokens] int64, of the tokens that gather_cache_ref takes."""
+    lengths = (cu_seq_lens[1:] - cu_seq_lens[:-1]).long()
+    request = torch.repeat_interleave(torch.arange(lengths.shape[0], device=lengths.device), lengths)
+    row = torch.arange(num_tokens, device=lengths.device)
+    position = row - cu_seq_lens[:-1].long()[request] + seq_starts.long()[request]
+    return block_table[request, position // block_size].long(), position % block_size, position
+
+
+def store_rows_ref(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Scatter new tokens to their slots as they are, in place; arguments as :func:`reshape_and_cache_ref`, but
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size] of the keys' dtype, each key beside its value.
+    """
+    keep = (slot_mapping >= 0).nonzero().squeeze(1)
+    slots, block_size = slot_mapping[keep], kv_cache.shape[2]
+    kv_cache[slots // block_size, :, slots % block_size] = torch.cat([key[keep], value[keep]], dim=-1)
+
+
+def gather_rows_ref(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    seq_starts: torch.Tensor,
+    key_out: torch.Tensor,
+    value_out: torch.Tensor,
+    *,
+    num_tokens: int,
+) -> None:
+    """As :func:`gather_cache_ref`, from a cache that :func:`store_rows_ref` wrote."""
+    block, offset, _ = _gathered_slots(block_table, cu_seq_lens, seq_starts, num_tokens, kv_cache.shape[2])
+    key_out[:num_tokens], value_out[:num_tokens] = kv_cache[block, :, offset].chunk(2, dim=-1)
 
 
 def paged_attention_ref(
@@ -204,6 +236,8 @@ def paged_attention_ref(
     output: torch.Tensor,
     sliding_window: int | None = None,
     logits_soft_cap: float = 0.0,
+    skip_newest: int = 0,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Attention of each request's newest tokens over its cached tokens, themselves included, on packed pages.
 
@@ -224,6 +258,10 @@ def paged_attention_ref(
         output: [num_tokens, num_heads, head_size], written in place.
         sliding_window: tokens a query sees, itself included, or None for all.
         logits_soft_cap: c > 0 replaces each logit x by c tanh(x / c).
+        skip_newest: tokens, the newest of those a query sees and itself the first, that are left out: another segment
+            holds them. With a sliding window they count as part of it.
+        lse: [num_heads, num_tokens] fp32, written in place: log-sum-exp of each row's logits, by which segments
+            merge; -inf where a query sees nothing (its output is 0).
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
@@ -235,14 +273,21 @@ def paged_attention_ref(
         first, last = starts[begin], starts[end]
         if max_len == 0:
             output[first:last] = 0
+            if lse is not None:
+                lse[:, first:last] = -torch.inf
             continue
         blocks = block_table[begin:end, : -(-max_len // layout.block_size)].long()
         # Table entries beyond a request's length are stale: point them at a block that exists; the mask drops them.
         needed = torch.arange(blocks.shape[1], device=blocks.device) * layout.block_size
         blocks = torch.where(needed < seq_lens[begin:end, None], blocks, 0)
+        query_lens = torch.tensor([starts[r + 1] - starts[r] for r in range(begin, end)], device=query.device)
         # [num_reqs, max_blocks, num_kv_heads, block_size, ...] to [num_reqs, num_kv_heads, tokens, head_size]. Bytes
-        # beyond a request's length may be anything, NaN included, which a probability of 0 would not silence.
-        filled = torch.arange(blocks.shape[1] * layout.block_size, device=blocks.device) < seq_lens[begin:end, None]
+        # beyond a request's length, and in blocks that have left its sliding window (which may be another request's,
+        # in another format), may be anything, NaN included, which a probability of 0 would not silence.
+        tokens = torch.arange(blocks.shape[1] * layout.block_size, device=blocks.device)
+        filled = tokens < seq_lens[begin:end, None]
+        if sliding_window is not None:
+            filled &= tokens > (seq_lens[begin:end] - query_lens - sliding_window)[:, None]
         filled = filled.view(num_reqs, blocks.shape[1], 1, layout.block_size, 1)
         keys, values = (
             dequantize(codes[blocks], meta[blocks].where(filled, 0), bits)
@@ -250,7 +295,6 @@ def paged_attention_ref(
             .reshape(num_reqs, num_kv_heads, -1, head_size)
             for codes, meta, bits in ((parts[0], parts[2], layout.k_bits), (parts[1], parts[3], layout.v_bits))
         )
-        query_lens = torch.tensor([starts[r + 1] - starts[r] for r in range(begin, end)], device=query.device)
         rows = int(query_lens.max())
         index = torch.arange(rows, device=query.device)
         present = index < query_lens[:, None]
@@ -269,12 +313,14 @@ def paged_attention_ref(
             offset = rotated_offset(transforms, torch.arange(max_len, device=query.device))
             scores[..., :max_len] += torch.einsum("rnkgd,tkd->rkgnt", raw, offset)
         position = seq_lens[begin:end, None].long() - query_lens[:, None] + index
-        visible = _visible(position, torch.arange(scores.shape[-1], device=query.device), sliding_window)
-        probabilities = _softmax(scores, visible[:, None, None], logits_soft_cap)
+        visible = _visible(position, tokens, sliding_window, skip_newest)
+        probabilities, sums = _softmax(scores, visible[:, None, None], logits_soft_cap)
         result = probabilities.view(num_reqs, num_kv_heads, group * rows, -1) @ values
         result = result.view(num_reqs, num_kv_heads, group, rows, head_size).permute(0, 3, 1, 2, 4)
         result = result.reshape(num_reqs, rows, num_heads, head_size)
         output[token] = rotate_values(result[present], transforms).to(output.dtype)
+        if lse is not None:
+            lse[:, token] = sums.reshape(num_reqs, num_heads, rows).transpose(1, 2)[present].T
 
 
 def attention_ref(
@@ -285,6 +331,8 @@ def attention_ref(
     output: torch.Tensor,
     sliding_window: int | None = None,
     logits_soft_cap: float = 0.0,
+    skip_newest: int = 0,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of one request's newest tokens over contiguous keys and values, in model space.
 
@@ -296,6 +344,8 @@ def attention_ref(
         output: [num_queries, num_heads, head_size], written in place.
         sliding_window: as in :func:`paged_attention_ref`.
         logits_soft_cap: as in :func:`paged_attention_ref`.
+        skip_newest: as in :func:`paged_attention_ref`.
+        lse: [num_heads, num_queries], as in :func:`paged_attention_ref`.
     """
     num_queries, num_heads, head_size = query.shape
     num_keys, num_kv_heads = key.shape[:2]
@@ -309,10 +359,26 @@ def attention_ref(
         end = begin + rows.shape[2]
         stop = num_keys - num_queries + end
         position = torch.arange(stop - rows.shape[2], stop, device=query.device)
-        visible = _visible(position, torch.arange(stop, device=query.device), sliding_window)
-        probabilities = _softmax(rows @ keys[..., :stop], visible, logits_soft_cap)
+        visible = _visible(position, torch.arange(stop, device=query.device), sliding_window, skip_newest)
+        probabilities, sums = _softmax(rows @ keys[..., :stop], visible, logits_soft_cap)
         result = (probabilities @ values[:, :, :stop]).permute(2, 0, 1, 3)
         output[begin:end] = result.reshape(end - begin, num_heads, head_size).to(output.dtype)
+        if lse is not None:
+            lse[:, begin:end] = sums.reshape(num_heads, end - begin)
+
+
+def merge_segments_ref(
+    outputs: tuple[torch.Tensor, torch.Tensor], lses: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor
+) -> None:
+    """Attention over the tokens of two segments from that over each, in place.
+
+    Args:
+        outputs: two of [num_tokens, num_heads, head_size].
+        lses: two of [num_heads, num_tokens] fp32; a row may be -inf in one or (padding) in both.
+        output: as the outputs.
+    """
+    weights = torch.softmax(torch.stack(lses), dim=0).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
+    output.copy_(weights[0] * outputs[0].float() + weights[1] * outputs[1].float())
 
 
 def _request_batches(lens: list[int]) -> list[tuple[int, int]]:
@@ -328,16 +394,18 @@ def _request_batches(lens: list[int]) -> list[tuple[int, int]]:
     return batches
 
 
-def _visible(position: torch.Tensor, key_position: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
+def _visible(
+    position: torch.Tensor, key_position: torch.Tensor, sliding_window: int | None, skip_newest: int
+) -> torch.Tensor:
     """[..., num_keys] bool: which keys a query at ``position`` [...] sees."""
     distance = position[..., None] - key_position
-    visible = distance >= 0
+    visible = distance >= skip_newest
     return visible if sliding_window is None else visible & (distance < sliding_window)
 
 
-def _softmax(scores: torch.Tensor, visible: torch.Tensor, soft_cap: float) -> torch.Tensor:
-    """Softmax over the visible scores; a row that sees nothing (padding) becomes 0."""
+def _softmax(scores: torch.Tensor, visible: torch.Tensor, soft_cap: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the visible scores and their log-sum-exp; a row that sees nothing becomes 0, and -inf."""
     if soft_cap > 0:
         scores = soft_cap * torch.tanh(scores / soft_cap)
     scores = scores.masked_fill(~visible, -torch.inf)
-    return torch.softmax(scores, dim=-1).nan_to_num(0.0)
+    return torch.softmax(scores, dim=-1).nan_to_num(0.0), torch.logsumexp(scores, dim=-1)

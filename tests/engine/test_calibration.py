@@ -148,6 +148,10 @@ def random_statics(path: Path) -> None:
         ("{0-2: K4V4, 3: K16V16}", r"layers\.3: must be quantized in this engine, but got K16V16"),
         ("{0: K4V4, 1: K8V8, 2: K4V4, 3: K4V4}", r"layers\.0: must be K16V16 in this engine, but got K4V4"),
         ("{0: K16V16, 1: K8V8, 2: K4V4, 3: K4V4}", r"layers\.1: must fit pages made for K4V4, but got K8V8"),
+        (
+            "{0: K16V16, 1-3: K4V4}\nrecent_window: 32",
+            r"layers\.1: must have the recent window that this engine was built with \(none\), but got 32 tokens in 16",
+        ),
     ],
 )
 def test_what_the_pages_cannot_hold_is_refused(monkeypatch, layers, message, tmp_path, llama):

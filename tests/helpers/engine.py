@@ -78,6 +78,7 @@ class EngineRun:
         kv_cache_size_tokens: the capacity vLLM reports.
         allocated_bytes: bytes of the KV cache tensors.
         page_bytes: bytes of one page of each decoder layer, in order.
+        groups: layers and tokens per block of each KV cache group.
         preemptions: how often a request was preempted.
         plugin_loaded: whether vLLM loaded the plugin.
         compiled_graphs: graphs that torch.compile made.
@@ -90,6 +91,7 @@ class EngineRun:
     kv_cache_size_tokens: int
     allocated_bytes: int
     page_bytes: tuple[int, ...]
+    groups: tuple[tuple[int, int], ...]
     preemptions: int
     plugin_loaded: bool
     compiled_graphs: int
@@ -191,6 +193,9 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         kv_cache_size_tokens=config.cache_config.kv_cache_size_tokens,
         allocated_bytes=sum({s.data_ptr(): s.nbytes() for s in storages}.values()),
         page_bytes=tuple(spec.page_size_bytes for spec in specs.values()),
+        groups=tuple(
+            (len(group.layer_names), group.kv_cache_spec.block_size) for group in runner.kv_cache_config.kv_cache_groups
+        ),
         preemptions=sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
         plugin_loaded="vllm_kvtuner.plugin" in sys.modules,
         compiled_graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"],
