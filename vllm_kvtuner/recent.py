@@ -19,7 +19,8 @@ attention layer's name with ``.recent`` behind it, and asks for a ``SlidingWindo
 
 A step's fresh tokens all have blocks while they are computed, and the manager keeps the ``tokens - 1`` before them, so
 that each query of a chunk sees exactly what it would see if tokens were served one by one; what a chunk has pushed out
-of the window is free before the next.
+of the window is free before the next. (Blocks whose tokens a prompt's hit could need stay findable by the prefix cache
+until the pool takes them.)
 """
 
 from dataclasses import dataclass
