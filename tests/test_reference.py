@@ -26,6 +26,7 @@ from vllm_kvtuner.reference import (
     page_parts,
     paged_attention_ref,
     quantize_rows,
+    read_back_ref,
     reshape_and_cache_ref,
     store_rows_ref,
     unpack_codes,
@@ -237,6 +238,9 @@ def test_what_is_stored_comes_back(pair):
     bounds = torch.tensor([0, *itertools.accumulate(SEQ_LENS)], dtype=torch.int32)
     starts = torch.zeros(len(SEQ_LENS), dtype=torch.int32)
     gather_cache_ref(kv_cache, table, bounds, starts, keys, values, layout, transforms, num_tokens=sum(SEQ_LENS))
+    at_once = read_back_ref(key, value, positions, layout.pair, transforms)
+    for got, read_back in zip((keys, values), at_once, strict=True):
+        torch.testing.assert_close(read_back, got, rtol=0, atol=1e-5)
     _, _, k_meta, v_meta = page_parts(kv_cache, layout)
     stretch = transforms.key_equalization.max()
     for got, want, meta, factor in ((keys, key, k_meta, stretch), (values, value, v_meta, 1.0)):

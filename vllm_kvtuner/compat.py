@@ -33,6 +33,8 @@ def apply() -> None:
     give_layers_their_backend()
     bind_statics_after_loading()
     warm_kernels_up()
+    register_recent_windows()
+    tell_recent_windows_of_requests()
     log_capacity_once()
     publish_metrics()
 
@@ -211,6 +213,48 @@ def warm_kernels_up() -> None:
     Worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
+def register_recent_windows() -> None:
+    """Give the caches of recent windows their manager.
+
+    Symptom: such a cache gets the manager of sliding windows. Cause: vLLM's registry takes managers at any time, but
+    registers its own only while it is empty. Can go when it tells the two apart.
+    """
+    from vllm.v1.core import single_type_kv_cache_manager
+
+    original = single_type_kv_cache_manager.register_all_kvcache_specs
+
+    @functools.wraps(original)
+    def register_all_and_ours(vllm_config: Any) -> None:
+        from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+        from vllm_kvtuner.recent_manager import RecentManager, RecentSpec
+
+        original(vllm_config)
+        KVCacheSpecRegistry.register(RecentSpec, RecentManager)
+
+    single_type_kv_cache_manager.register_all_kvcache_specs = register_all_and_ours
+
+
+def tell_recent_windows_of_requests() -> None:
+    """Tell the managers of recent windows what is known of a request, before they allocate its blocks.
+
+    Symptom: the prefix cache would find nothing of a window but the end of a prompt. Cause: a manager sees a request
+    only once its blocks are allocated. Can go when managers are asked to allocate for a request, not for its name.
+    """
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    original = KVCacheManager.allocate_slots
+
+    @functools.wraps(original)
+    def allocate_slots(self: KVCacheManager, request: Any, *args: Any, **kwargs: Any) -> Any:
+        from vllm_kvtuner.recent_manager import tell_managers
+
+        tell_managers(self.coordinator, request)
+        return original(self, request, *args, **kwargs)
+
+    KVCacheManager.allocate_slots = allocate_slots
+
+
 def log_capacity_once() -> None:
     """Log our summary next to vLLM's "GPU KV cache size".
 
@@ -224,6 +268,7 @@ def log_capacity_once() -> None:
     def update_and_log(vllm_config: Any, kv_cache_config: Any) -> None:
         original(vllm_config, kv_cache_config)
         if plugin.uses_kvtuner(vllm_config):
+            plugin.check_capacity(vllm_config, kv_cache_config)
             plugin.log_capacity(vllm_config, kv_cache_config)
 
     kv_cache_utils.update_kv_cache_capacity = update_and_log

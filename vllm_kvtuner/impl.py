@@ -316,7 +316,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
                 continue
             older, lse = self._older(num_queries, query)
             reference.attention_ref(*arguments, older, *limits, self.recent.window.tokens, lse)
-            fresh = None if self.attend_cached_prefill else (key[begin:end], value[begin:end])
+            fresh = key[begin:end], value[begin:end]
+            if self.attend_cached_prefill:
+                positions = None if metadata.positions is None else metadata.positions[begin:end]
+                fresh = self.recent.read_back(*fresh, positions, self.transforms)
             newest = self.recent.attend(
                 query, range(request, request + 1), metadata, self.transforms, self.scale, self.logits_soft_cap, fresh
             )

@@ -204,6 +204,31 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
         )
 
 
+def check_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Refuse a pool in which one request alone could not go on, which would then wait for ever.
+
+    vLLM makes room for what a request holds while it decodes; a prompt in flight holds more of its recent windows.
+
+    Raises:
+        ValueError: a request of max_model_len tokens does not fit with its prompt in flight.
+    """
+    length = config.model_config.max_model_len
+    needed = windows = 0
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if all(name.endswith(RECENT_SUFFIX) for name in group.layer_names):
+            windows += spec.max_admission_blocks_per_request(config.max_in_flight_tokens, length)
+        else:
+            needed += -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
+    # The pool keeps one block to itself.
+    if windows and kv_cache_config.num_blocks - 1 < needed + windows:
+        raise ValueError(
+            f"the KV cache must have at least {needed + windows + 1} blocks for a prompt of max_model_len ({length}) "
+            f"tokens, {windows} of them for its {_windows(resolved_profile(config))}, but got "
+            f"{kv_cache_config.num_blocks}; decrease max_model_len or increase gpu_memory_utilization"
+        )
+
+
 def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     """Say once what the cache holds: profile, bits, tokens, and how many times bf16's that is."""
     resolved = resolved_profile(config)
@@ -243,7 +268,7 @@ def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[f
     packed = []
     for group in kv_cache_config.kv_cache_groups:
         if all(name.endswith(RECENT_SUFFIX) for name in group.layer_names):
-            windows += layout.recent_blocks(group.kv_cache_spec.sliding_window, group.kv_cache_spec.block_size)
+            windows += group.kv_cache_spec.decode_blocks
             continue
         packed.append(group)
         group_bf16 = group_stored = 0

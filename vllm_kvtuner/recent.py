@@ -10,17 +10,17 @@ attention layer's name with ``.recent`` behind it, and asks for a ``SlidingWindo
 - ``_get_packed_kv_cache_groups`` (v1/core/kv_cache_utils.py, in 0.33.0 kv_cache_planning.py): under a block-outermost
   layout unequal pages share a pool without padding, and the layers of a sliding window are spread over as many groups
   as a block of the full layers' pages makes necessary;
-- ``SlidingWindowManager`` (v1/core/single_type_kv_cache_manager.py): allocation, freeing of what has left the window,
-  preemption, speculation and the hybrid prefix cache, whose hits end where both caches have what they need: all
-  packed pages before that point, and the window's last ``tokens - 1`` tokens;
+- ``SlidingWindowManager`` (v1/core/single_type_kv_cache_manager.py): freeing of what has left the window, preemption,
+  speculation and the hybrid prefix cache, whose hits end where both caches have what they need: all packed pages before
+  that point, and the window's last ``tokens - 1`` tokens. Of a chunk, recent_manager.py stores no more than is needed;
 - block tables, slot mappings and metadata by layer name (``_build_attention_metadata``, ``_get_slot_mappings``), in
   the forward context, where the attention layer's implementation finds them;
 - ``bind_kv_cache``: two layers of one index are allowed on CPUs and CUDA (``check_runner_kv_caches_multi_layer``).
 
-A step's fresh tokens all have blocks while they are computed, and the manager keeps the ``tokens - 1`` before them, so
-that each query of a chunk sees exactly what it would see if tokens were served one by one; what a chunk has pushed out
-of the window is free before the next. (Blocks whose tokens a prompt's hit could need stay findable by the prefix cache
-until the pool takes them.)
+The manager keeps the ``tokens - 1`` before a step's fresh tokens, and a chunk's own are at hand while it is computed,
+so that each query of a chunk sees exactly what it would see if tokens were served one by one; what a chunk has pushed
+out of the window is free before the next. (Blocks whose tokens a prompt's hit could need stay findable by the prefix
+cache until the pool takes them.)
 """
 
 from dataclasses import dataclass
@@ -39,12 +39,13 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner import plugin, reference
 from vllm_kvtuner.backend import KVTunerMetadata
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes
 from vllm_kvtuner.precision import RecentWindow
+from vllm_kvtuner.recent_manager import RecentSpec
 from vllm_kvtuner.transforms import LayerTransforms
 
 
@@ -129,13 +130,16 @@ class RecentCache(AttentionLayerBase):
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
         packed = self.window.pair.is_quantized
-        return SlidingWindowSpec(
+        return RecentSpec(
             block_size=plugin.recent_block_size(vllm_config, self.window),
             num_kv_heads=self.num_kv_heads,
             head_size=self.head_size,
             dtype=torch.uint8 if packed else self.dtype,
             state_content_bytes=content_bytes(self.window.pair, self.head_size) if packed else None,
             sliding_window=self.window.tokens,
+            # Drafts of a step, and blocks that are taken ahead for those of the next.
+            step_tokens=1 + 2 * vllm_config.num_speculative_tokens,
+            num_steps=vllm_config.max_concurrent_batches,
         )
 
     def store(
@@ -145,6 +149,8 @@ class RecentCache(AttentionLayerBase):
         slot_mapping = get_forward_context().slot_mapping
         assert isinstance(slot_mapping, dict)
         slots = slot_mapping[self.layer_name]
+        # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well.
+        slots = slots.where(slots >= self.kv_cache.shape[2], -1)
         if self.window.pair.is_quantized:
             reference.reshape_and_cache_ref(key, value, self.kv_cache, slots, positions, self._layout(), transforms)
         else:
@@ -169,7 +175,7 @@ class RecentCache(AttentionLayerBase):
             transforms: of the layer.
             scale: factor on the logits.
             logits_soft_cap: as the reference has it.
-            fresh: the requests' new keys and values, which then take the place of their stored copies.
+            fresh: keys and values of the requests' query tokens, which need not be stored then.
 
         Returns:
             [query tokens of these requests, num_heads, head_size] fp32 and log-sum-exp [num_heads, query tokens].
@@ -214,6 +220,14 @@ class RecentCache(AttentionLayerBase):
                 lse=lse[:, within],
             )
         return output, lse
+
+    def read_back(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of new tokens as the window would give them; arguments as the reference has them."""
+        if not self.window.pair.is_quantized:
+            return key, value
+        return reference.read_back_ref(key, value, positions, self.window.pair, transforms)
 
     def _layout(self) -> PageLayout:
         return PageLayout(self.window.pair, self.head_size, self.kv_cache.shape[2])

@@ -6,7 +6,7 @@ fp32; there is no Python loop over tokens.
 
 import torch
 
-from vllm_kvtuner.layout import META_BYTES, PageLayout
+from vllm_kvtuner.layout import META_BYTES, PageLayout, PrecisionPair
 from vllm_kvtuner.transforms import (
     LayerTransforms,
     fold_query,
@@ -151,6 +151,25 @@ def reshape_and_cache_ref(
         codes, scale, minimum = quantize_rows(rows, bits, transforms.range_search)
         codes_part[block, :, offset] = pack_codes(codes, bits)
         meta_part[block, :, offset] = torch.stack([scale, minimum], dim=-1)
+
+
+def read_back_ref(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    positions: torch.Tensor | None,
+    pair: PrecisionPair,
+    transforms: LayerTransforms,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values fp32 in model space that :func:`gather_cache_ref` would give of tokens stored at ``pair``;
+    arguments as :func:`reshape_and_cache_ref`."""
+    keys, values = (
+        codes.float() * scale.float()[..., None] + minimum.float()[..., None]
+        for codes, scale, minimum in (
+            quantize_rows(transform_keys(key, positions, transforms), pair.k_bits, transforms.range_search),
+            quantize_rows(rotate_values(value, transforms), pair.v_bits, transforms.range_search),
+        )
+    )
+    return restore_keys(keys, positions, transforms), rotate_values(values, transforms)
 
 
 def gather_cache_ref(

@@ -189,8 +189,8 @@ def test_sliding_window_layers(gemma3, prompts, tmp_path):
 def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits):
     """The packed pages set the size of a block; a request takes packed blocks and those of its recent windows."""
     profile = write(tmp_path, f"layers: {pair}\nrecent_window: {window}\nrecent_window_bits: {bits}\n")
-    length, batch = 1024, 128
-    run = run_engine(llama, profile=profile, dtype="bfloat16", max_model_len=length, max_num_batched_tokens=batch)
+    length = 1024
+    run = run_engine(llama, profile=profile, dtype="bfloat16", max_model_len=length, max_num_batched_tokens=8192)
     block_bytes = BLOCK_SIZE * LAYERS * KV_HEADS * content_bytes(PrecisionPair.parse(pair), HEAD_SIZE)
     token_bytes = KV_HEADS * content_bytes(PrecisionPair(bits, bits), HEAD_SIZE)
     size = recent_block_size(BLOCK_SIZE, block_bytes, LAYERS * token_bytes)
@@ -202,10 +202,38 @@ def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits):
     assert run.groups[0] == (LAYERS, BLOCK_SIZE)
     assert len(run.groups) == 1 + groups
     assert {block_size for _, block_size in run.groups[1:]} == {size}
-    blocks = length // BLOCK_SIZE + groups * recent_blocks(window, size, batch)
-    assert run.kv_cache_size_tokens == int(run.num_gpu_blocks / blocks * length)
-    held = groups * recent_blocks(window, size) * block_bytes
-    assert f"up to {held:,} more per request for recent windows of {window} tokens in {bits} bits" in run.log
+    held = groups * recent_blocks(window, size)
+    assert run.kv_cache_size_tokens == int(run.num_gpu_blocks / (length // BLOCK_SIZE + held) * length)
+    assert (
+        f"up to {held * block_bytes:,} more per request for recent windows of {window} tokens in {bits} bits" in run.log
+    )
+
+
+def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path):
+    """All prompts arrive at once, in chunks that are much longer than the window, and none is preempted."""
+    profile = write(tmp_path, "layers: K4V4\nrecent_window: 24\n")
+    length, blocks = 384, 100
+    run = run_engine(
+        llama,
+        [Call([[index, *prompts[-1]] for index in range(10, 26)], {"max_tokens": length - len(prompts[-1]) - 1})],
+        profile=profile,
+        enable_prefix_caching=False,
+        max_model_len=length,
+        max_num_batched_tokens=8192,
+        num_gpu_blocks_override=blocks,
+    )
+    (_, block_size) = run.groups[1]
+    each = length // BLOCK_SIZE + recent_blocks(24, block_size)
+    assert run.kv_cache_size_tokens // length == blocks // each == len(run.answers[0])
+    assert run.preemptions == 0
+
+
+def test_refuses_a_cache_that_a_prompt_in_flight_overfills(llama, tmp_path):
+    profile = write(tmp_path, "layers: K4V4\nrecent_window: 200\n")
+    with pytest.raises(
+        ValueError, match=r"must have at least \d+ blocks for a prompt of max_model_len \(1024\) tokens"
+    ):
+        run_engine(llama, profile=profile, num_gpu_blocks_override=30)
 
 
 @pytest.fixture(scope="module")
