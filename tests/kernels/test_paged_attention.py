@@ -106,6 +106,32 @@ def test_masks(query_lens, window, soft_cap, device):
     check(cache, 3, query_lens=query_lens, sliding_window=window, logits_soft_cap=soft_cap)
 
 
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
+@pytest.mark.parametrize(("window", "skip"), [(None, 1), (None, 24), (None, 300), (40, 24), (64, 63), (None, 0)])
+@pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1], [5, 1, 16, 2, 16]], ids=["one_query", "several_queries"])
+def test_the_newest_tokens_are_left_out(query_lens, window, skip, soft_cap, device):
+    """Some queries see tokens in few splits or none; the blocks of what is left out may hold anything."""
+    cache = random_cache(make_layout("K4V4", 64), [70, 1, 16, 129, 30], 2, device)
+    transforms = random_transforms(2, 64, device, rotary_table(32, True, 200, device), offset=2.0, value_hadamard=True)
+    query = torch.randn(sum(query_lens) + 1, 6, 64, device=device)
+    config = DecodeConfig(8, 16, 3, 1, 2)
+    options = {"sliding_window": window, "logits_soft_cap": soft_cap, "skip_newest": skip}
+    want_lse, got_lse = (torch.full((6, len(query)), torch.nan, device=device) for _ in range(2))
+    want = attend(paged_attention_ref, cache, query, query_lens, transforms, lse=want_lse, **options)
+    for request, (length, queries) in enumerate(zip(cache.seq_lens.tolist(), query_lens, strict=True)):
+        # Blocks that begin after the last token that is seen.
+        beyond = max(-(-(length - skip) // 16), 0)
+        if queries == 1 and skip:
+            cache.kv_cache[cache.block_table[request, beyond : -(-length // 16)].long()] = 255
+    workspace = decode_workspace(len(query), 6, 64, device)
+    options |= {"workspace": workspace, "config": config}
+    got = attend(paged_attention, cache, query, query_lens, transforms, lse=got_lse, **options)
+    limit = 2e-3 * largest_value(cache)
+    torch.testing.assert_close(got[:-1], want[:-1], rtol=0, atol=limit)
+    torch.testing.assert_close(got_lse[:, :-1], want_lse[:, :-1], rtol=0, atol=2e-3)
+    assert not got[-1].any() and (got_lse[:, -1] == -torch.inf).all(), "rows beyond the last query"
+
+
 def test_many_counts_of_queries(device):
     query_lens = [1, 2, 3, 7, 8, 9, 15, 16]
     cache = random_cache(make_layout("K8V2", 64), [30 + 3 * length for length in query_lens], 1, device)

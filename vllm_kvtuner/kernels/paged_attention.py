@@ -128,13 +128,13 @@ def _attend_kernel(
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr,
     K_META: tl.constexpr, V_META: tl.constexpr, FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
     ROTARY_DIM: tl.constexpr, SPLIT_ANGLES: tl.constexpr, ONE_QUERY: tl.constexpr,
-    WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
+    WINDOW: tl.constexpr, SKIP: tl.constexpr, SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One split of one request for up to BLOCK_M of the query rows that share a KV head.
 
     Tokens are the rows of every tile and query rows its columns, so that a group of 4 or 8 heads fills the narrow
-    side of the matrix instruction. WINDOW 0 and SOFT_CAP 0 mean none.
+    side of the matrix instruction. WINDOW 0 and SOFT_CAP 0 mean none; a query leaves out its SKIP newest tokens.
     """
     K_SLICES: tl.constexpr = 16 // K_BITS
     V_SLICES: tl.constexpr = 16 // V_BITS
@@ -154,13 +154,14 @@ def _attend_kernel(
     out_row = row.to(tl.int64) * num_splits + split
     row_position = seq_len - num_queries + query_index
 
-    # Whole tiles are shared out, from the first that any query sees.
+    # Whole tiles are shared out, from the first that any query sees to the last.
     first_token = 0
     if WINDOW > 0:
         first_token = tl.maximum(seq_len - num_queries + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
-    tiles = tl.cdiv(tl.cdiv(seq_len - first_token, BLOCK_N), num_splits)
+    seen_len = seq_len - SKIP
+    tiles = tl.cdiv(tl.cdiv(tl.maximum(seen_len - first_token, 0), BLOCK_N), num_splits)
     begin = first_token + split * tiles * BLOCK_N
-    end = tl.minimum(begin + tiles * BLOCK_N, seq_len)
+    end = tl.minimum(begin + tiles * BLOCK_N, seen_len)
     if begin >= end or num_queries <= tl.program_id(1) % ROW_TILES * BLOCK_M // GROUP:
         tl.store(lse_ptr + out_row, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=is_row)
         return
@@ -200,13 +201,13 @@ def _attend_kernel(
     index = tl.arange(0, BLOCK_N)
     k_word = tl.arange(0, K_WIDTH // 2)
     v_half = tl.arange(0, V_WIDTH)
-    block = _load_block(table, begin, index, seq_len, BLOCK_SIZE, BLOCK_N)
+    block = _load_block(table, begin, index, seen_len, BLOCK_SIZE, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
         token = start + index
-        seen = token < seq_len
+        seen = token < seen_len
         chunk = block.to(tl.int64) * block_stride + tl.zeros([BLOCK_N], tl.int64)
         # Loaded a tile ahead, so that the copies of a tile wait for nothing.
-        block = _load_block(table, start + BLOCK_N, index, seq_len, BLOCK_SIZE, BLOCK_N)
+        block = _load_block(table, start + BLOCK_N, index, seen_len, BLOCK_SIZE, BLOCK_N)
         place = index % BLOCK_SIZE if BLOCK_N % BLOCK_SIZE == 0 else token % BLOCK_SIZE
         k_place = chunk + place * (K_ROW // 4)
         k_codes = _load_padded(
@@ -222,7 +223,7 @@ def _attend_kernel(
         logits = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for i in tl.static_range(K_SLICES):
             logits = tl.dot(_slice(k_codes, i, K_BITS), queries[i], logits)
-        # Tokens beyond the request have scale and minimum 0, so that the bias alone decides.
+        # Tokens beyond those seen have scale and minimum 0, so that the bias alone decides.
         bias = tl.where(seen, 0.0, float("-inf"))
         if ONE_QUERY and WINDOW > 0:
             bias = tl.where(token > seq_len - 1 - WINDOW, bias, float("-inf"))
@@ -231,7 +232,7 @@ def _attend_kernel(
             bias += constant[None, :]
         logits = logits * k_scale[:, None] + (k_minimum[:, None] * query_sum[None, :] + bias)
         if ROTARY_DIM > 0:
-            position = tl.minimum(token, seq_len - 1).to(tl.int64)
+            position = tl.minimum(token, seen_len - 1).to(tl.int64)
             angles = cos_sin_ptr + position[:, None] * ROTARY_DIM + entry[None, :]
             angles = _load_padded(angles, entry[None, :], ROTARY_DIM, ENTRIES != ROTARY_DIM)
             offset = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -244,7 +245,7 @@ def _attend_kernel(
             offset = tl.dot(angles, coefficients[0], offset)
             logits += offset * offset_factor[None, :]
         if not ONE_QUERY:
-            visible = token[:, None] <= row_position[None, :]
+            visible = token[:, None] <= (row_position - SKIP)[None, :]
             if WINDOW > 0:
                 visible &= token[:, None] > (row_position - WINDOW)[None, :]
             logits = tl.where(visible, logits, float("-inf"))
@@ -296,12 +297,14 @@ def _attend_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_reqs", "num_splits"])
 def _combine_kernel(
-    partial_ptr, lse_ptr, query_start_loc_ptr, output_ptr, num_rows, num_reqs, num_splits, token_stride,
-    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HADAMARD: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr,
+    partial_ptr, lse_ptr, query_start_loc_ptr, output_ptr, output_lse_ptr, num_rows, num_reqs, num_splits, token_stride,
+    lse_stride, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HADAMARD: tl.constexpr, HAS_LSE: tl.constexpr,
+    ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of ROWS (token, head) rows, STEP splits at a time, and rotate the values back.
 
-    Rows of padding, beyond the last query or of an empty request, become 0.
+    Rows that see nothing, such as those of padding, beyond the last query or of an empty request, become 0; their
+    log-sum-exp is -inf.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = row < num_rows
@@ -328,6 +331,10 @@ def _combine_kernel(
         part = tl.load(partial_ptr + split[:, :, None] * HEAD_SIZE + dim[None, None, :], mask=wanted, other=0.0)
         output += tl.sum(part * weight[:, :, None], 1)
     output = output / tl.where(total > 0, total, 1.0)[:, None]
+    if HAS_LSE:
+        # From base 2.
+        sums = (top + tl.log2(total)) * 0.6931471805599453
+        tl.store(output_lse_ptr + row % NUM_HEADS * lse_stride + row // NUM_HEADS, sums, mask=keep)
     if HADAMARD:
         output = hadamard_rows(output, dim, HEAD_SIZE)
     target = output_ptr + (row // NUM_HEADS).to(tl.int64) * token_stride + row % NUM_HEADS * HEAD_SIZE
@@ -348,15 +355,17 @@ def paged_attention(
     output: torch.Tensor,
     sliding_window: int | None = None,
     logits_soft_cap: float = 0.0,
+    skip_newest: int = 0,
+    lse: torch.Tensor | None = None,
     *,
     workspace: DecodeWorkspace,
     config: DecodeConfig | None = None,
 ) -> None:
     """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
 
-    As :func:`vllm_kvtuner.reference.paged_attention_ref`, which has the arguments' shapes. Nothing is read back to
-    the host and nothing allocated: launches depend on shapes alone, so a CUDA graph may hold them. Rows of output
-    beyond the last query become 0. An fp16 or bf16 query gives errors of at most about 1e-3 of the largest value.
+    As :func:`vllm_kvtuner.reference.paged_attention_ref`, which has the arguments' shapes; ``skip_newest`` is less than
+    a sliding window. Nothing is read back to the host and nothing allocated: launches depend on shapes alone, so a CUDA
+    graph may hold them. Rows of output beyond the last query become 0, their log-sum-exp -inf. An fp16 or bf16 query gives errors of at most about 1e-3 of the largest value.
 
     Args:
         workspace: from :func:`decode_workspace`, for at least this many tokens and this shape of layer.
@@ -373,6 +382,8 @@ def paged_attention(
     assert seq_lens.shape == (num_reqs,) and query_start_loc.shape == (num_reqs + 1,)
     for lengths in (block_table, seq_lens, query_start_loc):
         assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
+    assert 0 <= skip_newest < (sliding_window or math.inf), (skip_newest, sliding_window)
+    assert lse is None or lse.shape == (num_heads, num_tokens) and lse.stride(1) == 1 and lse.dtype == torch.float32
     num_rows = num_tokens * num_heads
     assert num_rows <= workspace.constants.shape[0] and workspace.output.shape[1] == head_size, "workspace too small"
     if num_rows == 0:
@@ -401,13 +412,14 @@ def paged_attention(
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         FOLDED_SIZE=workspace.query.shape[1], HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim,
         SPLIT_ANGLES=rotary is not None and rotary.cos_sin.dtype != coefficients.dtype,
-        ONE_QUERY=max_query_len == 1, WINDOW=sliding_window or 0, SOFT_CAP=logits_soft_cap, ROW_TILES=row_tiles,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        ONE_QUERY=max_query_len == 1, WINDOW=sliding_window or 0, SKIP=skip_newest, SOFT_CAP=logits_soft_cap,
+        ROW_TILES=row_tiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     rows_per_program = 16 if num_rows >= 2048 else 1
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
-        workspace.output, workspace.lse, query_start_loc, output, num_rows, num_reqs, num_splits, output.stride(0),
-        NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard,
+        workspace.output, workspace.lse, query_start_loc, output, lse, num_rows, num_reqs, num_splits, output.stride(0),
+        0 if lse is None else lse.stride(0),
+        NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard, HAS_LSE=lse is not None,
         ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip
