@@ -35,6 +35,7 @@ class Variant:
     offset_pairs: int = 0
     window: int | None = None
     soft_cap: bool = False
+    recent: int | None = None
     dtype: torch.dtype = torch.bfloat16
 
     def defines(self, arch: str) -> dict[str, int]:
@@ -47,8 +48,9 @@ class Variant:
         layout, rows = make_layout(self.pair, self.head_size, self.block_size), self.rows
         config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch])
         return cuda._defines(
-            layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap
-        )
+            layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap,
+            self.recent or 0, self.recent is not None,
+        )  # fmt: skip
 
     @property
     def rows(self) -> int:
@@ -70,8 +72,13 @@ class Variant:
         Variant("K2V8", 64, group=1, dtype=torch.float16),
         Variant("K2V4", 96),
         Variant("K2V2", 128),
+        Variant("K4V4", 128, transformed=True, recent=64),
+        Variant("K2V2", 128, window=100, recent=64),
+        Variant("K8V8", 128, window=64, recent=0),
     ],
-    ids=lambda variant: f"{variant.pair}-{variant.head_size}",
+    ids=lambda variant: (
+        f"{variant.pair}-{variant.head_size}" + (f"-recent{variant.recent}" * (variant.recent is not None))
+    ),
 )
 def test_nothing_spills_where_decoding_is_fastest(variant):
     """Passes of 4 rows on sm_90, head size up to 128: as many CTAs as the knobs ask for fit into the registers."""
@@ -92,6 +99,7 @@ def test_nothing_spills_where_decoding_is_fastest(variant):
         ("sm_90", Variant("K4V2", 256, group=8, transformed=True)),
         ("sm_90", Variant("K4V4", 128, group=1, max_query_len=16, soft_cap=True, dtype=torch.float16)),
         ("sm_90", Variant("K8V4", 128, transformed=True, offset_pairs=64)),
+        ("sm_80", Variant("K4V2", 128, group=8, max_query_len=4, recent=32)),
         ("sm_120", Variant("K4V2", 128)),
         ("sm_120", Variant("K2V2", 64, group=8, transformed=True, offset_pairs=8)),
     ],

@@ -91,6 +91,48 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
+@pytest.mark.parametrize(
+    ("pair", "group", "query_lens", "options", "transforms"),
+    [
+        pytest.param("K4V4", 4, [1], {"skip_newest": 24}, None, id="one query"),
+        pytest.param("K4V2", 4, [1], {"skip_newest": 140}, None, id="most requests see nothing"),
+        pytest.param("K4V4", 2, [1, 5, 1, 16, 3, 2], {"skip_newest": 12}, None, id="some queries see nothing"),
+        pytest.param(
+            "K8V4", 4, [1, 3, 1, 2, 4, 1],
+            {"skip_newest": 9, "sliding_window": 40, "logits_soft_cap": 4.0}, None, id="sliding window, capped",
+        ),
+        pytest.param("K8V8", 4, [1], {"sliding_window": 24}, None, id="the window itself"),
+        pytest.param(
+            "K4V4", 4, [1],
+            {"skip_newest": 24}, lambda: offset_in(7, 2, 64, rotary(64), value_hadamard=True), id="transforms",
+        ),
+    ],
+)  # fmt: skip
+def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transforms):
+    """And the log-sum-exp is there, by which attention over them is merged."""
+    transforms = transforms() if transforms else LayerTransforms()
+    query_lens = query_lens if len(query_lens) > 1 else query_lens * len(SEQ_LENS)
+    seq_lens = [max(length, queries) if length else 0 for length, queries in zip(SEQ_LENS, query_lens, strict=True)]
+    cache = random_cache(make_layout(pair, 64), seq_lens, 2, CPU)
+    total, num_heads = sum(query_lens), 2 * group
+    query = torch.randn(total + 2, num_heads, 64).to(FP16)
+    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
+    got, got_lse = torch.full_like(query, torch.nan), torch.full((num_heads, total + 2), torch.nan)
+    want, want_lse = torch.zeros(total, num_heads, 64), torch.empty(num_heads, total)
+    workspace = paged_attention.decode_workspace(len(seq_lens), max(query_lens), num_heads, 2, 64, CPU)
+    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), 0.125, cache.layout)
+    arguments = (*arguments, transforms)
+    paged_attention.paged_attention(query, *arguments, got, **options, lse=got_lse, workspace=workspace)
+    paged_attention_ref(query[:total].float(), *arguments, want, **options, lse=want_lse)
+    sees_nothing = want_lse.T.isneginf()
+    assert sees_nothing.any() and not sees_nothing.all()
+    assert (got[:total][sees_nothing] == 0).all() and (got[total:] == 0).all()
+    assert (got[:total].float() - want).norm() < 6e-4 * want.norm()
+    torch.testing.assert_close(got_lse[:, :total], want_lse, rtol=0, atol=2e-3)
+    assert (got_lse[:, total:] == -torch.inf).all(), "rows beyond the last query"
+    assert not workspace.arrivals.any(), "counters are 0 between launches"
+
+
 def decode_one(function, cache, query, **options):
     """An implementation's output for one request's newest token."""
     output = torch.full_like(query, torch.nan)

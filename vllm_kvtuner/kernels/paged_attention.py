@@ -298,7 +298,7 @@ def _attend_kernel(
 @triton.jit(do_not_specialize=["num_rows", "num_reqs", "num_splits"])
 def _combine_kernel(
     partial_ptr, lse_ptr, query_start_loc_ptr, output_ptr, output_lse_ptr, num_rows, num_reqs, num_splits, token_stride,
-    lse_stride, NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HADAMARD: tl.constexpr, HAS_LSE: tl.constexpr,
+    NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HADAMARD: tl.constexpr, HAS_LSE: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """Merge the splits of ROWS (token, head) rows, STEP splits at a time, and rotate the values back.
@@ -334,7 +334,7 @@ def _combine_kernel(
     if HAS_LSE:
         # From base 2.
         sums = (top + tl.log2(total)) * 0.6931471805599453
-        tl.store(output_lse_ptr + row % NUM_HEADS * lse_stride + row // NUM_HEADS, sums, mask=keep)
+        tl.store(output_lse_ptr + row % NUM_HEADS * (num_rows // NUM_HEADS) + row // NUM_HEADS, sums, mask=keep)
     if HADAMARD:
         output = hadamard_rows(output, dim, HEAD_SIZE)
     target = output_ptr + (row // NUM_HEADS).to(tl.int64) * token_stride + row % NUM_HEADS * HEAD_SIZE
@@ -365,7 +365,8 @@ def paged_attention(
 
     As :func:`vllm_kvtuner.reference.paged_attention_ref`, which has the arguments' shapes; ``skip_newest`` is less than
     a sliding window. Nothing is read back to the host and nothing allocated: launches depend on shapes alone, so a CUDA
-    graph may hold them. Rows of output beyond the last query become 0, their log-sum-exp -inf. An fp16 or bf16 query gives errors of at most about 1e-3 of the largest value.
+    graph may hold them. Rows of output beyond the last query become 0, their log-sum-exp -inf. An fp16 or bf16 query
+    gives errors of at most about 1e-3 of the largest value.
 
     Args:
         workspace: from :func:`decode_workspace`, for at least this many tokens and this shape of layer.
@@ -383,7 +384,8 @@ def paged_attention(
     for lengths in (block_table, seq_lens, query_start_loc):
         assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
     assert 0 <= skip_newest < (sliding_window or math.inf), (skip_newest, sliding_window)
-    assert lse is None or lse.shape == (num_heads, num_tokens) and lse.stride(1) == 1 and lse.dtype == torch.float32
+    if lse is not None:
+        assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
     num_rows = num_tokens * num_heads
     assert num_rows <= workspace.constants.shape[0] and workspace.output.shape[1] == head_size, "workspace too small"
     if num_rows == 0:
@@ -419,7 +421,6 @@ def paged_attention(
     rows_per_program = 16 if num_rows >= 2048 else 1
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
         workspace.output, workspace.lse, query_start_loc, output, lse, num_rows, num_reqs, num_splits, output.stride(0),
-        0 if lse is None else lse.stride(0),
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard, HAS_LSE=lse is not None,
         ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip

@@ -2,7 +2,8 @@
 //
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, BLOCK_SIZE, GROUP (query heads per KV head), PASS_ROWS (query rows of a
 // pass, 4 or 8), STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
-// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (a multiple of 32), WINDOW (0: none), SOFT_CAP (0 or 1).
+// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (a multiple of 32), WINDOW (tokens that
+// a query sees, 0: all), SKIP_NEWEST (tokens that it does not see, the newest), WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
 //
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
 // head) chunk or several. A *segment* is what one pass reads: all stages of one (request, KV head, pass). Segments
@@ -84,11 +85,13 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
                     const float* equalization, const float2* offset, const int* offset_dims,
                     const int* offset_index, const float2* coarse_angles, const uint4* fine_angles, u64 query_stride,
                     u64 output_stride, u64 block_stride, u64 head_stride, u64 table_stride, int num_reqs, int num_tokens,
-                    int num_kv_heads, int max_segments, int rotary_pairs, float scale_log2, float soft_cap_log2) {
+                    int num_kv_heads, int max_segments, int rotary_pairs, float scale_log2, float soft_cap_log2,
+                    float* output_lse) {
   Arguments a = {query,         output,        kv_cache,     block_table,   seq_lens,      query_start_loc, partial,
                  partial_state, arrivals,      equalization, offset,        offset_dims,   offset_index,    coarse_angles,
                  fine_angles,   query_stride,  output_stride, block_stride, head_stride,   table_stride,    num_reqs,
-                 num_tokens,    num_kv_heads,  max_segments, rotary_pairs,  scale_log2,    soft_cap_log2,   0};
+                 num_tokens,    num_kv_heads,  max_segments, rotary_pairs,  scale_log2,    soft_cap_log2,   0,
+                 output_lse};
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *(Shared*)memory;
   const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
@@ -201,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
       for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
         float x[NUMBERS], top, total;
         add_up(shared, row, lane, x, top, total);
-        write_row(a, cursor, row, x, total, lane);
+        write_row(a, cursor, row, x, top, total, lane);
       }
     } else {
       share_segment(a, shared, cursor, shares, cta, warp, lane);

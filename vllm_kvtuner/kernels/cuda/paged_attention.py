@@ -133,6 +133,7 @@ def unsupported(
     transforms: LayerTransforms,
     logits_soft_cap: float = 0.0,
     capability: tuple[int, int] = (9, 0),
+    write_lse: bool = False,
 ) -> str | None:
     """Why this kernel does not serve a layer on cards of a compute capability, or None if it does."""
     if layout.head_size > 128 and capability in SMALL_SHARED_MEMORY:
@@ -144,8 +145,9 @@ def unsupported(
     rotary = transforms.rotary
     if rotary is not None and rotary.frequencies is None:
         return "the key offset's rotation is not proportional to the position"
-    if logits_soft_cap and (rotary is None or transforms.key_offset[:, rotary.rotary_dim :].any()):
-        return "a capped logit needs all of the key offset, but some of it is not rotated"
+    if (logits_soft_cap or write_lse) and (rotary is None or transforms.key_offset[:, rotary.rotary_dim :].any()):
+        what = "a capped logit" if logits_soft_cap else "attention beside a recent window"
+        return f"{what} needs all of the key offset, but some of it is not rotated"
     return None
 
 
@@ -159,6 +161,8 @@ def _defines(
     offset_pairs: int,
     sliding_window: int | None,
     soft_cap: bool,
+    skip_newest: int = 0,
+    write_lse: bool = False,
 ) -> dict[str, int]:
     return {
         "SHARED_BYTES": shared_bytes(layout, rows, config, offset_pairs),
@@ -177,7 +181,9 @@ def _defines(
         "KEY_EQUALIZATION": int(transforms.key_equalization is not None),
         "OFFSET_PAIRS": offset_pairs,
         "ANGLE_STEP": ANGLE_STEP,
-        "WINDOW": sliding_window or 0,
+        "WINDOW": sliding_window - skip_newest if sliding_window else 0,
+        "SKIP_NEWEST": skip_newest,
+        "WRITE_LSE": int(write_lse),
         "SOFT_CAP": int(soft_cap),
     }
 
@@ -190,6 +196,8 @@ def _build(
     transforms: LayerTransforms,
     sliding_window: int | None,
     soft_cap: bool,
+    skip_newest: int,
+    write_lse: bool,
     device: torch.device,
     config: DecodeConfig | None,
 ) -> tuple[BuiltKernel, int]:
@@ -199,7 +207,9 @@ def _build(
     if config is None:
         shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
         config = decode_config(layout, rows, pairs, shared)
-    defines = _defines(layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap)
+    defines = _defines(
+        layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap, skip_newest, write_lse
+    )
     return build("paged_attention", tuple(defines.items()), 32 * NUM_WARPS, defines["SHARED_BYTES"], device), rows
 
 
@@ -237,6 +247,8 @@ def paged_attention(
     output: torch.Tensor,
     sliding_window: int | None = None,
     logits_soft_cap: float = 0.0,
+    skip_newest: int = 0,
+    lse: torch.Tensor | None = None,
     *,
     workspace: DecodeWorkspace,
     config: DecodeConfig | None = None,
@@ -244,9 +256,10 @@ def paged_attention(
 ) -> None:
     """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
 
-    As :func:`vllm_kvtuner.reference.paged_attention_ref`, which has the arguments' shapes. Nothing is read back to
-    the host and nothing allocated: the launch depends on shapes alone, so a CUDA graph may hold it. Rows of output
-    beyond the last query become 0. The first call of a variant compiles it.
+    As :func:`vllm_kvtuner.reference.paged_attention_ref`, which has the arguments' shapes; ``skip_newest`` is less than
+    a sliding window, and lse contiguous. Nothing is read back to the host and nothing allocated: the launch depends on
+    shapes alone, so a CUDA graph may hold it. Rows of output beyond the last query become 0, their log-sum-exp -inf.
+    The first call of a variant compiles it.
 
     Args:
         workspace: from :func:`decode_workspace`, for at least this many requests and this shape of layer.
@@ -266,11 +279,15 @@ def paged_attention(
     assert seq_lens.shape == (num_reqs,) and query_start_loc.shape == (num_reqs + 1,)
     for lengths in (block_table, seq_lens, query_start_loc):
         assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
+    assert 0 <= skip_newest < (sliding_window or math.inf), (skip_newest, sliding_window)
+    if lse is not None:
+        assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
     if num_tokens == 0:
         return
     kernel, rows = _build(
-        layout, group, max_query_len, query.dtype, transforms, sliding_window, logits_soft_cap > 0, query.device, config
-    )
+        layout, group, max_query_len, query.dtype, transforms, sliding_window, logits_soft_cap > 0, skip_newest,
+        lse is not None, query.device, config,
+    )  # fmt: skip
     max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
     assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"
     grid = min(kernel.max_ctas, workspace.partial.shape[0] // 2)
@@ -302,5 +319,6 @@ def paged_attention(
         *(ctypes.c_int32(n) for n in integers),
         ctypes.c_float(scale * log2e),
         ctypes.c_float(logits_soft_cap * log2e),
+        0 if lse is None else lse.data_ptr(),
         dependent=dependent,
     )

@@ -53,12 +53,21 @@ __device__ __forceinline__ void add_up(const Shared& shared, int row, int lane, 
   }
 }
 
-// A normalized row to the output.
+// A normalized row to the output, and its log-sum-exp; 0 and -inf if it has seen nothing.
 __device__ __forceinline__ void write_row(const Arguments& a, const Cursor& cursor, int row, float (&x)[NUMBERS],
-                                          float total, int lane) {
+                                          float top, float total, int lane) {
   const Request& request = cursor.request;
   int query, member;
   if (!row_of(request, cursor.pass, row, query, member)) return;
+#if WRITE_LSE
+  // From base 2.
+  if (lane == 0)
+    a.output_lse[(u64)(cursor.kv_head * GROUP + member) * a.num_tokens + request.first_query + query] =
+        total > 0.0f ? (top + log2f(total)) * 0.6931471805599453f : MASKED;
+#endif
+#if SKIP_NEWEST
+  if (total == 0.0f) total = 1.0f;
+#endif
 #pragma unroll
   for (int i = 0; i < NUMBERS; i++) x[i] /= total;
 #if VALUE_HADAMARD
@@ -131,19 +140,31 @@ __device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared
         }
       }
     }
-    write_row(a, cursor, row, x, total, lane);
+    write_row(a, cursor, row, x, top, total, lane);
   }
 }
 
-// Rows that no segment writes: tokens beyond the last query, and queries of requests without cached tokens.
+// The log-sum-exp of a token that sees nothing.
+__device__ __forceinline__ void clear_lse(const Arguments& a, int token, int thread) {
+#if WRITE_LSE
+  for (int i = thread; i < a.num_kv_heads * GROUP; i += NUM_WARPS * 32)
+    a.output_lse[(u64)i * a.num_tokens + token] = MASKED;
+#endif
+}
+
+// Rows that no segment writes: tokens beyond the last query, and queries of requests that see no cached tokens.
 __device__ __forceinline__ void clear_rows(const Arguments& a, int thread) {
   const int row_size = a.num_kv_heads * GROUP * HEAD_SIZE;
   const int used = a.query_start_loc[a.num_reqs];
-  for (int token = used + blockIdx.x; token < a.num_tokens; token += gridDim.x)
+  for (int token = used + blockIdx.x; token < a.num_tokens; token += gridDim.x) {
     for (int i = thread; i < row_size; i += NUM_WARPS * 32) a.output[token * a.output_stride + i] = 0;
+    clear_lse(a, token, thread);
+  }
   for (int r = blockIdx.x; r < a.num_reqs; r += gridDim.x) {
-    if (a.seq_lens[r] > 0) continue;
-    for (int token = a.query_start_loc[r]; token < a.query_start_loc[r + 1]; token++)
+    if (a.seq_lens[r] > SKIP_NEWEST) continue;
+    for (int token = a.query_start_loc[r]; token < a.query_start_loc[r + 1]; token++) {
       for (int i = thread; i < row_size; i += NUM_WARPS * 32) a.output[token * a.output_stride + i] = 0;
+      clear_lse(a, token, thread);
+    }
   }
 }

@@ -25,6 +25,7 @@ struct Arguments {
   float scale_log2;              // logits to base 2 per unit of q . k
   float soft_cap_log2;           // the cap to base 2
   int visit;                     // stages that a segment counts for besides its own, found by share_out
+  float* output_lse;             // [heads][tokens], if WRITE_LSE
 };
 
 __device__ __forceinline__ float load_query(const u16* pointer) {
@@ -48,14 +49,14 @@ __device__ __forceinline__ u16 round_output(float x) {
 __device__ __forceinline__ int token_of_row(int row) { return row ^ (row >> 1 & 1); }
 
 struct Request {
-  int index, len, num_queries, first_query;
+  int index, len, num_queries, first_query;  // len: tokens that the newest query sees, or would without a window
   int first_stage;  // the first that any query sees
   int stages;       // per segment
   int passes;       // over the tokens, for each KV head
 
   __device__ __forceinline__ void load(const Arguments& a, int request) {
     index = request;
-    len = a.seq_lens[request];
+    len = a.seq_lens[request] - SKIP_NEWEST;
     first_query = a.query_start_loc[request];
     num_queries = a.query_start_loc[request + 1] - first_query;
     first_stage = 0;
