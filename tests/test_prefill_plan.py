@@ -22,6 +22,7 @@ class Batch:
     workspace: int
     window: int | None
     attend_cached: bool
+    recent: int | None = None
 
     @property
     def starts(self) -> list[int]:
@@ -44,11 +45,12 @@ class Batch:
             block_size=BLOCK,
             attend_cached=self.attend_cached,
             sliding_window=self.window,
+            recent=self.recent,
             device=CPU,
         )
 
 
-def random_batch(seed: int, window: int | None, attend_cached: bool) -> Batch:
+def random_batch(seed: int, window: int | None, attend_cached: bool, recent: int | None = None) -> Batch:
     numbers = random.Random(seed)
     num_decodes, num_prefills = numbers.randrange(3), numbers.randrange(1, 6)
     decodes = [(numbers.randrange(1, 90), 1) for _ in range(num_decodes)]
@@ -59,9 +61,9 @@ def random_batch(seed: int, window: int | None, attend_cached: bool) -> Batch:
     requests = (*decodes, *prefills)
     fresh = sum(query for _, query in requests)
     # From the least that fits to more than everything.
-    workspace = workspace_rows(numbers.choice([0, 64, 200, 5000]), fresh, window)
+    workspace = workspace_rows(numbers.choice([0, 64, 200, 5000]), fresh, window or recent)
     # One block per request with a context is the least a context slice holds.
-    return Batch(requests, num_decodes, max(workspace, BLOCK * num_prefills), window, attend_cached)
+    return Batch(requests, num_decodes, max(workspace, BLOCK * num_prefills), window, attend_cached, recent)
 
 
 CASES = [(window, attend_cached) for window in (None, 1, 24, 1000) for attend_cached in (False, True)]
@@ -153,42 +155,58 @@ def attend(query, keys, values, mask):
 
 def merge(first, first_lse, second, second_lse):
     lse = torch.logaddexp(first_lse, second_lse)
-    return (first_lse - lse).exp()[:, None] * first + (second_lse - lse).exp()[:, None] * second, lse
+    first_share, second_share = ((part - lse).exp().nan_to_num(0.0)[:, None] for part in (first_lse, second_lse))
+    return first_share * first + second_share * second, lse
 
 
-def by_plan(batch, query, cached, fresh):
-    """What the GPU path does with a plan, one head: ``cached`` and ``fresh`` are (keys, values) per request."""
+def by_plan(batch, query, cached, fresh, held=None):
+    """What the GPU path does with a plan, one head: ``cached``, ``fresh`` and ``held`` (in the recent window) are keys
+    and values per request."""
     planned, starts = batch.plan(), batch.starts
     output = torch.full_like(query, torch.nan)
     lse = torch.full((len(query),), torch.nan, dtype=query.dtype)
 
-    def bottom_right(num_queries, num_keys):
+    def bottom_right(num_queries, num_keys, window=batch.window):
         distance = torch.arange(num_queries)[:, None] + num_keys - num_queries - torch.arange(num_keys)
-        return (distance >= 0) & (distance < (batch.window or num_keys + 1))
+        return (distance >= 0) & (distance < (window or num_keys + num_queries))
 
     if planned.fresh:
         for request in batch.prefills:
             rows = slice(starts[request], starts[request + 1])
             mask = bottom_right(rows.stop - rows.start, rows.stop - rows.start)
             output[rows], lse[rows] = attend(query[rows], *fresh[request], mask)
-    for parts, causal in ((planned.causal, True), (planned.context, False)):
+    older_window = batch.window - batch.recent if batch.window and planned.newest else batch.window
+    for parts, causal, window in (
+        (planned.causal, True, older_window),
+        (planned.newest, True, batch.recent),
+        (planned.context, False, None),
+    ):
         for part in parts:
             rows = tokens_read(part)
             keys, values = (
-                torch.stack([cached[request][which][position] for request, position in rows]) for which in (0, 1)
+                torch.stack([cached[request][which][position] for request, position in rows])
+                if rows
+                else torch.empty(0, HEAD_SIZE, dtype=torch.float64)
+                for which in (0, 1)
             )
+            span = range(part.first_request, part.first_request + part.num_reqs)
+            if not part.needs_packed:
+                keys, values = keys * torch.nan, values * torch.nan
             if part.fresh_rows is not None:
-                span = range(part.first_request, part.first_request + part.num_reqs)
                 keys[part.fresh_rows] = torch.cat([fresh[request][0] for request in span])
                 values[part.fresh_rows] = torch.cat([fresh[request][1] for request in span])
+            if part.recent is not None:
+                for row, (request, position) in zip(part.recent_rows.tolist(), tokens_read(part.recent), strict=True):
+                    assert rows[row] == (request, position)
+                    keys[row], values[row] = (held[request][which][position] for which in (0, 1))
             bounds, queries = part.cu_seq_lens.tolist(), part.cu_query_lens.tolist()
             for index in range(part.num_reqs):
                 mine = slice(part.first_token + queries[index], part.first_token + queries[index + 1])
                 span = slice(bounds[index], bounds[index + 1])
                 shape = (mine.stop - mine.start, span.stop - span.start)
-                mask = bottom_right(*shape) if causal else torch.ones(shape, dtype=torch.bool)
+                mask = bottom_right(*shape, window) if causal else torch.ones(shape, dtype=torch.bool)
                 result = attend(query[mine], keys[span], values[span], mask)
-                if not causal:
+                if parts is not planned.causal:
                     result = merge(*result, output[mine], lse[mine])
                 output[mine], lse[mine] = result
     return output[starts[batch.num_decodes] :]
@@ -221,6 +239,44 @@ def test_attention_by_the_plan_is_plain_attention(window, attend_cached):
             mine = slice(batch.starts[request], batch.starts[request + 1])
             expected.append(attend(query[mine], keys, values, mask)[0])
         torch.testing.assert_close(by_plan(batch, query, cached, fresh), torch.cat(expected), rtol=1e-10, atol=1e-12)
+
+
+RECENT_CASES = [(None, 1), (None, 10), (None, 1000), (24, 10), (60, 59), (1000, 30)]
+
+
+@pytest.mark.parametrize("attend_cached", [False, True])
+@pytest.mark.parametrize(("window", "recent"), RECENT_CASES)
+def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(window, recent, attend_cached):
+    """Under attend_cached each query its own newest; else all of a request's queries those before the fresh ones."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rows(count):
+        return [torch.randn(count, HEAD_SIZE, dtype=torch.float64, generator=generator) for _ in range(2)]
+
+    for seed in SEEDS:
+        batch = random_batch(seed, window, attend_cached, recent)
+        query = rows(batch.starts[-1])[0]
+        cached = [rows(context + new) for context, new in batch.requests]
+        fresh = [rows(new) for _, new in batch.requests]
+        held = [rows(context + new) for context, new in batch.requests]
+        # What the window's cache does not hold may be anything.
+        for (keys, values), (context, _) in zip(held, batch.requests, strict=True):
+            keys[: max(0, context - recent + 1)] = values[: max(0, context - recent + 1)] = torch.nan
+            keys[context:] = values[context:] = torch.nan
+        expected = []
+        for request in batch.prefills:
+            context, new = batch.requests[request]
+            token = torch.arange(context + new)
+            newest = [torch.cat([held[request][which][:context], fresh[request][which]]) for which in (0, 1)]
+            mine = slice(batch.starts[request], batch.starts[request + 1])
+            for row, position in enumerate(range(context, context + new)):
+                near = token > (position if attend_cached else context) - recent
+                keys, values = (torch.where(near[:, None], newest[i], cached[request][i]) for i in (0, 1))
+                seen = (token <= position) & (token > position - (window or context + new))
+                expected.append(attend(query[mine][row : row + 1], keys[seen], values[seen], torch.ones(1, 1) > 0)[0])
+        torch.testing.assert_close(
+            by_plan(batch, query, cached, fresh, held), torch.cat(expected), rtol=1e-9, atol=1e-11
+        )
 
 
 def test_workspace_holds_a_batch_and_a_window_at_least():

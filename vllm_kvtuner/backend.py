@@ -1,7 +1,7 @@
 """vLLM attention backends, one per precision pair, and the metadata that their implementation reads.
 
-vLLM forms attention groups by (backend class, KV cache spec), so a class per pair gives every pair its own page size
-and metadata while :class:`UniformTypeKVCacheSpecs` keeps unequal pages in one KV cache group.
+vLLM forms attention groups by (backend class, KV cache spec), so a class per pair (and recent window) gives each its
+own page size and metadata while :class:`UniformTypeKVCacheSpecs` keeps unequal pages in one KV cache group.
 """
 
 import functools
@@ -27,6 +27,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner import prefill_plan
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair, content_bytes
+from vllm_kvtuner.precision import RecentWindow
 from vllm_kvtuner.prefill_plan import PrefillPlan
 
 MAX_DECODE_QUERY_LEN = 16
@@ -73,6 +74,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self.reorder_batch_threshold = self.decode_query_len
         implementation = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self._sliding_window: int | None = implementation.sliding_window
+        self._recent = None if implementation.recent is None else implementation.recent.window.tokens
         self._attend_cached_prefill: bool = implementation.attend_cached_prefill
         self._workspace_tokens: int = implementation.prefill_workspace_tokens
 
@@ -95,6 +97,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
                 block_size=self.kv_cache_spec.block_size,
                 attend_cached=self._attend_cached_prefill,
                 sliding_window=self._sliding_window,
+                recent=self._recent,
                 device=self.device,
             )
         return KVTunerMetadata(
@@ -177,7 +180,10 @@ class KVTunerBackend(AttentionBackend):
 
 @functools.cache
 def backend_for(
-    pair: PrecisionPair, prefer_block_outermost: bool = False, switchable: bool = False
+    pair: PrecisionPair,
+    prefer_block_outermost: bool = False,
+    switchable: bool = False,
+    recent: RecentWindow | None = None,
 ) -> type[KVTunerBackend]:
     """The backend class of layers stored at ``pair``, always the same object for the same arguments.
 
@@ -185,8 +191,10 @@ def backend_for(
         pair: what the pages have room for.
         prefer_block_outermost: the model's pages cannot share one group.
         switchable: calibration mode, in which a layer may store a smaller pair in these pages (calibration.py).
+        recent: the layers' recent window; those with another have other metadata.
     """
-    name = f"KVTuner{pair}{'Switchable' if switchable else ''}Backend"
+    window = f"Recent{recent.tokens}" if recent else ""
+    name = f"KVTuner{pair}{window}{'Switchable' if switchable else ''}Backend"
     attributes = {
         "pair": pair,
         "prefer_block_outermost": prefer_block_outermost,

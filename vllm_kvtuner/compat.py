@@ -165,7 +165,7 @@ def give_layers_their_backend() -> None:
 
         resolved = plugin.resolved_profile(config)
         kwargs["attn_backend"] = backend_for(
-            precision.pair, plugin.needs_packed_blocks(config), plugin.is_calibration(config)
+            precision.pair, plugin.needs_packed_blocks(config), plugin.is_calibration(config), precision.recent
         )
         kwargs["settings"] = LayerSettings(precision, resolved.attend_cached_prefill)
         original(self, *args, **kwargs)

@@ -46,9 +46,13 @@ def device_capability(device: torch.device) -> tuple[int, int] | None:
 
 
 def choose_decode(
-    layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float, capability: tuple[int, int] | None
+    layout: PageLayout,
+    transforms: LayerTransforms,
+    logits_soft_cap: float,
+    capability: tuple[int, int] | None,
+    write_lse: bool = False,
 ) -> Choice:
-    """The decode kernel of a layer on cards of a compute capability.
+    """The decode kernel of a layer on cards of a compute capability; ``write_lse`` for one with a recent window.
 
     Raises:
         ValueError: KVTUNER_DECODE_KERNEL asks for the CUDA kernel where it cannot run.
@@ -58,7 +62,7 @@ def choose_decode(
         from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
         assert capability is not None
-        return unsupported(layout, transforms, logits_soft_cap, capability)
+        return unsupported(layout, transforms, logits_soft_cap, capability, write_lse)
 
     choice = _choose(unsupported, capability)
     if envs.decode_kernel() == CUDA and choice.kernel != CUDA:
@@ -77,13 +81,19 @@ def choose_rows(layout: PageLayout, capability: tuple[int, int] | None) -> Choic
     return _choose(unsupported, capability)
 
 
-def decode_kernel(layout: PageLayout, transforms: LayerTransforms, logits_soft_cap: float, device: torch.device) -> str:
+def decode_kernel(
+    layout: PageLayout,
+    transforms: LayerTransforms,
+    logits_soft_cap: float,
+    device: torch.device,
+    write_lse: bool = False,
+) -> str:
     """``cuda`` or ``triton`` for a layer's decode; the choice and its reason are logged once.
 
     Raises:
         ValueError: as :func:`choose_decode`.
     """
-    choice = choose_decode(layout, transforms, logits_soft_cap, device_capability(device))
+    choice = choose_decode(layout, transforms, logits_soft_cap, device_capability(device), write_lse)
     _log(f"decode kernel: {choice}")
     return choice.kernel
 

@@ -10,6 +10,11 @@ from vllm_kvtuner import decode_kernel
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
 from vllm_kvtuner.transforms import LayerTransforms
 
+WARM_UP_TOKENS = 256
+"""Decodes of a batch that takes the kernels' variants for many rows."""
+WARM_UP_ROWS = 1 << 15
+"""(token, KV head) rows of a prefill that takes the store kernel's variant for many rows."""
+
 
 class LayerKernels:
     """Store, gather and decode of a layer whose pair and transforms may change between calls.
@@ -24,6 +29,8 @@ class LayerKernels:
         max_num_seqs: decodes of a batch.
         max_decode_query_len: query tokens of one decode.
         device: a GPU.
+        skip_newest: tokens, the newest that a query sees, that decoding leaves out.
+        write_lse: decoding gives the log-sum-exp too.
     """
 
     def __init__(
@@ -37,6 +44,8 @@ class LayerKernels:
         max_num_seqs: int,
         max_decode_query_len: int,
         device: torch.device,
+        skip_newest: int = 0,
+        write_lse: bool = False,
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -47,6 +56,8 @@ class LayerKernels:
         self.max_num_seqs = max_num_seqs
         self.max_decode_query_len = max_decode_query_len
         self.device = device
+        self.skip_newest = skip_newest
+        self.write_lse = write_lse
         self.forget()
 
     def forget(self) -> None:
@@ -63,7 +74,7 @@ class LayerKernels:
             has_offset: whether a key offset is, which may leave the layer to the portable kernel.
         """
         layout = PageLayout(pair, self.head_size, BLOCK_SIZE_MULTIPLE)
-        self._workspace(decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device))
+        self._workspace(self._choose(layout, transforms))
         if has_offset:
             self._workspace(decode_kernel.TRITON)
 
@@ -96,10 +107,13 @@ class LayerKernels:
         layout: PageLayout,
         transforms: LayerTransforms,
         output: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
-        """As :func:`vllm_kvtuner.reference.paged_attention_ref`, with the layer's scale, window and cap."""
+        """As :func:`vllm_kvtuner.reference.paged_attention_ref`, with the layer's scale, windows and cap; ``lse``,
+        contiguous, if the layer has one."""
+        assert (lse is not None) == self.write_lse
         if self._decode is None:
-            self._decode = decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device)
+            self._decode = self._choose(layout, transforms)
         kernel, options = _decode_module(self._decode)
         kernel.paged_attention(
             query,
@@ -114,9 +128,58 @@ class LayerKernels:
             output,
             self.sliding_window,
             self.logits_soft_cap,
+            self.skip_newest,
+            lse,
             workspace=self._workspace(self._decode),
             **options,
         )
+
+    def warm_up(
+        self,
+        kv_cache: torch.Tensor,
+        layout: PageLayout,
+        transforms: LayerTransforms,
+        workspace: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Compile the kernels at the row counts that they tell apart, without storing anything.
+
+        Args:
+            kv_cache: pages of the layout.
+            layout: of the layer.
+            transforms: of the layer.
+            workspace: [tokens, num_kv_heads, head_size] of the model's dtype, twice, to gather into.
+        """
+        heads, kv_heads, size, dtype = self.num_heads, self.num_kv_heads, self.head_size, workspace[0].dtype
+
+        def integers(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.full(shape, fill, dtype=dtype, device=self.device)
+
+        reqs, longest = min(self.max_num_seqs, WARM_UP_TOKENS), self.max_decode_query_len
+        for count, query_len in {(1, 1), (reqs, 1), (1, longest), (reqs, longest)}:
+            tokens = count * query_len
+            qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype, device=self.device)
+            query, key, value = (
+                part.unflatten(1, (-1, size))
+                for part in qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=1)
+            )
+            slots, positions = (integers(tokens, fill=fill, dtype=torch.int64) for fill in (-1, 0))
+            self.store(key, value, kv_cache, slots, positions, layout, transforms)
+            starts = torch.arange(0, tokens + 1, query_len, device=self.device).int()
+            self.attend(
+                query, kv_cache, integers(count, 16), integers(count, fill=query_len), starts, query_len, layout,
+                transforms, torch.empty_like(query, memory_format=torch.contiguous_format),
+                torch.empty(heads, tokens, device=self.device) if self.write_lse else None,
+            )  # fmt: skip
+        rows = torch.zeros(WARM_UP_ROWS // kv_heads, kv_heads, size, dtype=dtype, device=self.device)
+        slots, positions = (integers(rows.shape[0], fill=fill, dtype=torch.int64) for fill in (-1, 0))
+        self.store(rows, rows, kv_cache, slots, positions, layout, transforms)
+        ends = torch.tensor([0, 1], device=self.device).int()
+        self.gather(
+            kv_cache, integers(1, 16), ends, integers(1), *workspace, layout=layout, transforms=transforms, num_tokens=1
+        )
+
+    def _choose(self, layout: PageLayout, transforms: LayerTransforms) -> str:
+        return decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device, self.write_lse)
 
     def _row_kernels(self, layout: PageLayout) -> "_RowKernels":
         if self._rows is None:

@@ -7,7 +7,11 @@ or an earlier chunk). Cached tokens are dequantized into a workspace slice by sl
   with that of the fresh tokens by log-sum-exp;
 - sliding window: each slice holds whole requests, the newest ``sliding_window - 1`` context tokens and the fresh ones,
   contiguous, so that one masked attention is exact;
-- ``attend_cached``: the fresh tokens too are read back from the cache, as if they had been cached before.
+- ``attend_cached``: the fresh tokens too are read back from the cache, as if they had been cached before;
+- recent window: the newest ``recent - 1`` context tokens, which the window's cache has, go with the fresh ones. Under
+  ``attend_cached`` a query reads older tokens, some of the fresh ones among them, from slices that end ``recent``
+  tokens earlier, and newer ones from slices of their own; otherwise all of a request's queries read what the window
+  has.
 """
 
 import itertools
@@ -32,6 +36,8 @@ class CacheSlice:
         max_query_len: the most query tokens of one request.
         fresh_rows: [num_query_tokens] int64 on the device, the workspace rows of the fresh tokens, if the slice
             holds them and they are to be taken unquantized; else None.
+        recent: context tokens among these that the recent window's cache has; None if they are to be read packed.
+        recent_rows: [recent.num_tokens] int64 on the device, the workspace rows of those.
     """
 
     first_request: int
@@ -44,6 +50,14 @@ class CacheSlice:
     cu_query_lens: torch.Tensor
     max_query_len: int
     fresh_rows: torch.Tensor | None = None
+    recent: "CacheSlice | None" = None
+    recent_rows: torch.Tensor | None = None
+
+    @property
+    def needs_packed(self) -> bool:
+        """Whether some token is neither fresh nor in the recent window."""
+        others = 0 if self.fresh_rows is None else self.num_query_tokens
+        return self.num_tokens > others + (0 if self.recent is None else self.recent.num_tokens)
 
     @property
     def num_reqs(self) -> int:
@@ -61,7 +75,9 @@ class PrefillPlan:
         max_query_len: the most query tokens of one request.
         fresh: True if attention over fresh keys and values comes first; else ``causal`` slices hold them.
         context: slices of the context, merged without a mask.
-        causal: slices of whole requests under the causal (and sliding-window) mask.
+        causal: slices of whole requests under the causal (and sliding-window) mask. Where there are ``newest`` slices,
+            these end ``recent`` tokens earlier, so that the mask leaves out as many of those that a query sees.
+        newest: for each of ``causal``, what the recent window holds, under its mask; else none.
     """
 
     first_token: int
@@ -71,6 +87,7 @@ class PrefillPlan:
     fresh: bool
     context: tuple[CacheSlice, ...]
     causal: tuple[CacheSlice, ...]
+    newest: tuple[CacheSlice, ...] = ()
 
 
 def plan(
@@ -83,6 +100,7 @@ def plan(
     block_size: int,
     attend_cached: bool,
     sliding_window: int | None,
+    recent: int | None,
     device: torch.device,
 ) -> PrefillPlan:
     """Plan the prefills ``first_request .. num_reqs`` of a batch.
@@ -96,6 +114,7 @@ def plan(
         block_size: tokens per block; slices begin at block boundaries.
         attend_cached: read fresh tokens back from the cache.
         sliding_window: tokens a query sees, itself included, or None for all.
+        recent: tokens of the recent window, less than the sliding window's, or None.
         device: where the kernels read the plan.
     """
     starts = query_start_loc[first_request : num_reqs + 1].tolist()
@@ -106,19 +125,28 @@ def plan(
     maker = _SliceMaker(starts, queries, first_request, device)
     context: list[CacheSlice] = []
     causal: list[CacheSlice] = []
-    if sliding_window is not None and (attend_cached or any(contexts)):
-        tails = [min(length, sliding_window - 1) for length in contexts]
-        begins = [length - tail for length, tail in zip(contexts, tails, strict=True)]
-        lengths = [tail + query for tail, query in zip(tails, queries, strict=True)]
-        causal = maker.whole_requests(begins, lengths, workspace_tokens, fresh_rows=not attend_cached)
-    else:
-        if attend_cached:
-            causal = maker.whole_requests(contexts, queries, workspace_tokens, fresh_rows=False)
-        if any(contexts):
-            share = max(workspace_tokens // sum(length > 0 for length in contexts) // block_size, 1) * block_size
-            for begin in range(0, max(contexts), share):
-                lengths = [max(0, min(share, length - begin)) for length in contexts]
-                context.append(maker.slice(0, len(queries), [begin] * len(queries), lengths, fresh_rows=False))
+    newest: list[CacheSlice] = []
+    window = sliding_window or recent
+    begins = contexts
+    if attend_cached or (window is not None and any(contexts)):
+        begins = [max(0, length - (window or 1) + 1) for length in contexts]
+        lengths = [length + query - begin for length, query, begin in zip(contexts, queries, begins, strict=True)]
+        kept = None if recent is None else [min(length, recent - 1) for length in contexts]
+        for first, last in maker.whole_requests(lengths, workspace_tokens):
+            if recent is None or not attend_cached:
+                causal.append(maker.slice(first, last, begins, lengths, not attend_cached, kept))
+                continue
+            assert kept is not None
+            older = [max(0, length - recent) for length in lengths]
+            causal.append(maker.slice(first, last, begins, older, False))
+            firsts = [length - tokens for length, tokens in zip(contexts, kept, strict=True)]
+            both = [tokens + query for tokens, query in zip(kept, queries, strict=True)]
+            newest.append(maker.slice(first, last, firsts, both, True, kept))
+    if sliding_window is None and any(begins):
+        share = max(workspace_tokens // sum(length > 0 for length in begins) // block_size, 1) * block_size
+        for begin in range(0, max(begins), share):
+            lengths = [max(0, min(share, length - begin)) for length in begins]
+            context.append(maker.slice(0, len(queries), [begin] * len(queries), lengths, False))
     return PrefillPlan(
         first_token=starts[0],
         num_tokens=starts[-1] - starts[0],
@@ -127,12 +155,14 @@ def plan(
         fresh=not causal,
         context=tuple(context),
         causal=tuple(causal),
+        newest=tuple(newest),
     )
 
 
-def workspace_rows(requested: int, max_num_batched_tokens: int, sliding_window: int | None) -> int:
-    """Rows the workspace needs: as requested, but never less than one whole batch of fresh tokens and one window."""
-    return max(requested, max_num_batched_tokens + (sliding_window or 1) - 1)
+def workspace_rows(requested: int, max_num_batched_tokens: int, window: int | None) -> int:
+    """Rows the workspace needs: as requested, but never less than one whole batch of fresh tokens and one window, the
+    sliding one or else the recent one."""
+    return max(requested, max_num_batched_tokens + (window or 1) - 1)
 
 
 class _SliceMaker:
@@ -141,40 +171,68 @@ class _SliceMaker:
     def __init__(self, starts: list[int], queries: list[int], first_request: int, device: torch.device) -> None:
         self.starts, self.queries, self.first_request, self.device = starts, queries, first_request, device
 
-    def slice(self, first: int, last: int, begins: list[int], lengths: list[int], fresh_rows: bool) -> CacheSlice:
+    def slice(
+        self, first: int, last: int, begins: list[int], lengths: list[int], fresh: bool, recent: list[int] | None = None
+    ) -> CacheSlice:
+        """Requests ``first .. last - 1``; ``recent`` counts their tokens before the fresh ones that the window has."""
         queries, lengths = self.queries[first:last], lengths[first:last]
-        rows = None
-        if fresh_rows:
-            # A request's fresh tokens are the last rows of its stretch of the workspace.
-            ends = torch.tensor(lengths).cumsum(0)
-            counts = torch.tensor(queries)
-            shift = ends - counts.cumsum(0)
-            rows = _to_device(torch.arange(int(counts.sum())) + shift.repeat_interleave(counts), self.device)
+        ends = torch.tensor(lengths).cumsum(0)
+        # A request's fresh tokens are the last rows of its stretch of the workspace, before them the window's.
+        fresh_rows = self._rows(ends, queries) if fresh else None
+        window = recent_rows = None
+        if recent is not None:
+            counts = recent[first:last]
+            firsts = [
+                begin + length - query - count
+                for begin, length, query, count in zip(begins[first:last], lengths, queries, counts, strict=True)
+            ]
+            window = self._slice(first, queries, firsts, counts)
+            recent_rows = self._rows(ends - torch.tensor(queries), counts)
+        return self._slice(first, queries, begins[first:last], lengths, fresh_rows, window, recent_rows)
+
+    def _rows(self, ends: torch.Tensor, counts: list[int]) -> torch.Tensor:
+        """The ``counts[i]`` rows before row ``ends[i]``, for each i."""
+        many = torch.tensor(counts)
+        shift = ends - many.cumsum(0)
+        return _to_device(torch.arange(sum(counts)) + shift.repeat_interleave(many), self.device)
+
+    def _slice(
+        self,
+        first: int,
+        queries: list[int],
+        begins: list[int],
+        lengths: list[int],
+        fresh_rows: torch.Tensor | None = None,
+        recent: CacheSlice | None = None,
+        recent_rows: torch.Tensor | None = None,
+    ) -> CacheSlice:
         return CacheSlice(
             first_request=self.first_request + first,
             cu_seq_lens=_cumulative(lengths, self.device),
-            seq_starts=_to_device(torch.tensor(begins[first:last], dtype=torch.int32), self.device),
+            seq_starts=_to_device(torch.tensor(begins, dtype=torch.int32), self.device),
             num_tokens=sum(lengths),
             max_len=max(lengths),
             first_token=self.starts[first],
             num_query_tokens=sum(queries),
             cu_query_lens=_cumulative(queries, self.device),
             max_query_len=max(queries),
-            fresh_rows=rows,
+            fresh_rows=fresh_rows,
+            recent=recent,
+            recent_rows=recent_rows,
         )
 
-    def whole_requests(
-        self, begins: list[int], lengths: list[int], workspace_tokens: int, fresh_rows: bool
-    ) -> list[CacheSlice]:
-        slices, first = [], 0
+    @staticmethod
+    def whole_requests(lengths: list[int], workspace_tokens: int) -> list[tuple[int, int]]:
+        """Runs of requests that fit into the workspace together, each as its first and the one after its last."""
+        runs, first = [], 0
         while first < len(lengths):
             last, total = first + 1, lengths[first]
             while last < len(lengths) and total + lengths[last] <= workspace_tokens:
                 total += lengths[last]
                 last += 1
-            slices.append(self.slice(first, last, begins, lengths, fresh_rows))
+            runs.append((first, last))
             first = last
-        return slices
+        return runs
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:

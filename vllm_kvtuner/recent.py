@@ -42,8 +42,8 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner import plugin, reference
-from vllm_kvtuner.backend import KVTunerMetadata
-from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes
+from vllm_kvtuner.backend import KVTunerMetadata, decode_query_len
+from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes, recent_blocks
 from vllm_kvtuner.precision import RecentWindow
 from vllm_kvtuner.recent_manager import RecentSpec
 from vllm_kvtuner.transforms import LayerTransforms
@@ -54,14 +54,20 @@ class RecentMetadata(AttentionMetadata):
     """What of a batch differs from the packed pages' metadata.
 
     Args:
-        block_table: [num_reqs, max_blocks] int32; blocks that have left the window are the null block.
+        block_table: [num_reqs, max_blocks] int32; blocks that have left the window may be any.
+        slot_mapping: [num_tokens] int64, -1 for tokens that are not stored.
+        newest_table: [num_reqs, blocks of a window] int32, of each request's window alone; valid for decodes.
+        newest_lens: [num_reqs] int32, tokens from the first of those blocks on.
     """
 
     block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    newest_table: torch.Tensor
+    newest_lens: torch.Tensor
 
 
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
-    """Passes the block table on."""
+    """Finds the blocks of each request's window, into buffers that stay where they are (CUDA graphs hold them)."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
@@ -69,11 +75,57 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(kv_cache_spec, RecentSpec)
+        self._window, self._block_size = kv_cache_spec.sliding_window, kv_cache_spec.block_size
+        columns = recent_blocks(self._window, self._block_size, decode_query_len(vllm_config))
+        num_reqs = vllm_config.scheduler_config.max_num_seqs
+        self._columns = torch.arange(columns, device=device)
+        self._table = torch.zeros(num_reqs, columns, dtype=torch.int32, device=device)
+        self._lens = torch.zeros(num_reqs, dtype=torch.int32, device=device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RecentMetadata:
-        return RecentMetadata(common_attn_metadata.block_table_tensor)
+        common, num_reqs = common_attn_metadata, common_attn_metadata.num_reqs
+        # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well. In
+        # place, since vLLM's buffer is where CUDA graphs look for it.
+        common.slot_mapping.masked_fill_(common.slot_mapping < self._block_size, -1)
+        table, lens = self._table[:num_reqs], self._lens[:num_reqs]
+        newest_blocks(
+            common.block_table_tensor[:num_reqs], common.seq_lens[:num_reqs], common.query_start_loc[: num_reqs + 1],
+            self._window, self._block_size, self._columns, table, lens,
+        )  # fmt: skip
+        return RecentMetadata(common.block_table_tensor, common.slot_mapping, table, lens)
+
+
+def newest_blocks(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    window: int,
+    block_size: int,
+    columns: torch.Tensor,
+    table: torch.Tensor,
+    lens: torch.Tensor,
+) -> None:
+    """The blocks that the queries of each request see a window of, in place and without synchronizing.
+
+    What has left the window need not be the request's any more: whoever reads ``table`` meets none of it.
+
+    Args:
+        block_table: [num_reqs, max_blocks] int32.
+        seq_lens: [num_reqs] int32, tokens in the cache, the queries' included.
+        query_start_loc: [num_reqs + 1] int32.
+        window: tokens that a query sees, itself included.
+        block_size: tokens per block.
+        columns: [columns] int64, counting from 0.
+        table: [num_reqs, columns] int32, written; columns beyond a request's blocks may be any.
+        lens: [num_reqs] int32, written: tokens from the first of these blocks to the request's end.
+    """
+    first = (seq_lens - query_start_loc.diff() - (window - 1)).clamp_(min=0) // block_size
+    index = (first[:, None] + columns).clamp_(max=block_table.shape[1] - 1)
+    torch.gather(block_table, 1, index, out=table)
+    torch.sub(seq_lens, first * block_size, out=lens)
 
 
 class RecentBackend(AttentionBackend):
@@ -146,13 +198,11 @@ class RecentCache(AttentionLayerBase):
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
     ) -> None:
         """Store the new tokens of the batch in flight; arguments as the reference has them."""
-        slot_mapping = get_forward_context().slot_mapping
-        assert isinstance(slot_mapping, dict)
-        slots = slot_mapping[self.layer_name]
-        # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well.
-        slots = slots.where(slots >= self.kv_cache.shape[2], -1)
+        if get_forward_context().attn_metadata is None:  # warm-up, in which no token has a slot
+            return
+        slots = recent_metadata(self.layer_name).slot_mapping
         if self.window.pair.is_quantized:
-            reference.reshape_and_cache_ref(key, value, self.kv_cache, slots, positions, self._layout(), transforms)
+            reference.reshape_and_cache_ref(key, value, self.kv_cache, slots, positions, self.layout, transforms)
         else:
             reference.store_rows_ref(key, value, self.kv_cache, slots)
 
@@ -193,7 +243,7 @@ class RecentCache(AttentionLayerBase):
         )
         gathered = (self.kv_cache, recent_metadata(self.layer_name).block_table[rows], ends, begins, keys, values)
         if self.window.pair.is_quantized:
-            reference.gather_cache_ref(*gathered, self._layout(), transforms, num_tokens=num_tokens)
+            reference.gather_cache_ref(*gathered, self.layout, transforms, num_tokens=num_tokens)
         else:
             reference.gather_rows_ref(*gathered, num_tokens=num_tokens)
         bounds, queries = ends.tolist(), starts.tolist()
@@ -229,7 +279,9 @@ class RecentCache(AttentionLayerBase):
             return key, value
         return reference.read_back_ref(key, value, positions, self.window.pair, transforms)
 
-    def _layout(self) -> PageLayout:
+    @property
+    def layout(self) -> PageLayout:
+        """Of the pages of an 8-bit window."""
         return PageLayout(self.window.pair, self.head_size, self.kv_cache.shape[2])
 
 
@@ -254,10 +306,11 @@ def give_window(layer: torch.nn.Module, window: RecentWindow, cache_owner: str |
     config = get_current_vllm_config()
     layers = config.compilation_config.static_forward_context
     if cache_owner is not None:
-        impl.recent = layers[f"{cache_owner}{plugin.RECENT_SUFFIX}"]
+        impl.take_window(layers[f"{cache_owner}{plugin.RECENT_SUFFIX}"])
         return
     name = f"{layer.layer_name}{plugin.RECENT_SUFFIX}"
-    impl.recent = layers[name] = RecentCache(name, window, impl.num_kv_heads, impl.head_size, impl.dtype)
+    layers[name] = RecentCache(name, window, impl.num_kv_heads, impl.head_size, impl.dtype)
+    impl.take_window(layers[name])
 
 
 def recent_metadata(layer_name: str) -> RecentMetadata:

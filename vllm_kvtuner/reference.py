@@ -210,7 +210,8 @@ def _gathered_slots(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Block, offset in it and position, each [num_tokens] int64, of the tokens that gather_cache_ref takes."""
     lengths = (cu_seq_lens[1:] - cu_seq_lens[:-1]).long()
-    request = torch.repeat_interleave(torch.arange(lengths.shape[0], device=lengths.device), lengths)
+    requests = torch.arange(lengths.shape[0], device=lengths.device)
+    request = torch.repeat_interleave(requests, lengths, output_size=num_tokens)
     row = torch.arange(num_tokens, device=lengths.device)
     position = row - cu_seq_lens[:-1].long()[request] + seq_starts.long()[request]
     return block_table[request, position // block_size].long(), position % block_size, position

@@ -205,6 +205,9 @@ def _attend_kernel(
     for start in tl.range(begin, end, BLOCK_N):
         token = start + index
         seen = token < seen_len
+        if WINDOW > 0:
+            # Blocks that have left the window may hold anything.
+            seen &= token > seq_len - num_queries - WINDOW
         chunk = block.to(tl.int64) * block_stride + tl.zeros([BLOCK_N], tl.int64)
         # Loaded a tile ahead, so that the copies of a tile wait for nothing.
         block = _load_block(table, start + BLOCK_N, index, seen_len, BLOCK_SIZE, BLOCK_N)
