@@ -102,14 +102,18 @@ def test_the_profile_stays_in_the_arguments_that_other_processes_read():
     assert without_plugin(EngineArgs, args).additional_config == expected
 
 
-def test_recent_windows_are_refused_on_a_gpu(monkeypatch):
+@pytest.mark.parametrize(
+    ("is_cpu", "attend", "bits", "refused"),
+    [(False, True, 8, True), (True, True, 8, False), (False, False, 8, False), (False, True, 16, False)],
+)
+def test_8_bit_windows_are_refused_where_a_gpu_does_not_read_them_back(is_cpu, attend, bits, refused, monkeypatch):
     """The check is called itself: with vLLM's CPU build no engine has a GPU."""
     from vllm import platforms
 
     shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
-    resolved = Profile("p", None, PrecisionPair(4, 4), recent_window=64, recent_window_overrides={3: 0}).resolve(shape)
+    options = {"recent_window": 64, "recent_window_bits": bits, "attend_cached_prefill": attend}
+    resolved = Profile("p", None, PrecisionPair(4, 4), **options).resolve(shape)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False))
-    for is_cpu in (True, False):
-        monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu))
-        problems = plugin._unsupported_with_windows(config, resolved)
-        assert [line.rpartition(", but got ")[2] for line in problems] == ([] if is_cpu else ["64 for layers 0-2"])
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
+    problems = plugin._unsupported_with_windows(config, resolved)
+    assert [line.rpartition(", but got ")[2] for line in problems] == (["8"] if refused else [])

@@ -199,8 +199,8 @@ def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, re
             for layer in layers
         )
         assert not want.isnan().any() and not got.isnan().any()
-        # A chunk's first queries read the newest cached tokens from the window. Without attend_cached_prefill the others
-        # do so too on a GPU, where those tokens are not masked out one by one.
+        # A chunk's first queries read the newest cached tokens from the window. Without attend_cached_prefill the
+        # others do so too on a GPU, where those tokens are not masked out one by one.
         exact = slice(0, total if attend_cached else int(starts[decodes]))
         torch.testing.assert_close(got[exact], want[exact], rtol=0, atol=2e-2, msg=f"step {step}")
         assert (got - want).norm() < 0.05 * want.norm()

@@ -366,15 +366,12 @@ def _unsupported_with_windows(config: VllmConfig, resolved: ResolvedProfile) -> 
     """Engine settings that recent windows do not work with, each as one problem."""
     from vllm.platforms import current_platform
 
-    from vllm_kvtuner.schema import format_layers
-
     problems = []
-    if not current_platform.is_cpu():
-        windows = resolved.recent_windows.items()
-        got = "; ".join(f"{window.tokens} for layers {format_layers(layers)}" for window, layers in windows)
+    bits = resolved.profile.recent_window_bits
+    if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
         problems.append(
-            f"{resolved.profile.source or resolved.profile.name}: recent_window must be 0 on a GPU, whose kernels read "
-            f"packed pages alone, but got {got}"
+            f"{resolved.profile.source or resolved.profile.name}: recent_window_bits must be {UNQUANTIZED.k_bits} with "
+            f"attend_cached_prefill on a GPU, where a chunk's own newest tokens are read as they are, but got {bits}"
         )
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         problems.append(

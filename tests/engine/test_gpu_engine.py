@@ -43,7 +43,7 @@ def chosen_logprobs(model, kv_cache_dtype, profile=None, forced=None, twice=Fals
     """Tokens and their log-probabilities, [prompts][tokens]; ``forced`` scores given continuations instead."""
     from vllm import LLM, SamplingParams
 
-    additional = {"kvtuner_profile": profile, "kvtuner_attend_cached_prefill": False} if profile else {}
+    additional = {"kvtuner_profile": profile} if profile else {}
     llm = LLM(
         str(model),
         kv_cache_dtype=kv_cache_dtype,
@@ -100,6 +100,52 @@ def chosen_logprobs(model, kv_cache_dtype, profile=None, forced=None, twice=Fals
 def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
     generated = chosen_logprobs(models[architecture], "kvtuner", "K8V8", **options)
     truth = chosen_logprobs(models[architecture], "auto", forced=[tokens for tokens, _ in generated])
+    for (_, logprobs), expected in zip(generated, truth, strict=True):
+        assert logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def window_profiles(tmp_path_factory):
+    """Two bits behind windows that hold every token of the tests, and eight behind short windows."""
+    folder = tmp_path_factory.mktemp("windows")
+    texts = {
+        "16 bits": "layers: K2V2\nrecent_window: 600\n",
+        "8 bits": "layers: K2V2\nrecent_window: 600\nrecent_window_bits: 8\n",
+        "short": "layers: K8V8\nrecent_window: 40\nrecent_window_overrides: {1: 100}\n",
+        "gemma": "layers: K8V8\nrecent_window: 24\n",
+        "short, attend": "layers: K8V8\nrecent_window: 40\nattend_cached_prefill: true\n",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.yaml").write_text(f"version: 1\n{text}")
+    return {name: str(folder / f"{name}.yaml") for name in texts}
+
+
+@pytest.mark.parametrize("profile", ["16 bits", "8 bits", "short", "short, attend"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="eager"),
+        pytest.param({"max_num_batched_tokens": 64}, id="chunked prefill"),
+        pytest.param({"twice": True}, id="prefix hit"),
+        pytest.param(
+            {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
+            id="full CUDA graphs",
+        ),
+    ],
+)
+def test_recent_windows_decode_like_the_unquantized_cache(models, window_profiles, profile, options):
+    """Also where the packed pages are of 2 bits, since no query reads them."""
+    generated = chosen_logprobs(models["llama"], "kvtuner", window_profiles[profile], **options)
+    truth = chosen_logprobs(models["llama"], "auto", forced=[tokens for tokens, _ in generated])
+    for (_, logprobs), expected in zip(generated, truth, strict=True):
+        assert logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+
+
+@pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
+def test_both_decode_kernels_serve_recent_windows(models, window_profiles, decode_kernel, monkeypatch):
+    monkeypatch.setenv("KVTUNER_DECODE_KERNEL", decode_kernel)
+    generated = chosen_logprobs(models["gemma3"], "kvtuner", window_profiles["gemma"])
+    truth = chosen_logprobs(models["gemma3"], "auto", forced=[tokens for tokens, _ in generated])
     for (_, logprobs), expected in zip(generated, truth, strict=True):
         assert logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
 

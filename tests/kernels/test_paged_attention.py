@@ -149,6 +149,22 @@ def test_padding_rows_become_0(device):
     assert not got[4:].any(), "rows beyond the last query"
 
 
+@pytest.mark.parametrize("query_lens", [[1], [4]], ids=["one_query", "several_queries"])
+def test_blocks_that_left_the_window_may_hold_anything(query_lens, device):
+    """Within the window's first tile too, and the log-sum-exp knows nothing of them."""
+    cache = random_cache(make_layout("K8V8", 64), [150], 2, device)
+    query = torch.randn(sum(query_lens), 6, 64, device=device)
+    options = {"sliding_window": 40, "workspace": decode_workspace(4, 6, 64, device)}
+    options |= {"config": DecodeConfig(8, 64, 2, 1, 2)}
+    results = []
+    for _ in range(2):
+        lse = torch.empty(6, len(query), device=device)
+        results.append((attend(paged_attention, cache, query, query_lens, LayerTransforms(), lse=lse, **options), lse))
+        left = (150 - query_lens[0] - 40 + 1) // 16
+        cache.kv_cache[cache.block_table[0, :left].long()] = 255  # as fp16 scales, NaN
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 def test_a_window_reads_no_tile_outside(device):
     case = far_window(device)
     rotary = rotary_table(64, True, int(case.whole.seq_lens[0]), device)
