@@ -188,8 +188,8 @@ def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, re
 
         def common(starts=starts, lens=lens, rows=rows, recent_slots=recent_slots):
             return SimpleNamespace(
-                num_reqs=len(lens), slot_mapping=torch.tensor(recent_slots), seq_lens=lens, query_start_loc=starts,
-                block_table_tensor=torch.tensor(rows, dtype=torch.int32),
+                num_reqs=len(lens), max_query_len=int(starts.diff().max()), slot_mapping=torch.tensor(recent_slots),
+                seq_lens=lens, query_start_loc=starts, block_table_tensor=torch.tensor(rows, dtype=torch.int32),
             )  # fmt: skip
 
         query = torch.randn(total, HEADS, HEAD_SIZE).bfloat16()

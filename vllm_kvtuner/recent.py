@@ -77,55 +77,30 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert isinstance(kv_cache_spec, RecentSpec)
         self._window, self._block_size = kv_cache_spec.sliding_window, kv_cache_spec.block_size
-        columns = recent_blocks(self._window, self._block_size, decode_query_len(vllm_config))
+        self._decode_query_len = decode_query_len(vllm_config)
+        columns = recent_blocks(self._window, self._block_size, self._decode_query_len)
         num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self._columns = torch.arange(columns, device=device)
         self._table = torch.zeros(num_reqs, columns, dtype=torch.int32, device=device)
         self._lens = torch.zeros(num_reqs, dtype=torch.int32, device=device)
+        self._newest_blocks = reference.newest_blocks_ref
+        if device.type != "cpu":
+            from vllm_kvtuner.kernels.newest_blocks import newest_blocks
+
+            self._newest_blocks = newest_blocks
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RecentMetadata:
         common, num_reqs = common_attn_metadata, common_attn_metadata.num_reqs
-        # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well. In
-        # place, since vLLM's buffer is where CUDA graphs look for it.
-        common.slot_mapping.masked_fill_(common.slot_mapping < self._block_size, -1)
+        if common.max_query_len > self._decode_query_len:
+            # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well.
+            # In place, since vLLM's buffer is where CUDA graphs look for it.
+            common.slot_mapping.masked_fill_(common.slot_mapping < self._block_size, -1)
         table, lens = self._table[:num_reqs], self._lens[:num_reqs]
-        newest_blocks(
-            common.block_table_tensor[:num_reqs], common.seq_lens[:num_reqs], common.query_start_loc[: num_reqs + 1],
-            self._window, self._block_size, self._columns, table, lens,
-        )  # fmt: skip
+        starts = common.query_start_loc[: num_reqs + 1]
+        requests = (common.block_table_tensor[:num_reqs], common.seq_lens[:num_reqs], starts)
+        self._newest_blocks(*requests, self._window, self._block_size, table, lens)
         return RecentMetadata(common.block_table_tensor, common.slot_mapping, table, lens)
-
-
-def newest_blocks(
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    window: int,
-    block_size: int,
-    columns: torch.Tensor,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-) -> None:
-    """The blocks that the queries of each request see a window of, in place and without synchronizing.
-
-    What has left the window need not be the request's any more: whoever reads ``table`` meets none of it.
-
-    Args:
-        block_table: [num_reqs, max_blocks] int32.
-        seq_lens: [num_reqs] int32, tokens in the cache, the queries' included.
-        query_start_loc: [num_reqs + 1] int32.
-        window: tokens that a query sees, itself included.
-        block_size: tokens per block.
-        columns: [columns] int64, counting from 0.
-        table: [num_reqs, columns] int32, written; columns beyond a request's blocks may be any.
-        lens: [num_reqs] int32, written: tokens from the first of these blocks to the request's end.
-    """
-    first = (seq_lens - query_start_loc.diff() - (window - 1)).clamp_(min=0) // block_size
-    index = (first[:, None] + columns).clamp_(max=block_table.shape[1] - 1)
-    torch.gather(block_table, 1, index, out=table)
-    torch.sub(seq_lens, first * block_size, out=lens)
 
 
 class RecentBackend(AttentionBackend):
