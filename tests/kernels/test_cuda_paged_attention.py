@@ -130,6 +130,33 @@ def test_stages_and_blocks_of_any_ratio(block_size, stage_tokens, num_stages, de
     check(cache, 2, config=cuda.DecodeConfig(stage_tokens, num_stages, min_ctas=2))
 
 
+@pytest.mark.parametrize("pair", ["K8V8", "K4V2", "K2V2"])
+@pytest.mark.parametrize(("window", "skip"), [(None, 64), (None, 0), (200, 64), (64, 0)], ids=str)
+@pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1, 1], [5, 1, 16, 2, 7, 1]], ids=["one_query", "several_queries"])
+def test_the_newest_tokens_are_left_out(query_lens, window, skip, pair, device):
+    """The log-sum-exp is there too, also of rows that see nothing, and the same in every launch."""
+    cache = random_cache(make_layout(pair, 128), [70, 1, 16, 129, 2500, 40_000], 2, device)
+    transforms = random_transforms(2, 128, device, linear_table(128, True, 40_000, device), offset=1.0, **SWITCHES)
+    total = sum(query_lens)
+    query = torch.randn(total + 3, 8, 128, device=device).bfloat16()
+    options = {"sliding_window": window, "skip_newest": skip}
+    lses = [torch.full((8, total + 3), torch.nan, device=device) for _ in range(3)]
+    workspace = workspace_of(cache, 8, len(query_lens), max(query_lens))
+    got, again = (
+        attend(cuda.paged_attention, cache, query, query_lens, transforms, workspace=workspace, lse=lse, **options)
+        for lse in lses[:2]
+    )
+    check_counters(workspace)
+    assert torch.equal(got, again) and torch.equal(*lses[:2])
+    want_lse = lses[2][:, :total].contiguous()
+    query = query[:total].float()
+    want = attend(paged_attention_ref, cache, query, query_lens, transforms, lse=want_lse, **options)
+    limit = 2 * TOLERANCE * largest_value(cache)
+    torch.testing.assert_close(got[:total].float(), want, rtol=ROUNDING[torch.bfloat16], atol=limit)
+    torch.testing.assert_close(lses[0][:, :total], want_lse, rtol=1e-4, atol=5e-3)
+    assert not got[total:].any() and lses[0][:, total:].isneginf().all(), "rows beyond the last query"
+
+
 @pytest.mark.parametrize(
     ("window", "soft_cap"), [(None, 0.0), (1, 0.0), (9, 0.0), (64, 0.0), (None, 2.0), (64, 2.0)], ids=str
 )
