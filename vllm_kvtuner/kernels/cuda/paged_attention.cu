@@ -60,7 +60,7 @@ constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
 // Stages after which warps add their sums up in fp32: the matrix instruction truncates, and that must not pile up.
 constexpr int FLUSH_STAGES = NUM_WARPS * 2048 / STAGE_TOKENS;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
-constexpr int MAX_VISIT = 12;
+constexpr int MAX_VISIT = 8;
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
 
 #define MASKED __int_as_float(0xFF800000)

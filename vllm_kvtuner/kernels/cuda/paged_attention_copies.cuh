@@ -55,6 +55,7 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, c
       for (int i = lane * 8; i < HEAD_SIZE; i += 256) copy_16(shared_address(&shared.raw_query[at][row][i]), source + i);
   }
   if (lane == 0) shared.raw_segment[at][warp] = segment;
+  __syncwarp();
 }
 
 struct Producer {
