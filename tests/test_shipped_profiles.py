@@ -3,8 +3,9 @@
 import pytest
 import yaml
 
-from vllm_kvtuner.layout import content_bytes
+from vllm_kvtuner.layout import QUANTIZED_PAIRS, content_bytes
 from vllm_kvtuner.profile import load_profile, shipped_profiles
+from vllm_kvtuner.statics import load_statics
 
 PUBLISHED = {
     "llama31_3.25bit": (3.250, "Meta-Llama-3.1-8B-Instruct_kivi_KVTuner4_1"),
@@ -24,17 +25,26 @@ PUBLISHED = {
     "qwen25_7b_pertoken_5.00bit": (5.000, "Qwen2.5-7B-Instruct_pertoken_KVTuner6_1"),
 }
 """Nominal bits as published and the reference implementation's file name."""
+CALIBRATED = (
+    "qwen25_coder_0.5b_3.00bit",
+    "qwen25_coder_0.5b_3.75bit",
+    "qwen25_coder_0.5b_4.75bit",
+    "qwen25_coder_1.5b_3.25bit",
+    "qwen25_coder_1.5b_4.00bit",
+    "qwen25_coder_1.5b_5.00bit",
+)
+"""Found by ``kvtuner calibrate``, with statics."""
 DEMO = "smollm2_135m_4.20bit"
 
 
 def test_all_are_found():
-    assert set(shipped_profiles()) == {*PUBLISHED, DEMO}
+    assert set(shipped_profiles()) == {*PUBLISHED, *CALIBRATED, DEMO}
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_bits_stated_are_bits_computed(name):
     profile = load_profile(name)
-    assert profile.statics is None
+    assert (profile.statics is not None) == (name in CALIBRATED)
     resolved = profile.resolve(profile.model)
     assert len(resolved.layers) == len(profile.model.layers)
     assert profile.provenance["nominal_bits"] == round(resolved.nominal_bits, 4)
@@ -71,6 +81,20 @@ def test_llama_3_25_in_bytes():
     assert resolved.bytes_per_token == sum(8 * content_bytes(layer.pair, 128) for layer in resolved.layers)
 
 
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_calibrated_profiles_hold_what_they_promise(name):
+    """Within their budget, better than or equal to each uniform setting of no more stored bits, and their statics fit."""
+    profile = load_profile(name)
+    scores = profile.provenance["heldout_scores"]
+    ours = scores["this profile"]
+    resolved = profile.resolve(profile.model)
+    assert ours["stored_bits"] == round(resolved.stored_bits, 4)
+    uniform = [score for origin, score in scores.items() if origin.startswith("uniform")]
+    assert len(uniform) == len(QUANTIZED_PAIRS)
+    assert all(ours["kl_mean"] <= score["kl_mean"] for score in uniform if score["stored_bits"] <= ours["stored_bits"])
+    assert set(load_statics(profile.statics, resolved)) == set(profile.pairs)
+
+
 def test_demo_profile_needs_no_data():
     transforms = load_profile(DEMO).transforms
     assert transforms.names == ("key_hadamard", "value_hadamard", "range_search")
@@ -85,8 +109,8 @@ def test_qwen_keys_are_not_rotated_without_an_offset(name):
 
 
 def test_files_are_ascii_and_short():
-    for path in shipped_profiles().values():
+    for name, path in shipped_profiles().items():
         text = path.read_text(encoding="ascii")
-        assert len(text) < 2000
+        assert len(text) < (5000 if name in CALIBRATED else 2000)
         assert max(map(len, text.splitlines())) <= 120
         assert yaml.safe_load(text)["version"] == 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-ANGLE_STEP = 32
+ANGLE_STEP = 64
 """Positions between the rows of :attr:`RotaryTable.coarse_angles`."""
 
 

@@ -2,7 +2,7 @@
 //
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, BLOCK_SIZE, GROUP (query heads per KV head), PASS_ROWS (query rows of a
 // pass, 4 or 8), STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
-// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (a multiple of 32), WINDOW (tokens that
+// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (a multiple of 64), WINDOW (tokens that
 // a query sees, 0: all), SKIP_NEWEST (tokens that it does not see, the newest), WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
 //
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
@@ -52,17 +52,16 @@ constexpr int V_HALVES = V_ROW / 16;
 constexpr int V_RUN = V_HALVES % 8 == 0 ? 8 : V_HALVES % 4 == 0 ? 4 : V_HALVES % 2 == 0 ? 2 : 1;
 constexpr int V_TILES = HEAD_SIZE / 16;
 
-#ifndef STEP_UNROLL
-#define STEP_UNROLL 2
-#endif
-constexpr int STEP_TOKENS = constant_min(STAGE_TOKENS, 32);
+// What a warp does at a time: as much as registers hold, since warps wait for their own instructions.
+constexpr int STEP_TOKENS = constant_min(STAGE_TOKENS, PASS_ROWS == 4 ? 64 : 32);
+constexpr int STEP_UNROLL = PASS_ROWS == 4 ? 1 : 2;
 constexpr int GROUPS = STEP_TOKENS / 16;
 constexpr int NUMBERS = HEAD_SIZE / 32;
 constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
 // Stages after which warps add their sums up in fp32: the matrix instruction truncates, and that must not pile up.
 constexpr int FLUSH_STAGES = NUM_WARPS * 2048 / STAGE_TOKENS;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
-constexpr int MAX_VISIT = 12;
+constexpr int MAX_VISIT = 8;
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
 
 #define MASKED __int_as_float(0xFF800000)
@@ -116,6 +115,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     if (thread == 0) {
       shared.cursors[0] = cursor;
       shared.segment = 0;
+      shared.parts[0].exists = shared.parts[1].exists = false;
     }
   }
 
@@ -170,6 +170,10 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     load_rows(shared, request, cursor.pass, lane, rows);
 
     const int first_stage = request.first_stage, stage_end = cursor.stage_end;
+#if OFFSET_PAIRS
+    OffsetAngles angles;
+    angles.load(a, (first_stage + cursor.stage_begin + warp) * STAGE_TOKENS, lane);
+#endif
     for (int begin = cursor.stage_begin; begin < stage_end; begin += FLUSH_STAGES) {
       sums.clear();
       const int end = min(begin + FLUSH_STAGES, stage_end);
@@ -186,7 +190,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
           attend(a, shared.ring[warp][slot], step,
                  (first_stage + stage) * STAGE_TOKENS + step * STEP_TOKENS, rows,
 #if OFFSET_PAIRS
-                 shared,
+                 shared, angles,
 #endif
                  lane, sums);
         __syncwarp();
@@ -200,18 +204,11 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     }
     __syncthreads();
 
-    if (cursor.stage_begin == 0 && cursor.stage_end == request.stages) {
-      for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
-        float x[NUMBERS], top, total;
-        add_up(shared, row, lane, x, top, total);
-        write_row(a, cursor, row, x, top, total, lane);
-      }
-    } else {
-      share_segment(a, shared, cursor, shares, cta, warp, lane);
-    }
     more = shared.more;
+    end_segment(a, shared, cursor, cta, warp, lane);
     __syncthreads();
     if (thread == 0) shared.segment++;
     __syncthreads();
   }
+  merge_segments(a, shared, shares, warp, lane);
 }

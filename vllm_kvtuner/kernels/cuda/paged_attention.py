@@ -98,7 +98,7 @@ def decode_config(layout: PageLayout, rows: int, offset_pairs: int, shared_bytes
     """
     bits = layout.pair.nominal_bits
     # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
-    min_ctas = 2 if bits >= 3 else 3
+    min_ctas = 2 if bits > 3 else 3
     if offset_pairs > 16:
         min_ctas = 3
     if rows > PASS_ROWS[0]:
@@ -125,7 +125,7 @@ def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pai
     ring = NUM_WARPS * config.num_stages * config.stage_tokens * layout.content_bytes
     outputs = NUM_WARPS * rows * layout.head_size * 4
     queries = 2 * rows * layout.head_size * 2 + rows // 4 * 8 * (layout.head_size + 16) + rows * offset_pairs * 8
-    return ring + outputs + queries + 1024
+    return ring + outputs + queries + 1280
 
 
 def unsupported(

@@ -16,6 +16,13 @@ __device__ __forceinline__ const u16* query_row(const Arguments& a, const Cursor
          (cursor.kv_head * GROUP + member) * HEAD_SIZE;
 }
 
+// A CTA's part of a segment that several CTAs share.
+struct Part {
+  Cursor cursor;
+  int exists, complete;  // the latter when all parts of the segment are there
+  int first, last;       // CTAs that have one
+};
+
 struct Shared {
   alignas(128) u8 ring[NUM_WARPS][NUM_STAGES][STAGE_BYTES];
   alignas(16) float output[NUM_WARPS][PASS_ROWS][HEAD_SIZE];
@@ -31,7 +38,8 @@ struct Shared {
   alignas(16) u16 raw_query[2][PASS_ROWS][HEAD_SIZE];
   int raw_segment[2][NUM_WARPS];
   int segment;  // of the CTA, that the warps are in
-  int arrived, more;
+  int more;
+  Part parts[2];  // a CTA's first segment and its last, if other CTAs have parts of them
   // Only looked at where a segment ends, so not in registers: this segment and the next one.
   Cursor cursors[2], producers[NUM_WARPS];
 };
@@ -47,6 +55,7 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, c
       for (int i = lane * 8; i < HEAD_SIZE; i += 256) copy_16(shared_address(&shared.raw_query[at][row][i]), source + i);
   }
   if (lane == 0) shared.raw_segment[at][warp] = segment;
+  __syncwarp();
 }
 
 struct Producer {

@@ -79,31 +79,32 @@ __device__ __forceinline__ void write_row(const Arguments& a, const Cursor& curs
   for (int i = 0; i < NUMBERS; i++) target[i * 32 + lane] = round_output(x[i]);
 }
 
-// Leaves this CTA's part of a segment to the CTA that ends last, which merges all parts in their order.
-__device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared, const Cursor& cursor,
-                                              const Shares& shares, int cta, int warp, int lane) {
-  const int slot = 2 * cta + (cursor.stage_begin > 0 ? 0 : 1);
+// A whole segment's sums to the output, or those of a part to where they are merged. Only a CTA's first segment and its last
+// can be parts.
+__device__ __forceinline__ void end_segment(const Arguments& a, Shared& shared, const Cursor& cursor, int cta, int warp,
+                                            int lane) {
+  const bool whole = cursor.stage_begin == 0 && cursor.stage_end == cursor.request.stages;
+  const int place = cursor.stage_begin > 0 ? 0 : 1, slot = 2 * cta + place;
   for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
     float x[NUMBERS], top, total;
     add_up(shared, row, lane, x, top, total);
+    if (whole) {
+      write_row(a, cursor, row, x, top, total, lane);
+      continue;
+    }
 #pragma unroll
     for (int i = 0; i < NUMBERS; i++) a.partial[((u64)slot * PASS_ROWS + row) * HEAD_SIZE + i * 32 + lane] = x[i];
     if (lane == 0) a.partial_state[slot * PASS_ROWS + row] = make_float2(top, total);
   }
-  int* arrivals = a.arrivals + cursor.request.index * a.max_segments + cursor.kv_head * cursor.request.passes + cursor.pass;
-  __syncthreads();
-  // Releases what all threads wrote before the barrier, and acquires what the others released.
-  int arrived = 0;
-  if (warp == 0 && lane == 0) arrived = arrive(arrivals);
-  // While it is on its way.
-  const int first = shares.owner(cursor.begin + a.visit);
-  const int last = shares.owner(cursor.begin + a.visit + cursor.request.stages - 1);
-  if (warp == 0 && lane == 0) {
-    shared.arrived = arrived;
-    if (arrived == last - first) *arrivals = 0;
+  if (!whole && warp == 0 && lane == 0) {
+    shared.parts[place].exists = true;
+    shared.parts[place].cursor = cursor;
   }
-  __syncthreads();
-  if (shared.arrived != last - first) return;
+}
+
+// All parts of a segment to the output, in the order of the CTAs that left them, by the CTA that arrives last.
+__device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& cursor, int first, int last, int warp,
+                                              int lane) {
   for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
     float top = NOTHING, total = 0.0f;
     float x[NUMBERS] = {};
@@ -141,6 +142,34 @@ __device__ __forceinline__ void share_segment(const Arguments& a, Shared& shared
       }
     }
     write_row(a, cursor, row, x, top, total, lane);
+  }
+}
+
+// Announces a CTA's parts, and merges those segments whose other parts are all there. At the CTA's end and not where a part
+// ends: to release and count one takes 3 us while memory's queues are full.
+__device__ __forceinline__ void merge_segments(const Arguments& a, Shared& shared, const Shares& shares, int warp, int lane) {
+  if (warp < 2 && shared.parts[warp].exists) {
+    const Cursor& cursor = shared.parts[warp].cursor;
+    const Request& request = cursor.request;
+    int* arrivals = a.arrivals + request.index * a.max_segments + cursor.kv_head * request.passes + cursor.pass;
+    // Releases what all threads wrote before the barrier, and acquires what the others released.
+    int arrived = 0;
+    if (lane == 0) arrived = arrive(arrivals);
+    // While it is on its way.
+    const int first = shares.owner(cursor.begin + a.visit);
+    const int last = shares.owner(cursor.begin + a.visit + request.stages - 1);
+    if (lane == 0) {
+      shared.parts[warp].first = first;
+      shared.parts[warp].last = last;
+      shared.parts[warp].complete = arrived == last - first;
+      if (arrived == last - first) *arrivals = 0;
+    }
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int place = 0; place < 2; place++) {
+    const Part& part = shared.parts[place];
+    if (part.exists && part.complete) merge_segment(a, part.cursor, part.first, part.last, warp, lane);
   }
 }
 

@@ -160,10 +160,29 @@ __device__ __forceinline__ float value_unit(int c) {
 }
 
 #if OFFSET_PAIRS
+// By how much a lane's pairs are turned at a multiple of ANGLE_STEP tokens. That row of the table is as far away as the cache
+// is, so a warp loads it one step ahead, unless so many pairs take too many registers.
+constexpr bool ANGLES_AHEAD = OFFSET_STEPS <= 2;
+struct OffsetAngles {
+  float2 at[ANGLES_AHEAD ? OFFSET_STEPS : 1][2];
+
+  static __device__ __forceinline__ float2 angle(const Arguments& a, int token, int step, int b, int lane) {
+    const int pair = step * 8 + lane % 4 + 4 * b;
+    return __ldg(&a.coarse_angles[(u64)(token / ANGLE_STEP) * a.rotary_pairs + __ldg(&a.offset_index[pair])]);
+  }
+  __device__ __forceinline__ void load(const Arguments& a, int token, int lane) {
+    if (!ANGLES_AHEAD) return;
+#pragma unroll
+    for (int step = 0; step < OFFSET_STEPS; step++)
+#pragma unroll
+      for (int b = 0; b < 2; b++) at[step][b] = angle(a, token, step, b, lane);
+  }
+};
+
 // q . R_t m of STEP_TOKENS tokens from position `token`, in units of offset_factor. Coefficients and angles come anew from
 // shared memory and the L1 cache each time: registers for all pairs would leave none for warps.
-__device__ __forceinline__ void offset_products(const Arguments& a, const Shared& shared, int token, int lane,
-                                                float (&sums)[GROUPS][TILES][2]) {
+__device__ __forceinline__ void offset_products(const Arguments& a, const Shared& shared, int token, OffsetAngles& angles,
+                                                int lane, float (&sums)[GROUPS][TILES][2]) {
   const int g = lane / 4, t = lane % 4;
   float products[GROUPS][TILES][4] = {};
 #pragma unroll
@@ -172,8 +191,7 @@ __device__ __forceinline__ void offset_products(const Arguments& a, const Shared
 #pragma unroll
     for (int b = 0; b < 2; b++) {
       const int pair = step * 8 + t + 4 * b;
-      const float2 angle =
-          __ldg(&a.coarse_angles[(u64)(token / ANGLE_STEP) * a.rotary_pairs + __ldg(&a.offset_index[pair])]);
+      const float2 angle = ANGLES_AHEAD ? angles.at[step][b] : OffsetAngles::angle(a, token, step, b, lane);
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
         // The sum of two angles: the coefficients turn with every ANGLE_STEP tokens, cosines and sines within them stay.

@@ -1,17 +1,19 @@
-// paged_attention.cu: what a warp does with 16 or 32 tokens.
+// paged_attention.cu: what a warp does with 16 to 64 tokens.
 #pragma once
 
 // STEP_TOKENS tokens from the one at `token`, the first of a piece's part or of a 16-token run within it.
 __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int step, int token, const RowConstants& rows,
 #if OFFSET_PAIRS
-                                       const Shared& shared,
+                                       const Shared& shared, OffsetAngles& angles,
 #endif
                                        int lane, Accumulators& sums) {
   const int g = lane / 4;
   float logits[GROUPS][TILES][2], lifted[GROUPS][2], minimum[GROUPS][2];
 #if OFFSET_PAIRS
   float offsets[GROUPS][TILES][2];
-  offset_products(a, shared, token, lane, offsets);
+  offset_products(a, shared, token, angles, lane, offsets);
+  const bool last_step = step == STAGE_TOKENS / STEP_TOKENS - 1;
+  angles.load(a, token + STEP_TOKENS + (last_step ? (NUM_WARPS - 1) * STAGE_TOKENS : 0), lane);
 #endif
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
