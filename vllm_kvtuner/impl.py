@@ -255,7 +255,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         # Merged by the reference in fp32, by vLLM's kernel in the model's dtype.
         dtype = torch.float32 if self.kernels is None else query.dtype
         output = torch.empty(query.shape, dtype=dtype, device=query.device)
-        return output, torch.empty(query.shape[1], query.shape[0], device=query.device)
+        return output, torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
 
     def _attend(
         self,

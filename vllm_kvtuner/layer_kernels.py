@@ -168,7 +168,7 @@ class LayerKernels:
             self.attend(
                 query, kv_cache, integers(count, 16), integers(count, fill=query_len), starts, query_len, layout,
                 transforms, torch.empty_like(query, memory_format=torch.contiguous_format),
-                torch.empty(heads, tokens, device=self.device) if self.write_lse else None,
+                torch.empty(heads, tokens, dtype=torch.float32, device=self.device) if self.write_lse else None,
             )  # fmt: skip
         rows = torch.zeros(WARM_UP_ROWS // kv_heads, kv_heads, size, dtype=dtype, device=self.device)
         slots, positions = (integers(rows.shape[0], fill=fill, dtype=torch.int64) for fill in (-1, 0))
