@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvtuner import plugin
+from vllm_kvtuner import engine_checks, plugin
 from vllm_kvtuner.layout import PrecisionPair
 from vllm_kvtuner.profile import LayerShape, ModelShape, Profile
 
@@ -111,5 +111,27 @@ def test_recent_windows_are_refused_on_a_gpu(monkeypatch):
     config = SimpleNamespace(scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False))
     for is_cpu in (True, False):
         monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda is_cpu=is_cpu: is_cpu))
-        problems = plugin._unsupported_with_windows(config, resolved)
+        problems = engine_checks.recent_windows(config, resolved)
         assert [line.rpartition(", but got ")[2] for line in problems] == ([] if is_cpu else ["64 for layers 0-2"])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parallel_drafting", "dtype", "got"),
+    [
+        pytest.param(15, False, None, [], id="as many as the kernel takes"),
+        pytest.param(16, False, "fp8", ["at most 15", "16"], id="one more"),
+        pytest.param(7, True, "auto", [], id="and as many mask tokens"),
+        pytest.param(8, True, None, ["at most 7", "8"], id="one more of each"),
+        pytest.param(3, False, "kvtuner", ["one of vLLM's own", "kvtuner"], id="a quantized draft model"),
+    ],
+)
+def test_speculation_that_is_refused(tokens, parallel_drafting, dtype, got):
+    """The check is called itself: vLLM 0.32.0 knows no such dtype, and parallel drafting needs a model made for it."""
+    speculative = SimpleNamespace(
+        num_speculative_tokens=tokens, parallel_drafting=parallel_drafting, kv_cache_dtype=dtype
+    )
+    config = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=False)
+    problems = engine_checks.speculation(config)
+    assert len(problems) == bool(got)
+    for part in got:
+        assert part in problems[0]

@@ -136,8 +136,8 @@ def give_layers_their_backend() -> None:
     """Give each attention layer the backend of its own pair.
 
     Symptom: one backend for all layers. Cause: selection (``get_attn_backend``) is per model; the constructor takes
-    ``attn_backend``, but models do not pass it. Layers that the profile leaves at K16V16, and layers it does not
-    know (a draft model's), see a cache configuration of dtype "auto". Can go when selection is per layer.
+    ``attn_backend``, but models do not pass it. Layers that the profile leaves at K16V16, and those of a draft model,
+    see a cache configuration of dtype "auto". Can go when selection is per layer.
     """
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention.attention import Attention
@@ -152,7 +152,7 @@ def give_layers_their_backend() -> None:
             return original(self, *args, **kwargs)
         # A layer that shares another's cache reads that one's pages.
         name = kwargs.get("kv_sharing_target_layer_name") or kwargs["prefix"]
-        precision = plugin.layer_precision(config, name)
+        precision = None if _builds_draft_model() else plugin.layer_precision(config, name)
         if precision is None or not precision.pair.is_quantized:
             if kwargs.get("cache_config") is not None:
                 kwargs["cache_config"] = copy.copy(kwargs["cache_config"])
@@ -173,6 +173,18 @@ def give_layers_their_backend() -> None:
             give_window(self, precision.recent, kwargs.get("kv_sharing_target_layer_name"))
 
     Attention.__init__ = init
+
+
+def _builds_draft_model() -> bool:
+    """Whether vLLM is building what drafts tokens, rather than the model that is served.
+
+    A draft model may lie in the target's own folder, and the layers of multi-token prediction heads are counted from 0
+    as the target's are, so neither the folder nor a layer's name tells. Every proposer of both versions builds under a
+    tag of its own, while the target is built under "backbone".
+    """
+    from vllm.compilation import backends
+
+    return backends.model_tag != "backbone"
 
 
 def bind_statics_after_loading() -> None:

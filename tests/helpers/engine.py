@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -77,9 +78,11 @@ class EngineRun:
         num_gpu_blocks: blocks of the pool.
         kv_cache_size_tokens: the capacity vLLM reports.
         allocated_bytes: bytes of the KV cache tensors.
-        page_bytes: bytes of one page of each decoder layer, in order.
+        page_bytes: bytes of one page of each decoder layer, in order; a draft model's follow.
         groups: layers and tokens per block of each KV cache group.
         preemptions: how often a request was preempted.
+        drafted: tokens that speculative decoding proposed.
+        accepted: those of them that were kept.
         plugin_loaded: whether vLLM loaded the plugin.
         compiled_graphs: graphs that torch.compile made.
         log: what it printed.
@@ -93,6 +96,8 @@ class EngineRun:
     page_bytes: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
     preemptions: int
+    drafted: int
+    accepted: int
     plugin_loaded: bool
     compiled_graphs: int
     log: str = field(default="", repr=False)
@@ -186,6 +191,9 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     specs = runner.get_kv_cache_spec()
     storages = [cache.untyped_storage() for cache in runner.kv_caches]
+    counters = Counter[str]()
+    for metric in llm.get_metrics():
+        counters[metric.name] += getattr(metric, "value", 0)
     run = EngineRun(
         answers=answers,
         block_size=config.cache_config.block_size,
@@ -196,7 +204,9 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         groups=tuple(
             (len(group.layer_names), group.kv_cache_spec.block_size) for group in runner.kv_cache_config.kv_cache_groups
         ),
-        preemptions=sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        preemptions=counters["vllm:num_preemptions"],
+        drafted=counters["vllm:spec_decode_num_draft_tokens"],
+        accepted=counters["vllm:spec_decode_num_accepted_tokens"],
         plugin_loaded="vllm_kvtuner.plugin" in sys.modules,
         compiled_graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"],
     )
