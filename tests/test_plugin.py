@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvtuner import engine_checks, plugin
+from vllm_kvtuner import compat, decode_kernel, engine_checks, layer_kernels, plugin
 from vllm_kvtuner.layout import PrecisionPair
 from vllm_kvtuner.profile import LayerShape, ModelShape, Profile
+from vllm_kvtuner.transforms import LayerTransforms
 
 
 @pytest.mark.parametrize(
@@ -135,3 +136,27 @@ def test_speculation_that_is_refused(tokens, parallel_drafting, dtype, got):
     assert len(problems) == bool(got)
     for part in got:
         assert part in problems[0]
+
+
+def test_waking_up_zeroes_the_counters_of_the_decode_kernel(monkeypatch):
+    """Called itself: only a GPU's worker sleeps. Memory of a tag that still sleeps is not touched."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    scratch = SimpleNamespace(arrivals=torch.zeros(3, dtype=torch.int32))
+    monkeypatch.setattr(decode_kernel, "decode_kernel", lambda *_: decode_kernel.CUDA)
+    monkeypatch.setattr(layer_kernels, "_cuda_workspace", lambda *_: scratch)
+    kernels = layer_kernels.LayerKernels(4, 2, 64, 0.125, None, 0.0, 8, 1, torch.device("cpu"))
+    kernels.reserve(PrecisionPair(4, 4), LayerTransforms(), False)
+    kernels.forget()
+    layer = SimpleNamespace(impl=SimpleNamespace(kernels=kernels))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="kvtuner"),
+        compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": SimpleNamespace()}),
+    )
+    worker = SimpleNamespace(vllm_config=config)
+    monkeypatch.setattr(Worker, "wake_up", lambda self, tags=None: None)
+    compat.wake_kernels_up()
+    for tags, expected in ((["kv_cache"], 1), (["weights"], 0), (None, 0)):
+        scratch.arrivals.fill_(1)
+        Worker.wake_up(worker, tags)
+        assert scratch.arrivals.tolist() == [expected] * 3

@@ -33,6 +33,7 @@ def apply() -> None:
     give_layers_their_backend()
     bind_statics_after_loading()
     warm_kernels_up()
+    wake_kernels_up()
     log_capacity_once()
     publish_metrics()
 
@@ -221,6 +222,25 @@ def warm_kernels_up() -> None:
         return original(self)
 
     Worker.compile_or_warm_up_model = compile_or_warm_up_model
+
+
+def wake_kernels_up() -> None:
+    """Zero the decode kernel's counters after a sleep.
+
+    Symptom: after a sleep of level 2 decoding may hang or give wrong text. Cause: the counters, which are zero between
+    launches, are allocated while the model loads, so that vLLM counts them, and level 2 discards that memory; vLLM
+    restores the model's buffers alone. Can go when attention implementations are told of waking up.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def wake_up(_: None, worker: Worker, tags: list[str] | None = None) -> None:
+        if not plugin.uses_kvtuner(worker.vllm_config) or (tags is not None and "weights" not in tags):
+            return
+        for layer in worker.vllm_config.compilation_config.static_forward_context.values():
+            if kernels := getattr(getattr(layer, "impl", None), "kernels", None):
+                kernels.wake_up()
+
+    _after(Worker, "wake_up", wake_up)
 
 
 def log_capacity_once() -> None:

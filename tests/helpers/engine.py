@@ -44,11 +44,13 @@ class Call:
         prompts: token ids of each prompt.
         sampling: keywords of SamplingParams; greedy, without stopping, where left out.
         together: False runs one prompt after the other.
+        adapter: folder of a LoRA adapter, or None.
     """
 
     prompts: Sequence[Sequence[int]]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     together: bool = True
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
             os.dup2(file.fileno(), descriptor)
     os.environ.update(environment)
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(**keywords)
     answers = []
@@ -183,8 +186,11 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         sampling = {"max_tokens": 16, "temperature": 0, "ignore_eos": True, "detokenize": False, **call.sampling}
         prompts = [{"prompt_token_ids": list(prompt)} for prompt in call.prompts]
         batches = [prompts] if call.together else [[prompt] for prompt in prompts]
+        lora = LoRARequest("adapter", 1, call.adapter) if call.adapter else None
         outputs = [
-            output for batch in batches for output in llm.generate(batch, SamplingParams(**sampling), use_tqdm=False)
+            output
+            for batch in batches
+            for output in llm.generate(batch, SamplingParams(**sampling), use_tqdm=False, lora_request=lora)
         ]
         answers.append([_answer(output, sample) for output in outputs for sample in output.outputs])
     config = llm.llm_engine.vllm_config
