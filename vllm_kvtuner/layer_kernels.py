@@ -47,6 +47,7 @@ class LayerKernels:
         self.max_num_seqs = max_num_seqs
         self.max_decode_query_len = max_decode_query_len
         self.device = device
+        self._arrivals: torch.Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -63,9 +64,16 @@ class LayerKernels:
             has_offset: whether a key offset is, which may leave the layer to the portable kernel.
         """
         layout = PageLayout(pair, self.head_size, BLOCK_SIZE_MULTIPLE)
-        self._workspace(decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device))
+        kernel = decode_kernel.decode_kernel(layout, transforms, self.logits_soft_cap, self.device)
+        workspace = self._workspace(kernel)
+        self._arrivals = workspace.arrivals if kernel == decode_kernel.CUDA else None
         if has_offset:
             self._workspace(decode_kernel.TRITON)
+
+    def wake_up(self) -> None:
+        """Make the scratch ready again. A sleep of level 2 discards what lies beside the weights, as it does."""
+        if self._arrivals is not None:
+            self._arrivals.zero_()
 
     def store(
         self,
