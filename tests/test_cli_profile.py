@@ -309,3 +309,5 @@ def test_statics_of_folders_without_weights(run, model, tmp_path):
     assert (status, "must be a complete safetensors file" in err) == (1, True)
     status, _, err = run("statics", model(), "--out", tmp_path / "gone" / "out.safetensors")
     assert (status, "--out must be in a folder that exists" in err) == (1, True)
+    status, _, err = run("statics", model(), "--out", tmp_path / "model" / "out.safetensors")
+    assert (status, "--out must not be in the model's folder" in err) == (1, True)

@@ -80,3 +80,18 @@ def test_compose_reserves_a_gpu_and_checks_health(service):
     assert service["healthcheck"]["test"][-1].endswith("/health")
     port = service["healthcheck"]["test"][-1].split(":")[2].split("/")[0]
     assert service["ports"][0].split(":")[-1] == port
+
+
+def test_prometheus_scrapes_the_server_of_the_other_file(service):
+    monitoring = yaml.safe_load((COMPOSE.parent / "compose.monitoring.yaml").read_text())
+    prometheus = monitoring["services"]["prometheus"]
+    (dependency,) = prometheus["depends_on"]
+    assert yaml.safe_load(COMPOSE.read_text())["services"][dependency] == service
+    source, target, mode = prometheus["volumes"][0].split(":")
+    assert (target, mode) == ("/etc/prometheus/prometheus.yml", "ro")
+    (job,) = yaml.safe_load((COMPOSE.parent / source).read_text())["scrape_configs"]
+    port = service["ports"][0].split(":")[-1]
+    assert job["static_configs"] == [{"targets": [f"{dependency}:{port}"]}]
+    assert "metrics_path" not in job  # /metrics, where vLLM's are
+    name, path = prometheus["volumes"][1].split(":")
+    assert name in monitoring["volumes"] and path == "/prometheus"

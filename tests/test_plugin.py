@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvtuner import plugin
+from vllm_kvtuner import compat, decode_kernel, engine_checks, layer_kernels, plugin
 from vllm_kvtuner.layout import PrecisionPair
 from vllm_kvtuner.profile import LayerShape, ModelShape, Profile
+from vllm_kvtuner.transforms import LayerTransforms
 
 
 @pytest.mark.parametrize(
@@ -115,5 +116,54 @@ def test_8_bit_windows_are_refused_where_a_gpu_does_not_read_them_back(is_cpu, a
     resolved = Profile("p", None, PrecisionPair(4, 4), **options).resolve(shape)
     config = SimpleNamespace(scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False))
     monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
-    problems = plugin._unsupported_with_windows(config, resolved)
+    problems = engine_checks.recent_windows(config, resolved)
     assert [line.rpartition(", but got ")[2] for line in problems] == (["8"] if refused else [])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parallel_drafting", "dtype", "got"),
+    [
+        pytest.param(15, False, None, [], id="as many as the kernel takes"),
+        pytest.param(16, False, "fp8", ["at most 15", "16"], id="one more"),
+        pytest.param(7, True, "auto", [], id="and as many mask tokens"),
+        pytest.param(8, True, None, ["at most 7", "8"], id="one more of each"),
+        pytest.param(3, False, "kvtuner", ["one of vLLM's own", "kvtuner"], id="a quantized draft model"),
+    ],
+)
+def test_speculation_that_is_refused(tokens, parallel_drafting, dtype, got):
+    """The check is called itself: vLLM 0.32.0 knows no such dtype, and parallel drafting needs a model made for it."""
+    speculative = SimpleNamespace(
+        num_speculative_tokens=tokens, parallel_drafting=parallel_drafting, kv_cache_dtype=dtype
+    )
+    config = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=False)
+    problems = engine_checks.speculation(config)
+    assert len(problems) == bool(got)
+    for part in got:
+        assert part in problems[0]
+
+
+def test_waking_up_zeroes_the_counters_of_the_decode_kernel(monkeypatch):
+    """Called itself: only a GPU's worker sleeps. Memory of a tag that still sleeps is not touched."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    scratch = SimpleNamespace(arrivals=torch.zeros(3, dtype=torch.int32))
+    monkeypatch.setattr(decode_kernel, "decode_kernel", lambda *_: decode_kernel.CUDA)
+    monkeypatch.setattr(layer_kernels, "_cuda_workspace", lambda *_: scratch)
+    kernels = layer_kernels.LayerKernels(4, 2, 64, 0.125, None, 0.0, 8, 1, torch.device("cpu"))
+    kernels.reserve(PrecisionPair(4, 4), LayerTransforms(), False)
+    kernels.forget()
+    window = SimpleNamespace(wake_up=lambda: woken.append(1))
+    woken: list[int] = []
+    layer = SimpleNamespace(impl=SimpleNamespace(kernels=kernels, recent_kernels=SimpleNamespace(kernels=window)))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="kvtuner"),
+        compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": SimpleNamespace()}),
+    )
+    worker = SimpleNamespace(vllm_config=config)
+    monkeypatch.setattr(Worker, "wake_up", lambda self, tags=None: None)
+    compat.wake_kernels_up()
+    for tags, expected in ((["kv_cache"], 1), (["weights"], 0), (None, 0)):
+        scratch.arrivals.fill_(1)
+        Worker.wake_up(worker, tags)
+        assert scratch.arrivals.tolist() == [expected] * 3
+    assert len(woken) == 2

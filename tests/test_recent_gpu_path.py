@@ -80,8 +80,8 @@ def replaced(monkeypatch):
     monkeypatch.setattr(layer_kernels, "_decode_module", lambda kernel: (decode, {}))
     monkeypatch.setattr(layer_kernels, "_row_kernels", lambda kernels: rows)
     monkeypatch.setattr(layer_kernels, "_triton_workspace", lambda *arguments: None)
-    monkeypatch.setattr(recent, "decode_query_len", lambda config: QUERY_LEN)
-    monkeypatch.setattr(impl, "decode_query_len", lambda config: QUERY_LEN)
+    monkeypatch.setattr(recent, "max_decode_query_len", lambda config: QUERY_LEN)
+    monkeypatch.setattr(impl, "max_decode_query_len", lambda config: QUERY_LEN)
     config = SimpleNamespace(
         model_config=SimpleNamespace(dtype=torch.bfloat16),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),

@@ -83,7 +83,7 @@ def test_llama_3_25_in_bytes():
 
 @pytest.mark.parametrize("name", CALIBRATED)
 def test_calibrated_profiles_hold_what_they_promise(name):
-    """Within their budget, better than or equal to each uniform setting of no more stored bits, and their statics fit."""
+    """As good as each uniform setting of no more stored bits or better, and with statics for all layers."""
     profile = load_profile(name)
     scores = profile.provenance["heldout_scores"]
     ours = scores["this profile"]

@@ -39,12 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     if not args.out.parent.is_dir():
         raise ProfileError([f"{args.out}: --out must be in a folder that exists, but got {str(args.out.parent)!r}"])
+    refuse_model_folder(args.model, args.out.parent)
     statics = key_offsets(args.model)
     metadata = {"model": args.model, "method": "k_proj.bias"}
     metadata |= {name: importlib.metadata.version(name) for name in ("numpy", "safetensors")}
     save_statics(args.out, statics, metadata)
     print(f"{args.out}: key_offset of layers {format_layers(statics)}, from the k projection's bias of {args.model}")
     return 0
+
+
+def refuse_model_folder(model: str, folder: Path) -> None:
+    """Refuse to write statics where vLLM would read them as weights: beside the model's own.
+
+    Raises:
+        ProfileError: the folder is the model's.
+    """
+    if Path(model).is_dir() and folder.resolve() == Path(model).resolve():
+        rule = "--out must not be in the model's folder, where vLLM takes every safetensors file for weights"
+        raise ProfileError([f"{folder}: {rule}, but got {model!r}"])
 
 
 def key_offsets(model: str) -> dict[int, LayerStatics]:

@@ -31,7 +31,7 @@ from vllm_kvtuner.precision import RecentWindow
 from vllm_kvtuner.prefill_plan import PrefillPlan
 
 MAX_DECODE_QUERY_LEN = 16
-"""Query tokens per request that the decode kernel takes; longer verifications go the way of prefill."""
+"""Query tokens per request that the decode kernel takes; longer verifications of speculated tokens are refused."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self.decode_query_len = decode_query_len(vllm_config)
+        self.decode_query_len = max_decode_query_len(vllm_config)
         self.reorder_batch_threshold = self.decode_query_len
         implementation = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self._sliding_window: int | None = implementation.sliding_window
@@ -111,12 +111,6 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             positions=common.positions,
             prefill=plan,
         )
-
-
-def decode_query_len(vllm_config: VllmConfig) -> int:
-    """The most query tokens of a request that counts as decode: verification of speculated tokens does, if it fits."""
-    query_len = max_decode_query_len(vllm_config)
-    return query_len if query_len <= MAX_DECODE_QUERY_LEN else 1
 
 
 class KVTunerBackend(AttentionBackend):

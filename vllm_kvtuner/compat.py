@@ -35,6 +35,7 @@ def apply() -> None:
     warm_kernels_up()
     register_recent_windows()
     tell_recent_windows_of_requests()
+    wake_kernels_up()
     log_capacity_once()
     publish_metrics()
 
@@ -138,8 +139,8 @@ def give_layers_their_backend() -> None:
     """Give each attention layer the backend of its own pair.
 
     Symptom: one backend for all layers. Cause: selection (``get_attn_backend``) is per model; the constructor takes
-    ``attn_backend``, but models do not pass it. Layers that the profile leaves at K16V16, and layers it does not
-    know (a draft model's), see a cache configuration of dtype "auto". Can go when selection is per layer.
+    ``attn_backend``, but models do not pass it. Layers that the profile leaves at K16V16, and those of a draft model,
+    see a cache configuration of dtype "auto". Can go when selection is per layer.
     """
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention.attention import Attention
@@ -154,7 +155,7 @@ def give_layers_their_backend() -> None:
             return original(self, *args, **kwargs)
         # A layer that shares another's cache reads that one's pages.
         name = kwargs.get("kv_sharing_target_layer_name") or kwargs["prefix"]
-        precision = plugin.layer_precision(config, name)
+        precision = None if _builds_draft_model() else plugin.layer_precision(config, name)
         if precision is None or not precision.pair.is_quantized:
             if kwargs.get("cache_config") is not None:
                 kwargs["cache_config"] = copy.copy(kwargs["cache_config"])
@@ -175,6 +176,18 @@ def give_layers_their_backend() -> None:
             give_window(self, precision.recent, kwargs.get("kv_sharing_target_layer_name"))
 
     Attention.__init__ = init
+
+
+def _builds_draft_model() -> bool:
+    """Whether vLLM is building what drafts tokens, rather than the model that is served.
+
+    A draft model may lie in the target's own folder, and the layers of multi-token prediction heads are counted from 0
+    as the target's are, so neither the folder nor a layer's name tells. Every proposer of both versions builds under a
+    tag of its own, while the target is built under "backbone".
+    """
+    from vllm.compilation import backends
+
+    return backends.model_tag != "backbone"
 
 
 def bind_statics_after_loading() -> None:
@@ -253,6 +266,27 @@ def tell_recent_windows_of_requests() -> None:
         return original(self, request, *args, **kwargs)
 
     KVCacheManager.allocate_slots = allocate_slots
+
+
+def wake_kernels_up() -> None:
+    """Zero the decode kernel's counters after a sleep.
+
+    Symptom: after a sleep of level 2 decoding may hang or give wrong text. Cause: the counters, which are zero between
+    launches, are allocated while the model loads, so that vLLM counts them, and level 2 discards that memory; vLLM
+    restores the model's buffers alone. Can go when attention implementations are told of waking up.
+    """
+    from vllm.v1.worker.gpu_worker import Worker
+
+    def wake_up(_: None, worker: Worker, tags: list[str] | None = None) -> None:
+        if not plugin.uses_kvtuner(worker.vllm_config) or (tags is not None and "weights" not in tags):
+            return
+        for layer in worker.vllm_config.compilation_config.static_forward_context.values():
+            implementation = getattr(layer, "impl", None)
+            for owner in (implementation, getattr(implementation, "recent_kernels", None)):
+                if kernels := getattr(owner, "kernels", None):
+                    kernels.wake_up()
+
+    _after(Worker, "wake_up", wake_up)
 
 
 def log_capacity_once() -> None:

@@ -11,10 +11,10 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
-from vllm.v1.attention.backend import AttentionImpl, AttentionType
+from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 
 from vllm_kvtuner import envs, reference
-from vllm_kvtuner.backend import KVTunerMetadata, decode_query_len
+from vllm_kvtuner.backend import KVTunerMetadata
 from vllm_kvtuner.gpu_prefill import Flash, GpuPrefill
 from vllm_kvtuner.layer_kernels import LayerKernels
 from vllm_kvtuner.layout import PageLayout
@@ -75,7 +75,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
         self.max_num_seqs = config.scheduler_config.max_num_seqs
-        self.max_decode_query_len = decode_query_len(config)
+        self.max_decode_query_len = max_decode_query_len(config)
         self.kernels: LayerKernels | None = None
         self.recent: RecentCache | None = None
         self.recent_kernels: RecentKernels | None = None

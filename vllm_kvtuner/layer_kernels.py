@@ -58,6 +58,7 @@ class LayerKernels:
         self.device = device
         self.skip_newest = skip_newest
         self.write_lse = write_lse
+        self._arrivals: torch.Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
@@ -74,9 +75,16 @@ class LayerKernels:
             has_offset: whether a key offset is, which may leave the layer to the portable kernel.
         """
         layout = PageLayout(pair, self.head_size, BLOCK_SIZE_MULTIPLE)
-        self._workspace(self._choose(layout, transforms))
+        kernel = self._choose(layout, transforms)
+        workspace = self._workspace(kernel)
+        self._arrivals = workspace.arrivals if kernel == decode_kernel.CUDA else None
         if has_offset:
             self._workspace(decode_kernel.TRITON)
+
+    def wake_up(self) -> None:
+        """Make the scratch ready again. A sleep of level 2 discards what lies beside the weights, as it does."""
+        if self._arrivals is not None:
+            self._arrivals.zero_()
 
     def store(
         self,

@@ -30,12 +30,13 @@ ATTEND_KEY = "kvtuner_attend_cached_prefill"
 CALIBRATION_KEY = "kvtuner_calibration"
 """Key of additional_config that, when true, makes a calibration engine: the profile's pairs are the room of the pages,
 and calibration.switch changes what the layers store in them while the engine runs."""
-MODEL_KEY = "kvtuner_model"
-"""Key of additional_config that holds the model the profile was checked against (a draft model is another)."""
 DIGEST_KEY = "kvtuner_digest"
 """Key of additional_config that holds a digest of the files, so that vLLM's compile cache sees them change."""
 RECENT_SUFFIX = ".recent"
 """What follows an attention layer's name in that of its recent window."""
+
+_DRAFT_PREFIXES = ("draft_model.", "mtp.")
+"""How names of a draft model's layers begin, where their numbers are no others than the target's."""
 
 logger = logging.getLogger("vllm.kvtuner")
 
@@ -63,7 +64,7 @@ def check_config(config: VllmConfig) -> None:
                 f"{KV_CACHE_DTYPE} only, but got --kv-cache-dtype {config.cache_config.cache_dtype}"
             )
         return
-    from vllm_kvtuner import envs
+    from vllm_kvtuner import engine_checks, envs
     from vllm_kvtuner.profile import ProfileError, shipped_profiles
 
     spec = additional.get(PROFILE_KEY) or envs.profile()
@@ -76,11 +77,13 @@ def check_config(config: VllmConfig) -> None:
     if not isinstance(config.additional_config, dict):
         raise ValueError(f"additional_config must be a dict to carry {PROFILE_KEY!r}, but got a custom object")
     additional[PROFILE_KEY] = str(spec)
-    if problems := _unsupported_settings(config):
+    if problems := engine_checks.settings(config):
         raise ProfileError(problems)
-    additional[MODEL_KEY] = config.model_config.model
     resolved = resolved_profile(config)
-    if resolved.recent_windows and (problems := _unsupported_with_windows(config, resolved)):
+    problems = engine_checks.draft_model(config)
+    if resolved.recent_windows:
+        problems += engine_checks.recent_windows(config, resolved)
+    if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
 
@@ -105,11 +108,9 @@ def is_calibration(config: VllmConfig) -> bool:
 
 
 def layer_precision(config: VllmConfig, layer_name: str) -> LayerPrecision | None:
-    """What the profile says of a decoder attention layer, or None for one that it does not know (a draft model's)."""
+    """What the profile says of a decoder attention layer, or None for one that it does not know (an EAGLE head's)."""
     from vllm.model_executor.models.utils import extract_layer_index
 
-    if config.model_config.model != config.additional_config[MODEL_KEY]:
-        return None
     index = extract_layer_index(layer_name)
     for layer in resolved_profile(config).layers:
         if layer.index == index:
@@ -253,7 +254,8 @@ def _windows(resolved: ResolvedProfile) -> str:
 
 def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[float, float, int]:
     """How many times a bf16 cache's tokens fit, the padding over what the layers of all groups store, and the bytes of
-    the blocks that one request's recent windows hold at most while it decodes.
+    the blocks that one request's recent windows hold at most while it decodes. A draft model's layers count as
+    they are.
 
     Cache groups overlay each other in the pool's blocks, so the largest group of bf16 pages sets what bf16 would take.
     """
@@ -264,6 +266,9 @@ def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[f
 
     layers = {layer.index: layer for layer in resolved_profile(config).layers}
     ranks = config.parallel_config.tensor_parallel_size
+    # One of the two strides is a page, and the other holds many of them.
+    tensors = kv_cache_config.kv_cache_tensors
+    pages = {name: min(tensor.layer_stride, tensor.block_stride) for tensor in tensors for name in tensor.layers}
     bf16 = stored = windows = 0
     packed = []
     for group in kv_cache_config.kv_cache_groups:
@@ -272,8 +277,11 @@ def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[f
             continue
         packed.append(group)
         group_bf16 = group_stored = 0
-        for index in map(extract_layer_index, group.layer_names):
-            if (layer := layers.get(index)) is None:  # a draft model's
+        for name in group.layer_names:
+            layer = None if name.startswith(_DRAFT_PREFIXES) else layers.get(extract_layer_index(name))
+            if layer is None:
+                group_bf16 += pages[name]
+                group_stored += pages[name]
                 continue
             tokens = group.kv_cache_spec.block_size * max(1, layer.shape.num_kv_heads // ranks)
             row_bytes = 2 * layer.shape.head_size * config.model_config.dtype.itemsize
@@ -323,62 +331,6 @@ def _digest(resolved: ResolvedProfile) -> str:
         load_statics(resolved.profile.statics, resolved)
         digest.update(resolved.profile.statics.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _unsupported_settings(config: VllmConfig) -> tuple[str, ...]:
-    """Engine settings that packed pages do not work with, each as one problem."""
-    problems = []
-    parallel = config.parallel_config
-    if parallel.decode_context_parallel_size > 1:
-        problems.append(
-            "decode_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
-            f"{parallel.decode_context_parallel_size}"
-        )
-    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        problems.append(
-            "prefill_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
-            f"{parallel.prefill_context_parallel_size}"
-        )
-    if config.cache_config.user_specified_block_size and config.cache_config.block_size % 16:
-        problems.append(
-            "block_size must be a multiple of 16 with --kv-cache-dtype kvtuner, but got "
-            f"{config.cache_config.block_size}"
-        )
-    if config.cache_config.kv_cache_dtype_skip_layers:
-        problems.append(
-            "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner, where the profile's K16V16 layers "
-            f"are skipped, but got {config.cache_config.kv_cache_dtype_skip_layers}"
-        )
-    if is_calibration(config) and config.compilation_config.cudagraph_mode.name != "NONE":
-        problems.append(
-            f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph replays the "
-            f"pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
-        )
-    if config.model_config.is_mm_prefix_lm:
-        problems.append(
-            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
-            "other in both directions; serve its text part alone (--language-model-only)"
-        )
-    return tuple(problems)
-
-
-def _unsupported_with_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
-    """Engine settings that recent windows do not work with, each as one problem."""
-    from vllm.platforms import current_platform
-
-    problems = []
-    bits = resolved.profile.recent_window_bits
-    if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
-        problems.append(
-            f"{resolved.profile.source or resolved.profile.name}: recent_window_bits must be {UNQUANTIZED.k_bits} with "
-            f"attend_cached_prefill on a GPU, where a chunk's own newest tokens are read as they are, but got {bits}"
-        )
-    if config.scheduler_config.disable_hybrid_kv_cache_manager:
-        problems.append(
-            "disable_hybrid_kv_cache_manager must be false with a recent_window, which would be kept of all tokens, "
-            "but got true (a KV connector without support for it sets it too)"
-        )
-    return tuple(problems)
 
 
 def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:

@@ -38,11 +38,12 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
     MultipleOf,
+    max_decode_query_len,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner import plugin, reference
-from vllm_kvtuner.backend import KVTunerMetadata, decode_query_len
+from vllm_kvtuner.backend import KVTunerMetadata
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes, recent_blocks
 from vllm_kvtuner.precision import RecentWindow
 from vllm_kvtuner.recent_manager import RecentSpec
@@ -77,7 +78,7 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert isinstance(kv_cache_spec, RecentSpec)
         self._window, self._block_size = kv_cache_spec.sliding_window, kv_cache_spec.block_size
-        self._decode_query_len = decode_query_len(vllm_config)
+        self._decode_query_len = max_decode_query_len(vllm_config)
         columns = recent_blocks(self._window, self._block_size, self._decode_query_len)
         num_reqs = vllm_config.scheduler_config.max_num_seqs
         self._table = torch.zeros(num_reqs, columns, dtype=torch.int32, device=device)

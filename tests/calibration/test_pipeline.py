@@ -287,6 +287,12 @@ def test_all_input_errors_at_once_before_a_model_loads(model, tmp_path, capsys, 
     assert not out.exists()
 
 
+def test_the_models_own_folder_is_no_output_folder(model, capsys, monkeypatch):
+    monkeypatch.setattr(Calibration, "run", lambda *_: pytest.fail("a stage was run"))
+    assert cli.main(["calibrate", model, "--out", model, "--max-bits", "4"]) == 1
+    assert "--out must not be in the model's folder" in capsys.readouterr().err
+
+
 def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(Calibration, "run", lambda self, stage: ran.append((stage, self.options)))

@@ -16,7 +16,7 @@ from kvtuner_tools.model_files import load_model_shape
 from kvtuner_tools.settings import Setting
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.engine import KV_CACHE_BYTES, cpu_only, fork_server
-from vllm_kvtuner import plugin
+from vllm_kvtuner import engine_checks, plugin
 from vllm_kvtuner.profile import load_profile
 from vllm_kvtuner.statics import LayerStatics, save_statics
 
@@ -176,9 +176,10 @@ def test_cuda_graphs_are_refused(mode, refused):
         cache_config=SimpleNamespace(user_specified_block_size=False, kv_cache_dtype_skip_layers=[]),
         model_config=SimpleNamespace(is_mm_prefix_lm=False),
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
+        speculative_config=None,
     )
 
-    problems = plugin._unsupported_settings(config)
+    problems = engine_checks.settings(config)
 
     assert len(problems) == refused
     assert all(
@@ -186,4 +187,4 @@ def test_cuda_graphs_are_refused(mode, refused):
         for line in problems
     )
     config.additional_config = {}
-    assert not plugin._unsupported_settings(config)
+    assert not engine_checks.settings(config)

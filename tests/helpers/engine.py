@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -43,11 +44,13 @@ class Call:
         prompts: token ids of each prompt.
         sampling: keywords of SamplingParams; greedy, without stopping, where left out.
         together: False runs one prompt after the other.
+        adapter: folder of a LoRA adapter, or None.
     """
 
     prompts: Sequence[Sequence[int]]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     together: bool = True
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,11 @@ class EngineRun:
         num_gpu_blocks: blocks of the pool.
         kv_cache_size_tokens: the capacity vLLM reports.
         allocated_bytes: bytes of the KV cache tensors.
-        page_bytes: bytes of one page of each decoder layer, in order.
+        page_bytes: bytes of one page of each decoder layer, in order; a draft model's follow.
         groups: layers and tokens per block of each KV cache group.
         preemptions: how often a request was preempted.
+        drafted: tokens that speculative decoding proposed.
+        accepted: those of them that were kept.
         plugin_loaded: whether vLLM loaded the plugin.
         compiled_graphs: graphs that torch.compile made.
         log: what it printed.
@@ -93,6 +98,8 @@ class EngineRun:
     page_bytes: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
     preemptions: int
+    drafted: int
+    accepted: int
     plugin_loaded: bool
     compiled_graphs: int
     log: str = field(default="", repr=False)
@@ -171,6 +178,7 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
             os.dup2(file.fileno(), descriptor)
     os.environ.update(environment)
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     llm = LLM(**keywords)
     answers = []
@@ -178,14 +186,20 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         sampling = {"max_tokens": 16, "temperature": 0, "ignore_eos": True, "detokenize": False, **call.sampling}
         prompts = [{"prompt_token_ids": list(prompt)} for prompt in call.prompts]
         batches = [prompts] if call.together else [[prompt] for prompt in prompts]
+        lora = LoRARequest("adapter", 1, call.adapter) if call.adapter else None
         outputs = [
-            output for batch in batches for output in llm.generate(batch, SamplingParams(**sampling), use_tqdm=False)
+            output
+            for batch in batches
+            for output in llm.generate(batch, SamplingParams(**sampling), use_tqdm=False, lora_request=lora)
         ]
         answers.append([_answer(output, sample) for output in outputs for sample in output.outputs])
     config = llm.llm_engine.vllm_config
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     specs = runner.get_kv_cache_spec()
     storages = [cache.untyped_storage() for cache in runner.kv_caches]
+    counters = Counter[str]()
+    for metric in llm.get_metrics():
+        counters[metric.name] += getattr(metric, "value", 0)
     run = EngineRun(
         answers=answers,
         block_size=config.cache_config.block_size,
@@ -196,7 +210,9 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         groups=tuple(
             (len(group.layer_names), group.kv_cache_spec.block_size) for group in runner.kv_cache_config.kv_cache_groups
         ),
-        preemptions=sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"),
+        preemptions=counters["vllm:num_preemptions"],
+        drafted=counters["vllm:spec_decode_num_draft_tokens"],
+        accepted=counters["vllm:spec_decode_num_accepted_tokens"],
         plugin_loaded="vllm_kvtuner.plugin" in sys.modules,
         compiled_graphs=torch._dynamo.utils.counters["stats"]["unique_graphs"],
     )

@@ -15,6 +15,7 @@ from vllm_kvtuner.schema import parse_layers
 from ..model_files import load_model_shape
 from ..profile_commands import parse_memory
 from ..results import write_json
+from ..statics import refuse_model_folder
 from .artifacts import read_artifact
 from .calibration_text import CalibrationText, load_text, read_documents
 from .cluster import DEFAULT_FACTOR
@@ -253,6 +254,7 @@ def check_options(options: Options, out: Path, *, with_budget: bool) -> None:
         return None
 
     problems += _numbers(options)
+    attempt(lambda: refuse_model_folder(options.model, out))
     shape: ModelShape | None = attempt(lambda: load_model_shape(options.model))
     if shape is not None:
         problems += [f"{options.model}: model {reason}" for reason in shape.unsupported]

@@ -1,0 +1,114 @@
+"""Engine settings that packed pages do not work with, each as one problem of one line; plugin.check_config asks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_kvtuner import plugin
+from vllm_kvtuner.layout import UNQUANTIZED
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_kvtuner.profile import ResolvedProfile
+
+
+def settings(config: VllmConfig) -> tuple[str, ...]:
+    """What can be checked before the profile is read."""
+    problems = []
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1:
+        problems.append(
+            "decode_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
+            f"{parallel.decode_context_parallel_size}"
+        )
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        problems.append(
+            "prefill_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
+            f"{parallel.prefill_context_parallel_size}"
+        )
+    if config.cache_config.user_specified_block_size and config.cache_config.block_size % 16:
+        problems.append(
+            "block_size must be a multiple of 16 with --kv-cache-dtype kvtuner, but got "
+            f"{config.cache_config.block_size}"
+        )
+    if config.cache_config.kv_cache_dtype_skip_layers:
+        problems.append(
+            "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner, where the profile's K16V16 layers "
+            f"are skipped, but got {config.cache_config.kv_cache_dtype_skip_layers}"
+        )
+    if plugin.is_calibration(config) and config.compilation_config.cudagraph_mode.name != "NONE":
+        problems.append(
+            f"cudagraph_mode must be NONE with {plugin.CALIBRATION_KEY} (such as by enforce_eager), since a graph "
+            f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
+        )
+    problems += speculation(config)
+    if config.model_config.is_mm_prefix_lm:
+        problems.append(
+            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
+            "other in both directions; serve its text part alone (--language-model-only)"
+        )
+    return tuple(problems)
+
+
+def speculation(config: VllmConfig) -> list[str]:
+    """Of speculative decoding, whatever drafts."""
+    from vllm.v1.attention.backend import max_decode_query_len
+
+    from vllm_kvtuner.backend import MAX_DECODE_QUERY_LEN
+
+    speculative = config.speculative_config
+    if speculative is None:
+        return []
+    problems = []
+    # Longer verifications would be planned on the host, which under asynchronous scheduling does not know how many
+    # drafted tokens were accepted, and would be frozen in a CUDA graph.
+    if (tokens := max_decode_query_len(config)) > MAX_DECODE_QUERY_LEN:
+        most = (MAX_DECODE_QUERY_LEN - 1) * speculative.num_speculative_tokens // (tokens - 1)
+        problems.append(
+            f"num_speculative_tokens must be at most {most} with --kv-cache-dtype kvtuner, whose decode kernel takes "
+            f"{MAX_DECODE_QUERY_LEN} tokens of a request at once, but got {speculative.num_speculative_tokens}"
+        )
+    if speculative.kv_cache_dtype == plugin.KV_CACHE_DTYPE:
+        problems.append(
+            "kv_cache_dtype of the speculative configuration must be one of vLLM's own, since the profile is the "
+            f"target's, whose draft model is not quantized, but got {plugin.KV_CACHE_DTYPE}"
+        )
+    return problems
+
+
+def draft_model(config: VllmConfig) -> tuple[str, ...]:
+    """vLLM's model runner V1 hands a draft model the block table of the first KV cache group, whichever its own is.
+
+    It then writes its keys into other requests' blocks, with any cache: ``spec_decode_common_attn_metadata`` in
+    ``_build_attention_metadata`` asks for the drafter's own group (kv_cache_gid) for other kinds of drafters only.
+    """
+    speculative = config.speculative_config
+    if speculative is None or not speculative.uses_draft_model() or config.use_v2_model_runner:
+        return ()
+    if not plugin.needs_packed_blocks(config):
+        return ()
+    return (
+        "speculative decoding must do without a draft model (n-gram and EAGLE serve) where the model mixes kinds of "
+        "layers or the profile has a recent_window, since vLLM's model runner V1 then mixes up their blocks, but got "
+        f"{speculative.model}",
+    )
+
+
+def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """What a profile with recent windows does not work with."""
+    from vllm.platforms import current_platform
+
+    problems = []
+    bits = resolved.profile.recent_window_bits
+    if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
+        problems.append(
+            f"{resolved.profile.source or resolved.profile.name}: recent_window_bits must be {UNQUANTIZED.k_bits} with "
+            f"attend_cached_prefill on a GPU, where a chunk's own newest tokens are read as they are, but got {bits}"
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        problems.append(
+            "disable_hybrid_kv_cache_manager must be false with a recent_window, which would be kept of all tokens, "
+            "but got true (a KV connector without support for it sets it too)"
+        )
+    return tuple(problems)
