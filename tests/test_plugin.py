@@ -180,8 +180,9 @@ def test_connectors_keep_profiles_apart(monkeypatch):
     monkeypatch.setattr(offloading_connector, "build_offloading_config", lambda config, caches: built)
     monkeypatch.setattr(KVConnectorFactory, "get_connector_class", KVConnectorFactory.get_connector_class)
     compat.tell_connectors_of_the_profile()
+    asked = SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_module_path=None)
     for _ in range(2):  # as the scheduler does, and the worker
-        KVConnectorFactory.get_connector_class(SimpleNamespace(kv_connector="OffloadingConnector"))
+        KVConnectorFactory.get_connector_class(asked)
 
     def config(dtype, digest):
         cache = SimpleNamespace(cache_dtype=dtype)
