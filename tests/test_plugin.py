@@ -1,5 +1,6 @@
 """The plugin's parts that need no engine."""
 
+import inspect
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -178,7 +179,9 @@ def test_connectors_keep_profiles_apart(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker", nixl)
     built = Built(OffloadingModelConfig("model", "kvtuner"))
     monkeypatch.setattr(offloading_connector, "build_offloading_config", lambda config, caches: built)
-    monkeypatch.setattr(KVConnectorFactory, "get_connector_class", KVConnectorFactory.get_connector_class)
+    # Without the seam that other tests of this process may have installed.
+    original = inspect.unwrap(KVConnectorFactory.get_connector_class)
+    monkeypatch.setattr(KVConnectorFactory, "get_connector_class", original)
     compat.tell_connectors_of_the_profile()
     asked = SimpleNamespace(kv_connector="OffloadingConnector", kv_connector_module_path=None)
     for _ in range(2):  # as the scheduler does, and the worker
