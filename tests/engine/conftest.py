@@ -27,3 +27,12 @@ def prompts():
     """Prompts shorter than a block, longer than two, and of lengths between."""
     numbers = random.Random(0)
     return [[numbers.randrange(10, 250) for _ in range(length)] for length in (1, 5, 127, 128, 129, 300)]
+
+
+@pytest.fixture(scope="module")
+def in_process():
+    """Engines live in the tests' own process. FlashInfer's sampler would be compiled by nvcc, which may be missing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
+        yield

@@ -1,26 +1,17 @@
-"""Speculative decoding, sleep and wake, and CPU offload on a GPU: text is what it is without them."""
+"""Speculative decoding, sleep and wake, KV connectors and LoRA on a GPU: text is what it is without them."""
 
-import gc
 import random
 
 import pytest
 import torch
 
-from tests.helpers.tiny_model import make_tiny_model
+from tests.helpers.gpu_engine import LOGPROB_TOLERANCE, Engine, assert_alike
+from tests.helpers.tiny_model import make_eagle_head, make_lora_adapter, make_tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_process")]
 
-TOKENS = 24
-LOGPROB_TOLERANCE = 0.25
-"""As in test_gpu_engine.py: other batch shapes take other kernels, which move a tiny bf16 model by up to about 0.05."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        yield
+LORA = {"enable_lora": True, "max_lora_rank": 8}
+TRANSFORMS = "transforms: {key_hadamard: true, value_hadamard: true}\n"
 
 
 @pytest.fixture(scope="module")
@@ -35,78 +26,33 @@ def prompts():
     return [[numbers.randrange(10, 250) for _ in range(length)] for length in (17, 130, 300, 511)] + [phrase * 10]
 
 
-class Engine:
-    """An engine until the block ends."""
-
-    def __init__(self, model, **options):
-        self.arguments = {
-            "model": str(model),
-            "kv_cache_dtype": "kvtuner",
-            "additional_config": {"kvtuner_profile": "K8V8", "kvtuner_attend_cached_prefill": True},
-            "dtype": "bfloat16",
-            "max_model_len": 1024,
-            "max_num_seqs": 8,
-            "gpu_memory_utilization": 0.1,
-            "kv_cache_memory_bytes": 64 << 20,
-            "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},
-            **options,
-        }
-
-    def __enter__(self):
-        from vllm import LLM
-
-        self.llm = LLM(**self.arguments)
-        return self
-
-    def __exit__(self, *_):
-        self.llm.llm_engine.engine_core.shutdown()
-        del self.llm
-        gc.collect()
-        torch.cuda.empty_cache()
-
-    def ask(self, prompts):
-        """Tokens and their log-probabilities of each prompt, and how many prompt tokens a cache held."""
-        from vllm import SamplingParams
-
-        sampling = SamplingParams(max_tokens=TOKENS, temperature=0, logprobs=0, ignore_eos=True)
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        samples = [output.outputs[0] for output in outputs]
-        answers = [
-            [(token, row[token].logprob) for token, row in zip(sample.token_ids, sample.logprobs, strict=True)]
-            for sample in samples
-        ]
-        return answers, [output.num_cached_tokens for output in outputs]
-
-    def counter(self, name):
-        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
+@pytest.fixture(scope="module")
+def plain(llama, prompts, in_process):
+    """Answers without any feature."""
+    with Engine(llama) as engine:
+        return engine.ask(prompts)[0]
 
 
-def assert_alike(answers, truth):
-    """The same tokens until two are nearly as good, and their log-probabilities."""
-    for mine, expected in zip(answers, truth, strict=True):
-        for (token, logprob), (other, other_logprob) in zip(mine, expected, strict=True):
-            assert logprob == pytest.approx(other_logprob, abs=LOGPROB_TOLERANCE)
-            if token != other:
-                break
-
-
-@pytest.mark.parametrize("method", ["n-gram", "the model itself"])
-def test_speculative_decoding(llama, prompts, method):
+@pytest.mark.parametrize("method", ["n-gram", "the model itself", "an EAGLE head"])
+def test_speculative_decoding(llama, prompts, plain, method, tmp_path):
     """In full CUDA graphs of verifications. The model drafts for itself with an unquantized cache: most is accepted."""
     speculative = {"method": "draft_model", "model": str(llama), "num_speculative_tokens": 4}
     if method == "n-gram":
         speculative = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    with Engine(llama) as engine:
-        truth, _ = engine.ask(prompts)
+    elif method == "an EAGLE head":
+        head = make_eagle_head(llama, tmp_path / "eagle")
+        speculative = {"method": "eagle", "model": str(head), "num_speculative_tokens": 2}
     with Engine(llama, speculative_config=speculative, disable_log_stats=False) as engine:
         for _ in range(2):
             answers, _ = engine.ask(prompts)
-            assert_alike(answers, truth)
+            assert_alike(answers, plain)
         drafted = engine.counter("vllm:spec_decode_num_draft_tokens")
         accepted = engine.counter("vllm:spec_decode_num_accepted_tokens")
     assert accepted > 0
     if method == "the model itself":
         assert accepted / drafted > 0.5
+    else:
+        assert accepted < drafted
 
 
 @pytest.mark.parametrize("level", [1, 2])
@@ -135,3 +81,46 @@ def test_cpu_offload_brings_pages_back(llama, prompts):
         assert cold == [0] * len(prompts)
         assert max(cached) >= 256
         assert_alike(answers, truth)
+
+
+def test_an_external_connector_brings_pages_back(llama, prompts, tmp_path):
+    """Bit for bit, of layers whose pages are of unequal size, in an engine that has not seen the prompt."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(f"version: 1\nlayers: {{0: K8V8, 1: K4V2, 2: K16V16, 3: K2V2}}\n{TRANSFORMS}")
+    storage = {"shared_storage_path": str(tmp_path / "storage")}
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both", "kv_connector_extra_config": storage}
+    prompt = prompts[2:3]
+    with Engine(llama, profile, kv_transfer_config=connector) as engine:
+        engine.ask(prompt)
+        again, held = engine.ask(prompt)
+        stored = engine.first_pages(held[0])
+    with Engine(llama, profile, kv_transfer_config=connector) as engine:
+        answers, cached = engine.ask(prompt)
+        loaded = engine.first_pages(cached[0])
+    assert cached == held
+    assert cached[0] >= 256
+    assert len(stored) == 4
+    for name, pages in stored.items():
+        assert pages.any()
+        assert torch.equal(loaded[name], pages), name
+    assert_alike(answers, again)
+
+
+def test_lora_requests(llama, prompts, tmp_path):
+    """The base model's requests and an adapter's in turns: each has its own blocks, and the adapter's own answers."""
+    adapter = str(make_lora_adapter(llama, tmp_path / "adapter"))
+    with Engine(llama, None, **LORA) as engine:
+        truth, _ = engine.ask(prompts, adapter=adapter)
+    with Engine(llama, **LORA) as engine:
+        (base, _), (adapted, cold) = (engine.ask(prompts, adapter=each) for each in (None, adapter))
+        (base_again, _), (adapted_again, cached) = (engine.ask(prompts, adapter=each) for each in (None, adapter))
+    assert cold == [0] * len(prompts)
+    assert max(cached) >= 256
+    assert_alike(adapted, truth)
+    assert_alike(adapted_again, adapted)
+    assert_alike(base_again, base)
+    parted = [
+        abs(mine[0][1] - other[0][1]) > LOGPROB_TOLERANCE or mine[0][0] != other[0][0]
+        for mine, other in zip(adapted, base, strict=True)
+    ]
+    assert sum(parted) > len(prompts) / 2

@@ -1,13 +1,10 @@
 """LoRA adapters change keys and values before they are stored; the prefix cache keeps their requests apart; float32."""
 
-import json
-
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from tests.helpers.compare import max_difference, mean_kl
 from tests.helpers.engine import FULL_LOGPROBS, Call, cpu_only, run_engine
+from tests.helpers.tiny_model import make_lora_adapter
 
 pytestmark = cpu_only
 
@@ -22,20 +19,8 @@ ENABLED = {"enable_lora": True, "max_lora_rank": 8}
 
 
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory):
-    """Random matrices of rank 8 beside the projections of keys, values and outputs."""
-    folder = tmp_path_factory.mktemp("adapter")
-    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["k_proj", "v_proj", "o_proj"]}
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "base_model_name_or_path": "x"}))
-    generator = torch.Generator().manual_seed(0)
-    weights = {}
-    for layer in range(4):
-        for name, out in (("k_proj", 128), ("v_proj", 128), ("o_proj", 256)):
-            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
-            weights[f"{stem}.lora_A.weight"] = 0.08 * torch.randn(8, 256, generator=generator)
-            weights[f"{stem}.lora_B.weight"] = 0.08 * torch.randn(out, 8, generator=generator)
-    save_file(weights, folder / "adapter_model.safetensors")
-    return str(folder)
+def adapter(llama, tmp_path_factory):
+    return str(make_lora_adapter(llama, tmp_path_factory.mktemp("adapters") / "adapter"))
 
 
 def test_adapters_and_the_prefix_cache(llama, adapter, prompts):

@@ -1,6 +1,5 @@
 """Speculative decoding changes no text, whatever is drafted; float32, so that batches of other shapes round alike."""
 
-import json
 import random
 import shutil
 
@@ -9,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.helpers.engine import Call, cpu_only, run_engine
+from tests.helpers.tiny_model import make_eagle_head
 
 pytestmark = cpu_only
 
@@ -52,19 +52,7 @@ def similar(llama, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def eagle(llama, tmp_path_factory):
-    """An EAGLE head of one layer: the target's last layer behind a projection that keeps the hidden state."""
-    folder = tmp_path_factory.mktemp("models") / "eagle"
-    shutil.copytree(llama, folder)
-    config = json.loads((folder / "config.json").read_text())
-    size, last = config["hidden_size"], config["num_hidden_layers"] - 1
-    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
-    weights = load_file(folder / "model.safetensors")
-    prefix = f"model.layers.{last}."
-    head = {name.replace(prefix, "layers.0."): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-    del head["layers.0.input_layernorm.weight"]  # these heads have none
-    head["fc.weight"] = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1).to(torch.bfloat16)
-    save_file(head, folder / "model.safetensors", {"format": "pt"})
-    return folder
+    return make_eagle_head(llama, tmp_path_factory.mktemp("models") / "eagle")
 
 
 @pytest.fixture(scope="module")

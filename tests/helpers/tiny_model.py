@@ -1,8 +1,14 @@
-"""Tiny random-weights model folders that transformers and vLLM both load: config, safetensors, byte-level tokenizer."""
+"""Tiny random-weights model folders that transformers and vLLM both load: config, safetensors, byte-level tokenizer.
 
+And what goes with them: heads that draft tokens, and adapters.
+"""
+
+import json
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     Gemma3ForCausalLM,
@@ -13,9 +19,11 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 
-ARCHITECTURES = ("llama", "qwen2", "gemma3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 SLIDING_WINDOW = 64
 """Window in tokens of Gemma 3's even layers; its odd layers see everything."""
 WEIGHT_STD = 0.08
@@ -45,7 +53,8 @@ def make_tiny_model(
     """Write a random model of one of ``ARCHITECTURES`` into ``folder`` and return the folder.
 
     The same arguments give the same weights. Qwen2's k projection bias gets a few large channels, as the real ones
-    have (the key offset's reason to exist); all else is normal with standard deviation ``WEIGHT_STD``.
+    have (the key offset's reason to exist); the factors of Qwen3's query and key norms lie between 0.5 and 1.5; all
+    else is normal with standard deviation ``WEIGHT_STD``.
     Text becomes one token per byte with ``<bos>`` in front; ids from 263 on decode to nothing.
 
     Raises:
@@ -79,6 +88,12 @@ def make_tiny_model(
                 bias = layer.self_attn.k_proj.bias
                 bias.normal_(std=WEIGHT_STD)
                 bias.view(num_kv_heads, head_size)[:, [1, 7, head_size // 2 + 7]] = torch.tensor([8.0, -12.0, 10.0])
+    elif architecture == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**common))
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.self_attn.q_norm.weight.uniform_(0.5, 1.5)
+                layer.self_attn.k_norm.weight.uniform_(0.5, 1.5)
     elif architecture == "gemma3":
         kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(num_layers)]
         model = Gemma3ForCausalLM(
@@ -90,6 +105,41 @@ def make_tiny_model(
         raise ValueError(f"architecture must be one of {ARCHITECTURES}, but got {architecture!r}")
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(max_model_len).save_pretrained(folder)
+    return folder
+
+
+def make_eagle_head(target: Path, folder: Path) -> Path:
+    """Write an EAGLE head of one layer for a Llama: its last layer behind a projection that keeps the hidden state."""
+    shutil.copytree(target, folder)
+    config = json.loads((folder / "config.json").read_text())
+    size, last = config["hidden_size"], config["num_hidden_layers"] - 1
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    weights = load_file(folder / "model.safetensors")
+    prefix = f"model.layers.{last}."
+    head = {name.replace(prefix, "layers.0."): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    del head["layers.0.input_layernorm.weight"]  # these heads have none
+    head["fc.weight"] = torch.cat([torch.zeros(size, size), torch.eye(size)], dim=1).to(torch.bfloat16)
+    save_file(head, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def make_lora_adapter(target: Path, folder: Path, rank: int = 8) -> Path:
+    """Write an adapter of random matrices beside a model's projections of keys, values and outputs."""
+    model = json.loads((target / "config.json").read_text())
+    hidden, heads = model["hidden_size"], model["head_dim"] * model["num_attention_heads"]
+    kv_heads = model["head_dim"] * model["num_key_value_heads"]
+    projections = {"k_proj": (hidden, kv_heads), "v_proj": (hidden, kv_heads), "o_proj": (heads, hidden)}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(projections)}
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"bias": "none", "base_model_name_or_path": "x"}))
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for layer in range(model["num_hidden_layers"]):
+        for name, (width, out) in projections.items():
+            stem = f"base_model.model.model.layers.{layer}.self_attn.{name}"
+            weights[f"{stem}.lora_A.weight"] = WEIGHT_STD * torch.randn(rank, width, generator=generator)
+            weights[f"{stem}.lora_B.weight"] = WEIGHT_STD * torch.randn(out, rank, generator=generator)
+    save_file(weights, folder / "adapter_model.safetensors")
     return folder
 
 
