@@ -1,107 +1,89 @@
 """Engines on a GPU: the kernels chosen by default against vLLM's unquantized cache, eager and in CUDA graphs."""
 
-import gc
 import random
 
 import pytest
 import torch
 
+from tests.helpers.gpu_engine import LOGPROB_TOLERANCE, Engine
 from tests.helpers.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_process")]
 
-# bf16 activations alone move a tiny random model's log-probabilities by up to about 0.05 between two kernels; an
-# 8-bit cache adds less. A wrong position, mask, slot or scale moves them by whole units.
-LOGPROB_TOLERANCE = 0.25
 LENGTHS = (3, 17, 130, 300, 511)
 OUTPUT_TOKENS = 12
-
-
-@pytest.fixture(scope="module", autouse=True)
-def in_process():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        patch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
-        yield
+MODES = [
+    pytest.param({}, id="eager"),
+    pytest.param({"max_num_batched_tokens": 64}, id="chunked prefill"),
+    pytest.param({"twice": True}, id="prefix hit"),
+    pytest.param({"enforce_eager": False}, id="full CUDA graphs"),
+]
+"""How the engine runs."""
+VALUES_OF_4_BITS = 1.0
+"""Tolerance of log-probabilities, in nats, where some layers store values in 4 bits."""
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    return {
-        "llama": make_tiny_model(folder / "llama", "llama", head_size=128),
-        "gemma3": make_tiny_model(folder / "gemma3", "gemma3", head_size=64),
-    }
+    sizes = {"llama": 128, "qwen3": 128, "gemma3": 64}
+    return {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
 
 
 def prompts():
     numbers = random.Random(0)
-    return [{"prompt_token_ids": [numbers.randrange(10, 250) for _ in range(length)]} for length in LENGTHS]
+    return [[numbers.randrange(10, 250) for _ in range(length)] for length in LENGTHS]
 
 
-def chosen_logprobs(model, kv_cache_dtype, profile=None, forced=None, twice=False, **options):
-    """Tokens and their log-probabilities, [prompts][tokens]; ``forced`` scores given continuations instead."""
-    from vllm import LLM, SamplingParams
-
-    additional = {"kvtuner_profile": profile} if profile else {}
-    llm = LLM(
-        str(model),
-        kv_cache_dtype=kv_cache_dtype,
-        dtype="bfloat16",
-        max_model_len=1024,
-        gpu_memory_utilization=0.05,
-        kv_cache_memory_bytes=64 << 20,
-        additional_config=additional,
-        **{"max_num_seqs": 8, "enforce_eager": True, **options},
-    )
-    try:
-        batch = prompts()
-        if forced is not None:
-            batch = [
-                {"prompt_token_ids": prompt["prompt_token_ids"] + tokens}
-                for prompt, tokens in zip(batch, forced, strict=True)
-            ]
-            parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, ignore_eos=True)
-            outputs = llm.generate(batch, parameters, use_tqdm=False)
-            return [
-                [next(iter(entry.values())).logprob for entry in output.prompt_logprobs[-OUTPUT_TOKENS:]]
-                for output in outputs
-            ]
-        parameters = SamplingParams(max_tokens=OUTPUT_TOKENS, temperature=0, logprobs=0, ignore_eos=True)
+def generate(model, profile, twice=False, **options):
+    """Greedy answers of an engine that runs eagerly unless told otherwise."""
+    with Engine(model, profile, attend_cached_prefill=None, **{"enforce_eager": True, **options}) as engine:
         for _ in range(2 if twice else 1):
-            outputs = llm.generate(batch, parameters, use_tqdm=False)
-        return [
-            (
-                list(output.outputs[0].token_ids),
-                [next(iter(entry.values())).logprob for entry in output.outputs[0].logprobs],
-            )
-            for output in outputs
-        ]
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-        torch.cuda.empty_cache()
+            answers, _ = engine.ask(prompts(), OUTPUT_TOKENS)
+    return answers
+
+
+def check(model, profile, tolerance=LOGPROB_TOLERANCE, **options):
+    """What was generated has the log-probabilities that vLLM's unquantized cache gives it."""
+    answers = generate(model, profile, **options)
+    with Engine(model, None, enforce_eager=True) as engine:
+        truth = engine.score(prompts(), answers)
+    for answer, expected in zip(answers, truth, strict=True):
+        assert [logprob for _, logprob in answer] == pytest.approx(expected, abs=tolerance)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("options", MODES)
+def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
+    check(models[architecture], "K8V8", **options)
+
+
+@pytest.fixture(scope="module")
+def mixed_profiles(tmp_path_factory):
+    """Layers of unlike pairs, some of them left to vLLM's own cache; of Gemma, a pair per kind of layer."""
+    folder = tmp_path_factory.mktemp("mixed")
+    layers = {
+        "islands": "{0: K16V16, 1: K8V8, 2: K16V16, 3: K8V4}",
+        "a pair per kind": "{0: K8V4, 1: K8V8, 2: K8V4, 3: K8V8}",
+        "islands of a kind": "{0: K16V16, 1: K8V8, 2: K8V4, 3: K16V16}",
+        "unlike": "{0: K8V8, 1: K8V4, 2: K16V16, 3: K8V8}",
+    }
+    for name, text in layers.items():
+        (folder / f"{name}.yaml").write_text(f"version: 1\nlayers: {text}\n")
+    return {name: str(folder / f"{name}.yaml") for name in layers}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("architecture", "profile"),
     [
-        pytest.param({}, id="eager"),
-        pytest.param({"max_num_batched_tokens": 64}, id="chunked prefill"),
-        pytest.param({"twice": True}, id="prefix hit"),
-        pytest.param(
-            {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
-            id="full CUDA graphs",
-        ),
+        ("llama", "islands"),
+        ("gemma3", "a pair per kind"),
+        ("gemma3", "islands of a kind"),
+        ("qwen3", "unlike"),  # queries and keys are normalized per head
     ],
 )
-def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
-    generated = chosen_logprobs(models[architecture], "kvtuner", "K8V8", **options)
-    truth = chosen_logprobs(models[architecture], "auto", forced=[tokens for tokens, _ in generated])
-    for (_, logprobs), expected in zip(generated, truth, strict=True):
-        assert logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+def test_layers_of_unlike_pairs_decode_like_the_unquantized_cache(models, mixed_profiles, architecture, profile):
+    check(models[architecture], mixed_profiles[profile], VALUES_OF_4_BITS, enforce_eager=False)
 
 
 @pytest.fixture(scope="module")
@@ -121,33 +103,16 @@ def window_profiles(tmp_path_factory):
 
 
 @pytest.mark.parametrize("profile", ["16 bits", "8 bits", "short", "short, attend"])
-@pytest.mark.parametrize(
-    "options",
-    [
-        pytest.param({}, id="eager"),
-        pytest.param({"max_num_batched_tokens": 64}, id="chunked prefill"),
-        pytest.param({"twice": True}, id="prefix hit"),
-        pytest.param(
-            {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
-            id="full CUDA graphs",
-        ),
-    ],
-)
+@pytest.mark.parametrize("options", MODES)
 def test_recent_windows_decode_like_the_unquantized_cache(models, window_profiles, profile, options):
     """Also where the packed pages are of 2 bits, since no query reads them."""
-    generated = chosen_logprobs(models["llama"], "kvtuner", window_profiles[profile], **options)
-    truth = chosen_logprobs(models["llama"], "auto", forced=[tokens for tokens, _ in generated])
-    for (_, logprobs), expected in zip(generated, truth, strict=True):
-        assert logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+    check(models["llama"], window_profiles[profile], **options)
 
 
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
 def test_both_decode_kernels_serve_recent_windows(models, window_profiles, decode_kernel, monkeypatch):
     monkeypatch.setenv("KVTUNER_DECODE_KERNEL", decode_kernel)
-    generated = chosen_logprobs(models["gemma3"], "kvtuner", window_profiles["gemma"])
-    truth = chosen_logprobs(models["gemma3"], "auto", forced=[tokens for tokens, _ in generated])
-    for (_, logprobs), expected in zip(generated, truth, strict=True):
-        assert logprobs == pytest.approx(expected, abs=LOGPROB_TOLERANCE)
+    check(models["gemma3"], window_profiles["gemma"])
 
 
 def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
@@ -161,8 +126,7 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
         original(*arguments, **keywords)
 
     monkeypatch.setattr(kernel, "paged_attention", counted)
-    options = {"enforce_eager": False, "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}}
-    chosen_logprobs(models["llama"], "kvtuner", "K4V4", **options)
+    generate(models["llama"], "K4V4", enforce_eager=False)
     # Each size is warmed up, then captured.
     assert any(launches)
     after_capture = launches[len(launches) - launches[::-1].index(True) :]
