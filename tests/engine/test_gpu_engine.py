@@ -19,8 +19,8 @@ MODES = [
     pytest.param({"enforce_eager": False}, id="full CUDA graphs"),
 ]
 """How the engine runs."""
-VALUES_OF_4_BITS = 1.0
-"""Tolerance of log-probabilities, in nats, where some layers store values in 4 bits."""
+VALUES_OF_4_BITS = 0.5
+"""Tolerance of log-probabilities, in nats, where some layers store values in 4 bits; measured up to 0.23 on a CPU."""
 
 
 @pytest.fixture(scope="module")

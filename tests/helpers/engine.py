@@ -29,6 +29,8 @@ SERVER_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "HF_HUB_OFFLINE": "1",
+    # On a GPU, FlashInfer's would be compiled by nvcc, which may be missing.
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",
 }
 FULL_LOGPROBS = -1
 """SamplingParams' value for the log-probabilities of the whole vocabulary."""
