@@ -20,7 +20,8 @@ def test_each_engine_answers(tmp_path, monkeypatch):
     model = make_tiny_model(tmp_path / "model", "llama", head_size=128)
     arguments = ["--kv-cache-dtype", "kvtuner", "--kvtuner-profile", "K8V8", "--data-parallel-size", "2"]
     arguments += ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4"]
-    arguments += ["--enforce-eager", "--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(64 << 20)]
+    arguments += ["--api-server-count", "1", "--enforce-eager"]
+    arguments += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(64 << 20)]
     with serving(model, tmp_path / "log", arguments) as server:
         client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120)
         answers = [
