@@ -16,10 +16,11 @@ __device__ __forceinline__ const u16* query_row(const Arguments& a, const Cursor
          (cursor.kv_head * GROUP + member) * HEAD_SIZE;
 }
 
-// The parts of a segment that several CTAs share.
-struct Parts {
-  int complete;     // whether all are there
-  int first, last;  // CTAs that have one
+// A CTA's part of a segment that several CTAs share.
+struct Part {
+  Cursor cursor;
+  int exists, complete;  // the latter when all parts of the segment are there
+  int first, last;       // CTAs that have one
 };
 
 struct Shared {
@@ -38,7 +39,7 @@ struct Shared {
   int raw_segment[2][NUM_WARPS];
   int segment;  // of the CTA, that the warps are in
   int more;
-  Parts parts;  // of the segment that has just ended
+  Part parts[2];  // a CTA's first segment and its last, if other CTAs have parts of them
   // Only looked at where a segment ends, so not in registers: this segment and the next one.
   Cursor cursors[2], producers[NUM_WARPS];
 };
