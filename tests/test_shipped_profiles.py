@@ -32,6 +32,9 @@ CALIBRATED = (
     "qwen25_coder_1.5b_3.25bit",
     "qwen25_coder_1.5b_4.00bit",
     "qwen25_coder_1.5b_5.00bit",
+    "smollm2_135m_3.00bit",
+    "smollm2_135m_3.73bit",
+    "smollm2_135m_4.73bit",
 )
 """Found by ``kvtuner calibrate``, with statics."""
 DEMO = "smollm2_135m_4.20bit"
