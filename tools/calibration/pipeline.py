@@ -100,13 +100,15 @@ class Calibration:
         from .transform_choice import choose_transforms
 
         capture = Capture.read(self.out / CAPTURE_FOLDER)
-        choice = choose_transforms(capture, self.out) if self.options.transforms == "choose" else None
-        inputs = digest([capture.inputs, None if choice is None else choice.inputs])
+        recent = self.options.recent_window
+        choose = self.options.transforms == "choose"
+        choice = choose_transforms(capture, self.out, recent_window=recent) if choose else None
+        inputs = digest([capture.inputs, None if choice is None else choice.inputs, recent])
         path, key_path = self.out / SENSITIVITY_FILE, self.out / SENSITIVITY_KEY_FILE
         known = read_artifact(key_path, KEY_SCHEMA, ("inputs", "sha256")) if key_path.exists() else {}
         if path.exists() and known == {"inputs": inputs, "sha256": file_sha256(path)}:
             return "as it was"
-        table = measure_sensitivity(capture, choice, self.out)
+        table = measure_sensitivity(capture, choice, self.out, recent_window=recent)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
         return f"{len(table.layers)} layers, nine pairs each"
 
@@ -146,7 +148,8 @@ class Calibration:
         heldout = self._score_heldout()
         path = self.out / PROFILE_FILE
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
-        write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout)
+        recent = self.options.recent_window, self.options.recent_window_bits
+        write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout, *recent)
         return f"{path}. {verdict(heldout, SearchResult.read(self.out).max_bits)}"
 
     def report(self) -> str:
@@ -188,6 +191,8 @@ class Calibration:
             statics=read_statics(self.out / STATICS_FILE) if needs_statics else None,
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
+            recent_window=self.options.recent_window,
+            recent_window_bits=self.options.recent_window_bits,
         )
 
     def _score_heldout(self) -> Heldout:
@@ -257,6 +262,8 @@ class _Engine:
             transform_overrides=settings.transforms,
             statics=statics,
             unquantized_layers=settings.unquantized,
+            recent_window=settings.recent_window,
+            recent_window_bits=settings.recent_window_bits,
             kv_memory_bytes=settings.kv_memory_bytes,
             dtype=settings.dtype,
         )
