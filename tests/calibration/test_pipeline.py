@@ -1,7 +1,12 @@
 """From a sensitivity table to profile and report, with a made-up engine; and what the commands refuse."""
 
+import itertools
 import json
+import multiprocessing
+import os
 import re
+import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -314,6 +319,43 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "must be the output folder of kvtuner capture or kvtuner calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_an_export_that_is_killed_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch, step):
+    """Killed at a renaming, run again and killed at a later one, until it is done."""
+    undisturbed, table, _ = finished
+    for name in ("candidates.json", "clusters.json", "search.json"):
+        shutil.copy(undisturbed / name, tmp_path)
+    made = calibration(tmp_path, table, [], monkeypatch)
+    codes = []
+    while not codes or codes[-1] != 0:
+        process = multiprocessing.get_context("fork").Process(
+            target=_export_and_be_killed, args=(made, len(codes) // 3 + 1, step)
+        )
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        assert codes[-1] in (0, -signal.SIGKILL) and len(codes) < 60
+    assert len(codes) > 6
+    for name in ("profile.yaml", "profile.statics.safetensors", "heldout.json"):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def _export_and_be_killed(made, renaming, step):
+    counter, replace_file = itertools.count(1), os.replace
+
+    def killing(*paths):
+        last = next(counter) == renaming
+        if last and step == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(*paths)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = killing
+    made.run("export")
+    os._exit(0)
 
 
 def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):

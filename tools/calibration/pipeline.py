@@ -206,15 +206,23 @@ class Calibration:
         wanted = {PROFILE_ORIGIN: result.chosen.pairs}
         wanted |= {f"uniform {pair}": space.uniform(pair) for pair in space.uniform_pairs()}
         wanted |= {"greedy": result.greedy, "integer program": result.integer_program}
-        settings = []
+
+        def keep() -> Heldout:
+            scored = tuple(
+                Scored(None, origin, pairs, *space.bits(pairs), known[format_pairs(pairs)])
+                for origin, pairs in wanted.items()
+                if format_pairs(pairs) in known
+            )
+            heldout = Heldout(inputs, self.texts.heldout.identity, scored)
+            heldout.write(self.out)
+            return heldout
+
         with closing(LazyEvaluator(lambda: start_engine(engine))) as evaluator:
-            for origin, pairs in tqdm(wanted.items(), desc="held-out", unit="setting"):
-                if (quality := known.get(format_pairs(pairs))) is None:
-                    quality = known[format_pairs(pairs)] = evaluator.score(pairs)
-                settings.append(Scored(None, origin, pairs, *space.bits(pairs), quality))
-                heldout = Heldout(inputs, self.texts.heldout.identity, tuple(settings))
-                heldout.write(self.out)
-        return heldout
+            for pairs in tqdm(wanted.values(), desc="held-out", unit="setting"):
+                if format_pairs(pairs) not in known:
+                    known[format_pairs(pairs)] = evaluator.score(pairs)
+                    keep()
+        return keep()
 
     def _found_heldout(self, inputs: str) -> Heldout | None:
         """Scores of an earlier run with the same engine, complete or not."""
