@@ -212,6 +212,7 @@ def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits):
 def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path):
     """All prompts arrive at once, in chunks that are much longer than the window, and none is preempted."""
     profile = write(tmp_path, "layers: K4V4\nrecent_window: 24\n")
+    assert run.managers == ("FullAttentionManager", *["RecentManager"] * groups)
     length, blocks = 384, 100
     run = run_engine(
         llama,
