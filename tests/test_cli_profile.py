@@ -78,6 +78,7 @@ def test_show_json(run):
         "transforms": ["key_hadamard", "value_hadamard", "range_search"],
         "recent_window": 0,
         "recent_window_bits": None,
+        "sink_tokens": 0,
     }
     assert shown["recent_bytes_per_request"] == 0
     assert shown["provenance"]["scores"]["gsm8k_paper"] == 0.7925
@@ -93,6 +94,12 @@ def test_show_counts_recent_windows(run, model, tmp_path):
     shown = json.loads(run("profile", "show", profile, "--model", model(), "--json")[1])
     assert shown["recent_bytes_per_request"] == 49_152
     assert [layer["recent_window"] for layer in shown["layers"]] == [64, 32]
+    profile.write_text("version: 1\nlayers: {0: K16V16, 1: K4V4}\nrecent_window: 64\nsink_tokens: 4\n")
+    out = run("profile", "show", profile, "--model", model())[1]
+    assert "recent window    34,816 more bytes per request\n" in out  # 68 tokens of one layer
+    assert "1       K4V4    none        64 tokens and the first 4 in 16 bits" in out
+    shown = json.loads(run("profile", "show", profile, "--model", model(), "--json")[1])
+    assert [layer["sink_tokens"] for layer in shown["layers"]] == [0, 4]
 
 
 def test_a_pair_needs_a_model_for_stored_bits(run, model):

@@ -123,6 +123,20 @@ def test_8_bit_windows_are_refused_where_a_gpu_does_not_read_them_back(is_cpu, a
     assert [line.rpartition(", but got ")[2] for line in problems] == (["8"] if refused else [])
 
 
+@pytest.mark.parametrize("is_cpu", [False, True])
+def test_sink_tokens_are_refused_on_a_gpu(is_cpu, monkeypatch):
+    from vllm import platforms
+
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
+    resolved = Profile("p", None, PrecisionPair(4, 4), recent_window=64, sink_tokens=4).resolve(shape)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False), kv_transfer_config=None
+    )
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
+    expected = () if is_cpu else ("p: sink_tokens must be 0 on a GPU, which does not serve them yet, but got 4",)
+    assert engine_checks.recent_windows(config, resolved) == expected
+
+
 @pytest.mark.parametrize(
     ("tokens", "parallel_drafting", "dtype", "got"),
     [

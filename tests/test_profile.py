@@ -99,6 +99,15 @@ def test_recent_windows(write):
     assert sixteen.recent_bytes_per_request == 4 * 64 * 2 * 256
 
 
+def test_sink_tokens(write):
+    """Of every layer with a window, in its bits, and counted with it."""
+    text = "version: 1\nlayers: {0: K16V16, 1-3: K4V2}\nrecent_window_overrides: {2: 64}\nrecent_window_bits: 8\n"
+    resolved = load_profile(write(text + "sink_tokens: 4\n")).resolve(SHAPE)
+    assert [layer.recent for layer in resolved.layers] == [None, None, RecentWindow(64, 8, 4), None]
+    assert str(resolved.layers[2].recent) == "64 tokens and the first 4 in 8 bits"
+    assert resolved.recent_bytes_per_request == (64 + 4) * 2 * (2 * 64 + 8)
+
+
 def test_recent_windows_of_one_length_need_layers_of_one_shape(write):
     """vLLM spreads the layers of a sliding window over groups only if their pages are equal."""
     shape = dataclasses.replace(SHAPE, layers=(*SHAPE.layers[:3], LayerShape(1, 128)))
@@ -200,6 +209,7 @@ def test_all_problems_at_once(write):
         recent_window: -1
         recent_window_bits: 4
         recent_window_overrides: {1: true, 2-9: 32}
+        sink_tokens: 17
         """
     )
     problems = problems_of(load_profile, path)
@@ -224,6 +234,7 @@ def test_all_problems_at_once(write):
         "recent_window_bits must be one of (8, 16), but got 4",
         "recent_window_overrides.1 must be an integer of 0-4096 tokens, but got True",
         "recent_window_overrides.2-9 must lie within layers 0-3, but got 2-9",
+        "sink_tokens must be an integer of 0-16 tokens, but got 17",
         "attend_cached_prefill must be true or false, but got 'maybe'",
         "provenance must be a mapping, but got 'text'",
     ]
@@ -243,6 +254,8 @@ def test_all_problems_at_once(write):
         ("version: 1\nlayers: K8V4\ntransforms: all\n", "transforms must be a mapping"),
         ("version: 1\nlayers: K8V4\ntransforms: {overrides: 3}\n", "overrides must be a mapping from layers"),
         ("version: 1\nlayers: K8V4\nrecent_window_overrides: 3\n", "must be a mapping from layers to tokens"),
+        ("version: 1\nlayers: K8V4\nsink_tokens: 4\n", "sink_tokens must be 0 without a recent_window, whose cache"),
+        ("version: 1\nlayers: K8V4\nsink_tokens: 4\nrecent_window_overrides: {0: 0}\n", "must be 0 without a recent"),
         ("version: 1\nlayers: K8V4\nstatics: gone.safetensors\n", "statics must name a file (relative to the profile)"),
         ("version: 1\nlayers: K8V4\nstatics: [1]\n", "statics must name a safetensors file, but got [1]"),
         ("version: 1\nlayers: {0-1: K8V4, 3: K4V4}\n", "every layer a pair, but got none for 2"),

@@ -25,9 +25,14 @@ def plugin_loaded():
     init_none_hash(sha256)
 
 
-def recent_spec(window, block_size, num_steps=1, drafts=0):
+def recent_spec(window, block_size, num_steps=1, drafts=0, sinks=0):
     return RecentSpec(
-        block_size=block_size, sliding_window=window, step_tokens=1 + 2 * drafts, num_steps=num_steps, **SHAPE
+        block_size=block_size,
+        sliding_window=window,
+        step_tokens=1 + 2 * drafts,
+        num_steps=num_steps,
+        sinks=sinks,
+        **SHAPE,
     )
 
 
@@ -81,10 +86,11 @@ def prefill(manager, request, chunk):
     return hit
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("num_steps", [1, 2])
 @pytest.mark.parametrize("seed", range(8))
-def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts):
+def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts, sinks):
     """Chunks and decodes of any size, in a pool that start-up lets pass for one request; rejected drafts roll back."""
     numbers = random.Random(seed)
     window, block_size, chunk = (
@@ -92,7 +98,7 @@ def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts)
         numbers.choice([16, 32, 128]),
         numbers.choice([48, 700]),
     )
-    spec = recent_spec(window, block_size, num_steps, drafts)
+    spec = recent_spec(window, block_size, num_steps, drafts, sinks)
     in_flight_tokens = num_steps * chunk
     most = spec.max_admission_blocks_per_request(in_flight_tokens, MAX_LEN)
     length = 1500
@@ -116,6 +122,7 @@ def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts)
         for begin, end in flying:
             assert is_held(manager, request, begin - window + 1, begin)
             assert is_held(manager, request, end - window, end)
+            assert is_held(manager, request, 0, min(sinks, end))
         decoding = [end - begin for begin, end in flying] == [1 + drafts] * num_steps
         own = sum(not block.is_null for block in held.req_to_blocks["a"])
         assert own <= (spec.decode_blocks + num_steps - 1 if decoding and done > prompt + 250 else most)
@@ -127,11 +134,12 @@ def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts)
     assert pool.get_num_free_blocks() == everything
 
 
+@pytest.mark.parametrize("sinks", [0, 4])
 @pytest.mark.parametrize("chunk", [MAX_LEN, 512, 100])
 @pytest.mark.parametrize("length", [129, 256, 1000])
-def test_a_prompt_is_found_again(length, chunk):
+def test_a_prompt_is_found_again(length, chunk, sinks):
     """Up to the last whole block before its end, and a longer one up to its last whole block."""
-    manager = make_manager(recent_spec(64, 32), 200, chunk)
+    manager = make_manager(recent_spec(64, 32, sinks=sinks), 200, chunk)
     prompt = random.Random(length).choices(range(1000), k=length)
     for name, tokens, expected in (
         ("first", prompt, 0),
@@ -140,11 +148,13 @@ def test_a_prompt_is_found_again(length, chunk):
     ):
         request = make_request(name, tokens, 32)
         assert prefill(manager, request, chunk) == expected
+        assert is_held(manager, request, 0, sinks)
         manager.free(request)
 
 
-def test_a_shared_prefix_is_found_once_two_have_shown_it():
-    manager = make_manager(recent_spec(64, 32), 400, MAX_LEN)
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_a_shared_prefix_is_found_once_two_have_shown_it(sinks):
+    manager = make_manager(recent_spec(64, 32, sinks=sinks), 400, MAX_LEN)
     numbers = random.Random(0)
     shared = numbers.choices(range(1000), k=1100)
     hits = []
@@ -169,8 +179,50 @@ def test_a_hit_ends_where_the_window_has_what_it_needs():
     assert prefill(manager, make_request("again", prompt, 32), MAX_LEN) == 0
 
 
+def test_a_hit_needs_the_sink_tokens():
+    """The block that holds them is the request's from its first step to its end, shared by those that hit it."""
+    manager = make_manager(recent_spec(64, 32, sinks=4), 400, MAX_LEN)
+    everything = manager.block_pool.get_num_free_blocks()
+    prompt = list(range(1000))
+    first, again = (make_request(name, prompt, 32) for name in ("first", "again"))
+    prefill(manager, first, 300)
+    (kept, *_) = window_manager(manager).req_to_blocks["first"]
+    assert prefill(manager, again, MAX_LEN) == 896
+    assert window_manager(manager).req_to_blocks["again"][0] is kept
+    manager.free(first)
+    assert kept.ref_cnt == 1
+    manager.free(again)
+    assert kept.ref_cnt == 0
+    assert manager.block_pool.get_num_free_blocks() == everything
+
+    manager.evict_blocks({kept.block_id})
+    last = make_request("last", prompt, 32)
+    assert prefill(manager, last, MAX_LEN) == 0
+    manager.free(last)
+    assert prefill(manager, make_request("found", prompt, 32), MAX_LEN) == 896
+
+
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_what_a_hit_takes_is_what_is_counted(sinks):
+    """Else allocation would fail with requests running: blocks that are found leave the free ones."""
+    manager = make_manager(recent_spec(64, 32, sinks=sinks), 400, MAX_LEN)
+    prompt = list(range(1000))
+    first, again = (make_request(name, prompt, 32) for name in ("first", "again"))
+    prefill(manager, first, MAX_LEN)
+    manager.free(first)
+    found, hit = start(manager, again)
+    assert hit == 896
+    counted = sum(
+        each.get_num_blocks_to_allocate("again", 1000, blocks, hit, hit, 1000)
+        for each, blocks in zip(manager.coordinator.single_type_managers, found.blocks, strict=True)
+    )
+    free = manager.block_pool.get_num_free_blocks()
+    manager.allocate_slots(again, 1000 - hit, num_new_computed_tokens=hit, new_computed_blocks=found)
+    assert free - manager.block_pool.get_num_free_blocks() == counted
+
+
 def test_a_chunk_holds_no_more_than_what_is_read_later():
-    spec = recent_spec(64, 32)
+    spec = recent_spec(64, 32, sinks=4)
     manager = make_manager(spec, 400, MAX_LEN, enable_caching=False)
     request = make_request("a", range(3000), 32)
     free = manager.block_pool.get_num_free_blocks()

@@ -187,7 +187,7 @@ def backend_for(
         switchable: calibration mode, in which a layer may store a smaller pair in these pages (calibration.py).
         recent: the layers' recent window; those with another have other metadata.
     """
-    window = f"Recent{recent.tokens}" if recent else ""
+    window = f"Recent{recent.tokens}Sinks{recent.sinks}" if recent else ""
     name = f"KVTuner{pair}{window}{'Switchable' if switchable else ''}Backend"
     attributes = {
         "pair": pair,

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvtuner import plugin
@@ -251,7 +252,7 @@ def register_recent_windows() -> None:
         original(vllm_config)
         KVCacheSpecRegistry.register(RecentSpec, RecentManager)
 
-    single_type_kv_cache_manager.register_all_kvcache_specs = register_all_and_ours
+    _replace_in_core(single_type_kv_cache_manager, register_all_and_ours)
 
 
 def tell_recent_windows_of_requests() -> None:
@@ -362,10 +363,7 @@ def log_capacity_once() -> None:
             plugin.check_capacity(vllm_config, kv_cache_config)
             plugin.log_capacity(vllm_config, kv_cache_config)
 
-    kv_cache_utils.update_kv_cache_capacity = update_and_log
-    # In the engine core's own process the caller has been imported, and holds the function, before plugins load.
-    if core := sys.modules.get("vllm.v1.engine.core"):
-        setattr(core, original.__name__, update_and_log)
+    _replace_in_core(kv_cache_utils, update_and_log)
 
 
 def publish_metrics() -> None:
@@ -394,6 +392,14 @@ def publish_metrics() -> None:
         )
 
     _after(PrometheusStatLogger, "log_engine_initialized", publish)
+
+
+def _replace_in_core(owner: ModuleType, function: Callable[..., Any]) -> None:
+    """Put a function in place of that of its name, which the engine core calls."""
+    setattr(owner, function.__name__, function)
+    # In the engine core's own process the caller has been imported, and holds the function, before plugins load.
+    if core := sys.modules.get("vllm.v1.engine.core"):
+        setattr(core, function.__name__, function)
 
 
 def _after(owner: type, name: str, action: Callable[..., None]) -> None:

@@ -100,11 +100,19 @@ def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, 
     from vllm.platforms import current_platform
 
     problems = []
-    bits = resolved.profile.recent_window_bits
+    source = resolved.profile.source or resolved.profile.name
+    bits, sinks = resolved.profile.recent_window_bits, resolved.profile.sink_tokens
+    if sinks and not current_platform.is_cpu():
+        problems.append(f"{source}: sink_tokens must be 0 on a GPU, which does not serve them yet, but got {sinks}")
+    if sinks and config.kv_transfer_config is not None:
+        problems.append(
+            f"{source}: sink_tokens must be 0 with a KV connector, which brings back a window's newest tokens alone, "
+            f"but got {sinks}"
+        )
     if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
         problems.append(
-            f"{resolved.profile.source or resolved.profile.name}: recent_window_bits must be {UNQUANTIZED.k_bits} with "
-            f"attend_cached_prefill on a GPU, where a chunk's own newest tokens are read as they are, but got {bits}"
+            f"{source}: recent_window_bits must be {UNQUANTIZED.k_bits} with attend_cached_prefill on a GPU, where a "
+            f"chunk's own newest tokens are read as they are, but got {bits}"
         )
     if config.scheduler_config.disable_hybrid_kv_cache_manager:
         problems.append(

@@ -247,7 +247,9 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             newest = self.recent_kernels.attend(query[:tokens], metadata, self.transforms)
             merge_attn_states(output[:tokens], older, lse, *newest)
             return
-        newest = self.recent.attend(query, range(reqs), metadata, self.transforms, self.scale, self.logits_soft_cap)
+        newest = self.recent.attend(
+            query, range(reqs), metadata, self.transforms, self.scale, self.logits_soft_cap, self.sliding_window
+        )
         reference.merge_segments_ref((older, newest[0]), (lse, newest[1]), output[:tokens])
 
     def _older(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -273,9 +275,9 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         arguments = (query, kv_cache, block_table, seq_lens, query_start_loc, max_query_len)
         layout = self._layout(kv_cache)
         if self.kernels is None:
-            skip = 0 if self.recent is None else self.recent.window.tokens
+            skip, sinks = (0, 0) if self.recent is None else (self.recent.window.tokens, self.recent.window.sinks)
             limits = (self.sliding_window, self.logits_soft_cap, skip)
-            reference.paged_attention_ref(*arguments, self.scale, layout, self.transforms, output, *limits, lse)
+            reference.paged_attention_ref(*arguments, self.scale, layout, self.transforms, output, *limits, lse, sinks)
         else:
             self.kernels.attend(*arguments, layout, self.transforms, output, lse)
 
@@ -318,6 +320,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             if self.recent is None:
                 reference.attention_ref(*arguments, output[begin:end], *limits)
                 continue
+            self.recent.put_sinks(keys, values, request, first, cached_end, self.transforms)
             older, lse = self._older(query[begin:end])
             reference.attention_ref(*arguments, older, *limits, self.recent.window.tokens, lse)
             fresh = key[begin:end], value[begin:end]
@@ -325,8 +328,9 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
                 positions = None if metadata.positions is None else metadata.positions[begin:end]
                 fresh = self.recent.read_back(*fresh, positions, self.transforms)
             newest = self.recent.attend(
-                query, range(request, request + 1), metadata, self.transforms, self.scale, self.logits_soft_cap, fresh
-            )
+                query, range(request, request + 1), metadata, self.transforms, self.scale, self.logits_soft_cap,
+                self.sliding_window, fresh,
+            )  # fmt: skip
             reference.merge_segments_ref((older, newest[0]), (lse, newest[1]), output[begin:end])
 
 

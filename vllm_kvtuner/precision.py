@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_kvtuner.layout import (
+    BLOCK_SIZE_MULTIPLE,
     RECENT_BITS,
     UNQUANTIZED,
     PrecisionPair,
@@ -54,6 +55,8 @@ TRANSFORM_KEYS = tuple(field.name for field in fields(TransformSettings))
 
 MAX_RECENT_WINDOW = 4096
 """Longest recent window, in tokens."""
+MAX_SINK_TOKENS = BLOCK_SIZE_MULTIPLE
+"""Most sink tokens: what one block of a recent window holds, however small its blocks are."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +66,23 @@ class RecentWindow:
     Args:
         tokens: how many, the query itself included.
         bits: 16, rows of the model's dtype without transforms, or 8, K8V8 with the layer's transforms.
+        sinks: tokens at the request's head that are read from there too.
     """
 
     tokens: int
     bits: int = 16
+    sinks: int = 0
 
     def __post_init__(self) -> None:
-        assert self.tokens > 0 and self.bits in RECENT_BITS, self
+        assert self.tokens > 0 and self.bits in RECENT_BITS and 0 <= self.sinks <= MAX_SINK_TOKENS, self
 
     @property
     def pair(self) -> PrecisionPair:
         return PrecisionPair(self.bits, self.bits)
 
     def __str__(self) -> str:
-        return f"{self.tokens} tokens in {self.bits} bits"
+        sinks = f" and the first {self.sinks}" if self.sinks else ""
+        return f"{self.tokens} tokens{sinks} in {self.bits} bits"
 
 
 @dataclass(frozen=True)
@@ -104,8 +110,8 @@ class LayerPrecision:
 
     @property
     def recent_bytes(self) -> int:
-        """Bytes the recent window of one request takes over all KV heads."""
-        tokens = 0 if self.recent is None else self.recent.tokens
+        """Bytes the recent window of one request takes over all KV heads, sink tokens included."""
+        tokens = 0 if self.recent is None else self.recent.tokens + self.recent.sinks
         return tokens * self.shape.num_kv_heads * self.recent_content_bytes
 
 
@@ -124,6 +130,7 @@ class Profile:
         recent_window: tokens of the recent window of every layer without an override; 0 for none.
         recent_window_bits: bits of all recent windows.
         recent_window_overrides: tokens of the recent window of single layers.
+        sink_tokens: tokens at a request's head that every recent window holds beside the newest.
         attend_cached_prefill: prefill attends to what it stored, not to the fresh keys and values.
         statics: safetensors file with the static tensors, if given.
         provenance: how the profile was made; plain values.
@@ -139,6 +146,7 @@ class Profile:
     recent_window: int = 0
     recent_window_bits: int = 16
     recent_window_overrides: Mapping[int, int] = field(default_factory=dict)
+    sink_tokens: int = 0
     attend_cached_prefill: bool = False
     statics: Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -157,7 +165,7 @@ class Profile:
 
     def recent_of(self, layer: int) -> RecentWindow | None:
         tokens = self.recent_window_overrides.get(layer, self.recent_window)
-        return RecentWindow(tokens, self.recent_window_bits) if tokens else None
+        return RecentWindow(tokens, self.recent_window_bits, self.sink_tokens) if tokens else None
 
     def resolve(self, shape: ModelShape) -> "ResolvedProfile":
         """Match the profile with a model.

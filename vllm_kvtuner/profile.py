@@ -20,6 +20,7 @@ A profile file::
     recent_window: 64           # newest tokens of a request that are read in 16 bits; 0 where left out
     recent_window_bits: 16      # or 8
     recent_window_overrides: {0-3: 128, 30-31: 0}
+    sink_tokens: 4              # a request's first tokens, which layers with a window read in its bits too
     statics: llama.statics.safetensors   # beside the profile; key_offset and key_equalization read it
     attend_cached_prefill: false
     provenance: {}              # how it was made: any plain values
@@ -38,6 +39,7 @@ from vllm_kvtuner.layout import BITS, RECENT_BITS, UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.precision import (
     MAX_RECENT_WINDOW,
+    MAX_SINK_TOKENS,
     SCHEMA_VERSION,
     TRANSFORM_KEYS,
     LayerPrecision,
@@ -78,6 +80,7 @@ _KEYS = (
     "recent_window",
     "recent_window_bits",
     "recent_window_overrides",
+    "sink_tokens",
     "statics",
     "attend_cached_prefill",
     "provenance",
@@ -137,7 +140,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
     num_layers = None if model is None else len(model.layers) or None
     pairs = _parse_pairs(problems, document.get("layers"), model)
     transforms, overrides = _parse_transforms(problems, document.get("transforms", {}), num_layers)
-    window, window_bits, window_overrides = _parse_recent(problems, document, num_layers)
+    window, window_bits, window_overrides, sinks = _parse_recent(problems, document, num_layers)
 
     statics = document.get("statics")
     if statics is not None:
@@ -165,6 +168,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
         recent_window=window,
         recent_window_bits=window_bits,
         recent_window_overrides=window_overrides,
+        sink_tokens=sinks,
         attend_cached_prefill=attend,
         statics=path.parent / statics if isinstance(statics, str) else None,
         provenance=provenance,
@@ -266,13 +270,13 @@ def _read_switches(problems: Problems, key: str, raw: Mapping[Any, Any]) -> dict
 
 def _parse_recent(
     problems: Problems, document: Mapping[Any, Any], num_layers: int | None
-) -> tuple[int, int, dict[int, int]]:
-    """Tokens, bits, and tokens of single layers."""
+) -> tuple[int, int, dict[int, int], int]:
+    """Tokens, bits, tokens of single layers, and sink tokens."""
 
-    def tokens(key: str, value: Any) -> int:
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_RECENT_WINDOW:
+    def tokens(key: str, value: Any, most: int = MAX_RECENT_WINDOW) -> int:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most:
             return value
-        problems.add(key, f"must be an integer of 0-{MAX_RECENT_WINDOW} tokens", show(value))
+        problems.add(key, f"must be an integer of 0-{most} tokens", show(value))
         return 0
 
     window = tokens("recent_window", document.get("recent_window", 0))
@@ -286,7 +290,10 @@ def _parse_recent(
         overrides = {}
     counts = {str(written): tokens(f"{key}.{written}", value) for written, value in overrides.items()}
     expanded = expand_layers(problems, key, overrides, num_layers)
-    return window, bits, {layer: counts[written] for layer, (written, _) in expanded.items()}
+    sinks = tokens("sink_tokens", document.get("sink_tokens", 0), MAX_SINK_TOKENS)
+    if sinks and not document.get("recent_window") and not any(counts.values()):
+        problems.add("sink_tokens", "must be 0 without a recent_window, whose cache holds them", str(sinks))
+    return window, bits, {layer: counts[written] for layer, (written, _) in expanded.items()}, sinks
 
 
 def _layers_needing_statics(

@@ -1,9 +1,10 @@
 """The recent window: a second cache of a layer, which holds its newest tokens in 16 or 8 bits.
 
 Every token is stored packed at once, and in the window too; attention reads the newest ``tokens`` of each query from
-there. The window is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward context under the
-attention layer's name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both model runners
-(and 0.32.0 and 0.33.0) do with every ``AttentionLayerBase`` there, this uses
+there, and those of the request's first ``sinks`` tokens that the layer's own sliding window leaves visible. The window
+is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward context under the attention layer's
+name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both model runners (and 0.32.0 and
+0.33.0) do with every ``AttentionLayerBase`` there, this uses
 
 - ``get_kv_cache_spec`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/attn_utils.py): a spec per name, so that the
   window becomes a KV cache group, with blocks from the pool of the packed pages;
@@ -168,6 +169,7 @@ class RecentCache(AttentionLayerBase):
             # Drafts of a step, and blocks that are taken ahead for those of the next.
             step_tokens=1 + 2 * vllm_config.num_speculative_tokens,
             num_steps=vllm_config.max_concurrent_batches,
+            sinks=self.window.sinks,
         )
 
     def store(
@@ -190,9 +192,13 @@ class RecentCache(AttentionLayerBase):
         transforms: LayerTransforms,
         scale: float,
         logits_soft_cap: float,
+        sliding_window: int | None,
         fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Attention over the window alone, of all query tokens of consecutive requests.
+
+        Decodes see the sink tokens as part of it; prefills (``fresh``) see those among the older tokens, where
+        :meth:`put_sinks` puts them.
 
         Args:
             query: [num_tokens, num_heads, head_size] of the whole batch.
@@ -201,6 +207,7 @@ class RecentCache(AttentionLayerBase):
             transforms: of the layer.
             scale: factor on the logits.
             logits_soft_cap: as the reference has it.
+            sliding_window: the layer's own, within which sink tokens are seen.
             fresh: keys and values of the requests' query tokens, which need not be stored then.
 
         Returns:
@@ -210,19 +217,18 @@ class RecentCache(AttentionLayerBase):
         starts = metadata.query_start_loc[requests.start : requests.stop + 1].long()
         lens = metadata.seq_lens[rows].long()
         begins = (lens - starts.diff() - self.window.tokens + 1).clamp(min=0)
+        sinks = begins.clamp(max=self.window.sinks if fresh is None else 0)
         # A padded request has no query tokens that anybody reads, and none in the cache.
         lengths = (lens - begins).clamp(min=0)
-        ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-        num_tokens = int(ends[-1])
+        # Of each request its sink tokens before the window, and those of the window.
+        ends = torch.nn.functional.pad(torch.stack([sinks, lengths], 1).flatten().cumsum(0), (1, 0))
         keys, values = (
-            torch.empty(num_tokens, self.num_kv_heads, self.head_size, device=query.device) for _ in range(2)
+            torch.empty(int(ends[-1]), self.num_kv_heads, self.head_size, device=query.device) for _ in range(2)
         )
-        gathered = (self.kv_cache, recent_metadata(self.layer_name).block_table[rows], ends, begins, keys, values)
-        if self.window.pair.is_quantized:
-            reference.gather_cache_ref(*gathered, self.layout, transforms, num_tokens=num_tokens)
-        else:
-            reference.gather_rows_ref(*gathered, num_tokens=num_tokens)
-        bounds, queries = ends.tolist(), starts.tolist()
+        heads_and_newest = torch.stack([torch.zeros_like(begins), begins], 1).flatten()
+        table = recent_metadata(self.layer_name).block_table[rows].repeat_interleave(2, 0)
+        self._gather(table, ends, heads_and_newest, keys, values, transforms)
+        bounds, queries = ends[::2].tolist(), starts.tolist()
         first = queries[0]
         output = torch.zeros(queries[-1] - first, *query.shape[1:], device=query.device)
         lse = torch.full((query.shape[1], queries[-1] - first), -torch.inf, device=query.device)
@@ -235,6 +241,9 @@ class RecentCache(AttentionLayerBase):
             if fresh is not None:
                 new = slice(held.stop - (asked.stop - asked.start), held.stop)
                 keys[new], values[new] = fresh[0][within].float(), fresh[1][within].float()
+            visible = None
+            if sinks[index]:
+                visible = self._visible(int(lens[index]), asked.stop - asked.start, int(begins[index]), sliding_window)
             reference.attention_ref(
                 query[asked],
                 keys[held],
@@ -244,8 +253,55 @@ class RecentCache(AttentionLayerBase):
                 self.window.tokens,
                 logits_soft_cap,
                 lse=lse[:, within],
+                visible=visible,
             )
         return output, lse
+
+    def _visible(self, length: int, num_queries: int, begin: int, sliding_window: int | None) -> torch.Tensor:
+        """[num_queries, num_keys] bool: which of a request's sink tokens, and of those from ``begin`` on, each of its
+        queries sees."""
+        device = self.kv_cache.device
+        head = torch.arange(min(self.window.sinks, begin), device=device)
+        position = torch.cat([head, torch.arange(begin, length, device=device)])
+        distance = torch.arange(length - num_queries, length, device=device)[:, None] - position
+        visible = (distance >= 0) & ((distance < self.window.tokens) | (position < self.window.sinks))
+        return visible if sliding_window is None else visible & (distance < sliding_window)
+
+    def put_sinks(
+        self, keys: torch.Tensor, values: torch.Tensor, request: int, first: int, end: int, transforms: LayerTransforms
+    ) -> None:
+        """Put a request's sink tokens in place of those that were read packed.
+
+        Args:
+            keys: [num_tokens, num_kv_heads, head_size] of the request's tokens from ``first`` on.
+            values: as keys.
+            request: its index in the batch.
+            first: the first of the tokens.
+            end: how many tokens the request has in the cache that are to be read from there.
+            transforms: of the layer.
+        """
+        count = min(self.window.sinks, end) - first
+        if count <= 0:
+            return
+        table = recent_metadata(self.layer_name).block_table[request : request + 1]
+        bounds, begin = torch.tensor([0, count]), torch.tensor([first])
+        self._gather(table, bounds, begin, keys[:count], values[:count], transforms)
+
+    def _gather(
+        self,
+        block_table: torch.Tensor,
+        ends: torch.Tensor,
+        begins: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        transforms: LayerTransforms,
+    ) -> None:
+        """Keys and values of tokens that the window holds; arguments as the reference has them."""
+        gathered = (self.kv_cache, block_table, ends, begins, keys, values)
+        if self.window.pair.is_quantized:
+            reference.gather_cache_ref(*gathered, self.layout, transforms, num_tokens=len(keys))
+        else:
+            reference.gather_rows_ref(*gathered, num_tokens=len(keys))
 
     def read_back(
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms

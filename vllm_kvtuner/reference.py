@@ -286,6 +286,7 @@ def paged_attention_ref(
     logits_soft_cap: float = 0.0,
     skip_newest: int = 0,
     lse: torch.Tensor | None = None,
+    skip_first: int = 0,
 ) -> None:
     """Attention of each request's newest tokens over its cached tokens, themselves included, on packed pages.
 
@@ -310,6 +311,7 @@ def paged_attention_ref(
             holds them. With a sliding window they count as part of it.
         lse: [num_heads, num_tokens] fp32, written in place: log-sum-exp of each row's logits, by which segments
             merge; -inf where a query sees nothing (its output is 0).
+        skip_first: tokens of a request, from its first on, that are left out likewise.
     """
     num_heads, head_size = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
@@ -361,7 +363,7 @@ def paged_attention_ref(
             offset = rotated_offset(transforms, torch.arange(max_len, device=query.device))
             scores[..., :max_len] += torch.einsum("rnkgd,tkd->rkgnt", raw, offset)
         position = seq_lens[begin:end, None].long() - query_lens[:, None] + index
-        visible = _visible(position, tokens, sliding_window, skip_newest)
+        visible = _visible(position, tokens, sliding_window, skip_newest) & (tokens >= skip_first)
         probabilities, sums = _softmax(scores, visible[:, None, None], logits_soft_cap)
         result = probabilities.view(num_reqs, num_kv_heads, group * rows, -1) @ values
         result = result.view(num_reqs, num_kv_heads, group, rows, head_size).permute(0, 3, 1, 2, 4)
@@ -381,6 +383,7 @@ def attention_ref(
     logits_soft_cap: float = 0.0,
     skip_newest: int = 0,
     lse: torch.Tensor | None = None,
+    visible: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of one request's newest tokens over contiguous keys and values, in model space.
 
@@ -394,6 +397,8 @@ def attention_ref(
         logits_soft_cap: as in :func:`paged_attention_ref`.
         skip_newest: as in :func:`paged_attention_ref`.
         lse: [num_heads, num_queries], as in :func:`paged_attention_ref`.
+        visible: [num_queries, num_keys] bool, which keys each query sees, where these are not consecutive tokens; the
+            windows do not count then.
     """
     num_queries, num_heads, head_size = query.shape
     num_keys, num_kv_heads = key.shape[:2]
@@ -406,9 +411,12 @@ def attention_ref(
         rows = heads[:, :, begin : begin + step]
         end = begin + rows.shape[2]
         stop = num_keys - num_queries + end
-        position = torch.arange(stop - rows.shape[2], stop, device=query.device)
-        visible = _visible(position, torch.arange(stop, device=query.device), sliding_window, skip_newest)
-        probabilities, sums = _softmax(rows @ keys[..., :stop], visible, logits_soft_cap)
+        position = torch.arange(stop, device=query.device)
+        if visible is None:
+            seen = _visible(position[stop - rows.shape[2] :], position, sliding_window, skip_newest)
+        else:
+            seen = visible[begin:end, :stop]
+        probabilities, sums = _softmax(rows @ keys[..., :stop], seen, logits_soft_cap)
         result = (probabilities @ values[:, :, :stop]).permute(2, 0, 1, 3)
         output[begin:end] = result.reshape(end - begin, num_heads, head_size).to(output.dtype)
         if lse is not None:

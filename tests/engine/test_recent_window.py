@@ -18,8 +18,8 @@ SAMPLES = 3
 MANY_TOKENS = 80
 EXACT = 1e-4
 """Measured 1.2e-5."""
-SCHEDULING_KL = 1e-5
-"""Nats per token; measured 1.5e-6, without windows 5e-7: float32's rounding in another batch moves single codes."""
+SCHEDULING_KL = 3e-5
+"""Nats per token; measured 1.5e-5, without windows 5e-7: float32's rounding in another batch moves single codes."""
 WINDOWS_KL = 1e-4
 """What the windows themselves make, at least."""
 GREEDY = {"max_tokens": TOKENS, "logprobs": FULL_LOGPROBS}
@@ -31,12 +31,16 @@ PROFILES = {
         "layers: {0: K8V8, 1-3: K4V4}\nrecent_window: 24\nrecent_window_overrides: {0: 0, 3: 70}\n",
         "layers: {0: K8V8, 1-3: K4V4}\n",
     ),
-    "windows of 8 bits, an unquantized layer": (
-        "layers: {0: K8V8, 1: K4V4, 2: K16V16, 3: K8V4}\nrecent_window: 40\nrecent_window_bits: 8\n",
+    "windows and sink tokens of 8 bits, an unquantized layer": (
+        "layers: {0: K8V8, 1: K4V4, 2: K16V16, 3: K8V4}\nrecent_window: 40\nrecent_window_bits: 8\nsink_tokens: 4\n",
         "layers: {0: K8V8, 1: K4V4, 2: K16V16, 3: K8V4}\n",
     ),
+    "sink tokens": (
+        "layers: {0: K8V8, 1-3: K4V4}\nrecent_window: 24\nsink_tokens: 16\n",
+        "layers: {0: K8V8, 1-3: K4V4}\nrecent_window: 24\n",
+    ),
 }
-"""With windows, and the same without."""
+"""With windows or sink tokens, and the same without."""
 
 
 def write(folder, text):
@@ -45,10 +49,12 @@ def write(folder, text):
     return path
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(512, 0), (304, 12)])
 @pytest.mark.parametrize("attend", [True, False])
-def test_a_window_of_the_whole_context_is_the_unquantized_cache(llama, prompts, tmp_path, attend):
-    """Cold, and from the prefix cache."""
-    profile = write(tmp_path, "layers: K2V2\nrecent_window: 512\n")
+def test_a_window_of_the_whole_context_is_the_unquantized_cache(llama, prompts, tmp_path, attend, window, sinks):
+    """Cold, and from the prefix cache. Sink tokens make up for what the longest request is longer than the window."""
+    profile = write(tmp_path, f"layers: K2V2\nrecent_window: {window}\nsink_tokens: {sinks}\n")
+    assert max(map(len, prompts)) + TOKENS <= window + sinks
     calls = [Call(prompts, GREEDY, together=False), Call(prompts, GREEDY)]
     auto = run_engine(llama, calls, max_model_len=512)
     run = run_engine(llama, calls, profile=profile, attend_cached_prefill=attend, max_model_len=512)
@@ -173,22 +179,27 @@ def test_preemption(llama, prompts, profile, alone):
     check(run.answers[0], alone.answers[-1] * 6)
 
 
-def test_sliding_window_layers(gemma3, prompts, tmp_path):
-    """Recent windows within the sliding windows of Gemma's layers; chunks that cross both."""
-    profile = write(tmp_path, f"layers: K4V4\nrecent_window: 24\n{HADAMARD}")
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_sliding_window_layers(gemma3, prompts, tmp_path, sinks):
+    """Recent windows within the sliding windows of Gemma's layers, which sink tokens leave; chunks that cross both."""
+    profile = write(tmp_path, f"layers: K4V4\nrecent_window: 24\nsink_tokens: {sinks}\n{HADAMARD}")
     calls = [Call(prompts, GREEDY)]
     whole = run_engine(gemma3, calls, profile=profile)
     warm = run_engine(gemma3, [*calls, *calls], profile=profile, block_size=32)
     chunked = run_engine(gemma3, calls, profile=profile, max_num_batched_tokens=48)
-    for answers in (chunked.answers[0], *warm.answers):
+    stepped = run_engine(gemma3, calls, profile=profile, max_num_seqs=1, max_num_batched_tokens=1)
+    for answers in (chunked.answers[0], stepped.answers[0], *warm.answers):
         check(answers, whole.answers[0])
     assert max(answer.cached_tokens for answer in warm.answers[1]) > SLIDING_WINDOW
 
 
-@pytest.mark.parametrize(("pair", "window", "bits"), [("K4V4", 64, 16), ("K4V2", 40, 8), ("K2V2", 200, 16)])
-def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits):
+@pytest.mark.parametrize(
+    ("pair", "window", "bits", "sinks"), [("K4V4", 64, 16, 0), ("K4V2", 40, 8, 4), ("K2V2", 200, 16, 4)]
+)
+def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits, sinks):
     """The packed pages set the size of a block; a request takes packed blocks and those of its recent windows."""
-    profile = write(tmp_path, f"layers: {pair}\nrecent_window: {window}\nrecent_window_bits: {bits}\n")
+    settings = f"recent_window: {window}\nrecent_window_bits: {bits}\nsink_tokens: {sinks}\n"
+    profile = write(tmp_path, f"layers: {pair}\n{settings}")
     length = 1024
     run = run_engine(llama, profile=profile, dtype="bfloat16", max_model_len=length, max_num_batched_tokens=8192)
     block_bytes = BLOCK_SIZE * LAYERS * KV_HEADS * content_bytes(PrecisionPair.parse(pair), HEAD_SIZE)
@@ -201,18 +212,19 @@ def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits):
     assert run.allocated_bytes == run.num_gpu_blocks * block_bytes
     assert run.groups[0] == (LAYERS, BLOCK_SIZE)
     assert len(run.groups) == 1 + groups
+    assert run.managers == ("FullAttentionManager", *["RecentManager"] * groups)
     assert {block_size for _, block_size in run.groups[1:]} == {size}
-    held = groups * recent_blocks(window, size)
+    held = groups * (recent_blocks(window, size) + (sinks > 0))
     assert run.kv_cache_size_tokens == int(run.num_gpu_blocks / (length // BLOCK_SIZE + held) * length)
-    assert (
-        f"up to {held * block_bytes:,} more per request for recent windows of {window} tokens in {bits} bits" in run.log
-    )
+    tokens = f"{window} tokens and the first {sinks}" if sinks else f"{window} tokens"
+    assert f"up to {held * block_bytes:,} more per request for recent windows of {tokens} in {bits} bits" in run.log
 
 
-def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path):
+@pytest.mark.parametrize(("sinks", "blocks"), [(0, 100), (4, 118)])
+def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path, sinks, blocks):
     """All prompts arrive at once, in chunks that are much longer than the window, and none is preempted."""
-    profile = write(tmp_path, "layers: K4V4\nrecent_window: 24\n")
-    length, blocks = 384, 100
+    profile = write(tmp_path, f"layers: K4V4\nrecent_window: 24\nsink_tokens: {sinks}\n")
+    length = 384
     run = run_engine(
         llama,
         [Call([[index, *prompts[-1]] for index in range(10, 26)], {"max_tokens": length - len(prompts[-1]) - 1})],
@@ -223,7 +235,7 @@ def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path):
         num_gpu_blocks_override=blocks,
     )
     (_, block_size) = run.groups[1]
-    each = length // BLOCK_SIZE + recent_blocks(24, block_size)
+    each = length // BLOCK_SIZE + recent_blocks(24, block_size) + (sinks > 0)
     assert run.kv_cache_size_tokens // length == blocks // each == len(run.answers[0])
     assert run.preemptions == 0
 
@@ -234,6 +246,13 @@ def test_refuses_a_cache_that_a_prompt_in_flight_overfills(llama, tmp_path):
         ValueError, match=r"must have at least \d+ blocks for a prompt of max_model_len \(1024\) tokens"
     ):
         run_engine(llama, profile=profile, num_gpu_blocks_override=30)
+
+
+def test_refuses_sink_tokens_beside_a_kv_connector(llama, tmp_path):
+    profile = write(tmp_path, "layers: K4V4\nrecent_window: 64\nsink_tokens: 4\n")
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    with pytest.raises(ValueError, match=r"sink_tokens must be 0 with a KV connector, .*, but got 4"):
+        run_engine(llama, profile=profile, kv_transfer_config=connector)
 
 
 @pytest.fixture(scope="module")

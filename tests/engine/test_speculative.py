@@ -123,7 +123,9 @@ def windows(tmp_path_factory):
     return write(tmp_path_factory.mktemp("profile"), WINDOWS)
 
 
-def test_recent_windows(llama, eagle, calls, windows):
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_recent_windows(llama, eagle, calls, tmp_path, sinks):
+    windows = write(tmp_path, f"{WINDOWS}sink_tokens: {sinks}\n")
     plain, looked_up, headed = (
         run_engine(llama, calls, profile=windows, speculative_config=each) for each in (None, N_GRAM, headed_by(eagle))
     )

@@ -84,6 +84,7 @@ class EngineRun:
         allocated_bytes: bytes of the KV cache tensors.
         page_bytes: bytes of one page of each decoder layer, in order; a draft model's follow.
         groups: layers and tokens per block of each KV cache group.
+        managers: names of the classes that hold the blocks of these groups.
         preemptions: how often a request was preempted.
         drafted: tokens that speculative decoding proposed.
         accepted: those of them that were kept.
@@ -99,6 +100,7 @@ class EngineRun:
     allocated_bytes: int
     page_bytes: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
+    managers: tuple[str, ...]
     preemptions: int
     drafted: int
     accepted: int
@@ -197,6 +199,7 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         answers.append([_answer(output, sample) for output in outputs for sample in output.outputs])
     config = llm.llm_engine.vllm_config
     runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    manager = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager
     specs = runner.get_kv_cache_spec()
     storages = [cache.untyped_storage() for cache in runner.kv_caches]
     counters = Counter[str]()
@@ -212,6 +215,7 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
         groups=tuple(
             (len(group.layer_names), group.kv_cache_spec.block_size) for group in runner.kv_cache_config.kv_cache_groups
         ),
+        managers=tuple(type(each).__name__ for each in manager.coordinator.single_type_managers),
         preemptions=counters["vllm:num_preemptions"],
         drafted=counters["vllm:spec_decode_num_draft_tokens"],
         accepted=counters["vllm:spec_decode_num_accepted_tokens"],
