@@ -32,19 +32,24 @@ CALIBRATED = (
     "qwen25_coder_1.5b_3.25bit",
     "qwen25_coder_1.5b_4.00bit",
     "qwen25_coder_1.5b_5.00bit",
+    "smollm2_135m_3.00bit",
+    "smollm2_135m_3.73bit",
+    "smollm2_135m_4.73bit",
 )
 """Found by ``kvtuner calibrate``, with statics."""
+WINDOWED = "qwen25_coder_1.5b_3.00bit"
+"""Uniform, with the statics of the calibrated ones, and a recent window."""
 DEMO = "smollm2_135m_4.20bit"
 
 
 def test_all_are_found():
-    assert set(shipped_profiles()) == {*PUBLISHED, *CALIBRATED, DEMO}
+    assert set(shipped_profiles()) == {*PUBLISHED, *CALIBRATED, WINDOWED, DEMO}
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_bits_stated_are_bits_computed(name):
     profile = load_profile(name)
-    assert (profile.statics is not None) == (name in CALIBRATED)
+    assert (profile.statics is not None) == (name in (*CALIBRATED, WINDOWED))
     resolved = profile.resolve(profile.model)
     assert len(resolved.layers) == len(profile.model.layers)
     assert profile.provenance["nominal_bits"] == round(resolved.nominal_bits, 4)
@@ -93,6 +98,14 @@ def test_calibrated_profiles_hold_what_they_promise(name):
     assert len(uniform) == len(QUANTIZED_PAIRS)
     assert all(ours["kl_mean"] <= score["kl_mean"] for score in uniform if score["stored_bits"] <= ours["stored_bits"])
     assert set(load_statics(profile.statics, resolved)) == set(profile.pairs)
+
+
+def test_the_profile_with_a_window_is_the_calibrated_one_otherwise():
+    profile, calibrated = load_profile(WINDOWED), load_profile("qwen25_coder_1.5b_4.00bit")
+    assert (profile.recent_window, profile.recent_window_bits) == (64, 16)
+    assert profile.transforms == calibrated.transforms
+    assert profile.transform_overrides == calibrated.transform_overrides
+    assert set(load_statics(profile.statics, profile.resolve(profile.model))) == set(profile.pairs)
 
 
 def test_demo_profile_needs_no_data():

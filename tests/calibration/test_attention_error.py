@@ -28,18 +28,18 @@ OFFSET = torch.linspace(-4, 4, NUM_KV_HEADS * HEAD_SIZE).view(NUM_KV_HEADS, HEAD
 FACTORS = torch.linspace(0.5, 2, HEAD_SIZE // 2).repeat(NUM_KV_HEADS, 2)
 
 
-def meter_of(capture, layer=LAYER):
+def meter_of(capture, layer=LAYER, recent_window=0):
     rotary = capture.load_rotary(layer)
-    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near)
+    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, recent_window)
 
 
 @pytest.mark.parametrize("pair", ["K4V2", "K2V8"])
-@pytest.mark.parametrize("sliding_window", [None, 50])
-def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_window):
+@pytest.mark.parametrize(("sliding_window", "recent_window"), [(None, 0), (50, 0), (None, 20), (50, 20)])
+def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_window, recent_window):
     layer = replace(LAYER, sliding_window=sliding_window, logits_soft_cap=20.0)
     capture = make_capture(tmp_path, offset=OFFSET, layer=layer, num_windows=2)
     transforms = LayerTransforms(OFFSET, TABLE, FACTORS, True, True, True)
-    errors = meter_of(capture, layer).pair_errors(transforms)
+    errors = meter_of(capture, layer, recent_window).pair_errors(transforms)
 
     layout, num_blocks = PageLayout(PrecisionPair.parse(pair), HEAD_SIZE, 16), 12
     square, norm = torch.zeros(2, NUM_KV_HEADS)
@@ -49,18 +49,25 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
         reshape_and_cache_ref(window.key, window.value, cache, positions, positions, layout, transforms)
         count = window.query.shape[0]
         output = torch.empty(count, NUM_HEADS, HEAD_SIZE)
+        lse = torch.empty(NUM_HEADS, count)
         table = torch.arange(num_blocks, dtype=torch.int32).repeat(count, 1)
         lens, starts = (window.query_position + 1).int(), torch.arange(count + 1, dtype=torch.int32)
         paged_attention_ref(
-            window.query, cache, table, lens, starts, 1, layer.scale, layout, transforms, output, sliding_window, 20.0
-        )
+            window.query, cache, table, lens, starts, 1, layer.scale, layout, transforms, output, sliding_window, 20.0,
+            recent_window, lse,
+        )  # fmt: skip
         for row, position in enumerate(window.query_position.tolist()):
             begin = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
             for head in range(NUM_HEADS):
                 seen, kv_head = slice(begin, position + 1), head // 2
                 logits = 20 * torch.tanh(window.key[seen, kv_head] @ window.query[row, head] * layer.scale / 20)
                 exact = logits.softmax(0) @ window.value[seen, kv_head]
-                square[kv_head] += (output[row, head] - exact).square().sum()
+                recent = logits[max(0, len(logits) - recent_window) :]
+                newest = window.value[seen, kv_head][len(logits) - len(recent) :]
+                older = lse[head, row].exp()
+                total = older + recent.exp().sum()
+                got = output[row, head].nan_to_num() * older / total + (recent.exp() / total) @ newest
+                square[kv_head] += (got - exact).square().sum()
                 norm[kv_head] += exact.square().sum()
     parsed = PrecisionPair.parse(pair)
     torch.testing.assert_close(torch.tensor(errors.output_per_head[parsed]), (square / norm).sqrt(), rtol=1e-3, atol=0)

@@ -1,7 +1,12 @@
 """From a sensitivity table to profile and report, with a made-up engine; and what the commands refuse."""
 
+import itertools
 import json
+import multiprocessing
+import os
 import re
+import shutil
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,8 +22,9 @@ from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.options import Options, Texts
 from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, pareto_front, verdict
 from kvtuner_tools.calibration.pipeline import STAGES, Calibration
+from kvtuner_tools.calibration.study import EngineSettings
 from tests.helpers.calibration import FakeEvaluator, sensitivity_table
-from vllm_kvtuner.layout import PrecisionPair
+from vllm_kvtuner.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.precision import TransformSettings
 from vllm_kvtuner.profile import load_profile
 from vllm_kvtuner.statics import LayerStatics, load_statics, save_statics
@@ -130,8 +136,8 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
     table = sensitivity_table(3)
     measured = []
 
-    def measure(capture, choice, out):
-        measured.append((capture.inputs, choice))
+    def measure(capture, choice, out, recent_window):
+        measured.append((capture.inputs, choice, recent_window))
         table.write(out / "sensitivity.json")
         return table
 
@@ -146,6 +152,9 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
     (tmp_path / "sensitivity.json").write_text("edited")
     made.run("sensitivity")
     assert len(measured) == 3
+    made.options = replace(made.options, recent_window=64)
+    made.run("sensitivity")
+    assert measured[3] == ("second", None, 64)
 
 
 def test_costs_of_stages_are_kept(finished):
@@ -312,6 +321,43 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert "must be the output folder of kvtuner capture or kvtuner calibrate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_an_export_that_is_killed_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch, step):
+    """Killed at a renaming, run again and killed at a later one, until it is done."""
+    undisturbed, table, _ = finished
+    for name in ("candidates.json", "clusters.json", "search.json"):
+        shutil.copy(undisturbed / name, tmp_path)
+    made = calibration(tmp_path, table, [], monkeypatch)
+    codes = []
+    while not codes or codes[-1] != 0:
+        process = multiprocessing.get_context("fork").Process(
+            target=_export_and_be_killed, args=(made, len(codes) // 3 + 1, step)
+        )
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        assert codes[-1] in (0, -signal.SIGKILL) and len(codes) < 60
+    assert len(codes) > 6
+    for name in ("profile.yaml", "profile.statics.safetensors", "heldout.json"):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def _export_and_be_killed(made, renaming, step):
+    counter, replace_file = itertools.count(1), os.replace
+
+    def killing(*paths):
+        last = next(counter) == renaming
+        if last and step == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(*paths)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = killing
+    made.run("export")
+    os._exit(0)
+
+
 def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):
     def interrupted(self, stage):
         raise KeyboardInterrupt
@@ -362,6 +408,30 @@ def test_memory_budget_reaches_the_search(tmp_path, monkeypatch):
     assert result.chosen.stored_bits <= 4.25
     where = f"3 requests of 1,000 tokens in {memory:,} bytes"
     assert result.budget == f"at most 4.250 stored bits (3.750 nominal): {where}"
+
+
+def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatch):
+    """And takes its share of a budget given as memory: three blocks of 16 tokens hold 20 wherever they lie."""
+    table = sensitivity_table(6)
+    numbers = sum(2 * layer.num_kv_heads * layer.head_size for layer in table.layers)
+    recent = sum(
+        48 * layer.num_kv_heads * content_bytes(PrecisionPair(8, 8), layer.head_size) for layer in table.layers
+    )
+    memory = (int(4.25 * numbers / 8) * 1008 + recent) * 3
+    options = {"max_bits": None, "memory": memory, "context": 1000, "concurrency": 3, "trials": 8}
+    settings = []
+    made = calibration(tmp_path, table, [], monkeypatch, recent_window=20, recent_window_bits=8, **options)
+    start = pipeline.start_engine
+    monkeypatch.setattr(pipeline, "start_engine", lambda engine: settings.append(engine) or start(engine))
+    for stage in ("prune", "cluster", "search", "export"):
+        made.run(stage)
+    assert {(each.recent_window, each.recent_window_bits) for each in settings} == {(20, 8)}
+    assert all(EngineSettings.from_plain(each.to_plain()) == each for each in settings)
+    result = SearchResult.read(tmp_path)
+    assert result.max_bits == pytest.approx(4.25)
+    assert "beside a recent window of 20 tokens in 8 bits" in result.budget
+    profile = load_profile(str(tmp_path / "profile.yaml"))
+    assert (profile.recent_window, profile.recent_window_bits) == (20, 8)
 
 
 def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):

@@ -34,6 +34,11 @@ QWEN_PROFILES = {
     ),
     "plain": "layers: K8V8",
 }
+RECENT = "recent_window: 32"
+RECENT_PROFILES = {
+    "low": f"layers: {{0: K4V2, 1: K2V2, 2-3: K4V4}}\n{RECENT}",
+    "transformed": f"layers: K4V2\ntransforms: {{key_hadamard: true, value_hadamard: true}}\n{RECENT}",
+}
 GEMMA_ROOM = "layers: {0: K8V8, 1: K16V16, 2-3: K8V8}"
 GEMMA_PROFILES = {
     "sliding-window layers below, one layer not quantized": "layers: {0: K4V2, 1: K16V16, 2: K8V4, 3: K4V4}",
@@ -111,8 +116,12 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 @pytest.mark.parametrize(
     ("architecture", "room", "profiles"),
-    [("qwen2", f"layers: {ROOM}", QWEN_PROFILES), ("gemma3", GEMMA_ROOM, GEMMA_PROFILES)],
-    ids=["qwen2", "gemma3"],
+    [
+        ("qwen2", f"layers: {ROOM}", QWEN_PROFILES),
+        ("gemma3", GEMMA_ROOM, GEMMA_PROFILES),
+        ("llama", f"layers: {ROOM}\n{RECENT}", RECENT_PROFILES),
+    ],
+    ids=["qwen2", "gemma3", "recent windows"],
 )
 def test_a_switched_engine_equals_the_served_profile(request, tmp_path, architecture, room, profiles):
     model = request.getfixturevalue(architecture)

@@ -3,7 +3,8 @@
 Errors are relative, over the sampled queries of all windows. With O the attention output of unquantized keys and values
 and O' that of quantized ones, the output error is sqrt(sum |O' - O|^2 / sum |O|^2), per KV head over its query heads or
 over all heads. With P and P' the attention weights, the score error is the mean over query rows of sum_t |P'_t - P_t|;
-a row's weights sum to 1, so it is relative as it stands.
+a row's weights sum to 1, so it is relative as it stands. With a recent window, each query's newest tokens are
+unquantized in O' and P'.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,22 +45,27 @@ class AttentionMeter:
         layer: the layer.
         windows: its windows.
         rotary: row t rotates a window's token t; None where the layer has no table.
+        recent_window: newest tokens of each query whose keys and values are not quantized.
 
     Attributes:
         windows: its windows.
     """
 
-    def __init__(self, layer: CapturedLayer, windows: Sequence[Window], rotary: RotaryTable | None) -> None:
+    def __init__(
+        self, layer: CapturedLayer, windows: Sequence[Window], rotary: RotaryTable | None, recent_window: int = 0
+    ) -> None:
         self._layer = layer
         self.windows = windows
         self._rotary = rotary
+        self._recent_window = recent_window
         self._lengths = [window.key.shape[0] for window in windows]
         self._keys = torch.cat([window.key for window in windows])
         self._values = torch.cat([window.value for window in windows])
         device = self._keys.device
         self._positions = torch.cat([torch.arange(length, device=device) for length in self._lengths])
         self._weights = self._attend(self._keys)
-        self._outputs = [weights @ values for weights, values in self._by_window(self._weights, self._values)]
+        values = self._split(self._values)
+        self._outputs = [weights @ value for weights, value in zip(self._weights, values, strict=True)]
         self._norm = torch.stack([output.square().sum((1, 2)) for output in self._outputs]).sum(0)
 
     def at_far_positions(self, rows: RotaryRows) -> "AttentionMeter":
@@ -71,7 +77,7 @@ class AttentionMeter:
             query_before = undo_rotary(window.query, window.query_position, rows.near)
             query = apply_rotary(query_before, window.query_position, rows.far)
             moved.append(replace(window, key=key, query=query))
-        return AttentionMeter(self._layer, moved, rows.far)
+        return AttentionMeter(self._layer, moved, rows.far, self._recent_window)
 
     def key_errors(self, transforms: LayerTransforms) -> dict[int, float]:
         """Output error per key bits, with unquantized values."""
@@ -118,10 +124,13 @@ class AttentionMeter:
         for window, key in zip(self.windows, keys.split(self._lengths), strict=True):
             num_queries = window.query.shape[0]
             grouped = window.query.view(num_queries, layer.num_kv_heads, -1, layer.head_size).permute(1, 2, 0, 3)
-            scores = (grouped * layer.scale).flatten(1, 2) @ key.permute(1, 2, 0)
+            rows = (grouped * layer.scale).flatten(1, 2)
+            scores = rows @ key.permute(1, 2, 0)
+            if self._recent_window:
+                scores = torch.where(self._is_recent(window), rows @ window.key.permute(1, 2, 0), scores)
             if layer.logits_soft_cap > 0:
                 scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
-            distance = window.query_position[:, None] - torch.arange(key.shape[0], device=key.device)
+            distance = self._distance(window)
             hidden = distance < 0
             if layer.sliding_window is not None:
                 hidden |= distance >= layer.sliding_window
@@ -131,16 +140,31 @@ class AttentionMeter:
 
     def _error(self, weights: list[torch.Tensor], values: torch.Tensor) -> tuple[float, tuple[float, ...]]:
         """Output error over all heads, and per KV head."""
-        pairs = zip(self._by_window(weights, values), self._outputs, strict=True)
-        squares = [(attention @ value - output).square().sum((1, 2)) for (attention, value), output in pairs]
+        squares = []
+        for window, attention, value, exact, output in zip(
+            self.windows, weights, self._split(values), self._split(self._values), self._outputs, strict=True
+        ):
+            got = attention @ value
+            if self._recent_window:
+                got += (attention * self._is_recent(window)) @ (exact - value)
+            squares.append((got - output).square().sum((1, 2)))
         square = torch.stack(squares).sum(0)
         per_head = (square / self._norm).sqrt()
         return float((square.sum() / self._norm.sum()).sqrt()), tuple(per_head.tolist())
 
-    def _by_window(
-        self, weights: list[torch.Tensor], values: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        return zip(weights, (value.transpose(0, 1) for value in values.split(self._lengths)), strict=True)
+    def _split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Per window [num_kv_heads, num_tokens, head_size]."""
+        return [value.transpose(0, 1) for value in values.split(self._lengths)]
+
+    def _distance(self, window: Window) -> torch.Tensor:
+        """[num_queries, num_tokens], tokens from each token to the query."""
+        return window.query_position[:, None] - torch.arange(window.key.shape[0], device=window.key.device)
+
+    def _is_recent(self, window: Window) -> torch.Tensor:
+        """[group * num_queries, num_tokens], whether a token is in the query's recent window."""
+        distance = self._distance(window)
+        group = window.query.shape[1] // self._layer.num_kv_heads
+        return ((distance >= 0) & (distance < self._recent_window)).repeat(group, 1)
 
 
 def _quantize(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:

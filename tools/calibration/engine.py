@@ -56,6 +56,8 @@ class CalibrationEngine:
         transform_overrides: transforms of single layers.
         statics: safetensors file that key_offset and key_equalization read.
         unquantized_layers: layers left to vLLM's own cache (K16V16) for this engine's whole life.
+        recent_window: tokens of every quantized layer's recent window, for this engine's whole life too.
+        recent_window_bits: its bits.
         task: questions for :meth:`score_task`.
         chunk: prompt tokens per engine step; by default the longest window.
         kv_memory_bytes: memory of the KV cache.
@@ -78,6 +80,8 @@ class CalibrationEngine:
         transform_overrides: Mapping[int, TransformSettings] | None = None,
         statics: Path | None = None,
         unquantized_layers: Collection[int] = (),
+        recent_window: int = 0,
+        recent_window_bits: int = 16,
         task: Task | None = None,
         chunk: int | None = None,
         kv_memory_bytes: int = 1 << 30,
@@ -86,6 +90,7 @@ class CalibrationEngine:
         self.start_seconds = self.trial_seconds = 0.0
         self._shape = load_model_shape(model)
         self._windows = tuple(tuple(window) for window in windows)
+        self._recent_window, self._recent_window_bits = recent_window, recent_window_bits
         self._task = task
         self._base = {
             layer: UNQUANTIZED if layer in unquantized_layers else ROOM for layer in self._shape.attention_layers
@@ -102,7 +107,9 @@ class CalibrationEngine:
         self._process: OwnProcess | None = None
         try:
             room = self._folder / "room.yaml"
-            room.write_text(yaml.safe_dump({"version": 1, "layers": {i: str(pair) for i, pair in self._base.items()}}))
+            layers = {layer: str(pair) for layer, pair in self._base.items()}
+            recent = {"recent_window": recent_window, "recent_window_bits": recent_window_bits}
+            room.write_text(yaml.safe_dump({"version": 1, "layers": layers, **recent}))
 
             def options(label: str, setting: Setting, switchable: bool) -> EngineOptions:
                 return EngineOptions(
@@ -180,6 +187,8 @@ class CalibrationEngine:
             transform_overrides=overrides,
             attend_cached_prefill=True,
             statics=statics,
+            recent_window=self._recent_window,
+            recent_window_bits=self._recent_window_bits,
         )
         resolved = profile.resolve(self._shape)
         if statics is not None:

@@ -19,7 +19,15 @@ from .artifacts import SensitivityTable, read_statics
 from .outcome import Heldout, Scored, SearchResult, short_name, verdict
 
 
-def write_profile(path: Path, table: SensitivityTable, statics: Path, result: SearchResult, heldout: Heldout) -> None:
+def write_profile(
+    path: Path,
+    table: SensitivityTable,
+    statics: Path,
+    result: SearchResult,
+    heldout: Heldout,
+    recent_window: int = 0,
+    recent_window_bits: int = 16,
+) -> None:
     """Write the profile, and the statics beside it where a layer uses them, each at once or not at all.
 
     The same inputs give the same bytes: nothing in it tells when or how fast it was made.
@@ -30,6 +38,8 @@ def write_profile(path: Path, table: SensitivityTable, statics: Path, result: Se
         statics: the calibration's statics file; read only where it is used.
         result: the chosen setting, and how it was found.
         heldout: its scores and those of the uniform settings.
+        recent_window: tokens of the recent window that all of this was measured with.
+        recent_window_bits: its bits.
 
     Raises:
         ProfileError: the profile would not load; nothing was written then.
@@ -42,6 +52,8 @@ def write_profile(path: Path, table: SensitivityTable, statics: Path, result: Se
         "layers": _by_pair(pairs),
         "transforms": _transforms(transforms),
     }
+    if recent_window:
+        document |= {"recent_window": recent_window, "recent_window_bits": recent_window_bits}
     if any(each.needs_statics for each in transforms.values()):
         name = f"{path.stem}.statics.safetensors"
         _write(path.with_name(name), read_statics(statics))

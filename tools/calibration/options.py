@@ -8,7 +8,15 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.layout import QUANTIZED_PAIRS, UNQUANTIZED
+from vllm_kvtuner.layout import (
+    BLOCK_SIZE_MULTIPLE,
+    QUANTIZED_PAIRS,
+    RECENT_BITS,
+    UNQUANTIZED,
+    content_bytes,
+    recent_blocks,
+)
+from vllm_kvtuner.precision import MAX_RECENT_WINDOW, RecentWindow
 from vllm_kvtuner.profile import ModelShape, ProfileError
 from vllm_kvtuner.schema import parse_layers
 
@@ -43,6 +51,8 @@ class Options:
         heldout_tokens: tokens that final scores rest on.
         kv_memory: bytes of the measuring engine's KV cache.
         transforms: ``choose`` them by measured error, or ``none``.
+        recent_window: newest tokens of each request that every quantized layer also keeps unquantized.
+        recent_window_bits: 16, or 8.
         unquantized: layers kept at K16V16, such as ``0, 31``; empty for none.
         keep_all_pairs: do not prune.
         cluster_factor: largest ratio of errors within a cluster; 1 for none.
@@ -66,6 +76,8 @@ class Options:
     heldout_tokens: int = 4096
     kv_memory: int = 1 << 30
     transforms: str = "choose"
+    recent_window: int = 0
+    recent_window_bits: int = 16
     unquantized: str = ""
     keep_all_pairs: bool = False
     cluster_factor: float = DEFAULT_FACTOR
@@ -89,11 +101,23 @@ class Options:
         if self.max_bits is not None:
             return bytes_for_bits(self.max_bits, shapes)
         assert self.memory is not None and self.context is not None and self.concurrency is not None
-        return bytes_for_memory(self.memory, self.context, self.concurrency)
+        recent = self.concurrency * self.recent_bytes(shapes)
+        return bytes_for_memory(max(0, self.memory - recent), self.context, self.concurrency)
+
+    def recent_bytes(self, shapes: dict[int, tuple[int, int]]) -> int:
+        """Bytes of one request's recent windows, in the smallest blocks that hold them."""
+        if not self.recent_window:
+            return 0
+        tokens = recent_blocks(self.recent_window, BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
+        pair = RecentWindow(self.recent_window, self.recent_window_bits).pair
+        layers = [shape for layer, shape in shapes.items() if layer not in self.unquantized_layers]
+        return sum(tokens * heads * content_bytes(pair, size) for heads, size in layers)
 
     def budget_text(self, nominal: float, stored: float) -> str:
         """The budget in bits, and what it comes from where it was given as memory."""
         bits = f"at most {stored:.3f} stored bits ({nominal:.3f} nominal)"
+        if self.recent_window:
+            bits += f", beside a recent window of {RecentWindow(self.recent_window, self.recent_window_bits)}"
         if self.max_bits is not None:
             return bits
         return f"{bits}: {self.concurrency} requests of {self.context:,} tokens in {self.memory:,} bytes"
@@ -113,7 +137,7 @@ class Options:
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "capture": ("data", "heldout", "dtype", "seed", "window", "capture_tokens", "search_tokens", "heldout_tokens"),
-    "sensitivity": ("transforms",),
+    "sensitivity": ("transforms", "recent_window", "recent_window_bits"),
     "prune": ("unquantized", "keep_all_pairs"),
     "cluster": ("cluster_factor",),
     "search": (
@@ -145,6 +169,11 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "heldout_tokens": ("tokens that the final scores rest on", {"type": int}),
     "kv_memory": ("KV cache memory of the measuring engine", {"type": parse_memory}),
     "transforms": ("choose each layer's transforms by measured error, or use none", {"choices": ("choose", "none")}),
+    "recent_window": (
+        "newest tokens of each request that layers also keep, and read, in more bits",
+        {"type": int},
+    ),
+    "recent_window_bits": ("bits of the recent window", {"type": int, "choices": RECENT_BITS}),
     "unquantized": ("layers to keep at K16V16, such as 0,31", {"metavar": "LAYERS"}),
     "keep_all_pairs": ("keep all nine pairs of each layer as candidates", {"action": argparse.BooleanOptionalAction}),
     "cluster_factor": (
@@ -283,6 +312,7 @@ def _numbers(options: Options) -> list[str]:
         "search_tokens": 1,
         "heldout_tokens": 1,
         "kv_memory": 1,
+        "recent_window": 0,
         "cluster_factor": 1,
         "memory": 1,
         "context": 1,
@@ -294,6 +324,8 @@ def _numbers(options: Options) -> list[str]:
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value >= minimum):
             problems.append(f"--{name.replace('_', '-')} must be at least {minimum}, but got {value}")
+    if options.recent_window > MAX_RECENT_WINDOW:
+        problems.append(f"--recent-window must be at most {MAX_RECENT_WINDOW}, but got {options.recent_window}")
     if options.max_bits is not None and not 0 < options.max_bits <= 16:
         problems.append(f"--max-bits must be above 0 and at most 16, but got {options.max_bits:g}")
     return problems

@@ -100,13 +100,15 @@ class Calibration:
         from .transform_choice import choose_transforms
 
         capture = Capture.read(self.out / CAPTURE_FOLDER)
-        choice = choose_transforms(capture, self.out) if self.options.transforms == "choose" else None
-        inputs = digest([capture.inputs, None if choice is None else choice.inputs])
+        recent = self.options.recent_window
+        choose = self.options.transforms == "choose"
+        choice = choose_transforms(capture, self.out, recent_window=recent) if choose else None
+        inputs = digest([capture.inputs, None if choice is None else choice.inputs, recent])
         path, key_path = self.out / SENSITIVITY_FILE, self.out / SENSITIVITY_KEY_FILE
         known = read_artifact(key_path, KEY_SCHEMA, ("inputs", "sha256")) if key_path.exists() else {}
         if path.exists() and known == {"inputs": inputs, "sha256": file_sha256(path)}:
             return "as it was"
-        table = measure_sensitivity(capture, choice, self.out)
+        table = measure_sensitivity(capture, choice, self.out, recent_window=recent)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
         return f"{len(table.layers)} layers, nine pairs each"
 
@@ -146,7 +148,8 @@ class Calibration:
         heldout = self._score_heldout()
         path = self.out / PROFILE_FILE
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
-        write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout)
+        recent = self.options.recent_window, self.options.recent_window_bits
+        write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout, *recent)
         return f"{path}. {verdict(heldout, SearchResult.read(self.out).max_bits)}"
 
     def report(self) -> str:
@@ -188,6 +191,8 @@ class Calibration:
             statics=read_statics(self.out / STATICS_FILE) if needs_statics else None,
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
+            recent_window=self.options.recent_window,
+            recent_window_bits=self.options.recent_window_bits,
         )
 
     def _score_heldout(self) -> Heldout:
@@ -201,15 +206,23 @@ class Calibration:
         wanted = {PROFILE_ORIGIN: result.chosen.pairs}
         wanted |= {f"uniform {pair}": space.uniform(pair) for pair in space.uniform_pairs()}
         wanted |= {"greedy": result.greedy, "integer program": result.integer_program}
-        settings = []
+
+        def keep() -> Heldout:
+            scored = tuple(
+                Scored(None, origin, pairs, *space.bits(pairs), known[format_pairs(pairs)])
+                for origin, pairs in wanted.items()
+                if format_pairs(pairs) in known
+            )
+            heldout = Heldout(inputs, self.texts.heldout.identity, scored)
+            heldout.write(self.out)
+            return heldout
+
         with closing(LazyEvaluator(lambda: start_engine(engine))) as evaluator:
-            for origin, pairs in tqdm(wanted.items(), desc="held-out", unit="setting"):
-                if (quality := known.get(format_pairs(pairs))) is None:
-                    quality = known[format_pairs(pairs)] = evaluator.score(pairs)
-                settings.append(Scored(None, origin, pairs, *space.bits(pairs), quality))
-                heldout = Heldout(inputs, self.texts.heldout.identity, tuple(settings))
-                heldout.write(self.out)
-        return heldout
+            for pairs in tqdm(wanted.values(), desc="held-out", unit="setting"):
+                if format_pairs(pairs) not in known:
+                    known[format_pairs(pairs)] = evaluator.score(pairs)
+                    keep()
+        return keep()
 
     def _found_heldout(self, inputs: str) -> Heldout | None:
         """Scores of an earlier run with the same engine, complete or not."""
@@ -257,6 +270,8 @@ class _Engine:
             transform_overrides=settings.transforms,
             statics=statics,
             unquantized_layers=settings.unquantized,
+            recent_window=settings.recent_window,
+            recent_window_bits=settings.recent_window_bits,
             kv_memory_bytes=settings.kv_memory_bytes,
             dtype=settings.dtype,
         )

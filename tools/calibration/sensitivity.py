@@ -22,6 +22,7 @@ def measure_sensitivity(
     choice: TransformChoice | None,
     out_dir: Path,
     *,
+    recent_window: int = 0,
     device: torch.device | str | None = None,
 ) -> SensitivityTable:
     """Measure every layer at the captured positions and write ``sensitivity.json``.
@@ -30,6 +31,7 @@ def measure_sensitivity(
         capture: what to measure on.
         choice: each layer's transforms; None measures without any, which is the published method's setting.
         out_dir: the calibration's output folder; holds the choice's statics.
+        recent_window: newest tokens of each query that are not quantized.
         device: where to measure; by default the first GPU, or the CPU.
     """
     device = device or default_device()
@@ -37,7 +39,8 @@ def measure_sensitivity(
     layers = []
     for layer in tqdm(capture.layers, desc="sensitivity", unit="layer"):
         rotary = capture.load_rotary(layer, device)
-        meter = AttentionMeter(layer, capture.load_layer(layer, device), None if rotary is None else rotary.near)
+        near = None if rotary is None else rotary.near
+        meter = AttentionMeter(layer, capture.load_layer(layer, device), near, recent_window)
         errors = meter.pair_errors(built.get(layer.index, LayerTransforms()))
         layers.append(
             LayerSensitivity(

@@ -54,6 +54,8 @@ class EngineSettings:
         statics: bytes of the statics file, or None.
         unquantized: layers that stay with vLLM's own cache.
         kv_memory_bytes: memory of the KV cache.
+        recent_window: tokens of every layer's recent window.
+        recent_window_bits: its bits.
     """
 
     model: str
@@ -63,6 +65,8 @@ class EngineSettings:
     statics: bytes | None
     unquantized: tuple[int, ...]
     kv_memory_bytes: int
+    recent_window: int = 0
+    recent_window_bits: int = 16
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON's types; :meth:`from_plain` reads it back."""

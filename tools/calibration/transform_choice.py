@@ -122,15 +122,21 @@ class TransformChoice:
 
 
 def choose_transforms(
-    capture: Capture, out_dir: Path, *, floor: float = DEFAULT_FLOOR, device: torch.device | str | None = None
+    capture: Capture,
+    out_dir: Path,
+    *,
+    recent_window: int = 0,
+    floor: float = DEFAULT_FLOOR,
+    device: torch.device | str | None = None,
 ) -> TransformChoice:
     """Choose for every layer; write ``transforms.json`` and, where a layer needs it, ``statics.safetensors``.
 
-    A choice that is there already, from the same capture and floor, is read instead.
+    A choice that is there already, from the same capture, recent window and floor, is read instead.
 
     Args:
         capture: what to measure on.
         out_dir: the calibration's output folder.
+        recent_window: newest tokens of each query that are not quantized.
         floor: gain below which the baseline stays, 0 to 1.
         device: where to measure; by default the first GPU, or the CPU.
 
@@ -139,14 +145,18 @@ def choose_transforms(
     """
     if not 0 <= floor < 1:
         raise ValueError(f"floor must be at least 0 and below 1, but got {floor}")
-    inputs = digest({"capture": capture.inputs, "floor": floor, "schema": TRANSFORMS_SCHEMA})
+    inputs = digest(
+        {"capture": capture.inputs, "floor": floor, "recent_window": recent_window, "schema": TRANSFORMS_SCHEMA}
+    )
     if (found := _find(out_dir, inputs)) is not None:
         return found
     biases = _biases(capture)
     layout = _pair_layout(capture)
     choices, statics = [], {}
     for layer in tqdm(capture.layers, desc="transforms", unit="layer"):
-        choice, static = _choose(capture, layer, biases.get(layer.index), layout, floor, device or default_device())
+        choice, static = _choose(
+            capture, layer, biases.get(layer.index), layout, recent_window, floor, device or default_device()
+        )
         choices.append(choice)
         if choice.transforms.needs_statics:
             statics[layer.index] = static
@@ -212,6 +222,7 @@ def _choose(
     layer: CapturedLayer,
     bias: torch.Tensor | None,
     layout: PairLayout | None,
+    recent_window: int,
     floor: float,
     device: torch.device | str,
 ) -> tuple[LayerChoice, LayerStatics]:
@@ -223,7 +234,7 @@ def _choose(
         offsets |= ({} if bias is None else {"bias": bias.to(device)}) | {"mean": statics.mean}
         if layout is not None:
             factors |= statics.factors(layout)
-    meters = {NEAR: AttentionMeter(layer, windows, None if rotary is None else rotary.near)}
+    meters = {NEAR: AttentionMeter(layer, windows, None if rotary is None else rotary.near, recent_window)}
     if rotary is not None:
         meters[FAR] = meters[NEAR].at_far_positions(rotary)
 
