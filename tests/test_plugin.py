@@ -123,18 +123,19 @@ def test_8_bit_windows_are_refused_where_a_gpu_does_not_read_them_back(is_cpu, a
     assert [line.rpartition(", but got ")[2] for line in problems] == (["8"] if refused else [])
 
 
-@pytest.mark.parametrize("is_cpu", [False, True])
-def test_sink_tokens_are_refused_on_a_gpu(is_cpu, monkeypatch):
+@pytest.mark.parametrize(("is_cpu", "bits"), [(False, 16), (False, 8), (True, 8)])
+def test_sink_tokens_of_8_bits_are_refused_on_a_gpu(is_cpu, bits, monkeypatch):
     from vllm import platforms
 
     shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
-    resolved = Profile("p", None, PrecisionPair(4, 4), recent_window=64, sink_tokens=4).resolve(shape)
+    resolved = Profile("p", None, PrecisionPair(4, 4), recent_window=64, recent_window_bits=bits, sink_tokens=4)
+    resolved = resolved.resolve(shape)
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False), kv_transfer_config=None
     )
     monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
-    expected = () if is_cpu else ("p: sink_tokens must be 0 on a GPU, which does not serve them yet, but got 4",)
-    assert engine_checks.recent_windows(config, resolved) == expected
+    rule = "p: sink_tokens must be 0 on a GPU with recent_window_bits: 8, which serves them in 16 bits, but got 4"
+    assert engine_checks.recent_windows(config, resolved) == (() if is_cpu or bits == 16 else (rule,))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ class Batch:
     window: int | None
     attend_cached: bool
     recent: int | None = None
+    sinks: int = 0
 
     @property
     def starts(self) -> list[int]:
@@ -47,10 +48,13 @@ class Batch:
             sliding_window=self.window,
             recent=self.recent,
             device=CPU,
+            sinks=self.sinks,
         )
 
 
-def random_batch(seed: int, window: int | None, attend_cached: bool, recent: int | None = None) -> Batch:
+def random_batch(
+    seed: int, window: int | None, attend_cached: bool, recent: int | None = None, sinks: int = 0
+) -> Batch:
     numbers = random.Random(seed)
     num_decodes, num_prefills = numbers.randrange(3), numbers.randrange(1, 6)
     decodes = [(numbers.randrange(1, 90), 1) for _ in range(num_decodes)]
@@ -63,7 +67,7 @@ def random_batch(seed: int, window: int | None, attend_cached: bool, recent: int
     # From the least that fits to more than everything.
     workspace = workspace_rows(numbers.choice([0, 64, 200, 5000]), fresh, window or recent)
     # One block per request with a context is the least a context slice holds.
-    return Batch(requests, num_decodes, max(workspace, BLOCK * num_prefills), window, attend_cached, recent)
+    return Batch(requests, num_decodes, max(workspace, BLOCK * num_prefills), window, attend_cached, recent, sinks)
 
 
 CASES = [(window, attend_cached) for window in (None, 1, 24, 1000) for attend_cached in (False, True)]
@@ -195,8 +199,10 @@ def by_plan(batch, query, cached, fresh, held=None):
             if part.fresh_rows is not None:
                 keys[part.fresh_rows] = torch.cat([fresh[request][0] for request in span])
                 values[part.fresh_rows] = torch.cat([fresh[request][1] for request in span])
-            if part.recent is not None:
-                for row, (request, position) in zip(part.recent_rows.tolist(), tokens_read(part.recent), strict=True):
+            for taken, places in ((part.recent, part.recent_rows), (part.sinks, part.sink_rows)):
+                if taken is None:
+                    continue
+                for row, (request, position) in zip(places.tolist(), tokens_read(taken), strict=True):
                     assert rows[row] == (request, position)
                     keys[row], values[row] = (held[request][which][position] for which in (0, 1))
             bounds, queries = part.cu_seq_lens.tolist(), part.cu_query_lens.tolist()
@@ -244,25 +250,28 @@ def test_attention_by_the_plan_is_plain_attention(window, attend_cached):
 RECENT_CASES = [(None, 1), (None, 10), (None, 1000), (24, 10), (60, 59), (1000, 30)]
 
 
+@pytest.mark.parametrize("sinks", [0, 4, 16])
 @pytest.mark.parametrize("attend_cached", [False, True])
 @pytest.mark.parametrize(("window", "recent"), RECENT_CASES)
-def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(window, recent, attend_cached):
-    """Under attend_cached each query its own newest; else all of a request's queries those before the fresh ones."""
+def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(window, recent, attend_cached, sinks):
+    """Under attend_cached each query its own newest; else all of a request's queries those before the fresh ones. Sink
+    tokens that are not fresh are all read from there."""
     generator = torch.Generator().manual_seed(0)
 
     def rows(count):
         return [torch.randn(count, HEAD_SIZE, dtype=torch.float64, generator=generator) for _ in range(2)]
 
     for seed in SEEDS:
-        batch = random_batch(seed, window, attend_cached, recent)
+        batch = random_batch(seed, window, attend_cached, recent, sinks)
         query = rows(batch.starts[-1])[0]
         cached = [rows(context + new) for context, new in batch.requests]
         fresh = [rows(new) for _, new in batch.requests]
         held = [rows(context + new) for context, new in batch.requests]
         # What the window's cache does not hold may be anything.
         for (keys, values), (context, _) in zip(held, batch.requests, strict=True):
-            keys[: max(0, context - recent + 1)] = values[: max(0, context - recent + 1)] = torch.nan
-            keys[context:] = values[context:] = torch.nan
+            for rows_of in (keys, values):
+                rows_of[sinks : max(0, context - recent + 1)] = torch.nan
+                rows_of[max(context, sinks if attend_cached else 0) :] = torch.nan
         expected = []
         for request in batch.prefills:
             context, new = batch.requests[request]
@@ -271,7 +280,8 @@ def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(wi
             mine = slice(batch.starts[request], batch.starts[request + 1])
             for row, position in enumerate(range(context, context + new)):
                 near = token > (position if attend_cached else context) - recent
-                keys, values = (torch.where(near[:, None], newest[i], cached[request][i]) for i in (0, 1))
+                older = [torch.where((token < sinks)[:, None], held[request][i], cached[request][i]) for i in (0, 1)]
+                keys, values = (torch.where(near[:, None], newest[i], older[i]) for i in (0, 1))
                 seen = (token <= position) & (token > position - (window or context + new))
                 expected.append(attend(query[mine][row : row + 1], keys[seen], values[seen], torch.ones(1, 1) > 0)[0])
         torch.testing.assert_close(

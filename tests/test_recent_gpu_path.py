@@ -11,10 +11,12 @@ import torch
 from vllm.v1.attention.backends import fa_utils
 
 from vllm_kvtuner import backend, impl, layer_kernels, prefill_plan, recent, recent_kernels, reference
+from vllm_kvtuner.kernels import recent_attention
 from vllm_kvtuner.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.model_shape import LayerShape
 from vllm_kvtuner.precision import LayerPrecision, RecentWindow, TransformSettings
 from vllm_kvtuner.recent_manager import RecentSpec
+from vllm_kvtuner.recent_reference import recent_attention_ref
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, HEAD_SIZE, QUERY_LEN = 4, 2, 64, 3
@@ -25,22 +27,17 @@ MAX_SEQS, MAX_TOKENS = 8, 400
 
 
 def flash(
-    q, k, v, cu_seqlens_q, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, window_size, return_softmax_lse,
-    fa_version, cu_seqlens_k=None, seqused_k=None, block_table=None, num_splits=0,
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, window_size,
+    return_softmax_lse, fa_version,
 ):  # fmt: skip
     """As vLLM's flash_attn_varlen_func by its docstring. A row that sees nothing has the log-sum-exp +inf, as
     FlashAttention 2 gives it, and values that are NaN stay NaN under a probability of 0."""
-    assert return_softmax_lse and fa_version == 3 and (cu_seqlens_k is None) != (seqused_k is None)
+    assert return_softmax_lse and fa_version == 3
     output, lse = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), torch.inf)
     bounds = cu_seqlens_q.tolist()
     for request, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        if block_table is None:
-            span = slice(*cu_seqlens_k[request : request + 2].tolist())
-            keys, values = k[span], v[span]
-        else:
-            length = int(seqused_k[request])
-            assert length <= max_seqlen_k
-            keys, values = (x[block_table[request].long()].flatten(0, 1)[:length] for x in (k, v))
+        span = slice(*cu_seqlens_k[request : request + 2].tolist())
+        keys, values = k[span], v[span]
         assert end - begin <= max_seqlen_q and len(keys) <= max_seqlen_k
         position = torch.arange(end - begin)[:, None] + len(keys) - (end - begin)
         seen = torch.ones(end - begin, len(keys), dtype=torch.bool)
@@ -75,6 +72,8 @@ def replaced(monkeypatch):
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash, raising=False)
     monkeypatch.setattr(fa_utils, "reshape_and_cache_flash", reshape_and_cache_flash, raising=False)
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 3)
+    # Under the interpreter the kernel would multiply bf16's bit patterns.
+    monkeypatch.setattr(recent_attention, "recent_attention", recent_attention_ref)
     decode = SimpleNamespace(paged_attention=lambda *arguments, workspace: reference.paged_attention_ref(*arguments))
     rows = layer_kernels._RowKernels(reference.reshape_and_cache_ref, reference.gather_cache_ref)
     monkeypatch.setattr(layer_kernels, "_decode_module", lambda kernel: (decode, {}))
@@ -138,20 +137,30 @@ class Request:
         self.length = 0
         self.table = [blocks.pop() for _ in range(10)]
         self.recent = [recent_blocks.pop() for _ in range(40)]
+        self.head = self.recent[0]
 
     def recent_row(self, window, stored_from):
-        """Blocks before the window belong to others by now, those of tokens that are not stored are the null block."""
-        first = max(0, self.length - window + 1) // RECENT_BLOCK
+        """Blocks before the window belong to others by now, those of tokens that are not stored are the null block; not
+        that of the sink tokens."""
+        first = max(0, self.length - window.tokens + 1) // RECENT_BLOCK
         row = [OTHERS_BLOCK] * first + self.recent[first:]
         for block in range(-(-self.length // RECENT_BLOCK), stored_from // RECENT_BLOCK):
             row[block] = self.recent[block] = NULL_BLOCK
+        if window.sinks:
+            row[0] = self.recent[0] = self.head
         return row
 
 
 @pytest.mark.parametrize("sliding_window", [None, 100])
 @pytest.mark.parametrize(
     ("window", "attend_cached"),
-    [(RecentWindow(24), False), (RecentWindow(70), True), (RecentWindow(24, 8), False)],
+    [
+        (RecentWindow(24), False),
+        (RecentWindow(70), True),
+        (RecentWindow(24, 8), False),
+        (RecentWindow(24, sinks=4), False),
+        (RecentWindow(24, sinks=16), True),
+    ],
     ids=str,
 )
 def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, replaced, monkeypatch):
@@ -165,7 +174,7 @@ def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, re
         rows, slots, recent_slots = [], [], []
         for request, count in zip(requests, counts, strict=True):
             end = request.length + count
-            row = request.recent_row(window.tokens, max(0, end - window.tokens - QUERY_LEN + 1))
+            row = request.recent_row(window, max(0, end - window.tokens - QUERY_LEN + 1))
             rows.append(row)
             for token in range(request.length, end):
                 slots.append(request.table[token // BLOCK] * BLOCK + token % BLOCK)
@@ -179,6 +188,7 @@ def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, re
                 query_start_loc=starts, seq_lens=lens, first_request=decodes, num_reqs=len(counts),
                 workspace_tokens=MAX_TOKENS + 128, block_size=BLOCK, attend_cached=attend_cached,
                 sliding_window=sliding_window, recent=window.tokens, device=CPU,
+                sinks=window.sinks,
             )  # fmt: skip
         total = int(starts[-1])
         metadata = backend.KVTunerMetadata(

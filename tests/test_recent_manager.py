@@ -202,6 +202,12 @@ def test_a_hit_needs_the_sink_tokens():
     assert prefill(manager, make_request("found", prompt, 32), MAX_LEN) == 896
 
 
+def test_no_block_of_a_window_with_sink_tokens_is_taken_out_of_block_tables():
+    """As model runner V2 would do by this number, with all that lies before the window."""
+    assert recent_spec(64, 32).num_retained_tokens == 63
+    assert recent_spec(64, 32, sinks=4).num_retained_tokens == 0
+
+
 @pytest.mark.parametrize("sinks", [0, 4])
 def test_what_a_hit_takes_is_what_is_counted(sinks):
     """Else allocation would fail with requests running: blocks that are found leave the free ones."""

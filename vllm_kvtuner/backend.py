@@ -74,7 +74,9 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self.reorder_batch_threshold = self.decode_query_len
         implementation = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
         self._sliding_window: int | None = implementation.sliding_window
-        self._recent = None if implementation.recent is None else implementation.recent.window.tokens
+        window = None if implementation.recent is None else implementation.recent.window
+        self._recent: int | None = None if window is None else window.tokens
+        self._sinks: int = 0 if window is None else window.sinks
         self._attend_cached_prefill: bool = implementation.attend_cached_prefill
         self._workspace_tokens: int = implementation.prefill_workspace_tokens
 
@@ -99,6 +101,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
                 sliding_window=self._sliding_window,
                 recent=self._recent,
                 device=self.device,
+                sinks=self._sinks,
             )
         return KVTunerMetadata(
             num_actual_tokens=common.num_actual_tokens,

@@ -102,8 +102,11 @@ def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, 
     problems = []
     source = resolved.profile.source or resolved.profile.name
     bits, sinks = resolved.profile.recent_window_bits, resolved.profile.sink_tokens
-    if sinks and not current_platform.is_cpu():
-        problems.append(f"{source}: sink_tokens must be 0 on a GPU, which does not serve them yet, but got {sinks}")
+    if sinks and bits != UNQUANTIZED.k_bits and not current_platform.is_cpu():
+        problems.append(
+            f"{source}: sink_tokens must be 0 on a GPU with recent_window_bits: {bits}, which serves them in "
+            f"{UNQUANTIZED.k_bits} bits, but got {sinks}"
+        )
     if sinks and config.kv_transfer_config is not None:
         problems.append(
             f"{source}: sink_tokens must be 0 with a KV connector, which brings back a window's newest tokens alone, "

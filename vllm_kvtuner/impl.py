@@ -89,11 +89,13 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             self.prefill = self._gpu_prefill(self.kernels)
         self.configure(settings)
 
-    def _layer_kernels(self, window: int | None, skip_newest: int = 0, write_lse: bool = False) -> LayerKernels:
+    def _layer_kernels(
+        self, window: int | None, skip_newest: int = 0, write_lse: bool = False, skip_first: int = 0
+    ) -> LayerKernels:
         device = torch.device(current_platform.device_type, current_platform.current_device())
         return LayerKernels(
             self.num_heads, self.num_kv_heads, self.head_size, self.scale, window, self.logits_soft_cap,
-            self.max_num_seqs, self.max_decode_query_len, device, skip_newest, write_lse,
+            self.max_num_seqs, self.max_decode_query_len, device, skip_newest, write_lse, skip_first,
         )  # fmt: skip
 
     def _gpu_prefill(self, kernels: LayerKernels, recent: RecentKernels | None = None) -> GpuPrefill:
@@ -111,9 +113,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             envs.prefill_workspace_tokens(), self.max_num_batched_tokens, self.sliding_window or tokens
         )
         if self.prefill is not None:
-            self.kernels = self._layer_kernels(self.sliding_window, tokens, write_lse=True)
+            sinks = recent.window.sinks
+            self.kernels = self._layer_kernels(self.sliding_window, tokens, write_lse=True, skip_first=sinks)
             newest = self._layer_kernels(tokens, write_lse=True)
-            self.recent_kernels = RecentKernels(recent, newest, self.prefill.flash)
+            self.recent_kernels = RecentKernels(recent, newest, self.sliding_window)
             self.prefill = self._gpu_prefill(self.kernels, self.recent_kernels)
 
     def configure(self, settings: LayerSettings) -> None:
@@ -159,9 +162,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         assert self.prefill is not None
         workspace = self.prefill.workspace()
         self.kernels.warm_up(kv_cache, self._layout(kv_cache), self.transforms, workspace)
-        if self.recent_kernels is not None and self.recent_kernels.packed:
-            recent = self.recent_kernels.recent
-            self.recent_kernels.kernels.warm_up(recent.kv_cache, recent.layout, self.transforms, workspace)
+        if self.recent_kernels is not None:
+            self.recent_kernels.warm_up(self.transforms, workspace)
 
     def do_kv_cache_update(
         self,
@@ -239,25 +241,16 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if self.recent is None:
             self._attend(*arguments, output[:tokens])
             return
-        older, lse = self._older(query[:tokens])
-        self._attend(*arguments, older, lse)
+        lse = torch.empty(query.shape[1], tokens, dtype=torch.float32, device=query.device)
         if self.recent_kernels is not None:
-            from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-
-            newest = self.recent_kernels.attend(query[:tokens], metadata, self.transforms)
-            merge_attn_states(output[:tokens], older, lse, *newest)
+            self._attend(*arguments, output[:tokens], lse)
+            self.recent_kernels.merge(query[:tokens], metadata, self.transforms, output[:tokens], lse)
             return
-        newest = self.recent.attend(
-            query, range(reqs), metadata, self.transforms, self.scale, self.logits_soft_cap, self.sliding_window
-        )
-        reference.merge_segments_ref((older, newest[0]), (lse, newest[1]), output[:tokens])
-
-    def _older(self, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output and log-sum-exp of a query's attention over what has left the recent window, to be written."""
-        # Merged by the reference in fp32, by vLLM's kernel in the model's dtype.
-        dtype = torch.float32 if self.kernels is None else query.dtype
-        output = torch.empty(query.shape, dtype=dtype, device=query.device)
-        return output, torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+        merged = torch.empty(output[:tokens].shape, device=query.device)
+        self._attend(*arguments, merged, lse)
+        limits = (self.scale, self.logits_soft_cap, self.sliding_window)
+        self.recent.merge(query[:tokens], metadata, self.transforms, *limits, merged, lse)
+        output[:tokens] = merged
 
     def _attend(
         self,
@@ -321,16 +314,16 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
                 reference.attention_ref(*arguments, output[begin:end], *limits)
                 continue
             self.recent.put_sinks(keys, values, request, first, cached_end, self.transforms)
-            older, lse = self._older(query[begin:end])
+            older = torch.empty(query[begin:end].shape, device=query.device)
+            lse = torch.empty(query.shape[1], num_queries, device=query.device)
             reference.attention_ref(*arguments, older, *limits, self.recent.window.tokens, lse)
             fresh = key[begin:end], value[begin:end]
             if self.attend_cached_prefill:
                 positions = None if metadata.positions is None else metadata.positions[begin:end]
                 fresh = self.recent.read_back(*fresh, positions, self.transforms)
             newest = self.recent.attend(
-                query, range(request, request + 1), metadata, self.transforms, self.scale, self.logits_soft_cap,
-                self.sliding_window, fresh,
-            )  # fmt: skip
+                query[begin:end], request, length, self.transforms, self.scale, self.logits_soft_cap, fresh
+            )
             reference.merge_segments_ref((older, newest[0]), (lse, newest[1]), output[begin:end])
 
 

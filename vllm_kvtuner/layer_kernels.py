@@ -31,6 +31,7 @@ class LayerKernels:
         device: a GPU.
         skip_newest: tokens, the newest that a query sees, that decoding leaves out.
         write_lse: decoding gives the log-sum-exp too.
+        skip_first: tokens, a request's first, that decoding leaves out.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LayerKernels:
         device: torch.device,
         skip_newest: int = 0,
         write_lse: bool = False,
+        skip_first: int = 0,
     ) -> None:
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
@@ -58,6 +60,7 @@ class LayerKernels:
         self.device = device
         self.skip_newest = skip_newest
         self.write_lse = write_lse
+        self.skip_first = skip_first
         self._arrivals: torch.Tensor | None = None
         self.forget()
 
@@ -138,6 +141,7 @@ class LayerKernels:
             self.logits_soft_cap,
             self.skip_newest,
             lse,
+            self.skip_first,
             workspace=self._workspace(self._decode),
             **options,
         )

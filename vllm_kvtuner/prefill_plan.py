@@ -11,7 +11,7 @@ or an earlier chunk). Cached tokens are dequantized into a workspace slice by sl
 - recent window: the newest ``recent - 1`` context tokens, which the window's cache has, go with the fresh ones. Under
   ``attend_cached`` a query reads older tokens, some of the fresh ones among them, from slices that end ``recent``
   tokens earlier, and newer ones from slices of their own; otherwise all of a request's queries read what the window
-  has.
+  has. Its sink tokens take the place of those that were read packed, in whichever slice these are.
 """
 
 import itertools
@@ -38,6 +38,8 @@ class CacheSlice:
             holds them and they are to be taken unquantized; else None.
         recent: context tokens among these that the recent window's cache has; None if they are to be read packed.
         recent_rows: [recent.num_tokens] int64 on the device, the workspace rows of those.
+        sinks: sink tokens among those that would be read packed, which the recent window's cache has; None for none.
+        sink_rows: [sinks.num_tokens] int64 on the device, the workspace rows of those.
     """
 
     first_request: int
@@ -52,6 +54,8 @@ class CacheSlice:
     fresh_rows: torch.Tensor | None = None
     recent: "CacheSlice | None" = None
     recent_rows: torch.Tensor | None = None
+    sinks: "CacheSlice | None" = None
+    sink_rows: torch.Tensor | None = None
 
     @property
     def needs_packed(self) -> bool:
@@ -102,6 +106,7 @@ def plan(
     sliding_window: int | None,
     recent: int | None,
     device: torch.device,
+    sinks: int = 0,
 ) -> PrefillPlan:
     """Plan the prefills ``first_request .. num_reqs`` of a batch.
 
@@ -116,13 +121,14 @@ def plan(
         sliding_window: tokens a query sees, itself included, or None for all.
         recent: tokens of the recent window, less than the sliding window's, or None.
         device: where the kernels read the plan.
+        sinks: tokens at a request's head that the recent window's cache has.
     """
     starts = query_start_loc[first_request : num_reqs + 1].tolist()
     queries = [end - begin for begin, end in itertools.pairwise(starts)]
     contexts = [
         length - query for length, query in zip(seq_lens[first_request:num_reqs].tolist(), queries, strict=True)
     ]
-    maker = _SliceMaker(starts, queries, first_request, device)
+    maker = _SliceMaker(starts, queries, first_request, device, sinks)
     context: list[CacheSlice] = []
     causal: list[CacheSlice] = []
     newest: list[CacheSlice] = []
@@ -166,29 +172,36 @@ def workspace_rows(requested: int, max_num_batched_tokens: int, window: int | No
 
 
 class _SliceMaker:
-    """Builds slices of requests whose query tokens begin at ``starts`` and count ``queries``."""
+    """Builds slices of requests whose query tokens begin at ``starts`` and count ``queries``, with ``sinks`` each."""
 
-    def __init__(self, starts: list[int], queries: list[int], first_request: int, device: torch.device) -> None:
+    def __init__(
+        self, starts: list[int], queries: list[int], first_request: int, device: torch.device, sinks: int
+    ) -> None:
         self.starts, self.queries, self.first_request, self.device = starts, queries, first_request, device
+        self.sinks = sinks
 
     def slice(
         self, first: int, last: int, begins: list[int], lengths: list[int], fresh: bool, recent: list[int] | None = None
     ) -> CacheSlice:
         """Requests ``first .. last - 1``; ``recent`` counts their tokens before the fresh ones that the window has."""
-        queries, lengths = self.queries[first:last], lengths[first:last]
+        queries, lengths, begins = self.queries[first:last], lengths[first:last], begins[first:last]
         ends = torch.tensor(lengths).cumsum(0)
         # A request's fresh tokens are the last rows of its stretch of the workspace, before them the window's.
         fresh_rows = self._rows(ends, queries) if fresh else None
+        packed = [length - query for length, query in zip(lengths, queries, strict=True)] if fresh else lengths
         window = recent_rows = None
         if recent is not None:
             counts = recent[first:last]
-            firsts = [
-                begin + length - query - count
-                for begin, length, query, count in zip(begins[first:last], lengths, queries, counts, strict=True)
-            ]
+            packed = [length - count for length, count in zip(packed, counts, strict=True)]
+            firsts = [begin + length for begin, length in zip(begins, packed, strict=True)]
             window = self._slice(first, queries, firsts, counts)
             recent_rows = self._rows(ends - torch.tensor(queries), counts)
-        return self._slice(first, queries, begins[first:last], lengths, fresh_rows, window, recent_rows)
+        held = sink_rows = None
+        heads = [max(0, min(self.sinks - begin, length)) for begin, length in zip(begins, packed, strict=True)]
+        if any(heads):
+            held = self._slice(first, queries, begins, heads)
+            sink_rows = self._rows(ends - torch.tensor(lengths) + torch.tensor(heads), heads)
+        return self._slice(first, queries, begins, lengths, fresh_rows, window, recent_rows, held, sink_rows)
 
     def _rows(self, ends: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """The ``counts[i]`` rows before row ``ends[i]``, for each i."""
@@ -205,6 +218,8 @@ class _SliceMaker:
         fresh_rows: torch.Tensor | None = None,
         recent: CacheSlice | None = None,
         recent_rows: torch.Tensor | None = None,
+        sinks: CacheSlice | None = None,
+        sink_rows: torch.Tensor | None = None,
     ) -> CacheSlice:
         return CacheSlice(
             first_request=self.first_request + first,
@@ -219,6 +234,8 @@ class _SliceMaker:
             fresh_rows=fresh_rows,
             recent=recent,
             recent_rows=recent_rows,
+            sinks=sinks,
+            sink_rows=sink_rows,
         )
 
     @staticmethod

@@ -24,6 +24,7 @@ out of the window is free before the next. (Blocks whose tokens a prompt's hit c
 cache until the pool takes them.)
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -45,9 +46,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner import plugin, reference
 from vllm_kvtuner.backend import KVTunerMetadata
-from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes, recent_blocks
+from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes
 from vllm_kvtuner.precision import RecentWindow
 from vllm_kvtuner.recent_manager import RecentSpec
+from vllm_kvtuner.recent_reference import recent_attention_ref
 from vllm_kvtuner.transforms import LayerTransforms
 
 
@@ -58,18 +60,14 @@ class RecentMetadata(AttentionMetadata):
     Args:
         block_table: [num_reqs, max_blocks] int32; blocks that have left the window may be any.
         slot_mapping: [num_tokens] int64, -1 for tokens that are not stored.
-        newest_table: [num_reqs, blocks of a window] int32, of each request's window alone; valid for decodes.
-        newest_lens: [num_reqs] int32, tokens from the first of those blocks on.
     """
 
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
-    newest_table: torch.Tensor
-    newest_lens: torch.Tensor
 
 
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
-    """Finds the blocks of each request's window, into buffers that stay where they are (CUDA graphs hold them)."""
+    """Says where a window's tokens are."""
 
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
 
@@ -78,31 +76,18 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         assert isinstance(kv_cache_spec, RecentSpec)
-        self._window, self._block_size = kv_cache_spec.sliding_window, kv_cache_spec.block_size
+        self._block_size = kv_cache_spec.block_size
         self._decode_query_len = max_decode_query_len(vllm_config)
-        columns = recent_blocks(self._window, self._block_size, self._decode_query_len)
-        num_reqs = vllm_config.scheduler_config.max_num_seqs
-        self._table = torch.zeros(num_reqs, columns, dtype=torch.int32, device=device)
-        self._lens = torch.zeros(num_reqs, dtype=torch.int32, device=device)
-        self._newest_blocks = reference.newest_blocks_ref
-        if device.type != "cpu":
-            from vllm_kvtuner.kernels.newest_blocks import newest_blocks
-
-            self._newest_blocks = newest_blocks
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RecentMetadata:
-        common, num_reqs = common_attn_metadata, common_attn_metadata.num_reqs
+        common = common_attn_metadata
         if common.max_query_len > self._decode_query_len:
             # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well.
             # In place, since vLLM's buffer is where CUDA graphs look for it.
             common.slot_mapping.masked_fill_(common.slot_mapping < self._block_size, -1)
-        table, lens = self._table[:num_reqs], self._lens[:num_reqs]
-        starts = common.query_start_loc[: num_reqs + 1]
-        requests = (common.block_table_tensor[:num_reqs], common.seq_lens[:num_reqs], starts)
-        self._newest_blocks(*requests, self._window, self._block_size, table, lens)
-        return RecentMetadata(common.block_table_tensor, common.slot_mapping, table, lens)
+        return RecentMetadata(common.block_table_tensor[: common.num_reqs], common.slot_mapping)
 
 
 class RecentBackend(AttentionBackend):
@@ -184,88 +169,81 @@ class RecentCache(AttentionLayerBase):
         else:
             reference.store_rows_ref(key, value, self.kv_cache, slots)
 
-    def attend(
+    def merge(
         self,
         query: torch.Tensor,
-        requests: range,
         metadata: KVTunerMetadata,
         transforms: LayerTransforms,
         scale: float,
         logits_soft_cap: float,
         sliding_window: int | None,
-        fresh: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over the window alone, of all query tokens of consecutive requests.
-
-        Decodes see the sink tokens as part of it; prefills (``fresh``) see those among the older tokens, where
-        :meth:`put_sinks` puts them.
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attention of the batch's decodes over the window, merged into that over all other tokens, in place.
 
         Args:
-            query: [num_tokens, num_heads, head_size] of the whole batch.
-            requests: which requests of it.
+            query: [num_decode_tokens, num_heads, head_size].
             metadata: of the batch, that of the packed pages.
             transforms: of the layer.
             scale: factor on the logits.
             logits_soft_cap: as the reference has it.
-            sliding_window: the layer's own, within which sink tokens are seen.
-            fresh: keys and values of the requests' query tokens, which need not be stored then.
+            sliding_window: the layer's own.
+            output: as query, fp32.
+            lse: [num_heads, num_decode_tokens] fp32.
+        """
+        reqs = metadata.num_decodes
+        recent_attention_ref(
+            query,
+            self.kv_cache,
+            recent_metadata(self.layer_name).block_table[:reqs],
+            metadata.seq_lens[:reqs],
+            metadata.query_start_loc[: reqs + 1],
+            metadata.max_decode_query_len,
+            scale,
+            self.window.tokens,
+            self.window.sinks,
+            output,
+            lse,
+            sliding_window,
+            logits_soft_cap,
+            gather=self._gather(transforms),
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        request: int,
+        length: int,
+        transforms: LayerTransforms,
+        scale: float,
+        logits_soft_cap: float,
+        fresh: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a prefill's queries over the newest tokens of each. Sink tokens are left to :meth:`put_sinks`.
+
+        Args:
+            query: [num_queries, num_heads, head_size] of one request.
+            request: its index in the batch.
+            length: its tokens, the queries' included.
+            transforms: of the layer.
+            scale: factor on the logits.
+            logits_soft_cap: as the reference has it.
+            fresh: keys and values of the queries' tokens, which need not be stored.
 
         Returns:
-            [query tokens of these requests, num_heads, head_size] fp32 and log-sum-exp [num_heads, query tokens].
+            output as query, fp32, and log-sum-exp [num_heads, num_queries].
         """
-        rows = slice(requests.start, requests.stop)
-        starts = metadata.query_start_loc[requests.start : requests.stop + 1].long()
-        lens = metadata.seq_lens[rows].long()
-        begins = (lens - starts.diff() - self.window.tokens + 1).clamp(min=0)
-        sinks = begins.clamp(max=self.window.sinks if fresh is None else 0)
-        # A padded request has no query tokens that anybody reads, and none in the cache.
-        lengths = (lens - begins).clamp(min=0)
-        # Of each request its sink tokens before the window, and those of the window.
-        ends = torch.nn.functional.pad(torch.stack([sinks, lengths], 1).flatten().cumsum(0), (1, 0))
-        keys, values = (
-            torch.empty(int(ends[-1]), self.num_kv_heads, self.head_size, device=query.device) for _ in range(2)
-        )
-        heads_and_newest = torch.stack([torch.zeros_like(begins), begins], 1).flatten()
-        table = recent_metadata(self.layer_name).block_table[rows].repeat_interleave(2, 0)
-        self._gather(table, ends, heads_and_newest, keys, values, transforms)
-        bounds, queries = ends[::2].tolist(), starts.tolist()
-        first = queries[0]
-        output = torch.zeros(queries[-1] - first, *query.shape[1:], device=query.device)
-        lse = torch.full((query.shape[1], queries[-1] - first), -torch.inf, device=query.device)
-        for index in range(len(requests)):
-            held = slice(bounds[index], bounds[index + 1])
-            asked = slice(queries[index], queries[index + 1])
-            within = slice(asked.start - first, asked.stop - first)
-            if held.start == held.stop:
-                continue
-            if fresh is not None:
-                new = slice(held.stop - (asked.stop - asked.start), held.stop)
-                keys[new], values[new] = fresh[0][within].float(), fresh[1][within].float()
-            visible = None
-            if sinks[index]:
-                visible = self._visible(int(lens[index]), asked.stop - asked.start, int(begins[index]), sliding_window)
-            reference.attention_ref(
-                query[asked],
-                keys[held],
-                values[held],
-                scale,
-                output[within],
-                self.window.tokens,
-                logits_soft_cap,
-                lse=lse[:, within],
-                visible=visible,
-            )
+        num_queries = query.shape[0]
+        begin = max(0, length - num_queries - self.window.tokens + 1)
+        held = length - num_queries - begin
+        keys, values = (torch.empty(held + num_queries, *rows.shape[1:], device=query.device) for rows in fresh)
+        self._read(request, begin, keys[:held], values[:held], transforms)
+        keys[held:], values[held:] = fresh
+        output = torch.empty(query.shape, device=query.device)
+        lse = torch.empty(query.shape[1], num_queries, device=query.device)
+        reference.attention_ref(query, keys, values, scale, output, self.window.tokens, logits_soft_cap, lse=lse)
         return output, lse
-
-    def _visible(self, length: int, num_queries: int, begin: int, sliding_window: int | None) -> torch.Tensor:
-        """[num_queries, num_keys] bool: which of a request's sink tokens, and of those from ``begin`` on, each of its
-        queries sees."""
-        device = self.kv_cache.device
-        head = torch.arange(min(self.window.sinks, begin), device=device)
-        position = torch.cat([head, torch.arange(begin, length, device=device)])
-        distance = torch.arange(length - num_queries, length, device=device)[:, None] - position
-        visible = (distance >= 0) & ((distance < self.window.tokens) | (position < self.window.sinks))
-        return visible if sliding_window is None else visible & (distance < sliding_window)
 
     def put_sinks(
         self, keys: torch.Tensor, values: torch.Tensor, request: int, first: int, end: int, transforms: LayerTransforms
@@ -277,31 +255,39 @@ class RecentCache(AttentionLayerBase):
             values: as keys.
             request: its index in the batch.
             first: the first of the tokens.
-            end: how many tokens the request has in the cache that are to be read from there.
+            end: the first token that was not read packed.
             transforms: of the layer.
         """
-        count = min(self.window.sinks, end) - first
-        if count <= 0:
-            return
-        table = recent_metadata(self.layer_name).block_table[request : request + 1]
-        bounds, begin = torch.tensor([0, count]), torch.tensor([first])
-        self._gather(table, bounds, begin, keys[:count], values[:count], transforms)
+        count = max(0, min(self.window.sinks, end) - first)
+        self._read(request, first, keys[:count], values[:count], transforms)
 
-    def _gather(
-        self,
-        block_table: torch.Tensor,
-        ends: torch.Tensor,
-        begins: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        transforms: LayerTransforms,
+    def _read(
+        self, request: int, first: int, keys: torch.Tensor, values: torch.Tensor, transforms: LayerTransforms
     ) -> None:
-        """Keys and values of tokens that the window holds; arguments as the reference has them."""
-        gathered = (self.kv_cache, block_table, ends, begins, keys, values)
-        if self.window.pair.is_quantized:
-            reference.gather_cache_ref(*gathered, self.layout, transforms, num_tokens=len(keys))
-        else:
-            reference.gather_rows_ref(*gathered, num_tokens=len(keys))
+        """As many of a request's tokens from ``first`` on as ``keys`` and ``values`` have rows."""
+        table = recent_metadata(self.layer_name).block_table[request : request + 1]
+        bounds, begin = torch.tensor([0, len(keys)]), torch.tensor([first])
+        self._gather(transforms)(self.kv_cache, table, bounds, begin, keys, values, num_tokens=len(keys))
+
+    def _gather(self, transforms: LayerTransforms) -> Callable[..., None]:
+        """What reads this cache, with the arguments of the reference's gather_rows_ref."""
+        if not self.window.pair.is_quantized:
+            return reference.gather_rows_ref
+
+        def gather(
+            kv_cache: torch.Tensor,
+            block_table: torch.Tensor,
+            ends: torch.Tensor,
+            begins: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            *,
+            num_tokens: int,
+        ) -> None:
+            place = (kv_cache, block_table, ends, begins)
+            reference.gather_cache_ref(*place, keys, values, self.layout, transforms, num_tokens=num_tokens)
+
+        return gather
 
     def read_back(
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms

@@ -1,10 +1,9 @@
 """The recent window of one attention layer on a GPU: who stores it, and who attends to it.
 
-In 16 bits its rows are stored and read by vLLM's own kernels for an unquantized cache (reshape_and_cache_flash and
-FlashAttention), in 8 bits by this package's for K8V8 pages.
+In 16 bits its rows are stored by vLLM's own kernel for an unquantized cache and decoded by recent_attention, in 8 bits
+both by this package's kernels for K8V8 pages, without sink tokens.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,18 +23,13 @@ class RecentKernels:
     Args:
         recent: the window.
         kernels: of K8V8 pages under the window as a sliding one, for a window of 8 bits.
-        flash: vLLM's flash_attn_varlen_func with the layer's scale, cap and version, which returns log-sum-exps too.
+        sliding_window: the layer's own, or None.
     """
 
-    def __init__(
-        self,
-        recent: RecentCache,
-        kernels: LayerKernels,
-        flash: Callable[..., tuple[torch.Tensor, torch.Tensor]],
-    ) -> None:
+    def __init__(self, recent: RecentCache, kernels: LayerKernels, sliding_window: int | None) -> None:
         self.recent = recent
         self.kernels = kernels
-        self.flash = flash
+        self.sliding_window = sliding_window
         self.packed = recent.window.pair.is_quantized
         # What vLLM's kernel multiplies rows by that it stores in 8 bits; these are not.
         self._unscaled = torch.ones((), device=kernels.device)
@@ -54,51 +48,86 @@ class RecentKernels:
 
         reshape_and_cache_flash(key, value, *self._rows(), slots, "auto", self._unscaled, self._unscaled)
 
-    def attend(
-        self, query: torch.Tensor, metadata: KVTunerMetadata, transforms: LayerTransforms
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of the batch's decodes over the window alone.
+    def merge(
+        self,
+        query: torch.Tensor,
+        metadata: KVTunerMetadata,
+        transforms: LayerTransforms,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attention of the batch's decodes over the window, merged into that over all other tokens, in place.
 
         Args:
             query: [num_decode_tokens, num_heads, head_size].
             metadata: of the batch, that of the packed pages.
             transforms: of the layer.
-
-        Returns:
-            output as query, and log-sum-exp [num_heads, num_decode_tokens] fp32.
+            output: as query.
+            lse: [num_heads, num_decode_tokens] fp32.
         """
-        window, reqs = recent_metadata(self.recent.layer_name), metadata.num_decodes
-        starts, query_len = metadata.query_start_loc[: reqs + 1], metadata.max_decode_query_len
+        reqs = metadata.num_decodes
+        table = recent_metadata(self.recent.layer_name).block_table[:reqs]
+        batch = (table, metadata.seq_lens[:reqs], metadata.query_start_loc[: reqs + 1], metadata.max_decode_query_len)
+        if not self.packed:
+            self._merge(query, *batch, output, lse)
+            return
+        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
+
+        older, newest = output.clone(), torch.empty_like(output)
+        newest_lse = torch.empty_like(lse)
+        self.kernels.attend(query, self.recent.kv_cache, *batch, self.recent.layout, transforms, newest, newest_lse)
+        merge_attn_states(output, older, lse, newest, newest_lse)
+
+    def warm_up(self, transforms: LayerTransforms, workspace: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Compile the kernels; arguments as LayerKernels.warm_up has them."""
+        kernels = self.kernels
         if self.packed:
-            output = torch.empty_like(query, memory_format=torch.contiguous_format)
-            lse = query.new_empty(query.shape[1], query.shape[0], dtype=torch.float32)
-            self.kernels.attend(
-                query, self.recent.kv_cache, window.block_table[:reqs], metadata.seq_lens[:reqs], starts, query_len,
-                self.recent.layout, transforms, output, lse,
-            )  # fmt: skip
-            return output, lse
-        keys, values = self._rows()
-        return self.flash(
-            q=query,
-            k=keys,
-            v=values,
-            cu_seqlens_q=starts,
-            max_seqlen_q=query_len,
-            seqused_k=window.newest_lens[:reqs],
-            max_seqlen_k=window.newest_table.shape[1] * keys.shape[1],
-            block_table=window.newest_table[:reqs],
-            causal=True,
-            window_size=[self.recent.window.tokens - 1, 0],
-            # So few tokens that splitting them only costs a merge.
-            num_splits=1,
-        )
+            kernels.warm_up(self.recent.kv_cache, self.recent.layout, transforms, workspace)
+            return
+        heads, size = kernels.num_heads, kernels.head_size
+        for query_len in {1, kernels.max_decode_query_len}:
+            integers = {"dtype": torch.int32, "device": kernels.device}
+            rows = (heads + 2 * kernels.num_kv_heads) * size
+            query = torch.zeros(query_len, rows, dtype=workspace[0].dtype, device=kernels.device)
+            query = query[:, : heads * size].unflatten(1, (heads, size))
+            output = torch.zeros(query.shape, dtype=query.dtype, device=kernels.device)
+            lens, starts = torch.full((1,), query_len, **integers), torch.tensor([0, query_len], **integers)
+            lse = torch.zeros(heads, query_len, dtype=torch.float32, device=kernels.device)
+            self._merge(query, torch.zeros(1, 16, **integers), lens, starts, query_len, output, lse)
+
+    def _merge(
+        self,
+        query: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        max_query_len: int,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        from vllm_kvtuner.kernels.recent_attention import recent_attention
+
+        window = self.recent.window
+        recent_attention(
+            query, self.recent.kv_cache, block_table, seq_lens, query_start_loc, max_query_len, self.kernels.scale,
+            window.tokens, window.sinks, output, lse, self.sliding_window, self.kernels.logits_soft_cap,
+        )  # fmt: skip
 
     def put(self, keys: torch.Tensor, values: torch.Tensor, part: CacheSlice, transforms: LayerTransforms) -> None:
         """Put what the window holds of a slice where it belongs in the slice's keys and values."""
-        held = part.recent
-        if held is None or held.num_tokens == 0:
-            return
-        assert part.recent_rows is not None
+        for held, places in ((part.recent, part.recent_rows), (part.sinks, part.sink_rows)):
+            if held is not None and held.num_tokens:
+                assert places is not None
+                self._put(keys, values, held, places, transforms)
+
+    def _put(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        held: CacheSlice,
+        places: torch.Tensor,
+        transforms: LayerTransforms,
+    ) -> None:
         table = recent_metadata(self.recent.layer_name).block_table
         rows = [x.new_empty(held.num_tokens, *x.shape[1:]) for x in (keys, values)]
         arguments: tuple[Any, ...] = (
@@ -115,7 +144,7 @@ class RecentKernels:
         else:
             reference.gather_rows_ref(*arguments, num_tokens=held.num_tokens)
         for target, source in zip((keys, values), rows, strict=True):
-            target.index_copy_(0, part.recent_rows, source)
+            target.index_copy_(0, places, source)
 
     def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a 16-bit window, [num_blocks, block_size, num_kv_heads, head_size] each."""

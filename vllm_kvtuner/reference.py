@@ -205,34 +205,6 @@ def gather_cache_ref(
     value_out[:num_tokens] = rotate_values(values, transforms).to(value_out.dtype)
 
 
-def newest_blocks_ref(
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    window: int,
-    block_size: int,
-    table: torch.Tensor,
-    lens: torch.Tensor,
-) -> None:
-    """The blocks that the queries of each request see a window of, in place.
-
-    What has left the window need not be the request's any more: whoever reads ``table`` meets none of it.
-
-    Args:
-        block_table: [num_reqs, max_blocks] int32.
-        seq_lens: [num_reqs] int32, tokens in the cache, the queries' included.
-        query_start_loc: [num_reqs + 1] int32.
-        window: tokens that a query sees, itself included.
-        block_size: tokens per block.
-        table: [num_reqs, columns] int32, written; columns beyond a request's blocks may be any.
-        lens: [num_reqs] int32, written: tokens from the first of these blocks to the request's end.
-    """
-    first = (seq_lens - query_start_loc.diff() - (window - 1)).clamp(min=0) // block_size
-    columns = torch.arange(table.shape[1], device=table.device)
-    torch.gather(block_table, 1, (first[:, None] + columns).clamp(max=block_table.shape[1] - 1), out=table)
-    torch.sub(seq_lens, first * block_size, out=lens)
-
-
 def _gathered_slots(
     block_table: torch.Tensor, cu_seq_lens: torch.Tensor, seq_starts: torch.Tensor, num_tokens: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

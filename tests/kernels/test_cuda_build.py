@@ -36,6 +36,7 @@ class Variant:
     window: int | None = None
     soft_cap: bool = False
     recent: int | None = None
+    sinks: int = 0
     dtype: torch.dtype = torch.bfloat16
 
     def defines(self, arch: str) -> dict[str, int]:
@@ -49,7 +50,7 @@ class Variant:
         config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch])
         return cuda._defines(
             layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap,
-            self.recent or 0, self.recent is not None,
+            self.recent or 0, self.recent is not None, self.sinks,
         )  # fmt: skip
 
     @property
@@ -73,7 +74,7 @@ class Variant:
         Variant("K2V4", 96),
         Variant("K2V2", 128),
         Variant("K4V4", 128, transformed=True, recent=64),
-        Variant("K2V2", 128, window=100, recent=64),
+        Variant("K2V2", 128, window=100, recent=64, sinks=4),
         Variant("K8V8", 128, window=64, recent=0),
     ],
     ids=lambda variant: (

@@ -106,6 +106,12 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
             "K4V4", 4, [1],
             {"skip_newest": 24}, lambda: offset_in(7, 2, 64, rotary(64), value_hadamard=True), id="transforms",
         ),
+        pytest.param("K4V4", 4, [1], {"skip_newest": 9, "skip_first": 4}, None, id="sink tokens"),
+        pytest.param("K2V2", 4, [1], {"skip_newest": 9, "skip_first": 16}, None, id="as many as a step has"),
+        pytest.param(
+            "K8V4", 2, [1, 5, 1, 16, 3, 2],
+            {"skip_newest": 9, "skip_first": 4, "sliding_window": 40, "logits_soft_cap": 4.0}, None, id="all limits",
+        ),
     ],
 )  # fmt: skip
 def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transforms):

@@ -131,15 +131,17 @@ def test_stages_and_blocks_of_any_ratio(block_size, stage_tokens, num_stages, de
 
 
 @pytest.mark.parametrize("pair", ["K8V8", "K4V2", "K2V2"])
-@pytest.mark.parametrize(("window", "skip"), [(None, 64), (None, 0), (200, 64), (64, 0)], ids=str)
+@pytest.mark.parametrize(
+    ("window", "skip", "first"), [(None, 64, 4), (None, 0, 0), (200, 64, 16), (64, 0, 0), (None, 64, 0)], ids=str
+)
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1, 1], [5, 1, 16, 2, 7, 1]], ids=["one_query", "several_queries"])
-def test_the_newest_tokens_are_left_out(query_lens, window, skip, pair, device):
+def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, first, pair, device):
     """The log-sum-exp is there too, also of rows that see nothing, and the same in every launch."""
     cache = random_cache(make_layout(pair, 128), [70, 1, 16, 129, 2500, 40_000], 2, device)
     transforms = random_transforms(2, 128, device, linear_table(128, True, 40_000, device), offset=1.0, **SWITCHES)
     total = sum(query_lens)
     query = torch.randn(total + 3, 8, 128, device=device).bfloat16()
-    options = {"sliding_window": window, "skip_newest": skip}
+    options = {"sliding_window": window, "skip_newest": skip, "skip_first": first}
     lses = [torch.full((8, total + 3), torch.nan, device=device) for _ in range(3)]
     workspace = workspace_of(cache, 8, len(query_lens), max(query_lens))
     got, again = (

@@ -107,15 +107,18 @@ def test_masks(query_lens, window, soft_cap, device):
 
 
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
-@pytest.mark.parametrize(("window", "skip"), [(None, 1), (None, 24), (None, 300), (40, 24), (64, 63), (None, 0)])
+@pytest.mark.parametrize(
+    ("window", "skip", "first"),
+    [(None, 1, 0), (None, 24, 4), (None, 300, 0), (40, 24, 0), (64, 63, 16), (None, 0, 0), (None, 54, 16), (64, 4, 3)],
+)
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1], [5, 1, 16, 2, 16]], ids=["one_query", "several_queries"])
-def test_the_newest_tokens_are_left_out(query_lens, window, skip, soft_cap, device):
+def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, first, soft_cap, device):
     """Some queries see tokens in few splits or none; the blocks of what is left out may hold anything."""
     cache = random_cache(make_layout("K4V4", 64), [70, 1, 16, 129, 30], 2, device)
     transforms = random_transforms(2, 64, device, rotary_table(32, True, 200, device), offset=2.0, value_hadamard=True)
     query = torch.randn(sum(query_lens) + 1, 6, 64, device=device)
     config = DecodeConfig(8, 16, 3, 1, 2)
-    options = {"sliding_window": window, "logits_soft_cap": soft_cap, "skip_newest": skip}
+    options = {"sliding_window": window, "logits_soft_cap": soft_cap, "skip_newest": skip, "skip_first": first}
     want_lse, got_lse = (torch.full((6, len(query)), torch.nan, device=device) for _ in range(2))
     want = attend(paged_attention_ref, cache, query, query_lens, transforms, lse=want_lse, **options)
     for request, (length, queries) in enumerate(zip(cache.seq_lens.tolist(), query_lens, strict=True)):

@@ -128,13 +128,14 @@ def _attend_kernel(
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr,
     K_META: tl.constexpr, V_META: tl.constexpr, FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
     ROTARY_DIM: tl.constexpr, SPLIT_ANGLES: tl.constexpr, ONE_QUERY: tl.constexpr,
-    WINDOW: tl.constexpr, SKIP: tl.constexpr, SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, SKIP: tl.constexpr, SKIP_FIRST: tl.constexpr, SOFT_CAP: tl.constexpr,
+    ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One split of one request for up to BLOCK_M of the query rows that share a KV head.
 
     Tokens are the rows of every tile and query rows its columns, so that a group of 4 or 8 heads fills the narrow
-    side of the matrix instruction. WINDOW 0 and SOFT_CAP 0 mean none; a query leaves out its SKIP newest tokens.
+    side of the matrix instruction. WINDOW 0 and SOFT_CAP 0 mean none; a query leaves out its SKIP newest tokens, and
+    its request's SKIP_FIRST first.
     """
     K_SLICES: tl.constexpr = 16 // K_BITS
     V_SLICES: tl.constexpr = 16 // V_BITS
@@ -208,6 +209,8 @@ def _attend_kernel(
         if WINDOW > 0:
             # Blocks that have left the window may hold anything.
             seen &= token > seq_len - num_queries - WINDOW
+        if SKIP_FIRST > 0:
+            seen &= token >= SKIP_FIRST
         chunk = block.to(tl.int64) * block_stride + tl.zeros([BLOCK_N], tl.int64)
         # Loaded a tile ahead, so that the copies of a tile wait for nothing.
         block = _load_block(table, start + BLOCK_N, index, seen_len, BLOCK_SIZE, BLOCK_N)
@@ -261,7 +264,7 @@ def _attend_kernel(
         else:
             new_top = tl.maximum(top, tl.max(logits, 0) * factor)
         # A row that has seen nothing yet keeps a finite reference, so that nothing becomes inf - inf.
-        reference = new_top if ONE_QUERY else tl.where(new_top == float("-inf"), 0.0, new_top)
+        reference = new_top if ONE_QUERY and SKIP_FIRST == 0 else tl.where(new_top == float("-inf"), 0.0, new_top)
         exponent = logits if SOFT_CAP > 0 else logits * factor[None, :]
         p = tl.exp2(exponent - reference[None, :])
         decay = tl.exp2(top - reference)
@@ -360,6 +363,7 @@ def paged_attention(
     logits_soft_cap: float = 0.0,
     skip_newest: int = 0,
     lse: torch.Tensor | None = None,
+    skip_first: int = 0,
     *,
     workspace: DecodeWorkspace,
     config: DecodeConfig | None = None,
@@ -417,8 +421,8 @@ def paged_attention(
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         FOLDED_SIZE=workspace.query.shape[1], HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim,
         SPLIT_ANGLES=rotary is not None and rotary.cos_sin.dtype != coefficients.dtype,
-        ONE_QUERY=max_query_len == 1, WINDOW=sliding_window or 0, SKIP=skip_newest, SOFT_CAP=logits_soft_cap,
-        ROW_TILES=row_tiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        ONE_QUERY=max_query_len == 1, WINDOW=sliding_window or 0, SKIP=skip_newest, SKIP_FIRST=skip_first,
+        SOFT_CAP=logits_soft_cap, ROW_TILES=row_tiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     rows_per_program = 16 if num_rows >= 2048 else 1

@@ -3,7 +3,8 @@
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, BLOCK_SIZE, GROUP (query heads per KV head), PASS_ROWS (query rows of a
 // pass, 4 or 8), STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
 // OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (a multiple of 64), WINDOW (tokens that
-// a query sees, 0: all), SKIP_NEWEST (tokens that it does not see, the newest), WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
+// a query sees, 0: all), SKIP_NEWEST and SKIP_FIRST (tokens that it does not see, its newest and the request's first),
+// WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
 //
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
 // head) chunk or several. A *segment* is what one pass reads: all stages of one (request, KV head, pass). Segments

@@ -163,6 +163,7 @@ def _defines(
     soft_cap: bool,
     skip_newest: int = 0,
     write_lse: bool = False,
+    skip_first: int = 0,
 ) -> dict[str, int]:
     return {
         "SHARED_BYTES": shared_bytes(layout, rows, config, offset_pairs),
@@ -183,6 +184,7 @@ def _defines(
         "ANGLE_STEP": ANGLE_STEP,
         "WINDOW": sliding_window - skip_newest if sliding_window else 0,
         "SKIP_NEWEST": skip_newest,
+        "SKIP_FIRST": skip_first,
         "WRITE_LSE": int(write_lse),
         "SOFT_CAP": int(soft_cap),
     }
@@ -198,6 +200,7 @@ def _build(
     soft_cap: bool,
     skip_newest: int,
     write_lse: bool,
+    skip_first: int,
     device: torch.device,
     config: DecodeConfig | None,
 ) -> tuple[BuiltKernel, int]:
@@ -208,8 +211,9 @@ def _build(
         shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
         config = decode_config(layout, rows, pairs, shared)
     defines = _defines(
-        layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap, skip_newest, write_lse
-    )
+        layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap, skip_newest, write_lse,
+        skip_first,
+    )  # fmt: skip
     return build("paged_attention", tuple(defines.items()), 32 * NUM_WARPS, defines["SHARED_BYTES"], device), rows
 
 
@@ -249,6 +253,7 @@ def paged_attention(
     logits_soft_cap: float = 0.0,
     skip_newest: int = 0,
     lse: torch.Tensor | None = None,
+    skip_first: int = 0,
     *,
     workspace: DecodeWorkspace,
     config: DecodeConfig | None = None,
@@ -286,7 +291,7 @@ def paged_attention(
         return
     kernel, rows = _build(
         layout, group, max_query_len, query.dtype, transforms, sliding_window, logits_soft_cap > 0, skip_newest,
-        lse is not None, query.device, config,
+        lse is not None, skip_first, query.device, config,
     )  # fmt: skip
     max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
     assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"

@@ -65,7 +65,7 @@ __device__ __forceinline__ void write_row(const Arguments& a, const Cursor& curs
     a.output_lse[(u64)(cursor.kv_head * GROUP + member) * a.num_tokens + request.first_query + query] =
         total > 0.0f ? (top + log2f(total)) * 0.6931471805599453f : MASKED;
 #endif
-#if SKIP_NEWEST
+#if SKIP_NEWEST || SKIP_FIRST
   if (total == 0.0f) total = 1.0f;
 #endif
 #pragma unroll
@@ -190,7 +190,7 @@ __device__ __forceinline__ void clear_rows(const Arguments& a, int thread) {
     clear_lse(a, token, thread);
   }
   for (int r = blockIdx.x; r < a.num_reqs; r += gridDim.x) {
-    if (a.seq_lens[r] > SKIP_NEWEST) continue;
+    if (a.seq_lens[r] > SKIP_NEWEST + SKIP_FIRST) continue;
     for (int token = a.query_start_loc[r]; token < a.query_start_loc[r + 1]; token++) {
       for (int i = thread; i < row_size; i += NUM_WARPS * 32) a.output[token * a.output_stride + i] = 0;
       clear_lse(a, token, thread);

@@ -65,7 +65,7 @@ struct Request {
 #endif
     stages = (len + STAGE_TOKENS - 1) / STAGE_TOKENS - first_stage;
     passes = (num_queries * GROUP + PASS_ROWS - 1) / PASS_ROWS;
-    if (num_queries <= 0 || len <= 0) stages = passes = 0;
+    if (num_queries <= 0 || len <= SKIP_FIRST) stages = passes = 0;
   }
   __device__ __forceinline__ int segments(const Arguments& a) const { return passes * a.num_kv_heads; }
 };

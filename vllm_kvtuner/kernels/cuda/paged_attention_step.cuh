@@ -49,6 +49,9 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
 #if WINDOW
   partly_seen |= token < rows.seen_by_all + PASS_ROWS - WINDOW;
 #endif
+#if SKIP_FIRST
+  partly_seen |= token < SKIP_FIRST;
+#endif
   if (partly_seen) {
 #pragma unroll
     for (int group = 0; group < GROUPS; group++)
@@ -66,6 +69,9 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
           bool seen = position < rows.limit[tile];
 #if WINDOW
           seen = seen && position >= rows.limit[tile] - WINDOW;
+#endif
+#if SKIP_FIRST
+          seen = seen && position >= SKIP_FIRST;
 #endif
           if (!seen) logits[group][tile][half] = MASKED;
         }
