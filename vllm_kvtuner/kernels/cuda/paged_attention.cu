@@ -62,7 +62,7 @@ constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
 // Stages after which warps add their sums up in fp32: the matrix instruction truncates, and that must not pile up.
 constexpr int FLUSH_STAGES = NUM_WARPS * 2048 / STAGE_TOKENS;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
-constexpr int MAX_VISIT = 8;
+constexpr int MAX_VISIT = 12;
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
 
 #define MASKED __int_as_float(0xFF800000)
@@ -116,7 +116,6 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     if (thread == 0) {
       shared.cursors[0] = cursor;
       shared.segment = 0;
-      shared.parts[0].exists = shared.parts[1].exists = false;
     }
   }
 
@@ -206,10 +205,11 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     __syncthreads();
 
     more = shared.more;
-    end_segment(a, shared, cursor, cta, warp, lane);
+    const bool whole = cursor.stage_begin == 0 && cursor.stage_end == request.stages;
+    end_segment(a, shared, cursor, whole, cta, warp, lane);
     __syncthreads();
+    if (!whole) announce_part(a, shared, cursor, shares, warp, lane);
     if (thread == 0) shared.segment++;
     __syncthreads();
   }
-  merge_segments(a, shared, shares, warp, lane);
 }

@@ -16,11 +16,10 @@ __device__ __forceinline__ const u16* query_row(const Arguments& a, const Cursor
          (cursor.kv_head * GROUP + member) * HEAD_SIZE;
 }
 
-// A CTA's part of a segment that several CTAs share.
-struct Part {
-  Cursor cursor;
-  int exists, complete;  // the latter when all parts of the segment are there
-  int first, last;       // CTAs that have one
+// The parts of a segment that several CTAs share.
+struct Parts {
+  int complete;     // whether all are there
+  int first, last;  // CTAs that have one
 };
 
 struct Shared {
@@ -39,7 +38,7 @@ struct Shared {
   int raw_segment[2][NUM_WARPS];
   int segment;  // of the CTA, that the warps are in
   int more;
-  Part parts[2];  // a CTA's first segment and its last, if other CTAs have parts of them
+  Parts parts;  // of the segment that has just ended
   // Only looked at where a segment ends, so not in registers: this segment and the next one.
   Cursor cursors[2], producers[NUM_WARPS];
 };

@@ -81,9 +81,8 @@ __device__ __forceinline__ void write_row(const Arguments& a, const Cursor& curs
 
 // A whole segment's sums to the output, or those of a part to where they are merged. Only a CTA's first segment and its last
 // can be parts.
-__device__ __forceinline__ void end_segment(const Arguments& a, Shared& shared, const Cursor& cursor, int cta, int warp,
-                                            int lane) {
-  const bool whole = cursor.stage_begin == 0 && cursor.stage_end == cursor.request.stages;
+__device__ __forceinline__ void end_segment(const Arguments& a, Shared& shared, const Cursor& cursor, bool whole, int cta,
+                                            int warp, int lane) {
   const int place = cursor.stage_begin > 0 ? 0 : 1, slot = 2 * cta + place;
   for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
     float x[NUMBERS], top, total;
@@ -95,10 +94,6 @@ __device__ __forceinline__ void end_segment(const Arguments& a, Shared& shared, 
 #pragma unroll
     for (int i = 0; i < NUMBERS; i++) a.partial[((u64)slot * PASS_ROWS + row) * HEAD_SIZE + i * 32 + lane] = x[i];
     if (lane == 0) a.partial_state[slot * PASS_ROWS + row] = make_float2(top, total);
-  }
-  if (!whole && warp == 0 && lane == 0) {
-    shared.parts[place].exists = true;
-    shared.parts[place].cursor = cursor;
   }
 }
 
@@ -145,12 +140,12 @@ __device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& 
   }
 }
 
-// Announces a CTA's parts, and merges those segments whose other parts are all there. At the CTA's end and not where a part
-// ends: to release and count one takes 3 us while memory's queues are full.
-__device__ __forceinline__ void merge_segments(const Arguments& a, Shared& shared, const Shares& shares, int warp, int lane) {
-  if (warp < 2 && shared.parts[warp].exists) {
-    const Cursor& cursor = shared.parts[warp].cursor;
-    const Request& request = cursor.request;
+// Announces a CTA's part, and merges the segment if all its other parts are there. Where the part ends and not at the CTA's end,
+// which is no faster.
+__device__ __forceinline__ void announce_part(const Arguments& a, Shared& shared, const Cursor& cursor,
+                                              const Shares& shares, int warp, int lane) {
+  const Request& request = cursor.request;
+  if (warp == 0) {
     int* arrivals = a.arrivals + request.index * a.max_segments + cursor.kv_head * request.passes + cursor.pass;
     // Releases what all threads wrote before the barrier, and acquires what the others released.
     int arrived = 0;
@@ -159,18 +154,15 @@ __device__ __forceinline__ void merge_segments(const Arguments& a, Shared& share
     const int first = shares.owner(cursor.begin + a.visit);
     const int last = shares.owner(cursor.begin + a.visit + request.stages - 1);
     if (lane == 0) {
-      shared.parts[warp].first = first;
-      shared.parts[warp].last = last;
-      shared.parts[warp].complete = arrived == last - first;
+      shared.parts.first = first;
+      shared.parts.last = last;
+      shared.parts.complete = arrived == last - first;
       if (arrived == last - first) *arrivals = 0;
     }
   }
   __syncthreads();
-#pragma unroll 1
-  for (int place = 0; place < 2; place++) {
-    const Part& part = shared.parts[place];
-    if (part.exists && part.complete) merge_segment(a, part.cursor, part.first, part.last, warp, lane);
-  }
+  const Parts& parts = shared.parts;
+  if (parts.complete) merge_segment(a, cursor, parts.first, parts.last, warp, lane);
 }
 
 // The log-sum-exp of a token that sees nothing.
