@@ -94,15 +94,17 @@ def window_profiles(tmp_path_factory):
         "16 bits": "layers: K2V2\nrecent_window: 600\n",
         "8 bits": "layers: K2V2\nrecent_window: 600\nrecent_window_bits: 8\n",
         "short": "layers: K8V8\nrecent_window: 40\nrecent_window_overrides: {1: 100}\n",
-        "gemma": "layers: K8V8\nrecent_window: 24\n",
+        "gemma": "layers: K8V8\nrecent_window: 24\nsink_tokens: 4\n",
         "short, attend": "layers: K8V8\nrecent_window: 40\nattend_cached_prefill: true\n",
+        "sinks": "layers: K8V8\nrecent_window: 40\nsink_tokens: 4\n",
+        "sinks, attend": "layers: K8V8\nrecent_window: 40\nsink_tokens: 16\nattend_cached_prefill: true\n",
     }
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(f"version: 1\n{text}")
     return {name: str(folder / f"{name}.yaml") for name in texts}
 
 
-@pytest.mark.parametrize("profile", ["16 bits", "8 bits", "short", "short, attend"])
+@pytest.mark.parametrize("profile", ["16 bits", "8 bits", "short", "short, attend", "sinks", "sinks, attend"])
 @pytest.mark.parametrize("options", MODES)
 def test_recent_windows_decode_like_the_unquantized_cache(models, window_profiles, profile, options):
     """Also where the packed pages are of 2 bits, since no query reads them."""
