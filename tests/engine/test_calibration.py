@@ -35,10 +35,16 @@ QWEN_PROFILES = {
     "plain": "layers: K8V8",
 }
 RECENT = "recent_window: 32"
-RECENT_PROFILES = {
-    "low": f"layers: {{0: K4V2, 1: K2V2, 2-3: K4V4}}\n{RECENT}",
-    "transformed": f"layers: K4V2\ntransforms: {{key_hadamard: true, value_hadamard: true}}\n{RECENT}",
-}
+SINKS = f"{RECENT}\nsink_tokens: 4"
+
+
+def recent_profiles(recent: str) -> dict[str, str]:
+    return {
+        "low": f"layers: {{0: K4V2, 1: K2V2, 2-3: K4V4}}\n{recent}",
+        "transformed": f"layers: K4V2\ntransforms: {{key_hadamard: true, value_hadamard: true}}\n{recent}",
+    }
+
+
 GEMMA_ROOM = "layers: {0: K8V8, 1: K16V16, 2-3: K8V8}"
 GEMMA_PROFILES = {
     "sliding-window layers below, one layer not quantized": "layers: {0: K4V2, 1: K16V16, 2: K8V4, 3: K4V4}",
@@ -119,9 +125,10 @@ def write(folder: Path, name: str, text: str) -> Path:
     [
         ("qwen2", f"layers: {ROOM}", QWEN_PROFILES),
         ("gemma3", GEMMA_ROOM, GEMMA_PROFILES),
-        ("llama", f"layers: {ROOM}\n{RECENT}", RECENT_PROFILES),
+        ("llama", f"layers: {ROOM}\n{RECENT}", recent_profiles(RECENT)),
+        ("llama", f"layers: {ROOM}\n{SINKS}", recent_profiles(SINKS)),
     ],
-    ids=["qwen2", "gemma3", "recent windows"],
+    ids=["qwen2", "gemma3", "recent windows", "sink tokens"],
 )
 def test_a_switched_engine_equals_the_served_profile(request, tmp_path, architecture, room, profiles):
     model = request.getfixturevalue(architecture)
@@ -160,6 +167,10 @@ def random_statics(path: Path) -> None:
         (
             "{0: K16V16, 1-3: K4V4}\nrecent_window: 32",
             r"layers\.1: must have the recent window that this engine was built with \(none\), but got 32 tokens in 16",
+        ),
+        (
+            "{0: K16V16, 1-3: K4V4}\nrecent_window: 32\nsink_tokens: 4",
+            r"layers\.1: must have the recent window .* \(none\), but got 32 tokens and the first 4 in 16",
         ),
     ],
 )
