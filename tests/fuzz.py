@@ -57,9 +57,15 @@ transforms:
     0, 2: {value_hadamard: false, key_offset: false}
 statics: good.safetensors
 attend_cached_prefill: true
+recent_window: 64
+recent_window_bits: 8
+recent_window_overrides: {0: 128, 1-2: 0}
+sink_tokens: 4
 provenance: {method: mutation, scores: {kl: 0.125, list: [1, 2.5, text]}}
 """,
     "version: 1\nlayers: K4V4\ntransforms: {range_search: true}\n",
+    "version: 1\nlayers: {0-1: K4V4, 2: K16V16, 3: K2V2}\nrecent_window_overrides: {0: 32, 2-3: 4096}\n"
+    "sink_tokens: 16\n",
     "model:\n  name: m\n  architecture: A\n  num_layers: 2\n  num_kv_heads: [1, 0]\n  head_size: [64, 0]\n"
     "version: 1\nlayers: {0-1: K8V2}\n",
     "0: {nbits_key: 8, nbits_value: 4}\n'1': {nbits_key: 4, nbits_value: 2}\n2: {nbits_key: 16, nbits_value: 16}\n"
@@ -127,9 +133,13 @@ OBJECTS: tuple[Any, ...] = (
         3,
         4,
         8,
+        16,
+        17,
         64,
         1024,
         1025,
+        4096,
+        4097,
         -1,
         2**31,
         2**63,
@@ -159,6 +169,7 @@ KEYS = (
         "name",
     ),
     *("architecture", "num_layers", "num_kv_heads", "head_size", "key_offset", "nbits_key", "nbits_value", "0", "1-2"),
+    *("recent_window", "recent_window_bits", "recent_window_overrides", "sink_tokens"),
 )
 PLAUSIBLE = (
     *("K8V8", "K4V2", "K16V16", "true", "false", "0", "1", "2", "3", "4", "64", "0-3", "'1'", "text", "1.5", "[1, 2]"),

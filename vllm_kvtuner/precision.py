@@ -57,6 +57,8 @@ MAX_RECENT_WINDOW = 4096
 """Longest recent window, in tokens."""
 MAX_SINK_TOKENS = BLOCK_SIZE_MULTIPLE
 """Most sink tokens: what one block of a recent window holds, however small its blocks are."""
+SINKS_WITHOUT_WINDOW = "must be 0 without a recent_window, whose cache holds them"
+"""The rule that sink tokens alone break."""
 
 
 @dataclass(frozen=True)

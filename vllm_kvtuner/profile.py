@@ -41,6 +41,7 @@ from vllm_kvtuner.precision import (
     MAX_RECENT_WINDOW,
     MAX_SINK_TOKENS,
     SCHEMA_VERSION,
+    SINKS_WITHOUT_WINDOW,
     TRANSFORM_KEYS,
     LayerPrecision,
     Profile,
@@ -292,7 +293,7 @@ def _parse_recent(
     expanded = expand_layers(problems, key, overrides, num_layers)
     sinks = tokens("sink_tokens", document.get("sink_tokens", 0), MAX_SINK_TOKENS)
     if sinks and not document.get("recent_window") and not any(counts.values()):
-        problems.add("sink_tokens", "must be 0 without a recent_window, whose cache holds them", str(sinks))
+        problems.add("sink_tokens", SINKS_WITHOUT_WINDOW, str(sinks))
     return window, bits, {layer: counts[written] for layer, (written, _) in expanded.items()}, sinks
 
 

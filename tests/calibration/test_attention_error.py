@@ -28,18 +28,21 @@ OFFSET = torch.linspace(-4, 4, NUM_KV_HEADS * HEAD_SIZE).view(NUM_KV_HEADS, HEAD
 FACTORS = torch.linspace(0.5, 2, HEAD_SIZE // 2).repeat(NUM_KV_HEADS, 2)
 
 
-def meter_of(capture, layer=LAYER, recent_window=0):
+def meter_of(capture, layer=LAYER, *unquantized):
     rotary = capture.load_rotary(layer)
-    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, recent_window)
+    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, *unquantized)
 
 
 @pytest.mark.parametrize("pair", ["K4V2", "K2V8"])
-@pytest.mark.parametrize(("sliding_window", "recent_window"), [(None, 0), (50, 0), (None, 20), (50, 20)])
-def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_window, recent_window):
+@pytest.mark.parametrize(
+    ("sliding_window", "recent_window", "sinks"),
+    [(None, 0, 0), (50, 0, 0), (None, 20, 0), (50, 20, 0), (None, 20, 4), (50, 20, 4)],
+)
+def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_window, recent_window, sinks):
     layer = replace(LAYER, sliding_window=sliding_window, logits_soft_cap=20.0)
     capture = make_capture(tmp_path, offset=OFFSET, layer=layer, num_windows=2)
     transforms = LayerTransforms(OFFSET, TABLE, FACTORS, True, True, True)
-    errors = meter_of(capture, layer, recent_window).pair_errors(transforms)
+    errors = meter_of(capture, layer, recent_window, sinks).pair_errors(transforms)
 
     layout, num_blocks = PageLayout(PrecisionPair.parse(pair), HEAD_SIZE, 16), 12
     square, norm = torch.zeros(2, NUM_KV_HEADS)
@@ -54,7 +57,7 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
         lens, starts = (window.query_position + 1).int(), torch.arange(count + 1, dtype=torch.int32)
         paged_attention_ref(
             window.query, cache, table, lens, starts, 1, layer.scale, layout, transforms, output, sliding_window, 20.0,
-            recent_window, lse,
+            recent_window, lse, sinks,
         )  # fmt: skip
         for row, position in enumerate(window.query_position.tolist()):
             begin = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
@@ -62,16 +65,34 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
                 seen, kv_head = slice(begin, position + 1), head // 2
                 logits = 20 * torch.tanh(window.key[seen, kv_head] @ window.query[row, head] * layer.scale / 20)
                 exact = logits.softmax(0) @ window.value[seen, kv_head]
-                recent = logits[max(0, len(logits) - recent_window) :]
-                newest = window.value[seen, kv_head][len(logits) - len(recent) :]
-                older = lse[head, row].exp()
-                total = older + recent.exp().sum()
-                got = output[row, head].nan_to_num() * older / total + (recent.exp() / total) @ newest
+                token = torch.arange(begin, position + 1)
+                held = (token > position - recent_window) | (token < sinks)
+                packed, unpacked = lse[head, row].exp(), logits[held].exp()
+                total = packed + unpacked.sum()
+                got = output[row, head].nan_to_num() * packed / total
+                got += unpacked / total @ window.value[seen, kv_head][held]
                 square[kv_head] += (got - exact).square().sum()
                 norm[kv_head] += exact.square().sum()
     parsed = PrecisionPair.parse(pair)
     torch.testing.assert_close(torch.tensor(errors.output_per_head[parsed]), (square / norm).sqrt(), rtol=1e-3, atol=0)
     assert errors.output[parsed] == pytest.approx(float((square.sum() / norm.sum()).sqrt()), rel=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["near", "far"])
+def test_only_what_neither_window_nor_sinks_hold_is_quantized(tmp_path, positions):
+    """The last query is token 188, so that a window of 175 and the first 14 hold all, wherever their text stands."""
+    capture = make_capture(tmp_path, offset=OFFSET)
+
+    def errors(*unquantized):
+        meter = meter_of(capture, LAYER, *unquantized)
+        if positions == "far":
+            meter = meter.at_far_positions(capture.load_rotary(LAYER))
+        return meter.pair_errors(LayerTransforms())
+
+    alone, beside, everything = errors(175), errors(175, 13), errors(175, 14)
+    for pair in QUANTIZED_PAIRS:
+        assert alone.output[pair] > beside.output[pair] > 1e-6 > everything.output[pair]
+    assert all(alone.score[bits] > beside.score[bits] > 1e-6 > everything.score[bits] for bits in alone.score)
 
 
 def test_errors_grow_as_bits_shrink(tmp_path):

@@ -136,8 +136,8 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
     table = sensitivity_table(3)
     measured = []
 
-    def measure(capture, choice, out, recent_window):
-        measured.append((capture.inputs, choice, recent_window))
+    def measure(capture, choice, out, recent_window, sink_tokens):
+        measured.append((capture.inputs, choice, recent_window, sink_tokens))
         table.write(out / "sensitivity.json")
         return table
 
@@ -152,9 +152,11 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
     (tmp_path / "sensitivity.json").write_text("edited")
     made.run("sensitivity")
     assert len(measured) == 3
-    made.options = replace(made.options, recent_window=64)
-    made.run("sensitivity")
-    assert measured[3] == ("second", None, 64)
+    for unquantized in ({"recent_window": 64}, {"recent_window": 64, "sink_tokens": 4}):
+        made.options = replace(made.options, **unquantized)
+        made.run("sensitivity")
+        made.run("sensitivity")
+    assert measured[3:] == [("second", None, 64, 0), ("second", None, 64, 4)]
 
 
 def test_costs_of_stages_are_kept(finished):
@@ -250,6 +252,10 @@ CONFIG = {
 }
 
 
+TOO_MANY_SINKS = "sink-tokens must be an integer of 0-16 tokens"
+SINKS_ALONE = "sink-tokens must be 0 without a recent_window, whose cache holds them"
+
+
 @pytest.fixture
 def model(tmp_path):
     folder = tmp_path / "model"
@@ -283,6 +289,9 @@ def model(tmp_path):
                 "/none.txt: the file must be readable",
             ],
         ),
+        (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "17"], [f"--{TOO_MANY_SINKS}, but got 17"]),
+        (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "-1"], [f"--{TOO_MANY_SINKS}, but got -1"]),
+        (["--max-bits", "4", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
         (["--max-bits", "4", "--storage", "nonsense"], ["--storage must be a database that can be opened"]),
     ],
 )
@@ -294,6 +303,28 @@ def test_all_input_errors_at_once_before_a_model_loads(model, tmp_path, capsys, 
     assert all(problem in errors for problem in problems), errors
     assert len(errors.splitlines()) == max(1, len(problems) if len(arguments) > 8 else 1)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"), [("recent_window: 64\nsink_tokens: 17", TOO_MANY_SINKS), ("sink_tokens: 4", SINKS_ALONE)]
+)
+def test_sink_tokens_are_refused_as_a_profile_with_them_is(tmp_path, settings, rule):
+    path = tmp_path / "profile.yaml"
+    path.write_text(f"version: 1\nlayers: K4V4\n{settings}\n")
+    with pytest.raises(ValueError, match=rule.replace("sink-tokens", "sink_tokens")):
+        load_profile(str(path))
+
+
+def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Calibration, "run", lambda *_: None)
+    out = str(tmp_path / "out")
+    window = ["--recent-window", "64", "--sink-tokens", "4"]
+    assert cli.main(["calibrate", model, "--out", out, "--max-bits", "4", *window]) == 0
+    assert Options.read(tmp_path / "out").sink_tokens == 4
+    assert cli.main(["sensitivity", out, "--recent-window", "0"]) == 1
+    assert f"--{SINKS_ALONE}, but got 4" in capsys.readouterr().err
+    assert Options.read(tmp_path / "out").recent_window == 64
+    assert cli.main(["sensitivity", out, "--recent-window", "0", "--sink-tokens", "0"]) == 0
 
 
 def test_the_models_own_folder_is_no_output_folder(model, capsys, monkeypatch):
@@ -410,28 +441,50 @@ def test_memory_budget_reaches_the_search(tmp_path, monkeypatch):
     assert result.budget == f"at most 4.250 stored bits (3.750 nominal): {where}"
 
 
-def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatch):
-    """And takes its share of a budget given as memory: three blocks of 16 tokens hold 20 wherever they lie."""
+@pytest.mark.parametrize(("sinks", "blocks"), [(0, 3), (4, 4), (16, 4)])
+def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatch, sinks, blocks):
+    """And takes its share of a budget given as memory: three blocks of 16 tokens hold 20 wherever they lie, and one its
+    sink tokens."""
     table = sensitivity_table(6)
     numbers = sum(2 * layer.num_kv_heads * layer.head_size for layer in table.layers)
     recent = sum(
-        48 * layer.num_kv_heads * content_bytes(PrecisionPair(8, 8), layer.head_size) for layer in table.layers
+        blocks * 16 * layer.num_kv_heads * content_bytes(PrecisionPair(8, 8), layer.head_size) for layer in table.layers
     )
     memory = (int(4.25 * numbers / 8) * 1008 + recent) * 3
     options = {"max_bits": None, "memory": memory, "context": 1000, "concurrency": 3, "trials": 8}
     settings = []
-    made = calibration(tmp_path, table, [], monkeypatch, recent_window=20, recent_window_bits=8, **options)
+    window = {"recent_window": 20, "recent_window_bits": 8, "sink_tokens": sinks}
+    made = calibration(tmp_path, table, [], monkeypatch, **window, **options)
     start = pipeline.start_engine
     monkeypatch.setattr(pipeline, "start_engine", lambda engine: settings.append(engine) or start(engine))
-    for stage in ("prune", "cluster", "search", "export"):
+    for stage in AFTER_SENSITIVITY:
         made.run(stage)
-    assert {(each.recent_window, each.recent_window_bits) for each in settings} == {(20, 8)}
+    assert len(settings) == 2, "the search's engine and that of the held-out scores"
+    for each in settings:
+        assert (each.recent_window, each.recent_window_bits, each.sink_tokens) == (20, 8, sinks)
     assert all(EngineSettings.from_plain(each.to_plain()) == each for each in settings)
     result = SearchResult.read(tmp_path)
     assert result.max_bits == pytest.approx(4.25)
-    assert "beside a recent window of 20 tokens in 8 bits" in result.budget
+    beside = f"beside a recent window of 20 tokens{f' and the first {sinks}' if sinks else ''} in 8 bits"
+    assert beside in result.budget and beside in (tmp_path / "report.html").read_text()
     profile = load_profile(str(tmp_path / "profile.yaml"))
-    assert (profile.recent_window, profile.recent_window_bits) == (20, 8)
+    assert (profile.recent_window, profile.recent_window_bits, profile.sink_tokens) == (20, 8, sinks)
+    assert ("sink_tokens" in (tmp_path / "profile.yaml").read_text()) == (sinks > 0)
+
+
+def test_another_number_of_sink_tokens_is_another_search(tmp_path, monkeypatch):
+    """What was scored with other sink tokens is scored again, and kept for the next run with these."""
+    table, evaluators = sensitivity_table(4), []
+    studies, started = [], []
+    for sinks in (0, 4, 4):
+        window = {"recent_window": 20, "sink_tokens": sinks, "trials": 8}
+        made = calibration(tmp_path, table, evaluators, monkeypatch, **window)
+        for stage in ("prune", "cluster", "search", "export"):
+            made.run(stage)
+        studies.append(SearchResult.read(tmp_path).study)
+        started.append(len(evaluators))
+    assert started == [2, 4, 4]
+    assert studies[0] != studies[1] == studies[2]
 
 
 def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):

@@ -1,5 +1,6 @@
 """The choice of transforms by measured error, its statics, and the sensitivity that follows."""
 
+import itertools
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -151,6 +152,20 @@ def test_the_choice_is_read_again_and_made_again_from_another_capture(tmp_path, 
     (tmp_path / "statics.safetensors").unlink()
     choose_transforms(replace(capture, inputs="other"), tmp_path, device="cpu")
     assert (tmp_path / "statics.safetensors").exists()
+
+
+@pytest.mark.parametrize("other", [{"recent_window": 48}, {"recent_window": 32, "sink_tokens": 4}])
+def test_the_choice_is_made_again_for_another_window_or_other_sinks(tmp_path, other):
+    """By errors that are theirs, near and far, which the sensitivity equals."""
+    capture = make_capture(tmp_path / "capture", offset=OUTLIERS)
+    first = choose_transforms(capture, tmp_path, recent_window=32, device="cpu")
+    again = choose_transforms(capture, tmp_path, **other, device="cpu")
+    assert TransformChoice.read(tmp_path) == again and again.inputs != first.inputs
+    for setting, positions in itertools.product(("none", "chosen"), ("near", "far")):
+        errors = [choice.layers[0].errors[setting][positions] for choice in (first, again)]
+        assert errors[0] != pytest.approx(errors[1], rel=1e-3)
+    (layer,) = measure_sensitivity(capture, again, tmp_path, **other, device="cpu").layers
+    assert layer.output_error == pytest.approx(again.layers[0].errors["chosen"]["near"], rel=1e-4)
 
 
 def test_a_floor_out_of_range(tmp_path):

@@ -10,6 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kvtuner_tools import cli, processes
+from kvtuner_tools.calibration.artifacts import Quality
+from kvtuner_tools.calibration.options import Options
+from kvtuner_tools.calibration.outcome import Heldout
+from kvtuner_tools.calibration.pipeline import Calibration
 from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.evaluate_engine import EngineOptions, MeasuringEngine, ReferenceLogits
 from kvtuner_tools.model_files import load_model_shape
@@ -35,10 +40,16 @@ QWEN_PROFILES = {
     "plain": "layers: K8V8",
 }
 RECENT = "recent_window: 32"
-RECENT_PROFILES = {
-    "low": f"layers: {{0: K4V2, 1: K2V2, 2-3: K4V4}}\n{RECENT}",
-    "transformed": f"layers: K4V2\ntransforms: {{key_hadamard: true, value_hadamard: true}}\n{RECENT}",
-}
+SINKS = f"{RECENT}\nsink_tokens: 4"
+
+
+def recent_profiles(recent: str) -> dict[str, str]:
+    return {
+        "low": f"layers: {{0: K4V2, 1: K2V2, 2-3: K4V4}}\n{recent}",
+        "transformed": f"layers: K4V2\ntransforms: {{key_hadamard: true, value_hadamard: true}}\n{recent}",
+    }
+
+
 GEMMA_ROOM = "layers: {0: K8V8, 1: K16V16, 2-3: K8V8}"
 GEMMA_PROFILES = {
     "sliding-window layers below, one layer not quantized": "layers: {0: K4V2, 1: K16V16, 2: K8V4, 3: K4V4}",
@@ -73,7 +84,11 @@ class Measured:
 
 
 def measure(
-    model: Path, profile: Path | None, reference: ReferenceLogits | Path, switches: list[Path] | None = None
+    model: Path,
+    profile: Path | None,
+    reference: ReferenceLogits | Path,
+    switches: list[Path] | None = None,
+    windows: tuple[tuple[int, ...], ...] = WINDOWS,
 ) -> tuple[list[Measured], ReferenceLogits]:
     """Build an engine and measure it, once or after each switch."""
     options = EngineOptions(
@@ -88,10 +103,10 @@ def measure(
         switchable=switches is not None,
     )
     with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:
-        return pool.submit(live, options, reference, switches).result()
+        return pool.submit(live, options, reference, switches, windows).result()
 
 
-def live(options, reference, switches):
+def live(options, reference, switches, windows):
     with open(os.devnull, "wb") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -101,7 +116,7 @@ def live(options, reference, switches):
         for switch in [None] if switches is None else switches:
             if switch is not None:
                 engine.switch(load_profile(str(switch)).resolve(load_model_shape(options.model)))
-            scores, reference = engine.run_windows(WINDOWS, progress=False)
+            scores, reference = engine.run_windows(windows, progress=False)
             measured.append(Measured(scores, engine.answer(Continue(), progress=False)))
         return measured, reference
     finally:
@@ -119,9 +134,10 @@ def write(folder: Path, name: str, text: str) -> Path:
     [
         ("qwen2", f"layers: {ROOM}", QWEN_PROFILES),
         ("gemma3", GEMMA_ROOM, GEMMA_PROFILES),
-        ("llama", f"layers: {ROOM}\n{RECENT}", RECENT_PROFILES),
+        ("llama", f"layers: {ROOM}\n{RECENT}", recent_profiles(RECENT)),
+        ("llama", f"layers: {ROOM}\n{SINKS}", recent_profiles(SINKS)),
     ],
-    ids=["qwen2", "gemma3", "recent windows"],
+    ids=["qwen2", "gemma3", "recent windows", "sink tokens"],
 )
 def test_a_switched_engine_equals_the_served_profile(request, tmp_path, architecture, room, profiles):
     model = request.getfixturevalue(architecture)
@@ -139,6 +155,35 @@ def test_a_switched_engine_equals_the_served_profile(request, tmp_path, architec
         (served,), _ = measure(model, file, reference)
         assert served.equals(measured), name
     assert switched[-1].equals(switched[0])
+
+
+def test_a_calibration_with_sink_tokens_ends_in_a_profile_that_serves_what_was_scored(llama, tmp_path, monkeypatch):
+    # Engines in processes that are forked with vLLM imported.
+    context = fork_server()
+    monkeypatch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
+    text = tmp_path / "text.txt"
+    text.write_text(
+        "".join(f"Line {line} of the text says what line {line * 7 % 100} does not. " for line in range(60))
+    )
+    sizes = {"window": 96, "capture-tokens": 192, "search-tokens": 96, "heldout-tokens": 192, "trials": 1}
+    options = {"data": text, "dtype": "float32", "kv-memory": KV_CACHE_BYTES, "max-bits": 4.5, **sizes}
+    options |= {"recent-window": 32, "sink-tokens": 4}
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    out = tmp_path / "out"
+
+    assert cli.main(["calibrate", str(llama), "--out", str(out), *arguments]) == 0
+    profile = out / "profile.yaml"
+    assert load_profile(str(profile)).sink_tokens == 4
+    assert cli.main(["profile", "check", str(profile), "--model", str(llama)]) == 0
+
+    windows = Calibration(out, Options.read(out)).texts.heldout.windows
+    _, reference = measure(llama, None, tmp_path / "logits", windows=windows)
+    (served,), _ = measure(llama, profile, reference, windows=windows)
+    scored = Heldout.read(out).chosen.quality
+    assert Quality(**served.scores.summary(), num_tokens=len(served.scores.kl)) == scored
+    profile.write_text(profile.read_text().replace("sink_tokens: 4\n", ""))
+    (without,), _ = measure(llama, profile, reference, windows=windows)
+    assert without.scores.kl.mean() != pytest.approx(scored.kl_mean, rel=1e-3), "sink tokens must matter here"
 
 
 def random_statics(path: Path) -> None:
@@ -160,6 +205,10 @@ def random_statics(path: Path) -> None:
         (
             "{0: K16V16, 1-3: K4V4}\nrecent_window: 32",
             r"layers\.1: must have the recent window that this engine was built with \(none\), but got 32 tokens in 16",
+        ),
+        (
+            "{0: K16V16, 1-3: K4V4}\nrecent_window: 32\nsink_tokens: 4",
+            r"layers\.1: must have the recent window .* \(none\), but got 32 tokens and the first 4 in 16",
         ),
     ],
 )

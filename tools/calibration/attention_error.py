@@ -3,8 +3,8 @@
 Errors are relative, over the sampled queries of all windows. With O the attention output of unquantized keys and values
 and O' that of quantized ones, the output error is sqrt(sum |O' - O|^2 / sum |O|^2), per KV head over its query heads or
 over all heads. With P and P' the attention weights, the score error is the mean over query rows of sum_t |P'_t - P_t|;
-a row's weights sum to 1, so it is relative as it stands. With a recent window, each query's newest tokens are
-unquantized in O' and P'.
+a row's weights sum to 1, so it is relative as it stands. With a recent window, each query's newest tokens and the sink
+tokens at the head of its text are unquantized in O' and P'.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,18 +46,24 @@ class AttentionMeter:
         windows: its windows.
         rotary: row t rotates a window's token t; None where the layer has no table.
         recent_window: newest tokens of each query whose keys and values are not quantized.
+        sink_tokens: first tokens of each window of which they are not either.
 
     Attributes:
         windows: its windows.
     """
 
     def __init__(
-        self, layer: CapturedLayer, windows: Sequence[Window], rotary: RotaryTable | None, recent_window: int = 0
+        self,
+        layer: CapturedLayer,
+        windows: Sequence[Window],
+        rotary: RotaryTable | None,
+        recent_window: int = 0,
+        sink_tokens: int = 0,
     ) -> None:
         self._layer = layer
         self.windows = windows
         self._rotary = rotary
-        self._recent_window = recent_window
+        self._unquantized = recent_window, sink_tokens
         self._lengths = [window.key.shape[0] for window in windows]
         self._keys = torch.cat([window.key for window in windows])
         self._values = torch.cat([window.value for window in windows])
@@ -77,7 +83,7 @@ class AttentionMeter:
             query_before = undo_rotary(window.query, window.query_position, rows.near)
             query = apply_rotary(query_before, window.query_position, rows.far)
             moved.append(replace(window, key=key, query=query))
-        return AttentionMeter(self._layer, moved, rows.far, self._recent_window)
+        return AttentionMeter(self._layer, moved, rows.far, *self._unquantized)
 
     def key_errors(self, transforms: LayerTransforms) -> dict[int, float]:
         """Output error per key bits, with unquantized values."""
@@ -126,8 +132,8 @@ class AttentionMeter:
             grouped = window.query.view(num_queries, layer.num_kv_heads, -1, layer.head_size).permute(1, 2, 0, 3)
             rows = (grouped * layer.scale).flatten(1, 2)
             scores = rows @ key.permute(1, 2, 0)
-            if self._recent_window:
-                scores = torch.where(self._is_recent(window), rows @ window.key.permute(1, 2, 0), scores)
+            if any(self._unquantized):
+                scores = torch.where(self._is_unquantized(window), rows @ window.key.permute(1, 2, 0), scores)
             if layer.logits_soft_cap > 0:
                 scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
             distance = self._distance(window)
@@ -145,8 +151,8 @@ class AttentionMeter:
             self.windows, weights, self._split(values), self._split(self._values), self._outputs, strict=True
         ):
             got = attention @ value
-            if self._recent_window:
-                got += (attention * self._is_recent(window)) @ (exact - value)
+            if any(self._unquantized):
+                got += (attention * self._is_unquantized(window)) @ (exact - value)
             squares.append((got - output).square().sum((1, 2)))
         square = torch.stack(squares).sum(0)
         per_head = (square / self._norm).sqrt()
@@ -160,11 +166,13 @@ class AttentionMeter:
         """[num_queries, num_tokens], tokens from each token to the query."""
         return window.query_position[:, None] - torch.arange(window.key.shape[0], device=window.key.device)
 
-    def _is_recent(self, window: Window) -> torch.Tensor:
-        """[group * num_queries, num_tokens], whether a token is in the query's recent window."""
+    def _is_unquantized(self, window: Window) -> torch.Tensor:
+        """[group * num_queries, num_tokens], whether a token is a sink token or in the query's recent window."""
+        recent, sinks = self._unquantized
         distance = self._distance(window)
+        is_sink = torch.arange(distance.shape[1], device=distance.device) < sinks
         group = window.query.shape[1] // self._layer.num_kv_heads
-        return ((distance >= 0) & (distance < self._recent_window)).repeat(group, 1)
+        return ((distance >= 0) & ((distance < recent) | is_sink)).repeat(group, 1)
 
 
 def _quantize(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:

@@ -58,6 +58,7 @@ class CalibrationEngine:
         unquantized_layers: layers left to vLLM's own cache (K16V16) for this engine's whole life.
         recent_window: tokens of every quantized layer's recent window, for this engine's whole life too.
         recent_window_bits: its bits.
+        sink_tokens: tokens at a request's head that it holds too.
         task: questions for :meth:`score_task`.
         chunk: prompt tokens per engine step; by default the longest window.
         kv_memory_bytes: memory of the KV cache.
@@ -82,6 +83,7 @@ class CalibrationEngine:
         unquantized_layers: Collection[int] = (),
         recent_window: int = 0,
         recent_window_bits: int = 16,
+        sink_tokens: int = 0,
         task: Task | None = None,
         chunk: int | None = None,
         kv_memory_bytes: int = 1 << 30,
@@ -91,6 +93,7 @@ class CalibrationEngine:
         self._shape = load_model_shape(model)
         self._windows = tuple(tuple(window) for window in windows)
         self._recent_window, self._recent_window_bits = recent_window, recent_window_bits
+        self._sink_tokens = sink_tokens
         self._task = task
         self._base = {
             layer: UNQUANTIZED if layer in unquantized_layers else ROOM for layer in self._shape.attention_layers
@@ -109,6 +112,7 @@ class CalibrationEngine:
             room = self._folder / "room.yaml"
             layers = {layer: str(pair) for layer, pair in self._base.items()}
             recent = {"recent_window": recent_window, "recent_window_bits": recent_window_bits}
+            recent["sink_tokens"] = sink_tokens
             room.write_text(yaml.safe_dump({"version": 1, "layers": layers, **recent}))
 
             def options(label: str, setting: Setting, switchable: bool) -> EngineOptions:
@@ -189,6 +193,7 @@ class CalibrationEngine:
             statics=statics,
             recent_window=self._recent_window,
             recent_window_bits=self._recent_window_bits,
+            sink_tokens=self._sink_tokens,
         )
         resolved = profile.resolve(self._shape)
         if statics is not None:

@@ -27,6 +27,7 @@ def write_profile(
     heldout: Heldout,
     recent_window: int = 0,
     recent_window_bits: int = 16,
+    sink_tokens: int = 0,
 ) -> None:
     """Write the profile, and the statics beside it where a layer uses them, each at once or not at all.
 
@@ -40,6 +41,7 @@ def write_profile(
         heldout: its scores and those of the uniform settings.
         recent_window: tokens of the recent window that all of this was measured with.
         recent_window_bits: its bits.
+        sink_tokens: tokens at a request's head that it held too.
 
     Raises:
         ProfileError: the profile would not load; nothing was written then.
@@ -54,6 +56,8 @@ def write_profile(
     }
     if recent_window:
         document |= {"recent_window": recent_window, "recent_window_bits": recent_window_bits}
+    if sink_tokens:
+        document["sink_tokens"] = sink_tokens
     if any(each.needs_statics for each in transforms.values()):
         name = f"{path.stem}.statics.safetensors"
         _write(path.with_name(name), read_statics(statics))

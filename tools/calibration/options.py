@@ -16,7 +16,7 @@ from vllm_kvtuner.layout import (
     content_bytes,
     recent_blocks,
 )
-from vllm_kvtuner.precision import MAX_RECENT_WINDOW, RecentWindow
+from vllm_kvtuner.precision import MAX_RECENT_WINDOW, MAX_SINK_TOKENS, SINKS_WITHOUT_WINDOW, RecentWindow
 from vllm_kvtuner.profile import ModelShape, ProfileError
 from vllm_kvtuner.schema import parse_layers
 
@@ -53,6 +53,7 @@ class Options:
         transforms: ``choose`` them by measured error, or ``none``.
         recent_window: newest tokens of each request that every quantized layer also keeps unquantized.
         recent_window_bits: 16, or 8.
+        sink_tokens: first tokens of each request that the recent window holds too.
         unquantized: layers kept at K16V16, such as ``0, 31``; empty for none.
         keep_all_pairs: do not prune.
         cluster_factor: largest ratio of errors within a cluster; 1 for none.
@@ -78,6 +79,7 @@ class Options:
     transforms: str = "choose"
     recent_window: int = 0
     recent_window_bits: int = 16
+    sink_tokens: int = 0
     unquantized: str = ""
     keep_all_pairs: bool = False
     cluster_factor: float = DEFAULT_FACTOR
@@ -93,6 +95,13 @@ class Options:
     def unquantized_layers(self) -> tuple[int, ...]:
         return tuple(parse_layers(self.unquantized, None)) if self.unquantized else ()
 
+    @property
+    def recent(self) -> RecentWindow | None:
+        """The recent window of every quantized layer."""
+        if not self.recent_window:
+            return None
+        return RecentWindow(self.recent_window, self.recent_window_bits, self.sink_tokens)
+
     def storage_url(self, out: Path) -> str:
         return self.storage or sqlite_url(out / "study.db")
 
@@ -106,18 +115,18 @@ class Options:
 
     def recent_bytes(self, shapes: dict[int, tuple[int, int]]) -> int:
         """Bytes of one request's recent windows, in the smallest blocks that hold them."""
-        if not self.recent_window:
+        if self.recent is None:
             return 0
-        tokens = recent_blocks(self.recent_window, BLOCK_SIZE_MULTIPLE) * BLOCK_SIZE_MULTIPLE
-        pair = RecentWindow(self.recent_window, self.recent_window_bits).pair
+        blocks = recent_blocks(self.recent_window, BLOCK_SIZE_MULTIPLE) + (self.sink_tokens > 0)
+        tokens, pair = blocks * BLOCK_SIZE_MULTIPLE, self.recent.pair
         layers = [shape for layer, shape in shapes.items() if layer not in self.unquantized_layers]
         return sum(tokens * heads * content_bytes(pair, size) for heads, size in layers)
 
     def budget_text(self, nominal: float, stored: float) -> str:
         """The budget in bits, and what it comes from where it was given as memory."""
         bits = f"at most {stored:.3f} stored bits ({nominal:.3f} nominal)"
-        if self.recent_window:
-            bits += f", beside a recent window of {RecentWindow(self.recent_window, self.recent_window_bits)}"
+        if self.recent is not None:
+            bits += f", beside a recent window of {self.recent}"
         if self.max_bits is not None:
             return bits
         return f"{bits}: {self.concurrency} requests of {self.context:,} tokens in {self.memory:,} bytes"
@@ -137,7 +146,7 @@ class Options:
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "capture": ("data", "heldout", "dtype", "seed", "window", "capture_tokens", "search_tokens", "heldout_tokens"),
-    "sensitivity": ("transforms", "recent_window", "recent_window_bits"),
+    "sensitivity": ("transforms", "recent_window", "recent_window_bits", "sink_tokens"),
     "prune": ("unquantized", "keep_all_pairs"),
     "cluster": ("cluster_factor",),
     "search": (
@@ -174,6 +183,7 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": int},
     ),
     "recent_window_bits": ("bits of the recent window", {"type": int, "choices": RECENT_BITS}),
+    "sink_tokens": ("first tokens of each request that the recent window holds too", {"type": int}),
     "unquantized": ("layers to keep at K16V16, such as 0,31", {"metavar": "LAYERS"}),
     "keep_all_pairs": ("keep all nine pairs of each layer as candidates", {"action": argparse.BooleanOptionalAction}),
     "cluster_factor": (
@@ -326,6 +336,11 @@ def _numbers(options: Options) -> list[str]:
             problems.append(f"--{name.replace('_', '-')} must be at least {minimum}, but got {value}")
     if options.recent_window > MAX_RECENT_WINDOW:
         problems.append(f"--recent-window must be at most {MAX_RECENT_WINDOW}, but got {options.recent_window}")
+    if not 0 <= options.sink_tokens <= MAX_SINK_TOKENS:
+        rule = f"must be an integer of 0-{MAX_SINK_TOKENS} tokens"
+        problems.append(f"--sink-tokens {rule}, but got {options.sink_tokens}")
+    elif options.sink_tokens and not options.recent_window:
+        problems.append(f"--sink-tokens {SINKS_WITHOUT_WINDOW}, but got {options.sink_tokens}")
     if options.max_bits is not None and not 0 < options.max_bits <= 16:
         problems.append(f"--max-bits must be above 0 and at most 16, but got {options.max_bits:g}")
     return problems

@@ -100,15 +100,15 @@ class Calibration:
         from .transform_choice import choose_transforms
 
         capture = Capture.read(self.out / CAPTURE_FOLDER)
-        recent = self.options.recent_window
+        unquantized = {"recent_window": self.options.recent_window, "sink_tokens": self.options.sink_tokens}
         choose = self.options.transforms == "choose"
-        choice = choose_transforms(capture, self.out, recent_window=recent) if choose else None
-        inputs = digest([capture.inputs, None if choice is None else choice.inputs, recent])
+        choice = choose_transforms(capture, self.out, **unquantized) if choose else None
+        inputs = digest([capture.inputs, None if choice is None else choice.inputs, unquantized])
         path, key_path = self.out / SENSITIVITY_FILE, self.out / SENSITIVITY_KEY_FILE
         known = read_artifact(key_path, KEY_SCHEMA, ("inputs", "sha256")) if key_path.exists() else {}
         if path.exists() and known == {"inputs": inputs, "sha256": file_sha256(path)}:
             return "as it was"
-        table = measure_sensitivity(capture, choice, self.out, recent_window=recent)
+        table = measure_sensitivity(capture, choice, self.out, **unquantized)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
         return f"{len(table.layers)} layers, nine pairs each"
 
@@ -148,7 +148,7 @@ class Calibration:
         heldout = self._score_heldout()
         path = self.out / PROFILE_FILE
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
-        recent = self.options.recent_window, self.options.recent_window_bits
+        recent = self.options.recent_window, self.options.recent_window_bits, self.options.sink_tokens
         write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout, *recent)
         return f"{path}. {verdict(heldout, SearchResult.read(self.out).max_bits)}"
 
@@ -193,6 +193,7 @@ class Calibration:
             kv_memory_bytes=self.options.kv_memory,
             recent_window=self.options.recent_window,
             recent_window_bits=self.options.recent_window_bits,
+            sink_tokens=self.options.sink_tokens,
         )
 
     def _score_heldout(self) -> Heldout:
@@ -272,6 +273,7 @@ class _Engine:
             unquantized_layers=settings.unquantized,
             recent_window=settings.recent_window,
             recent_window_bits=settings.recent_window_bits,
+            sink_tokens=settings.sink_tokens,
             kv_memory_bytes=settings.kv_memory_bytes,
             dtype=settings.dtype,
         )

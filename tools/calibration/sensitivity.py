@@ -23,6 +23,7 @@ def measure_sensitivity(
     out_dir: Path,
     *,
     recent_window: int = 0,
+    sink_tokens: int = 0,
     device: torch.device | str | None = None,
 ) -> SensitivityTable:
     """Measure every layer at the captured positions and write ``sensitivity.json``.
@@ -32,6 +33,7 @@ def measure_sensitivity(
         choice: each layer's transforms; None measures without any, which is the published method's setting.
         out_dir: the calibration's output folder; holds the choice's statics.
         recent_window: newest tokens of each query that are not quantized.
+        sink_tokens: first tokens of each window of text that are not either.
         device: where to measure; by default the first GPU, or the CPU.
     """
     device = device or default_device()
@@ -40,7 +42,7 @@ def measure_sensitivity(
     for layer in tqdm(capture.layers, desc="sensitivity", unit="layer"):
         rotary = capture.load_rotary(layer, device)
         near = None if rotary is None else rotary.near
-        meter = AttentionMeter(layer, capture.load_layer(layer, device), near, recent_window)
+        meter = AttentionMeter(layer, capture.load_layer(layer, device), near, recent_window, sink_tokens)
         errors = meter.pair_errors(built.get(layer.index, LayerTransforms()))
         layers.append(
             LayerSensitivity(

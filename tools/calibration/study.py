@@ -56,6 +56,7 @@ class EngineSettings:
         kv_memory_bytes: memory of the KV cache.
         recent_window: tokens of every layer's recent window.
         recent_window_bits: its bits.
+        sink_tokens: tokens at a request's head that it holds too.
     """
 
     model: str
@@ -67,6 +68,7 @@ class EngineSettings:
     kv_memory_bytes: int
     recent_window: int = 0
     recent_window_bits: int = 16
+    sink_tokens: int = 0
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON's types; :meth:`from_plain` reads it back."""

@@ -126,17 +126,19 @@ def choose_transforms(
     out_dir: Path,
     *,
     recent_window: int = 0,
+    sink_tokens: int = 0,
     floor: float = DEFAULT_FLOOR,
     device: torch.device | str | None = None,
 ) -> TransformChoice:
     """Choose for every layer; write ``transforms.json`` and, where a layer needs it, ``statics.safetensors``.
 
-    A choice that is there already, from the same capture, recent window and floor, is read instead.
+    A choice that is there already, from the same capture, recent window, sink tokens and floor, is read instead.
 
     Args:
         capture: what to measure on.
         out_dir: the calibration's output folder.
         recent_window: newest tokens of each query that are not quantized.
+        sink_tokens: first tokens of each window of text that are not either.
         floor: gain below which the baseline stays, 0 to 1.
         device: where to measure; by default the first GPU, or the CPU.
 
@@ -145,9 +147,8 @@ def choose_transforms(
     """
     if not 0 <= floor < 1:
         raise ValueError(f"floor must be at least 0 and below 1, but got {floor}")
-    inputs = digest(
-        {"capture": capture.inputs, "floor": floor, "recent_window": recent_window, "schema": TRANSFORMS_SCHEMA}
-    )
+    unquantized = {"recent_window": recent_window, "sink_tokens": sink_tokens}
+    inputs = digest({"capture": capture.inputs, "floor": floor, **unquantized, "schema": TRANSFORMS_SCHEMA})
     if (found := _find(out_dir, inputs)) is not None:
         return found
     biases = _biases(capture)
@@ -155,7 +156,7 @@ def choose_transforms(
     choices, statics = [], {}
     for layer in tqdm(capture.layers, desc="transforms", unit="layer"):
         choice, static = _choose(
-            capture, layer, biases.get(layer.index), layout, recent_window, floor, device or default_device()
+            capture, layer, biases.get(layer.index), layout, unquantized, floor, device or default_device()
         )
         choices.append(choice)
         if choice.transforms.needs_statics:
@@ -222,7 +223,7 @@ def _choose(
     layer: CapturedLayer,
     bias: torch.Tensor | None,
     layout: PairLayout | None,
-    recent_window: int,
+    unquantized: Mapping[str, int],
     floor: float,
     device: torch.device | str,
 ) -> tuple[LayerChoice, LayerStatics]:
@@ -234,7 +235,7 @@ def _choose(
         offsets |= ({} if bias is None else {"bias": bias.to(device)}) | {"mean": statics.mean}
         if layout is not None:
             factors |= statics.factors(layout)
-    meters = {NEAR: AttentionMeter(layer, windows, None if rotary is None else rotary.near, recent_window)}
+    meters = {NEAR: AttentionMeter(layer, windows, None if rotary is None else rotary.near, **unquantized)}
     if rotary is not None:
         meters[FAR] = meters[NEAR].at_far_positions(rotary)
 
