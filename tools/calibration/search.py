@@ -97,7 +97,9 @@ def run_search(
                 trial.set_user_attr(WORKER, me)
                 _run_trial(study, plan, trial, evaluator)
             except UpdateFinishedTrialError:
-                continue  # SQLite has no row locks, so another worker may have taken the same trial from the queue
+                # SQLite has no row locks, so another worker may have taken the same trial from the queue, and have ended
+                # it before this one asked for anything, or (skip_if_finished below) while it was scored here.
+                continue
             except BaseException:
                 put_back(study, trial._trial_id)
                 raise
@@ -189,16 +191,16 @@ def _run_trial(study: Study, plan: SearchPlan, trial: Trial, evaluator: LazyEval
     same = (each for each in scored_or_before if each.params == trial.params)
     if (known := next(same, None)) is not None:
         trial.set_user_attr(DUPLICATE_OF, known.number)
-        study.tell(trial, state=TrialState.PRUNED)
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
     elif size > plan.max_bytes and ORIGIN not in this.user_attrs:
         repaired = _params(space, space.repair(choice, plan.max_bytes))
         study.enqueue_trial(repaired, user_attrs={REPAIR_OF: trial.number}, skip_if_exists=True)
-        study.tell(trial, state=TrialState.PRUNED)
+        study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
     else:
         if QUALITY not in this.user_attrs:
             trial.set_user_attr(QUALITY, asdict(evaluator.score(space.pairs(choice))))
         quality = Quality(**trial.user_attrs[QUALITY])
-        study.tell(trial, [quality.kl_mean, space.stored_bits(size)])
+        study.tell(trial, [quality.kl_mean, space.stored_bits(size)], skip_if_finished=True)
 
 
 def _params(space: SearchSpace, choice: Choice) -> dict[str, str]:
