@@ -178,10 +178,11 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         positions = None
         if self.transforms.key_offset is not None:
             positions = _layer_metadata(layer.layer_name).positions
-        self._store(key, value, kv_cache, slot_mapping, positions)
         if self.recent is not None:
             recent = self.recent_kernels or self.recent
             recent.store(key, value, positions, self.transforms)
+        # Last, because decoding may begin while this store ends, and not while another's kernel does.
+        self._store(key, value, kv_cache, slot_mapping, positions)
 
     def _store(
         self,

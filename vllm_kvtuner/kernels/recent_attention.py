@@ -11,8 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_N = 32
-"""Tokens of a tile: a window of 64 tokens beside 4 sink tokens is three."""
+BLOCK_N = 64
+"""Tokens of a tile: a window of 64 tokens is one."""
+NUM_WARPS = 4
 MAX_BLOCK_M = 64
 
 
@@ -44,6 +45,10 @@ def _recent_attention_kernel(
     in_row = (dim < HEAD_SIZE)[:, None] & is_row[None, :]
     column = query.to(tl.int64)[None, :] * query_stride + head[None, :] * HEAD_SIZE + dim[:, None]
     queries = tl.load(query_ptr + column, mask=in_row, other=0.0)
+    # Asked for here and needed last, so that all answers from memory come in three turns: lengths, block table, rows.
+    older = tl.load(lse_ptr + head * num_tokens + query, mask=is_row, other=float("-inf")) * 1.4426950408889634
+    target = output_ptr + query.to(tl.int64)[None, :] * output_stride + head[None, :] * HEAD_SIZE + dim[:, None]
+    packed = tl.load(target, mask=in_row, other=0.0)
     output = tl.zeros([PADDED, BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -81,16 +86,13 @@ def _recent_attention_kernel(
         total = total * decay + tl.sum(p, 0)
         output = tl.dot(tl.trans(values), p.to(values.dtype), output * decay[None, :])
 
-    older = tl.load(lse_ptr + head * num_tokens + query, mask=is_row, other=float("-inf")) * 1.4426950408889634
     most = tl.maximum(top, older)
     most = tl.where(most == float("-inf"), 0.0, most)
     share, older_share = tl.exp2(top - most), tl.exp2(older - most)
     sums = total * share + older_share
     # Rows of padding see nothing in either.
     sums = tl.where(sums > 0, sums, 1.0)
-    target = output_ptr + query.to(tl.int64)[None, :] * output_stride + head[None, :] * HEAD_SIZE + dim[:, None]
-    packed = tl.load(target, mask=in_row, other=0.0).to(tl.float32)
-    merged = (output * share[None, :] + packed * older_share[None, :]) / sums[None, :]
+    merged = (output * share[None, :] + packed.to(tl.float32) * older_share[None, :]) / sums[None, :]
     tl.store(target, merged.to(output_ptr.dtype.element_ty), mask=in_row)
 
 
@@ -134,5 +136,5 @@ def recent_attention(
         scale * math.log2(math.e),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, RECENT=recent, SINKS=sinks, WINDOW=sliding_window or 0, SOFT_CAP=logits_soft_cap,
-        ROW_TILES=row_tiles, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=4, num_stages=2,
+        ROW_TILES=row_tiles, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, num_stages=2,
     )  # fmt: skip
