@@ -28,14 +28,17 @@ from typing import Any
 import psutil
 import torch
 
+from kvtuner_tools.model_files import load_model_shape
 from tests.helpers.engine import SERVER_ENVIRONMENT, fork_server
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
-from vllm_kvtuner.layout import PrecisionPair, content_bytes
+from vllm_kvtuner.profile import load_profile
 
 CONTEXT = 512
 BLOCK_SIZE = 32
 BLOCKS = 24
 """One and a half whole contexts."""
+WINDOWS = 16
+"""Recent windows, where the profile has one; a prompt's chunks hold several."""
 KV_HEADS, HEAD_SIZE, LAYERS = 2, 64, 4
 REQUESTS = 24
 """Of one round."""
@@ -102,7 +105,8 @@ def make_engine(model: str, profile: str, speculative: bool) -> Any:
     """An engine whose cache holds one and a half contexts."""
     from vllm import LLM
 
-    per_token = LAYERS * KV_HEADS * content_bytes(PrecisionPair.parse(profile), HEAD_SIZE)
+    resolved = load_profile(profile).resolve(load_model_shape(model))
+    memory = BLOCKS * BLOCK_SIZE * resolved.bytes_per_token + WINDOWS * resolved.recent_bytes_per_request
     return LLM(
         model,
         kv_cache_dtype="kvtuner",
@@ -112,7 +116,7 @@ def make_engine(model: str, profile: str, speculative: bool) -> Any:
         max_num_seqs=8,
         max_num_batched_tokens=256,
         block_size=BLOCK_SIZE,
-        kv_cache_memory_bytes=BLOCKS * BLOCK_SIZE * per_token,
+        kv_cache_memory_bytes=memory,
         gpu_memory_utilization=0.2,
         enforce_eager=not torch.cuda.is_available(),
         disable_log_stats=False,
@@ -329,7 +333,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first round")
     parser.add_argument("--rounds", type=int, default=1 << 62)
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--profile", default="K8V8", help="precision pair of all layers")
+    parser.add_argument("--profile", default="K8V8", help="pair of all layers, or a profile for the tiny model")
     parser.add_argument("--speculative", action="store_true", help="draft tokens by n-gram")
     args = parser.parse_args()
     os.environ.update(SERVER_ENVIRONMENT, VLLM_LOGGING_LEVEL="ERROR")
