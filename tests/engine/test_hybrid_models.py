@@ -98,3 +98,8 @@ def test_blocks_are_full_whatever_the_pairs(models, tmp_path, architecture, pair
     (found,) = STATES.findall(run.log)
     assert int(found[0].replace(",", "")) == 384 * token_bytes
     assert float(found[1]) < 2
+
+
+def test_mamba2_with_a_prefix_cache_is_refused_on_cpu(models):
+    with pytest.raises(ValueError, match=r"enable_prefix_caching must be false on a CPU .* but got true"):
+        run_engine(models["granite_hybrid"], profile="K8V8")

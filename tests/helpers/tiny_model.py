@@ -72,6 +72,10 @@ def make_tiny_model(
     Raises:
         ValueError: an architecture that is not in ``ARCHITECTURES``.
     """
+    if architecture in ("qwen2", "granite_hybrid", "lfm2") and head_size * num_heads != hidden_size:
+        raise ValueError(
+            f"{architecture} needs head_size * num_heads == hidden_size, but got {head_size=} {num_heads=}"
+        )
     common = dict(
         num_hidden_layers=num_layers,
         hidden_size=hidden_size,
@@ -92,8 +96,6 @@ def make_tiny_model(
     if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common))
     elif architecture == "qwen2":
-        if head_size * num_heads != hidden_size:
-            raise ValueError(f"qwen2 needs head_size * num_heads == hidden_size, but got {head_size=} {num_heads=}")
         model = Qwen2ForCausalLM(Qwen2Config(**common))
         with torch.no_grad():
             for layer in model.model.layers:
