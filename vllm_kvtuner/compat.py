@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import importlib
 import sys
 from collections.abc import Callable
 from types import ModuleType
@@ -39,6 +40,8 @@ def apply() -> None:
     give_layers_their_backend()
     bind_statics_after_loading()
     warm_kernels_up()
+    size_blocks_by_the_mean_page()
+    group_states_by_the_block()
     register_recent_windows()
     tell_recent_windows_of_requests()
     wake_kernels_up()
@@ -233,6 +236,52 @@ def warm_kernels_up() -> None:
     Worker.compile_or_warm_up_model = compile_or_warm_up_model
 
 
+def size_blocks_by_the_mean_page() -> None:
+    """Choose blocks whose mean attention page holds the state of a linear-attention layer.
+
+    Symptom: with unlike pairs, blocks are too large or hold few states. Cause: the page of the first attention layer's
+    backend, for the run's dtype, stands for all. Can go when vLLM asks every layer.
+    """
+    from vllm.platforms.interface import Platform
+
+    original = Platform._align_hybrid_block_size.__func__
+
+    @functools.wraps(original)
+    def align(cls: type[Platform], config: VllmConfig, backend: Any) -> None:
+        if plugin.uses_kvtuner(config):
+            from vllm_kvtuner.hybrid import backend_of_mean_page
+
+            backend = backend_of_mean_page(backend, plugin.mean_token_bytes(config))
+        original(cls, config, backend)
+
+    Platform._align_hybrid_block_size = classmethod(align)
+
+
+def group_states_by_the_block() -> None:
+    """Where pages are unequal, put as many states of linear-attention layers into a block as fit.
+
+    Symptom: half-empty blocks, and "Mamba SSU backend has not been initialized". Cause: vLLM splits states by the
+    pattern of attention layers, and wraps their specs, behind which it does not look. Can go when it does.
+    """
+    from vllm.v1.core import kv_cache_utils
+
+    planning: Any = kv_cache_utils
+    if not hasattr(kv_cache_utils, "_get_packed_kv_cache_groups"):  # 0.33.0
+        planning = importlib.import_module("vllm.v1.core.kv_cache_planning")
+    original = planning._get_packed_kv_cache_groups
+
+    @functools.wraps(original)
+    def packed_groups(vllm_config: VllmConfig, kv_cache_spec: dict[str, Any]) -> Any:
+        groups = original(vllm_config, kv_cache_spec)
+        if not groups or not plugin.uses_kvtuner(vllm_config) or not vllm_config.model_config.is_hybrid:
+            return groups
+        from vllm_kvtuner.hybrid import group_states
+
+        return group_states(groups)
+
+    planning._get_packed_kv_cache_groups = packed_groups
+
+
 def register_recent_windows() -> None:
     """Give the caches of recent windows their manager.
 
@@ -360,8 +409,10 @@ def log_capacity_once() -> None:
     def update_and_log(vllm_config: Any, kv_cache_config: Any) -> None:
         original(vllm_config, kv_cache_config)
         if plugin.uses_kvtuner(vllm_config):
-            plugin.check_capacity(vllm_config, kv_cache_config)
-            plugin.log_capacity(vllm_config, kv_cache_config)
+            from vllm_kvtuner import capacity
+
+            capacity.check_capacity(vllm_config, kv_cache_config)
+            capacity.log_capacity(vllm_config, kv_cache_config)
 
     _replace_in_core(kv_cache_utils, update_and_log)
 

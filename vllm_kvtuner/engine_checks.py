@@ -42,13 +42,30 @@ def settings(config: VllmConfig) -> tuple[str, ...]:
             f"cudagraph_mode must be NONE with {plugin.CALIBRATION_KEY} (such as by enforce_eager), since a graph "
             f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
         )
-    problems += speculation(config)
+    problems += speculation(config) + mamba2_on_cpu(config)
     if config.model_config.is_mm_prefix_lm:
         problems.append(
             "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
             "other in both directions; serve its text part alone (--language-model-only)"
         )
     return tuple(problems)
+
+
+def mamba2_on_cpu(config: VllmConfig) -> list[str]:
+    """vLLM 0.32.0's CPU kernel returns a state per prompt where its prefix cache asks for one per chunk.
+
+    The first batch then ends the engine in an IndexError, with any cache.
+    """
+    from vllm.platforms import current_platform
+
+    text = config.model_config.hf_text_config
+    has_mamba2 = any(getattr(text, key, None) for key in ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads"))
+    if not current_platform.is_cpu() or not has_mamba2 or not config.cache_config.enable_prefix_caching:
+        return []
+    return [
+        "enable_prefix_caching must be false on a CPU (--no-enable-prefix-caching) for a model with Mamba-2 layers, "
+        "whose states vLLM's CPU kernels do not keep, but got true"
+    ]
 
 
 def speculation(config: VllmConfig) -> list[str]:

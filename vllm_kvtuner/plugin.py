@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvtuner import layout
-from vllm_kvtuner.layout import UNQUANTIZED, content_bytes
+from vllm_kvtuner.layout import PrecisionPair, content_bytes
 
 if TYPE_CHECKING:
     import torch
     from vllm.config import VllmConfig
-    from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from vllm_kvtuner.profile import LayerPrecision, RecentWindow, ResolvedProfile
     from vllm_kvtuner.transforms import RotaryTable
@@ -35,10 +33,8 @@ DIGEST_KEY = "kvtuner_digest"
 RECENT_SUFFIX = ".recent"
 """What follows an attention layer's name in that of its recent window."""
 
-_DRAFT_PREFIXES = ("draft_model.", "mtp.")
+DRAFT_PREFIXES = ("draft_model.", "mtp.")
 """How names of a draft model's layers begin, where their numbers are no others than the target's."""
-
-logger = logging.getLogger("vllm.kvtuner")
 
 
 def register() -> None:
@@ -125,7 +121,26 @@ def mixes_attention_kinds(config: VllmConfig) -> bool:
 
 def needs_packed_blocks(config: VllmConfig) -> bool:
     """Whether pages of unequal size lie in different KV cache groups, which only a block-outermost layout packs."""
-    return mixes_attention_kinds(config) or bool(resolved_profile(config).recent_windows)
+    return (
+        mixes_attention_kinds(config) or config.model_config.is_hybrid or bool(resolved_profile(config).recent_windows)
+    )
+
+
+def mean_token_bytes(config: VllmConfig) -> int:
+    """Bytes of one token in the mean attention layer of a rank, rounded down. The same for all pipeline stages."""
+    layers = resolved_profile(config).layers
+    return sum(_token_bytes(config, layer) for layer in layers) // len(layers)
+
+
+def _token_bytes(config: VllmConfig, layer: LayerPrecision) -> int:
+    """Bytes of one token in the pages of a layer of one rank."""
+    heads = max(1, layer.shape.num_kv_heads // config.parallel_config.tensor_parallel_size)
+    return heads * content_bytes(layer.pair, layer.shape.head_size) * _widen(config, layer.pair)
+
+
+def _widen(config: VllmConfig, pair: PrecisionPair) -> int:
+    """What a profile calls 16 bits is the model's dtype."""
+    return 1 if pair.is_quantized else config.model_config.dtype.itemsize // 2
 
 
 def recent_block_size(config: VllmConfig, window: RecentWindow) -> int:
@@ -134,15 +149,13 @@ def recent_block_size(config: VllmConfig, window: RecentWindow) -> int:
     ranks = config.parallel_config.tensor_parallel_size
     kinds = getattr(model.hf_text_config, "layer_types", None) or ()
     sliding = [mixes_attention_kinds(config) and kinds[layer.index] == "sliding_attention" for layer in resolved.layers]
-    widen = model.dtype.itemsize // 2  # what a profile calls 16 bits is the model's dtype
     pool = windows = 0
     for layer, is_sliding in zip(resolved.layers, sliding, strict=True):
-        heads = max(1, layer.shape.num_kv_heads // ranks)
-        size = content_bytes(layer.pair, layer.shape.head_size)
         # Groups of sliding-window layers share the blocks that the full layers' pages make.
-        pool += 0 if is_sliding else heads * size * (1 if layer.pair.is_quantized else widen)
+        pool += 0 if is_sliding else _token_bytes(config, layer)
         if layer.recent == window:
-            windows += heads * layer.recent_content_bytes * (1 if window.pair.is_quantized else widen)
+            heads = max(1, layer.shape.num_kv_heads // ranks)
+            windows += heads * layer.recent_content_bytes * _widen(config, window.pair)
     block_size = config.cache_config.block_size
     return layout.recent_block_size(block_size, pool * block_size, windows)
 
@@ -203,98 +216,6 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
                 range_search=chosen.range_search,
             )
         )
-
-
-def check_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Refuse a pool in which one request alone could not go on, which would then wait for ever.
-
-    vLLM makes room for what a request holds while it decodes; a prompt in flight holds more of its recent windows.
-
-    Raises:
-        ValueError: a request of max_model_len tokens does not fit with its prompt in flight.
-    """
-    length = config.model_config.max_model_len
-    needed = windows = 0
-    for group in kv_cache_config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        if all(name.endswith(RECENT_SUFFIX) for name in group.layer_names):
-            windows += spec.max_admission_blocks_per_request(config.max_in_flight_tokens, length)
-        else:
-            needed += -(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
-    # The pool keeps one block to itself.
-    if windows and kv_cache_config.num_blocks - 1 < needed + windows:
-        raise ValueError(
-            f"the KV cache must have at least {needed + windows + 1} blocks for a prompt of max_model_len ({length}) "
-            f"tokens, {windows} of them for its {_windows(resolved_profile(config))}, but got "
-            f"{kv_cache_config.num_blocks}; decrease max_model_len or increase gpu_memory_utilization"
-        )
-
-
-def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
-    """Say once what the cache holds: profile, bits, tokens, and how many times bf16's that is."""
-    resolved = resolved_profile(config)
-    times, padding, recent = _against_bf16(config, kv_cache_config)
-    logger.info(
-        "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token%s%s; %s KV tokens fit, %.2f times "
-        "as many as bf16",
-        resolved.profile.source or resolved.profile.name,
-        resolved.nominal_bits,
-        resolved.stored_bits,
-        f"{resolved.bytes_per_token:,}",
-        f", up to {recent:,} more per request for {_windows(resolved)}" if recent else "",
-        f" and {padding:.1%} padding between unequal pages" if padding > 0.001 else "",
-        f"{config.cache_config.kv_cache_size_tokens or 0:,}",
-        times,
-    )
-
-
-def _windows(resolved: ResolvedProfile) -> str:
-    return "recent windows of " + ", ".join(str(window) for window in resolved.recent_windows)
-
-
-def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[float, float, int]:
-    """How many times a bf16 cache's tokens fit, the padding over what the layers of all groups store, and the bytes of
-    the blocks that one request's recent windows hold at most while it decodes. A draft model's layers count as
-    they are.
-
-    Cache groups overlay each other in the pool's blocks, so the largest group of bf16 pages sets what bf16 would take.
-    """
-    import copy
-
-    from vllm.model_executor.models.utils import extract_layer_index
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
-
-    layers = {layer.index: layer for layer in resolved_profile(config).layers}
-    ranks = config.parallel_config.tensor_parallel_size
-    # One of the two strides is a page, and the other holds many of them.
-    tensors = kv_cache_config.kv_cache_tensors
-    pages = {name: min(tensor.layer_stride, tensor.block_stride) for tensor in tensors for name in tensor.layers}
-    bf16 = stored = windows = 0
-    packed = []
-    for group in kv_cache_config.kv_cache_groups:
-        if all(name.endswith(RECENT_SUFFIX) for name in group.layer_names):
-            windows += group.kv_cache_spec.decode_blocks
-            continue
-        packed.append(group)
-        group_bf16 = group_stored = 0
-        for name in group.layer_names:
-            layer = None if name.startswith(_DRAFT_PREFIXES) else layers.get(extract_layer_index(name))
-            if layer is None:
-                group_bf16 += pages[name]
-                group_stored += pages[name]
-                continue
-            tokens = group.kv_cache_spec.block_size * max(1, layer.shape.num_kv_heads // ranks)
-            row_bytes = 2 * layer.shape.head_size * config.model_config.dtype.itemsize
-            group_bf16 += tokens * content_bytes(UNQUANTIZED, layer.shape.head_size)
-            group_stored += tokens * (
-                content_bytes(layer.pair, layer.shape.head_size) if layer.pair.is_quantized else row_bytes
-            )
-        bf16, stored = max(bf16, group_bf16), stored + group_stored
-    block_bytes = kv_cache_config.kv_cache_tensors[0].size // kv_cache_config.num_blocks
-    without = copy.copy(kv_cache_config)
-    without.kv_cache_groups = packed
-    share = get_kv_cache_capacity(config, kv_cache_config)[0] / get_kv_cache_capacity(config, without)[0]
-    return bf16 / block_bytes * share, block_bytes * len(packed) / stored - 1, windows * block_bytes
 
 
 class _HfConfig:

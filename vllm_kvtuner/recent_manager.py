@@ -83,7 +83,7 @@ class RecentSpec(SlidingWindowSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Of a request that decodes, which is what capacity is made of. That one request fits with its whole prompt
-        in flight, :func:`vllm_kvtuner.plugin.check_capacity` asserts."""
+        in flight, :func:`vllm_kvtuner.capacity.check_capacity` asserts."""
         return self.decode_blocks * self.page_size_bytes
 
 

@@ -26,7 +26,7 @@ VALUES_OF_4_BITS = 0.5
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"llama": 128, "qwen3": 128, "gemma3": 64}
+    sizes = {"llama": 128, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
     return {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
 
 
@@ -52,7 +52,7 @@ def check(model, profile, tolerance=LOGPROB_TOLERANCE, **options):
         assert [logprob for _, logprob in answer] == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite_hybrid", "qwen3_next"])
 @pytest.mark.parametrize("options", MODES)
 def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
     check(models[architecture], "K8V8", **options)
@@ -67,6 +67,8 @@ def mixed_profiles(tmp_path_factory):
         "a pair per kind": "{0: K8V4, 1: K8V8, 2: K8V4, 3: K8V8}",
         "islands of a kind": "{0: K16V16, 1: K8V8, 2: K8V4, 3: K16V16}",
         "unlike": "{0: K8V8, 1: K8V4, 2: K16V16, 3: K8V8}",
+        "odd layers": "{0-1: K8V8, 2-3: K8V4}",
+        "island of the odd": "{0-1: K16V16, 2-3: K8V8}",
     }
     for name, text in layers.items():
         (folder / f"{name}.yaml").write_text(f"version: 1\nlayers: {text}\n")
@@ -80,6 +82,9 @@ def mixed_profiles(tmp_path_factory):
         ("gemma3", "a pair per kind"),
         ("gemma3", "islands of a kind"),
         ("qwen3", "unlike"),  # queries and keys are normalized per head
+        ("granite_hybrid", "odd layers"),  # the even ones are linear attention
+        ("qwen3_next", "odd layers"),
+        ("qwen3_next", "island of the odd"),
     ],
 )
 def test_layers_of_unlike_pairs_decode_like_the_unquantized_cache(models, mixed_profiles, architecture, profile):
@@ -109,6 +114,11 @@ def window_profiles(tmp_path_factory):
 def test_recent_windows_decode_like_the_unquantized_cache(models, window_profiles, profile, options):
     """Also where the packed pages are of 2 bits, since no query reads them."""
     check(models["llama"], window_profiles[profile], **options)
+
+
+@pytest.mark.parametrize("architecture", ["granite_hybrid", "qwen3_next"])
+def test_recent_windows_beside_linear_attention(models, window_profiles, architecture):
+    check(models[architecture], window_profiles["short"], twice=True)
 
 
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])

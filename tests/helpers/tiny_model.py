@@ -6,13 +6,20 @@ And what goes with them: heads that draft tokens, and adapters.
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -21,9 +28,14 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
+HYBRIDS = ("granite_hybrid", "falcon_h1", "qwen3_next", "lfm2")
+"""Even layers are linear attention (state-space, both, gated delta net, short convolution), odd ones full attention;
+every layer of Falcon-H1 is both."""
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", *HYBRIDS)
 SLIDING_WINDOW = 64
 """Window in tokens of Gemma 3's even layers; its odd layers see everything."""
 WEIGHT_STD = 0.08
@@ -60,6 +72,10 @@ def make_tiny_model(
     Raises:
         ValueError: an architecture that is not in ``ARCHITECTURES``.
     """
+    if architecture in ("qwen2", "granite_hybrid", "lfm2") and head_size * num_heads != hidden_size:
+        raise ValueError(
+            f"{architecture} needs head_size * num_heads == hidden_size, but got {head_size=} {num_heads=}"
+        )
     common = dict(
         num_hidden_layers=num_layers,
         hidden_size=hidden_size,
@@ -80,8 +96,6 @@ def make_tiny_model(
     if architecture == "llama":
         model = LlamaForCausalLM(LlamaConfig(**common))
     elif architecture == "qwen2":
-        if head_size * num_heads != hidden_size:
-            raise ValueError(f"qwen2 needs head_size * num_heads == hidden_size, but got {head_size=} {num_heads=}")
         model = Qwen2ForCausalLM(Qwen2Config(**common))
         with torch.no_grad():
             for layer in model.model.layers:
@@ -101,11 +115,57 @@ def make_tiny_model(
                 **common, sliding_window=SLIDING_WINDOW, layer_types=kinds, query_pre_attn_scalar=head_size
             )
         )
+    elif architecture in HYBRIDS:
+        model = _hybrid(architecture, common)
     else:
         raise ValueError(f"architecture must be one of {ARCHITECTURES}, but got {architecture!r}")
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(max_model_len).save_pretrained(folder)
     return folder
+
+
+def _hybrid(architecture: str, common: dict[str, Any]) -> PreTrainedModel:
+    hidden_size, head_size = common["hidden_size"], common["head_dim"]
+
+    def kinds(even: str, odd: str = "full_attention") -> list[str]:
+        return [odd if index % 2 else even for index in range(common["num_hidden_layers"])]
+
+    mamba = dict(mamba_expand=2, mamba_n_heads=hidden_size // 32, mamba_d_head=64, mamba_n_groups=1, mamba_d_state=32)
+    if architecture == "granite_hybrid":
+        return GraniteMoeHybridForCausalLM(
+            GraniteMoeHybridConfig(
+                **common,
+                **mamba,
+                layer_types=kinds("mamba", "attention"),
+                position_embedding_type="rope",
+                attention_multiplier=head_size**-0.5,
+                num_local_experts=0,
+                num_experts_per_tok=0,
+                shared_intermediate_size=2 * hidden_size,
+            )
+        )
+    if architecture == "falcon_h1":
+        return FalconH1ForCausalLM(FalconH1Config(**common, **mamba, mamba_d_ssm=2 * hidden_size))
+    if architecture == "lfm2":
+        # vLLM reads sizes that the released models' files give and the config class has no field for.
+        sizes = dict(conv_dim=hidden_size, block_dim=hidden_size, block_ff_dim=2 * hidden_size)
+        return Lfm2ForCausalLM(Lfm2Config(**common, **sizes, layer_types=kinds("conv"), block_auto_adjust_ff_dim=False))
+    last = common["num_hidden_layers"] - 1
+    return Qwen3NextForCausalLM(
+        Qwen3NextConfig(
+            **common,
+            layer_types=kinds("linear_attention"),
+            linear_key_head_dim=head_size,
+            linear_value_head_dim=head_size,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            mlp_only_layers=list(range(last)),  # vLLM wants one layer of experts
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=64,
+        )
+    )
 
 
 def make_eagle_head(target: Path, folder: Path) -> Path:
