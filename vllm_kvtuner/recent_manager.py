@@ -166,6 +166,8 @@ class RecentManager(SlidingWindowManager):
             apply_admission_cap=apply_admission_cap,
             **kwargs,
         )
+        if not needed and not new_computed_blocks:  # as in nearly all steps that decode
+            return 0
         # vLLM's own leaves out what it finds before the window.
         skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
         needed += self._get_num_evictable_blocks(new_computed_blocks[: min(self.sink_blocks, skipped)])
@@ -188,6 +190,8 @@ class RecentManager(SlidingWindowManager):
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         blocks = self.req_to_blocks[request_id]
+        if len(blocks) * self.block_size >= num_tokens:
+            return []
         stored = self._stored(request_id, len(blocks), num_tokens)
         taken = self.block_pool.get_new_blocks(sum(stored))
         if self._record_new_block_ids:
@@ -231,6 +235,8 @@ class RecentManager(SlidingWindowManager):
 
 def tell_managers(coordinator: KVCacheCoordinator, request: Request) -> None:
     """Tell the managers of recent windows where hits on a request's tokens can end, before its blocks are allocated."""
+    if request.num_computed_tokens >= request.num_prompt_tokens:  # they were told when its prompt was computed
+        return
     managers = [manager for manager in coordinator.single_type_managers if isinstance(manager, RecentManager)]
     if not managers:
         return
