@@ -97,8 +97,8 @@ def run_search(
                 trial.set_user_attr(WORKER, me)
                 _run_trial(study, plan, trial, evaluator)
             except UpdateFinishedTrialError:
-                # SQLite has no row locks, so another worker may have taken the same trial from the queue, and have ended
-                # it before this one asked for anything, or (skip_if_finished below) while it was scored here.
+                # SQLite has no row locks, so another worker may have taken the same trial from the queue, and have
+                # ended it before this one asked for anything, or (skip_if_finished below) while it was scored here.
                 continue
             except BaseException:
                 put_back(study, trial._trial_id)
