@@ -41,7 +41,7 @@ def apply() -> None:
     bind_statics_after_loading()
     warm_kernels_up()
     size_blocks_by_the_mean_page()
-    group_states_by_the_block()
+    group_layers_by_the_block()
     register_recent_windows()
     tell_recent_windows_of_requests()
     wake_kernels_up()
@@ -257,11 +257,12 @@ def size_blocks_by_the_mean_page() -> None:
     Platform._align_hybrid_block_size = classmethod(align)
 
 
-def group_states_by_the_block() -> None:
-    """Where pages are unequal, put as many states of linear-attention layers into a block as fit.
+def group_layers_by_the_block() -> None:
+    """Where pages are unequal, fill blocks with the states of linear-attention layers and with sliding-window layers.
 
-    Symptom: half-empty blocks, and "Mamba SSU backend has not been initialized". Cause: vLLM splits states by the
-    pattern of attention layers, and wraps their specs, behind which it does not look. Can go when it does.
+    Symptom: half-empty blocks, "Mamba SSU backend has not been initialized", and a StopIteration where unlike pairs
+    of sliding-window layers are in unequal numbers. Cause: vLLM splits both by the pattern of the layers' pages, which
+    it takes for a repeating one, and wraps states' specs, behind which it does not look. Can go when it does not.
     """
     from vllm.v1.core import kv_cache_utils
 
@@ -272,12 +273,24 @@ def group_states_by_the_block() -> None:
 
     @functools.wraps(original)
     def packed_groups(vllm_config: VllmConfig, kv_cache_spec: dict[str, Any]) -> Any:
-        groups = original(vllm_config, kv_cache_spec)
-        if not groups or not plugin.uses_kvtuner(vllm_config) or not vllm_config.model_config.is_hybrid:
-            return groups
+        if not plugin.uses_kvtuner(vllm_config):
+            return original(vllm_config, kv_cache_spec)
+        from vllm_kvtuner import sliding_groups
         from vllm_kvtuner.hybrid import group_states
 
-        return group_states(groups)
+        buckets = sliding_groups.unequal_buckets(kv_cache_spec)
+        layout = vllm_config.cache_config.get_resolved_kv_cache_layout()
+        if not buckets or not layout.is_block_outermost:
+            groups = original(vllm_config, kv_cache_spec)
+        else:
+            rest = {name: kv_cache_spec[name] for name in kv_cache_spec if not any(name in each for each in buckets)}
+            groups = original(vllm_config, rest) if rest else []
+            if groups is None:  # pages that are all equal need no packing by themselves
+                groups = [sliding_groups.whole_group(bucket) for bucket in sliding_groups.uniform_buckets(rest)]
+            room = sliding_groups.block_bytes(groups)
+            for bucket in buckets:
+                groups += sliding_groups.split_to_fit(bucket, room)
+        return group_states(groups) if groups and vllm_config.model_config.is_hybrid else groups
 
     planning._get_packed_kv_cache_groups = packed_groups
 
