@@ -11,10 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_N = 64
-"""Tokens of a tile: a window of 64 tokens is one."""
-NUM_WARPS = 4
-MAX_BLOCK_M = 64
+BLOCK_N = 32
+"""Tokens of a tile: a window of 64 tokens beside 4 sink tokens is three."""
+MAX_BLOCK_M = 32
+NUM_WARPS = 2
+"""With four, Triton takes Hopper's warp-group products, with which its 3.6 and later versions read outside of shared
+memory where a kernel has several small ones (triton-lang/triton issues 10486 and 11366). These programs are so small
+that two warps, with less shared memory, also let more of them run at once."""
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_tokens"])
