@@ -8,9 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvtuner_tools.bench.closed_loop import DECODE_STEPS, fitting_requests, measure_throughput
-from kvtuner_tools.bench.points import ThroughputPoint
-from kvtuner_tools.bench.serve_engine import ServeJob, throughput_point, token_range
+from kvtuner_tools.bench.closed_loop import (
+    DECODE_STEPS,
+    FILL_STEPS,
+    fitting_requests,
+    measure_decode,
+    measure_throughput,
+)
+from kvtuner_tools.bench.points import Point, ThroughputPoint
+from kvtuner_tools.bench.serve_engine import ServeJob, decode_point, throughput_point, token_range
 from kvtuner_tools.settings import Setting
 from tests.helpers.engine import VOCABULARY, cpu_only, fork_server
 from tests.helpers.tiny_model import make_tiny_model
@@ -128,13 +134,34 @@ def test_a_loop_that_never_decodes_alone_says_so():
     assert result["output_tok_s"] > 0
 
 
+def test_decoding_alone():
+    """Steps before all have their first token do not count, and nothing is left behind."""
+    engine = FakeEngine(200)
+
+    found = measure_decode(engine, [[1] * 100] * 8, 20, lambda tokens: tokens, lambda: engine.now)
+
+    assert found.step_s == pytest.approx(STEP_S + 8 * DECODE_S)
+    assert found.first_s == pytest.approx(5 * STEP_S + 800 * PREFILL_S + (2 + 3 + 5 + 7 + 8) * DECODE_S)
+    assert not engine.has_unfinished_requests()
+    assert set(engine.generated.values()) <= set(range(20, 20 + FILL_STEPS)), "none ended while it was timed"
+
+
+def test_decoding_that_is_never_alone_says_so():
+    """So many prompts that the first requests have ended before the last begin."""
+    engine = FakeEngine(100)
+
+    found = measure_decode(engine, [[1] * 100] * 200, 4, lambda tokens: tokens, lambda: engine.now)
+
+    assert found.step_s is None
+
+
 def test_requests_that_fit():
     assert fitting_requests(kv_tokens=831_494, block_size=16, tokens=4608) == 180
     assert fitting_requests(kv_tokens=64, block_size=16, tokens=17) == 1, "two blocks each, and one for none"
     assert fitting_requests(kv_tokens=32, block_size=16, tokens=17) == 0
 
 
-def _real(model: Path, lines: Path) -> dict:
+def _real(model: Path, lines: Path) -> tuple[dict, dict]:
     from vllm import LLM
 
     llm = LLM(
@@ -148,7 +175,8 @@ def _real(model: Path, lines: Path) -> dict:
         max_num_seqs=4, lines=lines,
     )  # fmt: skip
     try:
-        return throughput_point(llm, job, ThroughputPoint(24, 8), *token_range(VOCABULARY))
+        tokens = token_range(VOCABULARY)
+        return throughput_point(llm, job, ThroughputPoint(24, 8), *tokens), decode_point(llm, Point(3, 40), 8, *tokens)
     finally:
         llm.llm_engine.engine_core.shutdown()
 
@@ -157,7 +185,7 @@ def _real(model: Path, lines: Path) -> dict:
 def test_a_real_engine(tmp_path):
     model = make_tiny_model(tmp_path / "llama", "llama")
     with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:
-        result = pool.submit(_real, model, tmp_path / "lines").result()
+        result, decode = pool.submit(_real, model, tmp_path / "lines").result()
 
     assert result["fitting"] > result["concurrency"] == 4
     assert result["preemptions"] == 0
@@ -166,3 +194,6 @@ def test_a_real_engine(tmp_path):
     tokens = result["output_tok_s"] * result["window_s"]
     assert result["prompts"] == pytest.approx(tokens / 8, abs=5)
     assert result["total_tok_s"] * result["window_s"] == pytest.approx(tokens + 24 * result["prompts"], rel=0.01)
+
+    assert (decode["batch"], decode["context"]) == (3, 40)
+    assert decode["decode_tok_s"] == pytest.approx(3e3 / decode["decode_ms"], rel=1e-3)

@@ -225,14 +225,14 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
         bench.run(parse(*OPTIONS, "--setting=fp8", "--output-tokens=7", f"--out={out}"))
     assert out.read_text() == before
     out.write_text("{}")
-    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/2, but got None"):
+    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/3, but got None"):
         bench.run(parse(*OPTIONS, "--setting=auto", f"--out={out}"))
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--points=1x40000"], "--max-model-len must be at least 40065 for these points, but got 33000"),
+        (["--points=1x40000"], "--max-model-len must be at least 40128 for these points, but got 33000"),
         (["--throughput=32768x512"], "--max-model-len must be at least 33792 for these points, but got 33000"),
         (["--long-prefill=33000:8192"], "--max-model-len must be at least 33001 for these points, but got 33000"),
         (["--long-prefill=512:128"], "CHUNK must be at least --max-num-seqs, 256, as vLLM demands of a step"),

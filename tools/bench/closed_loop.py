@@ -1,5 +1,6 @@
-"""Throughput with a fixed number of requests in flight: one that ends is replaced at once."""
+"""Throughput with a fixed number of requests in flight: one that ends is replaced at once; and decoding alone."""
 
+import itertools
 import random
 import statistics
 import time
@@ -11,6 +12,9 @@ from .points import ThroughputPoint
 
 DECODE_STEPS = 32
 """Steps after the last request's first token that are timed on their own."""
+
+FILL_STEPS = 64
+"""Tokens that requests may generate while others still wait for their first, where decoding alone is measured."""
 
 
 class Engine(Protocol):
@@ -116,6 +120,46 @@ def fitting_requests(kv_tokens: int, block_size: int, tokens: int) -> int:
     """Requests of up to ``tokens`` tokens that ``kv_tokens`` of cache hold at once, a block being given to none."""
     blocks = -(-tokens // block_size)
     return (kv_tokens // block_size - 1) // blocks
+
+
+@dataclass(frozen=True)
+class Decode:
+    """What :func:`measure_decode` found.
+
+    Args:
+        first_s: seconds until every request has its first token.
+        step_s: mean of the steps in which all requests decode, None if there was none.
+    """
+
+    first_s: float
+    step_s: float | None
+
+
+def measure_decode(
+    engine: Engine,
+    prompts: Sequence[Sequence[int]],
+    steps: int,
+    sampling: Callable[[int], Any],
+    clock: Callable[[], float] = time.perf_counter,
+) -> Decode:
+    """Submit all prompts at once, and time ``steps`` engine steps from when all of them have their first token.
+
+    Only steps count in which every request got a token and none was prefilled. The mean, since the steps of an engine
+    that prepares one while another runs may return in uneven turns.
+    """
+    loop = ClosedLoop(engine, itertools.cycle(prompts).__next__, sampling, clock)
+    begin = clock()
+    tokens = FILL_STEPS + steps
+    for _ in prompts:
+        loop.submit(tokens)
+    first_wave = set(loop.tokens)
+    while any(loop.tokens.get(request) == 0 for request in first_wave):
+        loop.step(tokens)
+    first_s = clock() - begin
+    taken = [loop.step(tokens) for _ in range(steps)]
+    pure = [step.seconds for step in taken if step.tokens == len(prompts) and not step.first_tokens]
+    loop.stop()
+    return Decode(first_s, statistics.mean(pure) if pure else None)
 
 
 def measure_throughput(

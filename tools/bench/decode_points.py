@@ -1,7 +1,7 @@
 """Decode speed, prefill speed, KV capacity and throughput of vLLM engines on a model's shapes with dummy weights.
 
-Each point BATCHxCONTEXT prefills BATCH random prompts of CONTEXT tokens (prefill_s), then decodes --output-tokens
-tokens for all of them with the prompts served from the prefix cache, and gives milliseconds per decode step.
+Each point BATCHxCONTEXT prefills BATCH random prompts of CONTEXT tokens (prefill_s), then serves them again from the
+prefix cache and gives milliseconds per step over --output-tokens steps in which all of them decode.
 --throughput keeps as many requests in flight as fit in the KV cache. Every setting runs in an engine and a process of
 its own; a run that was cut short goes on, with the same options and --out, at the setting it was cut short in.
 """
@@ -18,11 +18,12 @@ from typing import Any
 from ..processes import in_own_process
 from ..results import format_table, provenance, write_json
 from ..settings import Setting, cache_bits, profile_sha256
+from .closed_loop import FILL_STEPS
 from .pictures import check_picture, draw
 from .points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
 from .serve_engine import ServeJob, measure
 
-SCHEMA = "kvtuner-bench-serve/2"
+SCHEMA = "kvtuner-bench-serve/3"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 """Requests that run at once by default, without and with --throughput."""
 _SETTING = {
@@ -249,7 +250,7 @@ def _check_lengths(args: argparse.Namespace, points: Sequence[Point], max_num_se
     if args.long_prefill and args.long_prefill.chunk < max_num_seqs:
         rule = f"--long-prefill's CHUNK must be at least --max-num-seqs, {max_num_seqs}, as vLLM demands of a step"
         raise ValueError(f"{rule}, but got {args.long_prefill.chunk}")
-    longest = [point.context + args.output_tokens + 1 for point in points]
+    longest = [point.context + FILL_STEPS + args.output_tokens for point in points]
     # The first requests of a closed loop may generate twice their output.
     longest += [point.prompt + 2 * point.output for point in args.throughput]
     longest += [args.long_prefill.prompt + 1] if args.long_prefill else []

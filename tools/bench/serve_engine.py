@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..settings import Setting
-from .closed_loop import fitting_requests, measure_throughput
+from .closed_loop import fitting_requests, measure_decode, measure_throughput
 from .points import LongPrefill, Point, ThroughputPoint
 
 CUDAGRAPH_CAPTURE_SIZES = (1, 8, 32, 64, 128, 256)
@@ -19,8 +19,7 @@ THROUGHPUT_CAPTURE_SIZES = (192, 320, 384, 448, 512, 640, 768, 896, 1024)
 BATCHED_TOKENS = 16384
 """Tokens of a step at most, where no long prefill says another chunk."""
 WARM_RUNS = 2
-"""Runs with the prompts cached, for one token and for all: the quickest of each counts, so that what varies in the step
-that looks the prompts up is not taken for decoding."""
+"""Runs with the prompts cached, of which the quickest counts."""
 LONG_PREFILLS = 3
 """Prompts that are prefilled one after the other, after one more to warm up."""
 
@@ -109,20 +108,19 @@ def measure(job: ServeJob) -> None:
 
 
 def decode_point(llm: Any, point: Point, output_tokens: int, low: int, high: int) -> dict[str, Any]:
-    """A step is (time of all output tokens - time of one) / (output tokens), both with the prompts cached."""
+    """Prefill of random prompts, then decoding alone with the prompts cached."""
     random.seed(point.batch * point.context)
     prompts = [[random.randrange(low, high) for _ in range(point.context)] for _ in range(point.batch)]
     cold = _generate(llm, prompts, 1)
-    warm = min(_generate(llm, prompts, 1) for _ in range(WARM_RUNS))
-    full = min(_generate(llm, prompts, output_tokens + 1) for _ in range(WARM_RUNS))
-    step = (full - warm) / output_tokens
+    runs = [measure_decode(llm.llm_engine, prompts, output_tokens, _sampling) for _ in range(WARM_RUNS)]
+    step = min((run.step_s for run in runs if run.step_s is not None), default=None)
     return {
         "batch": point.batch,
         "context": point.context,
         "prefill_s": round(cold, 2),
-        "warm_s": round(warm, 3),
-        "decode_ms": round(step * 1e3, 3),
-        "decode_tok_s": round(point.batch / step, 1),
+        "warm_s": round(min(run.first_s for run in runs), 3),
+        "decode_ms": None if step is None else round(step * 1e3, 3),
+        "decode_tok_s": None if step is None else round(point.batch / step, 1),
     }
 
 
@@ -141,23 +139,12 @@ def long_prefill_point(llm: Any, long_prefill: LongPrefill, low: int, high: int)
 
 def throughput_point(llm: Any, job: ServeJob, point: ThroughputPoint, low: int, high: int) -> dict[str, Any]:
     from tqdm import tqdm
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
 
     cache = llm.llm_engine.vllm_config.cache_config
     fitting = fitting_requests(cache.kv_cache_size_tokens, cache.block_size, point.prompt + point.output)
     if not fitting:
         raise ValueError(f"a request of {point} must fit the KV cache, but got {cache.kv_cache_size_tokens} tokens")
     concurrency = min(fitting, job.max_num_seqs)
-
-    def sampling(output_tokens: int) -> SamplingParams:
-        return SamplingParams(
-            max_tokens=output_tokens,
-            ignore_eos=True,
-            temperature=0.0,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
 
     def preemptions() -> int:
         return sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
@@ -175,7 +162,7 @@ def throughput_point(llm: Any, job: ServeJob, point: ThroughputPoint, low: int, 
             concurrency,
             job.window_s,
             _prompts(point.prompt, low, high, seed=0),
-            sampling,
+            _sampling,
             preemptions,
             progress,
         )
@@ -186,6 +173,20 @@ def throughput_point(llm: Any, job: ServeJob, point: ThroughputPoint, low: int, 
         "concurrency": concurrency,
         **measured,
     }
+
+
+def _sampling(output_tokens: int) -> Any:
+    """Parameters of a request that takes so many tokens and returns them as they come."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        max_tokens=output_tokens,
+        ignore_eos=True,
+        temperature=0.0,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
 
 
 def _prompts(length: int, low: int, high: int, seed: int) -> Callable[[], list[int]]:
