@@ -161,7 +161,9 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             return
         assert self.prefill is not None
         workspace = self.prefill.workspace()
-        self.kernels.warm_up(kv_cache, self._layout(kv_cache), self.transforms, workspace)
+        recent = self.recent_kernels
+        rows = None if recent is None or recent.packed else recent.recent.kv_cache
+        self.kernels.warm_up(kv_cache, self._layout(kv_cache), self.transforms, workspace, rows)
         if self.recent_kernels is not None:
             self.recent_kernels.warm_up(self.transforms, workspace)
 
@@ -182,19 +184,12 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             recent = self.recent_kernels or self.recent
             recent.store(key, value, positions, self.transforms)
         # Last, because decoding may begin while this store ends, and not while another's kernel does.
-        self._store(key, value, kv_cache, slot_mapping, positions)
-
-    def _store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        positions: torch.Tensor | None,
-    ) -> None:
-        """Transform, quantize and pack new tokens into their slots; shapes as the reference has them."""
-        store = reference.reshape_and_cache_ref if self.kernels is None else self.kernels.store
-        store(key, value, kv_cache, slot_mapping, positions, self._layout(kv_cache), self.transforms)
+        pages = (kv_cache, slot_mapping, positions, self._layout(kv_cache), self.transforms)
+        if self.kernels is None:
+            reference.reshape_and_cache_ref(key, value, *pages)
+        else:
+            rows = None if self.recent_kernels is None else self.recent_kernels.rows()
+            self.kernels.store(key, value, *pages, rows)
 
     def forward(
         self,

@@ -2,13 +2,16 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from vllm_kvtuner import decode_kernel
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
 from vllm_kvtuner.transforms import LayerTransforms
+
+if TYPE_CHECKING:
+    from vllm_kvtuner.kernels.common import RecentRows
 
 WARM_UP_TOKENS = 256
 """Decodes of a batch that takes the kernels' variants for many rows."""
@@ -98,10 +101,11 @@ class LayerKernels:
         positions: torch.Tensor | None,
         layout: PageLayout,
         transforms: LayerTransforms,
+        recent: "RecentRows | None" = None,
     ) -> None:
-        """As :func:`vllm_kvtuner.reference.reshape_and_cache_ref`."""
+        """As :func:`vllm_kvtuner.reference.reshape_and_cache_ref`; ``recent``: where a window keeps the tokens too."""
         store = self._row_kernels(layout).reshape_and_cache
-        store(key, value, kv_cache, slot_mapping, positions, layout, transforms)
+        store(key, value, kv_cache, slot_mapping, positions, layout, transforms, recent)
 
     def gather(self, *arguments: Any, layout: PageLayout, transforms: LayerTransforms, num_tokens: int) -> None:
         """As :func:`vllm_kvtuner.reference.gather_cache_ref`, ``arguments`` those before the layout."""
@@ -152,6 +156,7 @@ class LayerKernels:
         layout: PageLayout,
         transforms: LayerTransforms,
         workspace: tuple[torch.Tensor, torch.Tensor],
+        recent_cache: torch.Tensor | None = None,
     ) -> None:
         """Compile the kernels at the row counts that they tell apart, without storing anything.
 
@@ -160,6 +165,7 @@ class LayerKernels:
             layout: of the layer.
             transforms: of the layer.
             workspace: [tokens, num_kv_heads, head_size] of the model's dtype, twice, to gather into.
+            recent_cache: of a recent window that keeps new tokens as they are, if the layer has one.
         """
         heads, kv_heads, size, dtype = self.num_heads, self.num_kv_heads, self.head_size, workspace[0].dtype
 
@@ -175,7 +181,7 @@ class LayerKernels:
                 for part in qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=1)
             )
             slots, positions = (integers(tokens, fill=fill, dtype=torch.int64) for fill in (-1, 0))
-            self.store(key, value, kv_cache, slots, positions, layout, transforms)
+            self.store(key, value, kv_cache, slots, positions, layout, transforms, _rows_of(recent_cache, slots))
             starts = torch.arange(0, tokens + 1, query_len, device=self.device).int()
             self.attend(
                 query, kv_cache, integers(count, 16), integers(count, fill=query_len), starts, query_len, layout,
@@ -184,7 +190,7 @@ class LayerKernels:
             )  # fmt: skip
         rows = torch.zeros(WARM_UP_ROWS // kv_heads, kv_heads, size, dtype=dtype, device=self.device)
         slots, positions = (integers(rows.shape[0], fill=fill, dtype=torch.int64) for fill in (-1, 0))
-        self.store(rows, rows, kv_cache, slots, positions, layout, transforms)
+        self.store(rows, rows, kv_cache, slots, positions, layout, transforms, _rows_of(recent_cache, slots))
         ends = torch.tensor([0, 1], device=self.device).int()
         self.gather(
             kv_cache, integers(1, 16), ends, integers(1), *workspace, layout=layout, transforms=transforms, num_tokens=1
@@ -205,6 +211,12 @@ class LayerKernels:
             return _cuda_workspace(self.max_num_seqs, self.max_decode_query_len, *shape, self.device)
         tokens = self.max_num_seqs * self.max_decode_query_len
         return _triton_workspace(tokens, self.num_heads, self.head_size, self.device)
+
+
+def _rows_of(recent_cache: torch.Tensor | None, slots: torch.Tensor) -> "RecentRows | None":
+    from vllm_kvtuner.kernels.common import RecentRows
+
+    return None if recent_cache is None else RecentRows(recent_cache, slots)
 
 
 class _RowKernels(NamedTuple):

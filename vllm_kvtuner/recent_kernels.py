@@ -1,20 +1,28 @@
 """The recent window of one attention layer on a GPU: who stores it, and who attends to it.
 
-In 16 bits its rows are stored by vLLM's own kernel for an unquantized cache and decoded by recent_attention, in 8 bits
-both by this package's kernels for K8V8 pages, without sink tokens.
+In 16 bits its rows are stored by the kernel that stores the packed pages, in the same launch, and decoded by
+recent_attention; in 8 bits both is done by the kernels for K8V8 pages, without sink tokens.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.forward_context import get_forward_context
 
 from vllm_kvtuner import reference
 from vllm_kvtuner.backend import KVTunerMetadata
+from vllm_kvtuner.decode_kernel import device_capability
 from vllm_kvtuner.layer_kernels import LayerKernels
 from vllm_kvtuner.prefill_plan import CacheSlice
 from vllm_kvtuner.recent import RecentCache, recent_metadata
 from vllm_kvtuner.transforms import LayerTransforms
+
+if TYPE_CHECKING:
+    from vllm_kvtuner.kernels.common import RecentRows
+
+
+OVERLAP_CAPABILITY = (9, 0)
+"""Compute capability from which a kernel can begin while the one before it ends."""
 
 
 class RecentKernels:
@@ -31,22 +39,26 @@ class RecentKernels:
         self.kernels = kernels
         self.sliding_window = sliding_window
         self.packed = recent.window.pair.is_quantized
-        # What vLLM's kernel multiplies rows by that it stores in 8 bits; these are not.
-        self._unscaled = torch.ones((), device=kernels.device)
+        # Decoding begins after the layer's stores, and so all that it does not write itself is there when it begins.
+        capability = device_capability(kernels.device)
+        self._is_dependent = capability is not None and capability >= OVERLAP_CAPABILITY
+
+    def rows(self) -> "RecentRows | None":
+        """Where the store of the packed pages keeps the batch's new tokens too; None for a window of 8 bits."""
+        if self.packed or get_forward_context().attn_metadata is None:  # warm-up, in which no token has a slot
+            return None
+        from vllm_kvtuner.kernels.common import RecentRows
+
+        return RecentRows(self.recent.kv_cache, recent_metadata(self.recent.layer_name).slot_mapping)
 
     def store(
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
     ) -> None:
-        """Store the new tokens of the batch in flight; arguments as the reference has them."""
-        if get_forward_context().attn_metadata is None:  # warm-up, in which no token has a slot
+        """Store the new tokens of the batch in flight in a window of 8 bits; arguments as the reference has them."""
+        if not self.packed or get_forward_context().attn_metadata is None:
             return
         slots = recent_metadata(self.recent.layer_name).slot_mapping
-        if self.packed:
-            self.kernels.store(key, value, self.recent.kv_cache, slots, positions, self.recent.layout, transforms)
-            return
-        from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
-
-        reshape_and_cache_flash(key, value, *self._rows(), slots, "auto", self._unscaled, self._unscaled)
+        self.kernels.store(key, value, self.recent.kv_cache, slots, positions, self.recent.layout, transforms)
 
     def merge(
         self,
@@ -111,6 +123,7 @@ class RecentKernels:
         recent_attention(
             query, self.recent.kv_cache, block_table, seq_lens, query_start_loc, max_query_len, self.kernels.scale,
             window.tokens, window.sinks, output, lse, self.sliding_window, self.kernels.logits_soft_cap,
+            dependent=self._is_dependent,
         )  # fmt: skip
 
     def put(self, keys: torch.Tensor, values: torch.Tensor, part: CacheSlice, transforms: LayerTransforms) -> None:
@@ -145,11 +158,3 @@ class RecentKernels:
             reference.gather_rows_ref(*arguments, num_tokens=held.num_tokens)
         for target, source in zip((keys, values), rows, strict=True):
             target.index_copy_(0, places, source)
-
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of a 16-bit window, [num_blocks, block_size, num_kv_heads, head_size] each."""
-        from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-
-        # A single KV head has any stride, but what copies the pages wants one of 16 bytes at least.
-        keys, values = self.recent.kv_cache.transpose(1, 2).chunk(2, dim=-1)
-        return canonicalize_singleton_dim_strides(keys), canonicalize_singleton_dim_strides(values)

@@ -39,7 +39,8 @@ def has_kernels_for_experts():
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     sizes = {"llama": 128, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
-    return {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
+    made = {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
+    return made | {"gemma3 of 6": make_tiny_model(folder / "gemma3_6", "gemma3", num_layers=6)}
 
 
 def prompts():
@@ -79,6 +80,7 @@ def mixed_profiles(tmp_path_factory):
         "a pair per kind": "{0: K8V4, 1: K8V8, 2: K8V4, 3: K8V8}",
         "islands of a kind": "{0: K16V16, 1: K8V8, 2: K8V4, 3: K16V16}",
         "unlike": "{0: K8V8, 1: K8V4, 2: K16V16, 3: K8V8}",
+        "unequal numbers": "{0: K8V8, 1: K8V4, 2: K8V4, 3: K8V8, 4: K8V8, 5: K8V8}",
         "odd layers": "{0-1: K8V8, 2-3: K8V4}",
         "island of the odd": "{0-1: K16V16, 2-3: K8V8}",
     }
@@ -93,6 +95,7 @@ def mixed_profiles(tmp_path_factory):
         ("llama", "islands"),
         ("gemma3", "a pair per kind"),
         ("gemma3", "islands of a kind"),
+        ("gemma3 of 6", "unequal numbers"),  # of sliding-window layers of a pair
         ("qwen3", "unlike"),  # queries and keys are normalized per head
         ("granite_hybrid", "odd layers"),  # the even ones are linear attention
         pytest.param("qwen3_next", "odd layers", marks=QWEN3_NEXT.marks),

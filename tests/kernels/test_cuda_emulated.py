@@ -7,8 +7,15 @@ import torch
 
 from tests.helpers import cuda_emulator
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
+from vllm_kvtuner.kernels.common import RecentRows
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
-from vllm_kvtuner.reference import gather_cache_ref, page_parts, paged_attention_ref, reshape_and_cache_ref
+from vllm_kvtuner.reference import (
+    gather_cache_ref,
+    page_parts,
+    paged_attention_ref,
+    reshape_and_cache_ref,
+    store_rows_ref,
+)
 from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, linear_rotary
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
@@ -217,9 +224,14 @@ def test_store_and_gather(pair, many_rows, monkeypatch):
     positions = torch.cat([torch.arange(length) for length in seq_lens])
     key, value = torch.randn(2, sum(seq_lens), 2, 96).to(BF16)
     got, want = (empty_cache(layout, cache.kv_cache.shape[0], 2, CPU) for _ in range(2))
-    reshape_and_cache.reshape_and_cache(key, value, got, slots, positions, layout, transforms)
+    recent = RecentRows(torch.zeros(4, 2, 32, 192, dtype=BF16), torch.randperm(4 * 32)[: len(slots)])
+    recent.slot_mapping[::5] = -1
+    reshape_and_cache.reshape_and_cache(key, value, got, slots, positions, layout, transforms, recent)
     reshape_and_cache_ref(key, value, want, slots, positions, layout, transforms)
     assert torch.equal(got, want)
+    kept = torch.zeros_like(recent.kv_cache)
+    store_rows_ref(key, value, kept, recent.slot_mapping)
+    assert torch.equal(recent.kv_cache, kept)
 
     ends = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()], dtype=torch.int32)
     firsts = torch.zeros(len(seq_lens), dtype=torch.int32)

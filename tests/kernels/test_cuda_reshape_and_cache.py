@@ -31,6 +31,7 @@ class TestPortable:
         monkeypatch.setattr(portable, "reshape_and_cache", cuda.reshape_and_cache)
 
     test_every_pair = staticmethod(portable.test_every_pair_stores_what_the_reference_stores)
+    test_recent_window = staticmethod(portable.test_a_recent_window_keeps_the_rows)
     test_untouched_bytes = staticmethod(portable.test_untouched_bytes_stay)
     test_nothing_to_store = staticmethod(portable.test_nothing_to_store)
     test_constant_rows = staticmethod(portable.test_constant_rows_get_scale_0)
@@ -77,7 +78,8 @@ def test_variants_compile(pair, head_size, rotary_dim, is_neox, dtype, many_rows
     transforms = random_transforms(
         2, head_size, CPU, rotary, offset=float(rotary_dim), equalization=rotary is not None, **switches
     )
-    defines = cuda._defines(make_layout(pair, head_size), 2, dtype, transforms, many_rows)
+    recent_block_size = 32 if dtype == torch.bfloat16 else 0
+    defines = cuda._defines(make_layout(pair, head_size), 2, dtype, transforms, many_rows, recent_block_size)
     code = compile_cubin("reshape_and_cache", defines, arch, None)
     assert b".text.reshape_and_cache" in bytes(code.code)
 

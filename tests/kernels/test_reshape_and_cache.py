@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from tests.helpers.paged_cache import empty_cache, make_layout, random_transforms, rotary_table
+from vllm_kvtuner.kernels.common import RecentRows
 from vllm_kvtuner.kernels.reshape_and_cache import reshape_and_cache
 from vllm_kvtuner.layout import QUANTIZED_PAIRS
-from vllm_kvtuner.reference import dequantize, page_parts, reshape_and_cache_ref, unpack_codes
+from vllm_kvtuner.reference import dequantize, page_parts, reshape_and_cache_ref, store_rows_ref, unpack_codes
 from vllm_kvtuner.transforms import LayerTransforms, rotate_values, transform_keys
 
 HEAD_SIZES = (64, 96, 128, 256)
@@ -70,6 +71,27 @@ def test_every_pair_stores_what_the_reference_stores(index, device):
         apart = unpack_codes(got_parts[part], bits).int() - unpack_codes(want_parts[part], bits).int()
         assert apart.abs().max() <= 1
         assert (apart != 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("pair", "head_size"), [("K8V8", 64), ("K4V2", 96), ("K2V8", 128), ("K2V2", 256)])
+def test_a_recent_window_keeps_the_rows(pair, head_size, dtype, device):
+    """As they are, whatever becomes of them in the packed pages, and a token in either, both or none."""
+    layout = make_layout(pair, head_size)
+    key, value = tokens(13, 3, head_size, dtype, device)
+    slots = random_slots(13, 4 * layout.block_size, device)
+    recent_slots = random_slots(15, 4 * 32, device)  # one for each of what a CUDA graph pads the batch to
+    slots[[2, 5]] = recent_slots[[5, 7]] = -1
+    transforms = LayerTransforms(key_hadamard=True, value_hadamard=True)
+    pages, plain = (empty_cache(layout, 4, 3, device) for _ in range(2))
+    # Neighbours in memory are another layer's.
+    memory = torch.full((4, 5, 32, 2 * head_size), 7.0, device=device).to(dtype)
+    recent, want = memory[:, 1:4], memory.clone()
+    reshape_and_cache(key, value, pages, slots, None, layout, transforms, RecentRows(recent, recent_slots))
+    store_rows_ref(key, value, want[:, 1:4], recent_slots[:13])
+    assert torch.equal(memory, want)
+    reshape_and_cache(key, value, plain, slots, None, layout, transforms)
+    assert torch.equal(pages, plain)
 
 
 def test_untouched_bytes_stay(device):

@@ -1,10 +1,34 @@
 """What several kernels share: the numbers inside a packed page, the key offset and the Hadamard rotation."""
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from vllm_kvtuner.layout import ALIGNMENT, PageLayout
+
+
+class RecentRows(NamedTuple):
+    """Where the recent window of a layer keeps new tokens as they are.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size] of the keys' dtype, each key beside its value.
+        slot_mapping: [at least the slots of the packed pages] int64, -1 for tokens that the window does not keep.
+    """
+
+    kv_cache: torch.Tensor
+    slot_mapping: torch.Tensor
+
+    def check(self, key: torch.Tensor, num_slots: int) -> None:
+        """The contract of every kernel that stores ``num_slots`` tokens of ``key`` [..., num_kv_heads, head_size]."""
+        cache = self.kv_cache
+        assert cache.dtype == key.dtype and cache.dim() == 4, (cache.dtype, cache.shape)
+        assert (cache.shape[1], cache.shape[3]) == (key.shape[1], 2 * key.shape[2]), (cache.shape, key.shape)
+        assert cache.stride(3) == 1 and cache.data_ptr() % ALIGNMENT == 0, "rows must be contiguous and aligned"
+        assert all(stride * cache.element_size() % ALIGNMENT == 0 for stride in cache.stride()[:3]), cache.stride()
+        slots = self.slot_mapping
+        assert slots.shape[0] >= num_slots and slots.is_contiguous() and slots.dtype == torch.int64, slots.shape
 
 
 def row_warps(head_size: int) -> int:

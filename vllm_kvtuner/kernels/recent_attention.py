@@ -1,5 +1,6 @@
 """Decode beside a recent window of 16 bits: attention over sink tokens and newest ones, merged with that over the
-packed pages, in one launch.
+packed pages, in one launch. Where a card can, it begins while the kernel before it ends, and waits for that one only to
+merge.
 
 A program takes one request and up to BLOCK_M of the query rows that share a KV head. The tokens it reads, sink tokens
 first, are few, so that splitting them would only cost a merge.
@@ -26,7 +27,8 @@ def _recent_attention_kernel(
     query_stride, output_stride, block_stride, head_stride, place_stride, table_stride, num_tokens, scale_log2,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, RECENT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Tokens are the rows of every tile and query rows its columns, as in paged_attention. WINDOW 0 and SOFT_CAP 0 mean
     none; logits are to base 2."""
@@ -36,6 +38,8 @@ def _recent_attention_kernel(
     first_query = tl.load(query_start_loc_ptr + request)
     num_queries = tl.load(query_start_loc_ptr + request + 1) - first_query
     if num_queries <= tl.program_id(1) % ROW_TILES * BLOCK_M // GROUP:
+        if DEPENDENT:
+            tl.extra.cuda.gdc_wait()  # the next kernel takes this one's end for the end of the one before too
         return
     member = tl.program_id(1) % ROW_TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     query_index = member // GROUP
@@ -48,10 +52,6 @@ def _recent_attention_kernel(
     in_row = (dim < HEAD_SIZE)[:, None] & is_row[None, :]
     column = query.to(tl.int64)[None, :] * query_stride + head[None, :] * HEAD_SIZE + dim[:, None]
     queries = tl.load(query_ptr + column, mask=in_row, other=0.0)
-    # Asked for here and needed last, so that all answers from memory come in three turns: lengths, block table, rows.
-    older = tl.load(lse_ptr + head * num_tokens + query, mask=is_row, other=float("-inf")) * 1.4426950408889634
-    target = output_ptr + query.to(tl.int64)[None, :] * output_stride + head[None, :] * HEAD_SIZE + dim[:, None]
-    packed = tl.load(target, mask=in_row, other=0.0)
     output = tl.zeros([PADDED, BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -89,6 +89,11 @@ def _recent_attention_kernel(
         total = total * decay + tl.sum(p, 0)
         output = tl.dot(tl.trans(values), p.to(values.dtype), output * decay[None, :])
 
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    older = tl.load(lse_ptr + head * num_tokens + query, mask=is_row, other=float("-inf")) * 1.4426950408889634
+    target = output_ptr + query.to(tl.int64)[None, :] * output_stride + head[None, :] * HEAD_SIZE + dim[:, None]
+    packed = tl.load(target, mask=in_row, other=0.0)
     most = tl.maximum(top, older)
     most = tl.where(most == float("-inf"), 0.0, most)
     share, older_share = tl.exp2(top - most), tl.exp2(older - most)
@@ -113,11 +118,17 @@ def recent_attention(
     lse: torch.Tensor,
     sliding_window: int | None = None,
     logits_soft_cap: float = 0.0,
+    *,
+    dependent: bool = False,
 ) -> None:
     """As :func:`vllm_kvtuner.recent_reference.recent_attention_ref`; ``lse`` contiguous.
 
     Nothing is read back to the host and nothing allocated: the launch depends on shapes alone, so a CUDA graph may hold
     it. Rows of output beyond the last query are left as they are.
+
+    Args:
+        dependent: begin before the kernel before on the stream has ended, if that one allows it (compute capability 9.0
+            and later). Of all arguments, it may write output and lse alone.
     """
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads, block_size = block_table.shape[0], kv_cache.shape[1], kv_cache.shape[2]
@@ -139,5 +150,6 @@ def recent_attention(
         scale * math.log2(math.e),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, RECENT=recent, SINKS=sinks, WINDOW=sliding_window or 0, SOFT_CAP=logits_soft_cap,
-        ROW_TILES=row_tiles, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, num_stages=2,
+        ROW_TILES=row_tiles, DEPENDENT=dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, num_stages=2,
+        **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip

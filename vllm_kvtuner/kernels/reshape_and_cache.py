@@ -1,10 +1,18 @@
-"""Store: transform, quantize, pack and scatter new tokens to their slots, keys and values in one launch."""
+"""Store: transform, quantize, pack and scatter new tokens to their slots, keys and values in one launch, and as they
+are to those of a recent window."""
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.common import byte_columns, check_cache, hadamard_rows, rotated_offset, row_warps
+from vllm_kvtuner.kernels.common import (
+    RecentRows,
+    byte_columns,
+    check_cache,
+    hadamard_rows,
+    rotated_offset,
+    row_warps,
+)
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.transforms import LayerTransforms
 
@@ -78,27 +86,50 @@ def _store_rows(
     tl.store((chunk_ptr + (META + offset * 4)).to(tl.pointer_type(tl.uint32)), word, mask=keep)
 
 
+@triton.jit
+def _keep_rows(
+    x, in_row, dim, row_ptr, slot, head, block_stride, head_stride, place_stride, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Write rows x [rows, columns], whose columns are the dimensions ``dim``, as they are to their window's slots."""
+    block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    row_ptr += block * block_stride + head.to(tl.int64) * head_stride + place * place_stride
+    tl.store(row_ptr[:, None] + dim[None, :], x, mask=(slot >= 0)[:, None] & in_row[None, :])
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _reshape_and_cache_kernel(
     key_ptr, value_ptr, kv_cache_ptr, slot_mapping_ptr, positions_ptr,
     offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr, num_rows,
     key_stride, value_stride, block_stride, head_stride,
+    recent_ptr, recent_slots_ptr, recent_block_stride, recent_head_stride, recent_place_stride,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     V_CODES: tl.constexpr, K_META: tl.constexpr, V_META: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
-    KEY_HADAMARD: tl.constexpr, VALUE_HADAMARD: tl.constexpr, RANGE_SEARCH: tl.constexpr, ROWS: tl.constexpr,
+    KEY_HADAMARD: tl.constexpr, VALUE_HADAMARD: tl.constexpr, RANGE_SEARCH: tl.constexpr,
+    RECENT_BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
     slot = tl.load(slot_mapping_ptr + token, mask=row < num_rows, other=-1).to(tl.int64)
     keep = slot >= 0
+    loaded = keep
+    recent_slot = slot
+    if recent_ptr is not None:
+        recent_slot = tl.load(recent_slots_ptr + token, mask=row < num_rows, other=-1).to(tl.int64)
+        loaded |= recent_slot >= 0
     chunk_ptr = kv_cache_ptr + slot // BLOCK_SIZE * block_stride + head.to(tl.int64) * head_stride
     offset = slot % BLOCK_SIZE
     if tl.program_id(1) == 0:
         dim, in_row = byte_columns(HEAD_SIZE, K_BITS)
-        valid = keep[:, None] & in_row[None, :]
+        valid = loaded[:, None] & in_row[None, :]
         source = key_ptr + token.to(tl.int64)[:, None] * key_stride + (head * HEAD_SIZE)[:, None] + dim[None, :]
-        x = tl.load(source, mask=valid, other=0.0).to(tl.float32)
+        x = tl.load(source, mask=valid, other=0.0)
+        if recent_ptr is not None:
+            _keep_rows(
+                x, in_row, dim, recent_ptr, recent_slot, head, recent_block_stride, recent_head_stride,
+                recent_place_stride, RECENT_BLOCK_SIZE,
+            )  # fmt: skip
+        x = x.to(tl.float32)
         if offset_ptr is not None:
             position = tl.load(positions_ptr + token, mask=keep, other=0)
             x -= rotated_offset(
@@ -112,9 +143,15 @@ def _reshape_and_cache_kernel(
         _store_rows(x, in_row[None, :], chunk_ptr, offset, keep, K_ROW, 0, K_META, K_BITS, RANGE_SEARCH)
     else:
         dim, in_row = byte_columns(HEAD_SIZE, V_BITS)
-        valid = keep[:, None] & in_row[None, :]
+        valid = loaded[:, None] & in_row[None, :]
         source = value_ptr + token.to(tl.int64)[:, None] * value_stride + (head * HEAD_SIZE)[:, None] + dim[None, :]
-        x = tl.load(source, mask=valid, other=0.0).to(tl.float32)
+        x = tl.load(source, mask=valid, other=0.0)
+        if recent_ptr is not None:
+            _keep_rows(
+                x, in_row, dim, recent_ptr + HEAD_SIZE, recent_slot, head, recent_block_stride, recent_head_stride,
+                recent_place_stride, RECENT_BLOCK_SIZE,
+            )  # fmt: skip
+        x = x.to(tl.float32)
         if VALUE_HADAMARD:
             x = hadamard_rows(x, dim, HEAD_SIZE)
         _store_rows(x, in_row[None, :], chunk_ptr, offset, keep, V_ROW, V_CODES, V_META, V_BITS, RANGE_SEARCH)
@@ -128,11 +165,15 @@ def reshape_and_cache(
     positions: torch.Tensor | None,
     layout: PageLayout,
     transforms: LayerTransforms,
+    recent: RecentRows | None = None,
 ) -> None:
     """Transform, quantize, pack and scatter new tokens to their slots, in place.
 
     As :func:`vllm_kvtuner.reference.reshape_and_cache_ref`, which has the arguments' shapes. Where a number lies
     within rounding of the middle between two codes, this kernel may take the other code.
+
+    Args:
+        recent: where a recent window keeps the tokens, as :func:`vllm_kvtuner.reference.store_rows_ref` does.
     """
     num_tokens, num_kv_heads, head_size = key.shape
     assert head_size == layout.head_size and value.shape == key.shape, (key.shape, value.shape, layout)
@@ -143,6 +184,8 @@ def reshape_and_cache(
     assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
     if transforms.key_offset is not None:
         assert positions is not None and positions.is_contiguous() and positions.dtype == torch.int64
+    if recent is not None:
+        recent.check(key, slot_mapping.shape[0])
     num_rows = slot_mapping.shape[0] * num_kv_heads
     if num_rows == 0:
         return
@@ -152,10 +195,13 @@ def reshape_and_cache(
         key, value, kv_cache, slot_mapping, positions if transforms.key_offset is not None else None,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
         num_rows, key.stride(0), value.stride(0), kv_cache.stride(0), kv_cache.stride(1),
+        recent and recent.kv_cache, recent and recent.slot_mapping,
+        *(recent.kv_cache.stride()[:3] if recent else (0, 0, 0)),
         NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,
-        RANGE_SEARCH=transforms.range_search, ROWS=rows_per_program, num_warps=row_warps(head_size),
+        RANGE_SEARCH=transforms.range_search, RECENT_BLOCK_SIZE=recent.kv_cache.shape[2] if recent else 0,
+        ROWS=rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip

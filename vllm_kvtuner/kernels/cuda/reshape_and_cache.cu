@@ -1,8 +1,10 @@
-// Store: transform, quantize, pack and scatter new tokens to their slots, keys and values in one launch.
+// Store: transform, quantize, pack and scatter new tokens to their slots, keys and values in one launch, and as they are
+// to those of a recent window.
 //
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, BLOCK_SIZE, NUM_KV_HEADS, NUMBERS (type of key and value: FP32, FP16
 // or BF16), K_LANES and V_LANES (lanes that share a row), MIN_CTAS, KEY_OFFSET, ROTARY_DIM (0: none), IS_NEOX,
-// ROTARY_NUMBERS (type of the rotary table), KEY_EQUALIZATION, KEY_HADAMARD, VALUE_HADAMARD, RANGE_SEARCH.
+// ROTARY_NUMBERS (type of the rotary table), KEY_EQUALIZATION, KEY_HADAMARD, VALUE_HADAMARD, RANGE_SEARCH, RECENT_BLOCK_SIZE
+// (of the recent window, 0: none).
 //
 // A *tile* is what a warp stores at a time: the rows of one KV head and of as many neighbouring tokens as 32 lanes hold,
 // so that neighbouring bytes of a chunk are written together. All key tiles stand before all value tiles, and warps take
@@ -33,6 +35,9 @@ struct Arguments {
   u32 key_stride, value_stride;    // bytes from token to token
   u32 block_stride, head_stride;   // bytes
   int num_slots;
+  u8* recent;                      // [blocks][KV heads][RECENT_BLOCK_SIZE][2][HEAD_SIZE], a key beside its value
+  const long long* recent_slots;   // [slots]
+  u32 recent_block_stride, recent_head_stride, recent_place_stride;  // bytes
 };
 
 // A possible range of a row.
@@ -211,6 +216,7 @@ struct Tile {
   static constexpr int RUN_BYTES = SHARE::RUN * NUMBER_BYTES;
   u32 words[SHARE::RUNS][(RUN_BYTES + 3) / 4];
   int slot;      // -1: not stored
+  int recent_slot;
   int position;  // of a key
   u32 head;
   bool is_key;
@@ -226,11 +232,27 @@ struct Tile {
     for (int run = 0; run < SHARE::RUNS; run++)
       load_bytes<RUN_BYTES>(words[run], row + run * (SHARE::STRIDE * NUMBER_BYTES));
     slot = token < a.num_slots ? (int)a.slot_mapping[present] : -1;
+#if RECENT_BLOCK_SIZE
+    recent_slot = token < a.num_slots ? (int)a.recent_slots[present] : -1;
+#endif
 #if KEY_OFFSET
     // The position of a token that is not stored may be anything.
     position = key && slot >= 0 ? (int)a.positions[present] : 0;
 #endif
   }
+
+#if RECENT_BLOCK_SIZE
+  // The numbers as they are to the window.
+  __device__ __forceinline__ void keep(const Arguments& a, int part) const {
+    if (recent_slot < 0) return;
+    const u32 block = (u32)recent_slot / RECENT_BLOCK_SIZE, place = (u32)recent_slot % RECENT_BLOCK_SIZE;
+    u8* row = a.recent + (u64)block * a.recent_block_stride + (u64)head * a.recent_head_stride +
+              (u64)place * a.recent_place_stride + ((is_key ? 0 : HEAD_SIZE * NUMBER_BYTES) + part * RUN_BYTES);
+#pragma unroll
+    for (int run = 0; run < SHARE::RUNS; run++)
+      store_bytes<RUN_BYTES>(row + run * (SHARE::STRIDE * NUMBER_BYTES), words[run]);
+  }
+#endif
 };
 
 // Stores the tiles `tile`, `tile + step`, ... below `end`. Returns the first that is not below it.
@@ -249,6 +271,9 @@ __device__ __forceinline__ int store_tiles(const Arguments& a, int tile, int ste
   Tile<SHARE> next;
   load(next, tile);
   for (; tile < end; tile += step) {
+#if RECENT_BLOCK_SIZE
+    next.keep(a, part);
+#endif
     float x[COUNT];
 #pragma unroll
     for (int run = 0; run < SHARE::RUNS; run++)
@@ -322,10 +347,12 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     reshape_and_cache(const u8* key, const u8* value, u8* kv_cache, const long long* slot_mapping,
                       const long long* positions, const float* offset, const float* partner, const u8* cos_sin,
                       const float* equalization, u32 key_stride, u32 value_stride, u32 block_stride, u32 head_stride,
-                      int num_slots) {
+                      int num_slots, u8* recent, const long long* recent_slots, u32 recent_block_stride,
+                      u32 recent_head_stride, u32 recent_place_stride) {
   launch_dependents();
-  const Arguments a = {key,          value,        kv_cache,   slot_mapping, positions,    offset,    partner,
-                       cos_sin,      equalization, key_stride, value_stride, block_stride, head_stride, num_slots};
+  const Arguments a = {key,          value,        kv_cache,     slot_mapping, positions, offset, partner, cos_sin,
+                       equalization, key_stride,   value_stride, block_stride, head_stride, num_slots, recent,
+                       recent_slots, recent_block_stride, recent_head_stride, recent_place_stride};
   __shared__ Range ranges[NUM_WARPS][MAX_ROWS][NUM_STEPS];
   const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
   const int key_tiles = tiles_of(num_slots, K_LANES), tiles = key_tiles + tiles_of(num_slots, V_LANES);

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from vllm_kvtuner.kernels.common import check_cache
+from vllm_kvtuner.kernels.common import RecentRows, check_cache
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,
@@ -30,11 +30,16 @@ MANY_ROWS = 1 << 11
 
 
 def _defines(
-    layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, transforms: LayerTransforms, many_rows: bool
+    layout: PageLayout,
+    num_kv_heads: int,
+    dtype: torch.dtype,
+    transforms: LayerTransforms,
+    many_rows: bool,
+    recent_block_size: int = 0,
 ) -> dict[str, int]:
     most_lanes = wide_lanes(layout.head_size) if many_rows else 32
     defines = row_defines(layout, num_kv_heads, dtype, transforms, most_lanes)
-    return {**defines, "RANGE_SEARCH": int(transforms.range_search)}
+    return {**defines, "RANGE_SEARCH": int(transforms.range_search), "RECENT_BLOCK_SIZE": recent_block_size}
 
 
 def _build(
@@ -43,9 +48,10 @@ def _build(
     dtype: torch.dtype,
     transforms: LayerTransforms,
     many_rows: bool,
+    recent_block_size: int,
     device: torch.device,
 ) -> BuiltKernel:
-    defines = _defines(layout, num_kv_heads, dtype, transforms, many_rows)
+    defines = _defines(layout, num_kv_heads, dtype, transforms, many_rows, recent_block_size)
     return build("reshape_and_cache", tuple(defines.items()), 32 * NUM_WARPS, 0, device)
 
 
@@ -57,6 +63,7 @@ def reshape_and_cache(
     positions: torch.Tensor | None,
     layout: PageLayout,
     transforms: LayerTransforms,
+    recent: RecentRows | None = None,
 ) -> None:
     """Transform, quantize, pack and scatter new tokens to their slots, in place.
 
@@ -64,6 +71,9 @@ def reshape_and_cache(
     range search the bytes are the reference's. Otherwise a number within rounding of the middle between two codes may
     take the other code, and a row may take another of two ranges that are equally good but for rounding. The first
     call of a variant compiles it.
+
+    Args:
+        recent: where a recent window keeps the tokens, as :func:`vllm_kvtuner.reference.store_rows_ref` does.
     """
     num_tokens, num_kv_heads, head_size = key.shape
     assert head_size == layout.head_size and value.shape == key.shape, (key.shape, value.shape, layout)
@@ -76,10 +86,14 @@ def reshape_and_cache(
     assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
     if transforms.key_offset is not None:
         assert positions is not None and positions.is_contiguous() and positions.dtype == torch.int64
+    if recent is not None:
+        recent.check(key, num_slots)
     if num_slots == 0:
         return
     many_rows = num_slots * num_kv_heads >= MANY_ROWS
-    kernel = _build(layout, num_kv_heads, key.dtype, transforms, many_rows, key.device)
+    kernel = _build(
+        layout, num_kv_heads, key.dtype, transforms, many_rows, recent.kv_cache.shape[2] if recent else 0, key.device
+    )
     most_lanes = wide_lanes(head_size) if many_rows else 32
     tiles = 0
     for bits in (layout.k_bits, layout.v_bits):
@@ -95,4 +109,7 @@ def reshape_and_cache(
         *(ctypes.c_uint32(byte_stride(rows)) for rows in (key, value, kv_cache)),
         ctypes.c_uint32(byte_stride(kv_cache, 1)),
         ctypes.c_int32(num_slots),
+        recent.kv_cache.data_ptr() if recent else 0,
+        recent.slot_mapping.data_ptr() if recent else 0,
+        *(ctypes.c_uint32(byte_stride(recent.kv_cache, dim) if recent else 0) for dim in range(3)),
     )
