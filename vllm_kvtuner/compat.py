@@ -317,22 +317,38 @@ def register_recent_windows() -> None:
     _replace_in_core(single_type_kv_cache_manager, register_all_and_ours)
 
 
-def tell_recent_windows_of_requests() -> None:
-    """Tell the managers of recent windows what is known of a request, before they allocate its blocks.
+LAST_STEP = "_kvtuner_last_step"
+"""Attribute of a request: what its last allocation asked for, see recent_manager.step_of."""
 
-    Symptom: the prefix cache would find nothing of a window but the end of a prompt. Cause: a manager sees a request
-    only once its blocks are allocated. Can go when managers are asked to allocate for a request, not for its name.
+
+def tell_recent_windows_of_requests() -> None:
+    """Tell the managers of recent windows what is known of a request, before they allocate its blocks, and do not ask
+    all of them where a step cannot need anything.
+
+    Symptoms: the prefix cache would find nothing of a window but the end of a prompt; and windows of 16 bits, which
+    take several groups, make scheduling so slow that short steps wait for it. Causes: a manager sees a request only
+    once its blocks are allocated; every group is asked four times for each request of each step, though it needs
+    something only where a block begins or ends. Can go when managers are asked to allocate for a request, not for its
+    name, and only where blocks end.
     """
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     original = KVCacheManager.allocate_slots
 
     @functools.wraps(original)
-    def allocate_slots(self: KVCacheManager, request: Any, *args: Any, **kwargs: Any) -> Any:
-        from vllm_kvtuner.recent_manager import tell_managers
+    def allocate_slots(self: KVCacheManager, request: Any, num_new_tokens: int, *args: Any, **kwargs: Any) -> Any:
+        from vllm_kvtuner import recent_manager
 
-        tell_managers(self.coordinator, request)
-        return original(self, request, *args, **kwargs)
+        # So a request is asked for that already runs; any other argument may bring blocks.
+        step = None
+        if not args and kwargs.keys() <= {"num_lookahead_tokens"}:
+            step = recent_manager.step_of(self, request, num_new_tokens, kwargs.get("num_lookahead_tokens", 0))
+            if step is not None and step == getattr(request, LAST_STEP, None):
+                return self.empty_kv_cache_blocks
+        recent_manager.tell_managers(self.coordinator, request)
+        blocks = original(self, request, num_new_tokens, *args, **kwargs)
+        setattr(request, LAST_STEP, None if blocks is None else step)
+        return blocks
 
     KVCacheManager.allocate_slots = allocate_slots
 

@@ -2,8 +2,8 @@
 packed pages, in one launch. Where a card can, it begins while the kernel before it ends, and waits for that one only to
 merge.
 
-A program takes one request and up to BLOCK_M of the query rows that share a KV head. The tokens it reads, sink tokens
-first, are few, so that splitting them would only cost a merge.
+A program takes one request and up to BLOCK_M of the query rows that share a KV head. The tokens it reads are few, so
+that splitting them would only cost a merge.
 """
 
 import math
@@ -13,12 +13,46 @@ import triton
 import triton.language as tl
 
 BLOCK_N = 32
-"""Tokens of a tile: a window of 64 tokens beside 4 sink tokens is three."""
+"""Tokens of a tile: a window of 64 tokens is two."""
+SINK_TILE = 16
+"""Sink tokens at most, which have a tile of their own."""
 MAX_BLOCK_M = 32
 NUM_WARPS = 2
 """With four, Triton takes Hopper's warp-group products, with which its 3.6 and later versions read outside of shared
 memory where a kernel has several small ones (triton-lang/triton issues 10486 and 11366). These programs are so small
 that two warps, with less shared memory, also let more of them run at once."""
+
+
+@triton.jit
+def _load_rows(
+    rows_ptr, table, token, present, dim, block_stride, place_stride,
+    HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Keys and values [tokens, dimensions] of one KV head, 0 where not present."""
+    block = tl.load(table + token // BLOCK_SIZE, mask=present, other=0)
+    place = block.to(tl.int64) * block_stride + token % BLOCK_SIZE * place_stride
+    rows = rows_ptr + place[:, None] + dim[None, :]
+    held = present[:, None] & (dim < HEAD_SIZE)[None, :]
+    return tl.load(rows, mask=held, other=0.0), tl.load(rows + HEAD_SIZE, mask=held, other=0.0)
+
+
+@triton.jit
+def _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP: tl.constexpr):
+    """Attention over another tile: the new greatest logits and totals [rows] and outputs [dimensions, rows], whose
+    softmax is not normalized."""
+    logits = tl.dot(keys, queries) * scale_log2
+    if SOFT_CAP > 0:
+        # c tanh(x / c), to base 2 as x is.
+        cap: tl.constexpr = SOFT_CAP * 1.4426950408889634
+        logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
+    logits = tl.where(visible, logits, float("-inf"))
+    new_top = tl.maximum(top, tl.max(logits, 0))
+    # A row that has seen nothing yet keeps a finite reference, so that nothing becomes inf - inf.
+    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(logits - reference[None, :])
+    decay = tl.exp2(top - reference)
+    output = tl.dot(tl.trans(values), p.to(values.dtype), output * decay[None, :])
+    return new_top, total * decay + tl.sum(p, 0), output
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_tokens"])
@@ -28,7 +62,7 @@ def _recent_attention_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, RECENT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, SINK_TILE: tl.constexpr,
 ):  # fmt: skip
     """Tokens are the rows of every tile and query rows its columns, as in paged_attention. WINDOW 0 and SOFT_CAP 0 mean
     none; logits are to base 2."""
@@ -57,37 +91,31 @@ def _recent_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
 
     begin = tl.maximum(seq_len - num_queries + 1 - RECENT, 0)
-    before = tl.minimum(begin, SINKS)
-    count = before + seq_len - begin
     table = block_table_ptr + request.to(tl.int64) * table_stride
-    for start in tl.range(0, count, BLOCK_N):
-        index = start + tl.arange(0, BLOCK_N)
-        token = tl.where(index < before, index, begin + index - before)
-        present = index < count
-        block = tl.load(table + token // BLOCK_SIZE, mask=present, other=0)
-        place = block.to(tl.int64) * block_stride + kv_head * head_stride + token % BLOCK_SIZE * place_stride
-        rows = cache_ptr + place[:, None] + dim[None, :]
-        held = present[:, None] & (dim < HEAD_SIZE)[None, :]
-        keys = tl.load(rows, mask=held, other=0.0)
-        values = tl.load(rows + HEAD_SIZE, mask=held, other=0.0)
-        logits = tl.dot(keys, queries) * scale_log2
-        if SOFT_CAP > 0:
-            # c tanh(x / c), to base 2 as x is.
-            cap: tl.constexpr = SOFT_CAP * 1.4426950408889634
-            logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
+    rows_ptr = cache_ptr + kv_head * head_stride
+    if SINKS > 0:
+        # Asked for before the window and needed after it: another turn to memory would take as long as a tile.
+        sink = tl.arange(0, SINK_TILE)
+        is_sink = sink < tl.minimum(begin, SINKS)
+        sink_keys, sink_values = _load_rows(
+            rows_ptr, table, sink, is_sink, dim, block_stride, place_stride, HEAD_SIZE, BLOCK_SIZE
+        )
+    for start in tl.range(begin, seq_len, BLOCK_N):
+        token = start + tl.arange(0, BLOCK_N)
+        present = token < seq_len
+        keys, values = _load_rows(
+            rows_ptr, table, token, present, dim, block_stride, place_stride, HEAD_SIZE, BLOCK_SIZE
+        )
         distance = position[None, :] - token[:, None]
         visible = present[:, None] & (distance >= 0) & ((distance < RECENT) | (token < SINKS)[:, None])
         if WINDOW > 0:
             visible &= distance < WINDOW
-        logits = tl.where(visible, logits, float("-inf"))
-        new_top = tl.maximum(top, tl.max(logits, 0))
-        # A row that has seen nothing yet keeps a finite reference, so that nothing becomes inf - inf.
-        reference = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = tl.exp2(logits - reference[None, :])
-        decay = tl.exp2(top - reference)
-        top = new_top
-        total = total * decay + tl.sum(p, 0)
-        output = tl.dot(tl.trans(values), p.to(values.dtype), output * decay[None, :])
+        top, total, output = _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP)
+    if SINKS > 0:
+        visible = is_sink[:, None] & is_row[None, :]
+        if WINDOW > 0:
+            visible &= position[None, :] - sink[:, None] < WINDOW
+        top, total, output = _attend(sink_keys, sink_values, queries, visible, top, total, output, scale_log2, SOFT_CAP)
 
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -141,6 +169,7 @@ def recent_attention(
     for lengths in (block_table, seq_lens, query_start_loc):
         assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
     assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
+    assert sinks <= SINK_TILE, sinks
     rows = group * max_query_len
     block_m = min(max(triton.next_power_of_2(rows), 16), MAX_BLOCK_M)
     row_tiles = triton.cdiv(rows, block_m)
@@ -150,6 +179,7 @@ def recent_attention(
         scale * math.log2(math.e),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, RECENT=recent, SINKS=sinks, WINDOW=sliding_window or 0, SOFT_CAP=logits_soft_cap,
-        ROW_TILES=row_tiles, DEPENDENT=dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS, num_stages=2,
+        ROW_TILES=row_tiles, DEPENDENT=dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
+        SINK_TILE=SINK_TILE, num_warps=NUM_WARPS, num_stages=2,
         **({"launch_pdl": True} if dependent else {}),
     )  # fmt: skip
