@@ -58,24 +58,25 @@ def flash(
     return output, lse
 
 
-def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype, k_scale, v_scale):
-    assert kv_cache_dtype == "auto" and k_scale == v_scale == 1
-    for row, slot in enumerate(slot_mapping.tolist()):
-        if slot >= 0:
-            for rows, cache in ((key, key_cache), (value, value_cache)):
-                cache[slot // cache.shape[1], slot % cache.shape[1]] = rows[row]
+def reshape_and_cache(key, value, kv_cache, slot_mapping, positions, layout, transforms, rows):
+    """As this package's, which keep new tokens in a recent window too."""
+    reference.reshape_and_cache_ref(key, value, kv_cache, slot_mapping, positions, layout, transforms)
+    if rows is not None:
+        rows.check(key, len(slot_mapping))
+        reference.store_rows_ref(key, value, rows.kv_cache, rows.slot_mapping)
 
 
 @pytest.fixture
 def replaced(monkeypatch):
     """vLLM's and this package's GPU kernels."""
     monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash, raising=False)
-    monkeypatch.setattr(fa_utils, "reshape_and_cache_flash", reshape_and_cache_flash, raising=False)
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 3)
     # Under the interpreter the kernel would multiply bf16's bit patterns.
-    monkeypatch.setattr(recent_attention, "recent_attention", recent_attention_ref)
+    monkeypatch.setattr(
+        recent_attention, "recent_attention", lambda *arguments, dependent: recent_attention_ref(*arguments)
+    )
     decode = SimpleNamespace(paged_attention=lambda *arguments, workspace: reference.paged_attention_ref(*arguments))
-    rows = layer_kernels._RowKernels(reference.reshape_and_cache_ref, reference.gather_cache_ref)
+    rows = layer_kernels._RowKernels(reshape_and_cache, reference.gather_cache_ref)
     monkeypatch.setattr(layer_kernels, "_decode_module", lambda kernel: (decode, {}))
     monkeypatch.setattr(layer_kernels, "_row_kernels", lambda kernels: rows)
     monkeypatch.setattr(layer_kernels, "_triton_workspace", lambda *arguments: None)
