@@ -395,6 +395,14 @@ def test_head_sizes_that_do_not_pack(write):
     assert line.endswith("layers.1 head_size must be between 1 and 256, but got head_size 512 with K4V2")
 
 
+def test_a_layer_with_kv_heads_has_a_head_size(write):
+    """Also one that stays unquantized, whose head size nothing has to pack."""
+    model = MODEL.replace("num_kv_heads: 2, head_size: 64", "num_kv_heads: [2, 0, 2, 2], head_size: [64, 0, 0, 0]")
+    path = write(f"version: 1\n{model}layers: {{0-3: K16V16}}\n")
+    (line,) = problems_of(load_profile, path)
+    assert line == f"{path}: model.head_size must be positive where a layer has KV heads, but got 0 for 2-3"
+
+
 def test_key_offset_needs_one_number_positions(write, tmp_path):
     (tmp_path / "s.safetensors").touch()
     text = "version: 1\nlayers: {0-2: K4V4, 3: K16V16}\ntransforms: {key_offset: true}\nstatics: s.safetensors\n"

@@ -211,6 +211,8 @@ def _parse_model(problems: Problems, raw: Any) -> ModelShape | None:
         return ModelShape(str(name), str(architecture), (LayerShape(1, 1),) * num_layers)
     heads = num_kv_heads if isinstance(num_kv_heads, list) else [num_kv_heads] * num_layers
     sizes = head_size if isinstance(head_size, list) else [head_size] * num_layers
+    if empty := [layer for layer in range(num_layers) if heads[layer] and not sizes[layer]]:
+        problems.add("model.head_size", "must be positive where a layer has KV heads", f"0 for {format_layers(empty)}")
     return ModelShape(name, architecture, tuple(LayerShape(*shape) for shape in zip(heads, sizes, strict=True)))
 
 
