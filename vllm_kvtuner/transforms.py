@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-ANGLE_STEP = 64
+ANGLE_STEP = 32
 """Positions between the rows of :attr:`RotaryTable.coarse_angles`."""
 
 
@@ -55,7 +55,7 @@ class RotaryTable:
     @functools.cached_property
     def coarse_angles(self) -> torch.Tensor:
         """[rows, rotary_dim / 2, 2] fp32: cosine and sine at every ANGLE_STEP-th position, a few beyond the last."""
-        rows = self.cos_sin.shape[0] // ANGLE_STEP + 2 * ANGLE_STEP
+        rows = self.cos_sin.shape[0] // ANGLE_STEP + 4 * ANGLE_STEP
         return self._angles(torch.arange(rows, dtype=torch.float64) * ANGLE_STEP, self.amplitude)
 
     @functools.cached_property

@@ -37,6 +37,7 @@ class Variant:
     soft_cap: bool = False
     recent: int | None = None
     sinks: int = 0
+    few: bool = False
     dtype: torch.dtype = torch.bfloat16
 
     def defines(self, arch: str) -> dict[str, int]:
@@ -47,7 +48,7 @@ class Variant:
             transforms = with_offset_pairs(transforms, self.offset_pairs)
         pairs = 0 if transforms.offset_pairs is None else len(transforms.offset_pairs.index)
         layout, rows = make_layout(self.pair, self.head_size, self.block_size), self.rows
-        config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch])
+        config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch], self.few)
         return cuda._defines(
             layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap,
             self.recent or 0, self.recent is not None, self.sinks,
@@ -76,6 +77,9 @@ class Variant:
         Variant("K4V4", 128, transformed=True, recent=64),
         Variant("K2V2", 128, window=100, recent=64, sinks=4),
         Variant("K8V8", 128, window=64, recent=0),
+        Variant("K4V4", 128, few=True),
+        Variant("K2V2", 128, transformed=True, offset_pairs=8, few=True),
+        Variant("K2V2", 128, transformed=True, offset_pairs=64),
     ],
     ids=lambda variant: (
         f"{variant.pair}-{variant.head_size}" + (f"-recent{variant.recent}" * (variant.recent is not None))
@@ -86,7 +90,7 @@ def test_nothing_spills_where_decoding_is_fastest(variant):
     assert variant.rows == 4
     cubin = variant.compile("sm_90")
     usage = resource_usage(cubin)
-    threads = 32 * cuda.NUM_WARPS * variant.defines("sm_90")["MIN_CTAS"]
+    threads = 32 * variant.defines("sm_90")["NUM_WARPS"] * variant.defines("sm_90")["MIN_CTAS"]
     assert usage["REG"] * threads <= 1 << 16
     assert (usage["STACK"], usage["LOCAL"], local_memory_instructions(cubin)) == (0, 0, 0)
 
@@ -100,6 +104,8 @@ def test_nothing_spills_where_decoding_is_fastest(variant):
         ("sm_90", Variant("K4V2", 256, group=8, transformed=True)),
         ("sm_90", Variant("K4V4", 128, group=1, max_query_len=16, soft_cap=True, dtype=torch.float16)),
         ("sm_90", Variant("K8V4", 128, transformed=True, offset_pairs=64)),
+        ("sm_90", Variant("K8V8", 256, group=8, transformed=True, offset_pairs=128)),
+        ("sm_80", Variant("K4V2", 64, transformed=True, offset_pairs=16, few=True)),
         ("sm_80", Variant("K4V2", 128, group=8, max_query_len=4, recent=32)),
         ("sm_120", Variant("K4V2", 128)),
         ("sm_120", Variant("K2V2", 64, group=8, transformed=True, offset_pairs=8)),
@@ -126,8 +132,8 @@ def test_a_source_that_does_not_compile_says_why():
 def test_default_knobs_fit_the_multiprocessor(arch, head_sizes):
     for pair, head_size, block_size in itertools.product(QUANTIZED_PAIRS, head_sizes, (16, 48, 64, 128, 256)):
         layout = make_layout(pair.name, head_size, block_size)
-        for rows, pairs in itertools.product(cuda.PASS_ROWS, (0, 8, head_size // 2)):
-            config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch])
+        for rows, pairs, few in itertools.product(cuda.PASS_ROWS, (0, 8, head_size // 2), (False, True)):
+            config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch], few)
             cta = cuda.shared_bytes(layout, rows, config, pairs)
             assert config.min_ctas * (cta + cuda.RESERVED_SHARED_BYTES) <= SHARED_BYTES[arch]
             assert cta <= SHARED_BYTES_OF_A_CTA[arch]

@@ -72,6 +72,14 @@ def offset_in(pairs: int, num_kv_heads: int, head_size: int, table: RotaryTable,
             {}, lambda: offset_in(7, 2, 128, rotary(128), key_hadamard=True), id="key offset",
         ),
         pytest.param(
+            "K2V2", 128, 4, 16, FP16, [1],
+            {}, lambda: offset_in(40, 2, 128, rotary(128)), id="key offset, many pairs",
+        ),
+        pytest.param(
+            "K8V8", 128, 4, 16, FP16, [1],
+            {}, lambda: offset_in(8, 2, 128, rotary(128)), id="key offset, shorter stages",
+        ),
+        pytest.param(
             "K8V2", 64, 8, 16, FP16, [2],
             {}, lambda: offset_in(16, 2, 64, rotary(32, is_neox=False)), id="key offset, all pairs, partly rotated",
         ),

@@ -37,7 +37,6 @@ BODIES = {
     "reciprocal_approx(": "return 1.0f / x;",
     "unpack_fp16(": "return {half_to_float(word & 0xFFFF), half_to_float(word >> 16)};",
     "pack_fp16(": "return float_to_half(low) | float_to_half(high) << 16;",
-    "truncate_fp16(": "return float_to_half_truncated(low) | float_to_half_truncated(high) << 16;",
     "from_fp16(": "return half_to_float(bits);",
     "to_fp16(": "return (u16)float_to_half(x);",
     "to_bf16(": "return (u16)float_to_bfloat(x);",
@@ -47,11 +46,20 @@ BODIES = {
         words="a0, a1, a2, a3, b0, b1", k=32, per_word=4, a=4, b=2, kinds="unsigned_byte, signed_byte"
     ),
     "mma_u8s8_k16(": _MMA.format(words="a0, a1, b0", k=16, per_word=4, a=2, b=1, kinds="unsigned_byte, signed_byte"),
+    "mma_u8u8_k32(": _MMA.format(
+        words="a0, a1, a2, a3, b0, b1", k=32, per_word=4, a=4, b=2, kinds="unsigned_byte, unsigned_byte"
+    ),
+    "mma_u8u8_k16(": _MMA.format(words="a0, a1, b0", k=16, per_word=4, a=2, b=1, kinds="unsigned_byte, unsigned_byte"),
     "mma_fp16(": _MMA.format(
         words="a0, a1, a2, a3, b0, b1", k=16, per_word=2, a=4, b=2, kinds="half_number, half_number"
     ),
     "transpose_8x8(": "return transposed(word, __LINE__);",
-    "copy_16(": "copy_16_bytes(memory + target, source, __LINE__);",
+    "load_matrices(u32 (&words)[2]": "read_matrices<false>(words, row, __LINE__);",
+    "load_matrices(u32 (&words)[4]": "read_matrices<false>(words, row, __LINE__);",
+    "load_transposed(u32 (&words)[2]": "read_matrices<true>(words, row, __LINE__);",
+    "load_transposed(u32 (&words)[4]": "read_matrices<true>(words, row, __LINE__);",
+    "copy_16(": "copy_bytes<16>(memory + target, source, __LINE__);",
+    "copy_8(": "copy_bytes<8>(memory + target, source, __LINE__);",
 }
 """Bodies of device.cuh's functions, by what follows their return type."""
 

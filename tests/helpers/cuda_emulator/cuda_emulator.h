@@ -43,6 +43,7 @@ static TO reinterpret_bits(FROM value) {
 }
 
 static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float __uint_as_float(unsigned x) { return reinterpret_bits<float>(x); }
@@ -210,7 +211,6 @@ static void run_cta(unsigned cta, unsigned ctas, int threads, void (*body)()) {
 
 static float half_to_float(uint32_t bits) { return _cvtsh_ss((unsigned short)bits); }
 static uint32_t float_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
-static uint32_t float_to_half_truncated(float x) { return _cvtss_sh(x, _MM_FROUND_TO_ZERO); }
 static uint32_t float_to_bfloat(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x != x ? bits >> 16 | 64 : bits + 0x7FFF + (bits >> 16 & 1) >> 16;
@@ -250,7 +250,28 @@ static uint32_t transposed(uint32_t word, int line) {
   return result;
 }
 
-static void copy_16_bytes(unsigned char* target, const void* source, int line) {
-  if ((uintptr_t)target % 16 || (uintptr_t)source % 16) fail("misaligned copy", line);
-  std::memcpy(target, source, 16);
+// Lane i gives the address of row i % 8 of matrix i / 8; lane (g, t) gets numbers 2 t and 2 t + 1 of row g of each, or
+// numbers g of rows 2 t and 2 t + 1.
+template <bool TRANSPOSED, int COUNT>
+static void read_matrices(uint32_t (&words)[COUNT], const unsigned char* row, int line) {
+  if (LANE < 8 * COUNT && (uintptr_t)row % 16) fail("misaligned matrix", line);
+  uint32_t address[2];
+  std::memcpy(address, &row, 8);
+  const Contribution* all = meet(address, 2, line);
+  const int g = LANE / 4, t = LANE % 4;
+  for (int matrix = 0; matrix < COUNT; matrix++) {
+    words[matrix] = 0;
+    for (int i = 0; i < 2; i++) {
+      const unsigned short* source;
+      std::memcpy(&source, all[8 * matrix + (TRANSPOSED ? 2 * t + i : g)].words, 8);
+      words[matrix] |= (uint32_t)source[TRANSPOSED ? g : 2 * t + i] << 16 * i;
+    }
+  }
+  part();
+}
+
+template <int BYTES>
+static void copy_bytes(unsigned char* target, const void* source, int line) {
+  if ((uintptr_t)target % BYTES || (uintptr_t)source % BYTES) fail("misaligned copy", line);
+  std::memcpy(target, source, BYTES);
 }

@@ -10,6 +10,7 @@ typedef unsigned long long u64;
 #define FULL_WARP 0xFFFFFFFFu
 
 __device__ __forceinline__ constexpr int constant_min(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ constexpr int constant_max(int a, int b) { return a < b ? b : a; }
 
 __device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 
@@ -39,13 +40,6 @@ __device__ __forceinline__ float2 unpack_fp16(u32 word) {
 __device__ __forceinline__ u32 pack_fp16(float low, float high) {
   u32 word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
-  return word;
-}
-
-// Rounded towards zero.
-__device__ __forceinline__ u32 truncate_fp16(float low, float high) {
-  u32 word;
-  asm("cvt.rz.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
 }
 
@@ -145,6 +139,20 @@ __device__ __forceinline__ void mma_u8s8_k16(int (&c)[4], u32 a0, u32 a1, u32 b0
                : "r"(a0), "r"(a1), "r"(b0));
 }
 
+// Both unsigned.
+__device__ __forceinline__ void mma_u8u8_k32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma_u8u8_k16(int (&c)[4], u32 a0, u32 a1, u32 b0) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.u8.u8.s32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a0), "r"(a1), "r"(b0));
+}
+
 // C[16][8] += A[16][16] B[16][8], fp16 with fp32 sums.
 __device__ __forceinline__ void mma_fp16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm volatile(
@@ -158,6 +166,33 @@ __device__ __forceinline__ u32 transpose_8x8(u32 word) {
   u32 result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(word));
   return result;
+}
+
+// Two or four 8 x 8 matrices of 16-bit numbers from shared memory: lane (g, t) gets numbers 2 t and 2 t + 1 of row g of each.
+// Lane i says where row i % 8 of matrix i / 8 is, a multiple of 16 bytes.
+__device__ __forceinline__ void load_matrices(u32 (&words)[2], const u8* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void load_matrices(u32 (&words)[4], const u8* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(row)));
+}
+
+// The same transposed: lane (g, t) gets numbers g of rows 2 t and 2 t + 1 of each.
+__device__ __forceinline__ void load_transposed(u32 (&words)[2], const u8* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(words[0]), "=r"(words[1])
+               : "r"(shared_address(row)));
+}
+
+__device__ __forceinline__ void load_transposed(u32 (&words)[4], const u8* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(shared_address(row)));
 }
 
 // ---- copies from global to shared memory ----
@@ -203,6 +238,10 @@ __device__ __forceinline__ u64 policy_evict_first() {
 
 __device__ __forceinline__ void copy_16(u32 target, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(source) : "memory");
+}
+
+__device__ __forceinline__ void copy_8(u32 target, const void* source) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(target), "l"(source) : "memory");
 }
 
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

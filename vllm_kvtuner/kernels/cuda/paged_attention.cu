@@ -1,25 +1,24 @@
 // Decode attention straight on packed pages, one launch: fold the queries, attend, merge, rotate back.
 //
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, BLOCK_SIZE, GROUP (query heads per KV head), PASS_ROWS (query rows of a
-// pass, 4 or 8), STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
-// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (a multiple of 64), WINDOW (tokens that
+// pass, 4 or 8), NUM_WARPS, STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
+// OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (32), WINDOW (tokens that
 // a query sees, 0: all), SKIP_NEWEST and SKIP_FIRST (tokens that it does not see, its newest and the request's first),
 // WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
 //
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
 // head) chunk or several. A *segment* is what one pass reads: all stages of one (request, KV head, pass). Segments
 // stand in a row, and every CTA takes an equal share of the work, whichever segments it belongs to. Within a CTA
-// the four warps take turns, each with a ring of stages of its own. A segment that several CTAs share is merged by the
+// the warps take turns, each with a ring of stages of its own. A segment that several CTAs share is merged by the
 // one that ends last, in the order of the CTAs, so that results do not depend on timing.
 //
 // Arithmetic (s a row's scale, m its minimum): logit = s_t (q . codes_t) + m_t sum(q), and the output is
 // sum_t (P_t s_t) codes_t + sum_t P_t m_t. Key codes are multiplied as unsigned bytes with q in 16-bit fixed point, whose
-// high and low byte are two columns of the matrix instruction. Value codes are fp16 subnormals as they stand in their
-// word. So 4 rows fill the 8 columns in the first product; in the second, even columns take one half of the tokens and
-// odd columns the other. With 8 rows, the first product has two column tiles and the second one row per column.
+// high and low byte are two columns of the matrix instruction, so that 4 rows fill its 8. So are the weights P_t s_t, in units
+// of 1 / 65535 of a stage's largest of their row, and value codes are unsigned bytes too. A stage's integer sums are less than
+// 2^24: as fp32 numbers they are that many times 2^-149 as they stand, and are added up without being converted.
 #include "device.cuh"
 
-constexpr int NUM_WARPS = 4;
 constexpr int TILES = PASS_ROWS / 4;
 
 constexpr int K_ROW = HEAD_SIZE * K_BITS / 8;
@@ -38,7 +37,7 @@ constexpr int STAGE_BYTES = STAGE_TOKENS * CONTENT;
 constexpr int V_CODES = PIECE_TOKENS * K_ROW;
 constexpr int K_META = V_CODES + PIECE_TOKENS * V_ROW;
 constexpr int V_META = K_META + PIECE_TOKENS * 4;
-static_assert(STAGE_TOKENS % 16 == 0 && (BLOCK_SIZE % STAGE_TOKENS == 0 || STAGE_TOKENS % BLOCK_SIZE == 0), "stage");
+static_assert((BLOCK_SIZE % STAGE_TOKENS == 0 || STAGE_TOKENS % BLOCK_SIZE == 0), "block");
 static_assert(HEAD_SIZE % 32 == 0 && HEAD_SIZE * V_BITS % 128 == 0, "head size");
 static_assert(PASS_ROWS == 4 || PASS_ROWS == 8, "rows");
 
@@ -46,30 +45,40 @@ static_assert(PASS_ROWS == 4 || PASS_ROWS == 8, "rows");
 constexpr int K_FIELDS = 8 / K_BITS;
 constexpr int K_WORDS_ROW = K_ROW / 4;
 constexpr int K_WORDS = (K_WORDS_ROW + 3) / 4;
-constexpr int K_RUN = K_WORDS_ROW % 16 == 0 ? 4 : K_WORDS_ROW % 8 == 0 ? 2 : 1;
-// Halfwords of a value row in a lane: g = lane / 4 holds runs of V_RUN.
+// Of narrow rows lanes take every fourth word, as matrices of 8 rows' 16 bytes give them.
+constexpr bool K_MATRICES = K_ROW == 16 || K_ROW == 32;
+constexpr int K_RUN = K_MATRICES ? 1 : K_WORDS_ROW % 16 == 0 ? 4 : K_WORDS_ROW % 8 == 0 ? 2 : 1;
+// A *unit* of values: two neighbouring bytes of a row in each lane, g = lane / 4. Where rows are wide, a lane holds runs of
+// V_RUN units, since matrices of 16-byte pieces of such rows would meet in the same of shared memory's banks.
 constexpr int V_FIELDS = 8 / V_BITS;
-constexpr int V_HALVES = V_ROW / 16;
-constexpr int V_RUN = V_HALVES % 8 == 0 ? 8 : V_HALVES % 4 == 0 ? 4 : V_HALVES % 2 == 0 ? 2 : 1;
+constexpr int V_UNITS = V_ROW / 16;
+constexpr bool V_MATRICES = V_ROW <= 32 || V_UNITS % 2;
+constexpr int V_MAX_RUN = PASS_ROWS * HEAD_SIZE > 1024 ? 2 : 8;  // by registers
+constexpr int V_RUN = V_MATRICES ? 1 : constant_min(V_UNITS % 8 == 0 ? 8 : V_UNITS % 4 == 0 ? 4 : 2, V_MAX_RUN);
 constexpr int V_TILES = HEAD_SIZE / 16;
+// Codes of a byte are masked from its lowest bit up, and what lies below is taken off the sums: the highest needs no mask.
+// 2-bit keys have it in the query instead, where fields of the same byte meet in a lane of fold_row; with 4 bits that saves
+// less than the query's exactness is worth.
+constexpr bool CUMULATIVE_KEYS = K_BITS == 2 && K_ROW % 32 == 0;
 
-// What a warp does at a time: as much as registers hold, since warps wait for their own instructions.
-constexpr int STEP_TOKENS = constant_min(STAGE_TOKENS, PASS_ROWS == 4 ? 64 : 32);
-constexpr int STEP_UNROLL = PASS_ROWS == 4 ? 1 : 2;
-constexpr int GROUPS = STEP_TOKENS / 16;
+// A stage is attended to at once: as much as registers hold, since warps wait for their own instructions.
+constexpr int GROUPS = STAGE_TOKENS / 16;
 constexpr int NUMBERS = HEAD_SIZE / 32;
 constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
-// Stages after which warps add their sums up in fp32: the matrix instruction truncates, and that must not pile up.
-constexpr int FLUSH_STAGES = NUM_WARPS * 2048 / STAGE_TOKENS;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
 constexpr int MAX_VISIT = 12;
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
+// Whether registers hold a key offset's pairs as long as a warp reads a segment.
+constexpr bool OFFSET_STAYS = OFFSET_STEPS == 1 && TILES == 1 && GROUPS > 1;
+constexpr int TURNED = OFFSET_STAYS ? 1 : NUM_WARPS * OFFSET_STEPS * TILES * 2;
+static_assert(STAGE_TOKENS == 16 || STAGE_TOKENS == 32 || STAGE_TOKENS == 64, "stage");
 
 #define MASKED __int_as_float(0xFF800000)
 constexpr float NOTHING = -1e30f;      // the reference of a row that has seen nothing
-constexpr float MAX_WEIGHT = 32768.0f; // of P times a lifted value scale: fp16 holds it
-constexpr float MAX_LIFTED = 512.0f;   // of a value scale when the lift is set, so that P may grow by 64 before it is again
-constexpr float TRUNCATED = 1.0f - 0x1p-10f;  // fp16 keeps at least this much of a normal number
+constexpr float MAX_TOTAL = 0x1p16f;     // of P of a lane's tokens in a stage, before the reference is set anew
+constexpr float MIN_WEIGHT = 0x1p-100f;  // of a stage's largest weight, so that it has an inverse
+constexpr float FULL_WEIGHT = 65535.0f;  // the largest weight of a stage in fixed point
+constexpr float OUTPUT_UNIT = 0x1p-48f;  // of Accumulators.output
 
 // The parts read the constants above.
 #include "paged_attention_stages.cuh"
@@ -127,21 +136,27 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     barrier_init_done();
   }
 #endif
+#if OFFSET_PAIRS
+  find_turns(a, shared.offset, thread);
+#endif
   __syncthreads();
   Producer producer;
   producer.shared = &shared;
   producer.segment = 0;
   producer.more = true;
   producer.enter(a, shared.cursors[0], warp, lane);
+#if OFFSET_PAIRS
+  OffsetTurns turns;
+  turns.load(a, lane);
+  fetch_offset(a, shared.offset, shared.cursors[0], 0, warp, lane);
+#endif
   // Up to here only what steps share was read, which no kernel just before this one writes.
   dependency_wait();
   launch_dependents();
-  fetch_rows(a, shared, shared.cursors[0], 0, warp, lane);
+  fetch_queries(a, shared, shared.cursors[0], 0, warp, lane);
   producer.settle(a, first, last, warp, lane);
   // Ahead of the ring's copies, which would hold them up.
-#ifndef NO_QUERY_WAIT
   copies_wait_all();
-#endif
 #pragma unroll 1
   for (int i = 0; i < NUM_STAGES; i++)
     producer.issue(a, first, last, warp, lane, shared.ring[warp][i], &shared.barriers[warp][i], policy);
@@ -159,7 +174,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     if (!fetched) fetch_rows(a, shared, cursor, shared.segment, warp, lane);
     copies_wait_all();
     __syncwarp();
-    for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) fold_row(a, shared, cursor, row, lane);
+    for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) fold_row(a, shared, cursor, row, warp, lane);
     __syncthreads();
     if (thread == 0) {
       Cursor next = cursor;
@@ -171,37 +186,30 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
 
     const int first_stage = request.first_stage, stage_end = cursor.stage_end;
 #if OFFSET_PAIRS
-    OffsetAngles angles;
-    angles.load(a, (first_stage + cursor.stage_begin + warp) * STAGE_TOKENS, lane);
+    turns.enter(shared, warp, lane);
 #endif
-    for (int begin = cursor.stage_begin; begin < stage_end; begin += FLUSH_STAGES) {
-      sums.clear();
-      const int end = min(begin + FLUSH_STAGES, stage_end);
+    sums.clear();
 #pragma unroll 1
-      for (int stage = begin + warp; stage < end; stage += NUM_WARPS) {
+    for (int stage = cursor.stage_begin + warp; stage < stage_end; stage += NUM_WARPS) {
 #if __CUDA_ARCH__ >= 900
-        barrier_wait(shared_address(&shared.barriers[warp][slot]), parity);
+      barrier_wait(shared_address(&shared.barriers[warp][slot]), parity);
 #else
-        copies_wait<NUM_STAGES - 1>();
-        __syncwarp();
+      copies_wait<NUM_STAGES - 1>();
+      __syncwarp();
 #endif
-#pragma unroll STEP_UNROLL
-        for (int step = 0; step < STAGE_TOKENS / STEP_TOKENS; step++)
-          attend(a, shared.ring[warp][slot], step,
-                 (first_stage + stage) * STAGE_TOKENS + step * STEP_TOKENS, rows,
+      attend(a, shared.ring[warp][slot], (first_stage + stage) * STAGE_TOKENS, rows,
 #if OFFSET_PAIRS
-                 shared, angles,
+             shared.offset, turns, warp,
 #endif
-                 lane, sums);
-        __syncwarp();
-        producer.issue(a, first, last, warp, lane, shared.ring[warp][slot], &shared.barriers[warp][slot], policy);
-        if (++slot == NUM_STAGES) {
-          slot = 0;
-          parity ^= 1;
-        }
+             lane, sums);
+      __syncwarp();
+      producer.issue(a, first, last, warp, lane, shared.ring[warp][slot], &shared.barriers[warp][slot], policy);
+      if (++slot == NUM_STAGES) {
+        slot = 0;
+        parity ^= 1;
       }
-      keep(shared, sums, begin == cursor.stage_begin, warp, lane);
     }
+    keep(shared, sums, warp, lane);
     __syncthreads();
 
     more = shared.more;

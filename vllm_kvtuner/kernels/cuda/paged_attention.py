@@ -17,10 +17,11 @@ from vllm_kvtuner.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, Ro
 
 MAX_QUERY_LEN = 16
 """Query tokens per request that one launch serves."""
-NUM_WARPS = 4
 MAX_CTAS_PER_MULTIPROCESSOR = 4
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 """Compute capabilities with 100 KB of shared memory in a multiprocessor."""
+FEW_SEGMENTS = 8
+"""Requests times KV heads of batches that larger CTAs serve."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that the system takes of each CTA."""
 PASS_ROWS = (4, 8)
@@ -35,11 +36,13 @@ class DecodeConfig:
         stage_tokens: cached tokens that a warp's copy brings.
         num_stages: copies that a warp has in flight.
         min_ctas: CTAs per multiprocessor that registers and shared memory must allow.
+        num_warps: of a CTA.
     """
 
     stage_tokens: int
     num_stages: int
     min_ctas: int
+    num_warps: int = 4
 
 
 @dataclass(frozen=True)
@@ -90,42 +93,55 @@ def pass_rows(rows: int) -> int:
     return PASS_ROWS[0] if rows <= PASS_ROWS[0] else PASS_ROWS[1]
 
 
-def decode_config(layout: PageLayout, rows: int, offset_pairs: int, shared_bytes_per_sm: int) -> DecodeConfig:
+def decode_config(
+    layout: PageLayout, rows: int, offset_pairs: int, shared_bytes_per_sm: int, few: bool = False
+) -> DecodeConfig:
     """Knobs for a layout, rows of a pass and a multiprocessor's shared memory, from sweeps on an H200.
 
     As many CTAs as registers and shared memory allow, two stages (more only lengthen the way to memory), and stages as
     long as fit. See tools/bench/README.md.
+
+    Args:
+        few: whether there are so few segments that most CTAs have a part of one. Then larger CTAs leave fewer parts.
     """
     bits = layout.pair.nominal_bits
     # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
-    min_ctas = 2 if bits > 3 else 3
-    if offset_pairs > 16:
-        min_ctas = 3
-    if rows > PASS_ROWS[0]:
-        min_ctas = min(min_ctas, 3)
-    if layout.head_size > 128:
+    min_ctas = 2 if bits >= 3 else 3
+    if rows > PASS_ROWS[0] or layout.head_size > 128:
         min_ctas = 2
-    num_stages, stage_tokens = 2, 64
+    num_stages, stage_tokens, num_warps = 2, 64, 4
+    if few and rows == PASS_ROWS[0]:
+        min_ctas, num_warps = 1, 8
 
     def fits() -> bool:
-        cta = shared_bytes(layout, rows, DecodeConfig(stage_tokens, num_stages, min_ctas), offset_pairs)
+        config = DecodeConfig(stage_tokens, num_stages, min_ctas, num_warps)
+        cta = shared_bytes(layout, rows, config, offset_pairs)
         return min_ctas * (cta + RESERVED_SHARED_BYTES) <= shared_bytes_per_sm
 
+    while not fits() and min_ctas > 2:
+        min_ctas -= 1
     while not fits() and stage_tokens > 16:
         stage_tokens //= 2
     while not fits() and min_ctas > 1:
         min_ctas -= 1
+    while not fits() and num_warps > 1:  # many offset pairs of a large head
+        num_warps //= 2
     while layout.block_size % stage_tokens and stage_tokens % layout.block_size:
         stage_tokens //= 2
-    return DecodeConfig(stage_tokens, num_stages, min_ctas)
+    return DecodeConfig(stage_tokens, num_stages, min_ctas, num_warps)
 
 
 def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pairs: int) -> int:
     """Dynamic shared memory of a CTA: at least the size of the kernel's struct."""
-    ring = NUM_WARPS * config.num_stages * config.stage_tokens * layout.content_bytes
-    outputs = NUM_WARPS * rows * layout.head_size * 4
-    queries = 2 * rows * layout.head_size * 2 + rows // 4 * 8 * (layout.head_size + 16) + rows * offset_pairs * 8
-    return ring + outputs + queries + 1280
+    ring = config.num_warps * config.num_stages * config.stage_tokens * layout.content_bytes
+    outputs = config.num_warps * rows * layout.head_size * 4
+    queries = 2 * rows * layout.head_size * 2 + rows // 4 * 8 * (layout.head_size + 16)
+    offset = offset_pairs * (16 + 48 * config.num_warps + 8 * rows)
+    if offset_pairs > 8 or rows > PASS_ROWS[0] or config.stage_tokens == 16:  # else registers hold it
+        offset += offset_pairs * config.num_warps * rows // 4 * 64
+    elif offset_pairs:
+        offset += 256
+    return ring + outputs + queries + offset + 320 * config.num_warps
 
 
 def unsupported(
@@ -173,6 +189,7 @@ def _defines(
         "BLOCK_SIZE": layout.block_size,
         "GROUP": group,
         "PASS_ROWS": rows,
+        "NUM_WARPS": config.num_warps,
         "STAGE_TOKENS": config.stage_tokens,
         "NUM_STAGES": config.num_stages,
         "MIN_CTAS": config.min_ctas,
@@ -201,6 +218,7 @@ def _build(
     skip_newest: int,
     write_lse: bool,
     skip_first: int,
+    few: bool,
     device: torch.device,
     config: DecodeConfig | None,
 ) -> tuple[BuiltKernel, int]:
@@ -209,12 +227,14 @@ def _build(
     pairs = 0 if offset is None else len(offset.index)
     if config is None:
         shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-        config = decode_config(layout, rows, pairs, shared)
+        config = decode_config(layout, rows, pairs, shared, few)
     defines = _defines(
         layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap, skip_newest, write_lse,
         skip_first,
     )  # fmt: skip
-    return build("paged_attention", tuple(defines.items()), 32 * NUM_WARPS, defines["SHARED_BYTES"], device), rows
+    return build(
+        "paged_attention", tuple(defines.items()), 32 * config.num_warps, defines["SHARED_BYTES"], device
+    ), rows
 
 
 @functools.cache
@@ -291,7 +311,7 @@ def paged_attention(
         return
     kernel, rows = _build(
         layout, group, max_query_len, query.dtype, transforms, sliding_window, logits_soft_cap > 0, skip_newest,
-        lse is not None, skip_first, query.device, config,
+        lse is not None, skip_first, num_reqs * num_kv_heads <= FEW_SEGMENTS, query.device, config,
     )  # fmt: skip
     max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
     assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"

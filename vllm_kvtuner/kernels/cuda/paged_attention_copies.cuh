@@ -16,6 +16,51 @@ __device__ __forceinline__ const u16* query_row(const Arguments& a, const Cursor
          (cursor.kv_head * GROUP + member) * HEAD_SIZE;
 }
 
+#if OFFSET_PAIRS
+struct OffsetShared {
+  // Of all segments: dimensions of a pair, which of the rotary embedding's it is, how far it turns from a warp's stage to its next.
+  int dims[OFFSET_PAIRS], index[OFFSET_PAIRS];
+  float2 turn[OFFSET_PAIRS];
+  // Fetched with a segment's queries: the offset's numbers, and angles at a warp's first stage, of 8 pairs those of t = lane % 4
+  // and 4 more, each for even and odd columns.
+  alignas(16) float2 numbers[2][NUM_WARPS][OFFSET_PAIRS];
+  float2 angles[2][NUM_WARPS][OFFSET_STEPS][2][2][4];
+  float2 coefficients[PASS_ROWS][OFFSET_PAIRS];  // of cosine and sine
+  // The same turned to a warp's next stage, where registers do not hold them: each lane's own.
+  float2 turned[TURNED][32];
+};
+
+// How much farther on the angle of a column is than the stage's first token, in ANGLE_STEP.
+__device__ __forceinline__ int turns_ahead(int column) { return GROUPS == 4 ? column % 2 : 0; }
+
+// What does not depend on segments; the table's first row is its amplitude.
+__device__ __forceinline__ void find_turns(const Arguments& a, OffsetShared& offset, int thread) {
+  for (int i = thread; i < OFFSET_PAIRS; i += NUM_WARPS * 32) {
+    const int index = a.offset_index[i];
+    const float2 angle = a.coarse_angles[NUM_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index];
+    const float amplitude = a.coarse_angles[index].x;
+    offset.index[i] = index;
+    offset.dims[i] = a.offset_dims[i];
+    offset.turn[i] = make_float2(angle.x / amplitude, angle.y / amplitude);
+  }
+}
+
+__device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int warp,
+                                             int lane) {
+  const int token = (cursor.request.first_stage + cursor.stage_begin + warp) * STAGE_TOKENS;
+#pragma unroll 1
+  for (int i = lane * 2; i < OFFSET_PAIRS; i += 64)
+    copy_16(shared_address(&offset.numbers[at][warp][i]), a.offset + cursor.kv_head * OFFSET_PAIRS + i);
+#pragma unroll 1
+  for (int i = lane; i < OFFSET_STEPS * 16; i += 32) {
+    const int step = i / 16, b = i / 8 % 2, column = i / 4 % 2, t = i % 4;
+    const u32 row = token / ANGLE_STEP + turns_ahead(column);
+    copy_8(shared_address(&offset.angles[at][warp][step][b][column][t]),
+           a.coarse_angles + row * (u32)a.rotary_pairs + offset.index[step * 8 + 4 * b + t]);
+  }
+}
+#endif
+
 // The parts of a segment that several CTAs share.
 struct Parts {
   int complete;     // whether all are there
@@ -27,10 +72,10 @@ struct Shared {
   alignas(16) float output[NUM_WARPS][PASS_ROWS][HEAD_SIZE];
   alignas(16) u8 query[TILES][8][QUERY_STRIDE];
 #if OFFSET_PAIRS
-  float2 offset[PASS_ROWS][OFFSET_PAIRS];
+  OffsetShared offset;
 #endif
   u64 barriers[NUM_WARPS][NUM_STAGES];
-  float dot_factor[PASS_ROWS], sum_factor[PASS_ROWS], offset_factor[PASS_ROWS];
+  float unit[PASS_ROWS], sum[PASS_ROWS], offset_factor[PASS_ROWS];
   float total[NUM_WARPS][PASS_ROWS], top[NUM_WARPS][PASS_ROWS];
   // Queries as they are of this segment and the next, row by row, and which segments of the CTA those are: copied by
   // the warp that folds them, as soon as its copies come to that segment, since the way to memory is long then.
@@ -45,16 +90,27 @@ struct Shared {
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 
 // Fetches a segment's queries, each warp the rows that it folds.
-__device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
-                                           int lane) {
+__device__ __forceinline__ void fetch_queries(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
+                                              int lane) {
   const int at = segment % 2;
+#pragma unroll 1
   for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
     const u16* source = query_row(a, cursor, row);
     if (source != nullptr)
+#pragma unroll 1
       for (int i = lane * 8; i < HEAD_SIZE; i += 256) copy_16(shared_address(&shared.raw_query[at][row][i]), source + i);
   }
   if (lane == 0) shared.raw_segment[at][warp] = segment;
   __syncwarp();
+}
+
+// Those, and what belongs to its key offset.
+__device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
+                                           int lane) {
+#if OFFSET_PAIRS
+  fetch_offset(a, shared.offset, cursor, segment % 2, warp, lane);
+#endif
+  fetch_queries(a, shared, cursor, segment, warp, lane);
 }
 
 struct Producer {
@@ -116,7 +172,7 @@ struct Producer {
   __device__ __forceinline__ void issue(const Arguments& a, int first, int last, int warp, int lane, u8* target,
                                         u64* barrier, u64 policy) {
     if (more) {
-      const int copies = WHOLE_CHUNKS ? min(COPIES, (len - token + PIECE_TOKENS - 1) / PIECE_TOKENS) : COPIES;
+      const int copies = WHOLE_CHUNKS ? min(COPIES, (int)((u32)(len - token + PIECE_TOKENS - 1) / PIECE_TOKENS)) : COPIES;
       u32 source_blocks[ENTRIES];
 #pragma unroll
       for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
@@ -126,11 +182,17 @@ struct Producer {
       if (elect_one()) {
         const u32 mbarrier = shared_address(barrier);
         barrier_expect(mbarrier, WHOLE_CHUNKS ? copies * PIECE_BYTES : STAGE_BYTES);
-#pragma unroll
-        for (int i = 0; i < COPIES; i++) {
-          if (i >= copies) break;
+        auto bring = [&](int i) {
           const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
           copy_bulk(at + copy.target, copy.source, copy.bytes, mbarrier, policy);
+        };
+        if (copies == COPIES) {
+#pragma unroll
+          for (int i = 0; i < COPIES; i++) bring(i);
+        } else {
+#pragma unroll
+          for (int i = 0; i < COPIES - 1; i++)
+            if (i < copies) bring(i);
         }
       }
 #else
@@ -156,7 +218,7 @@ struct Producer {
 
   // Copy i of a stage: a whole chunk, or a part of one in layout.py's order.
   __device__ __forceinline__ Copy copy_of(const Arguments& a, int i, u32 block) const {
-    const u8* chunk = head + (u64)block * a.block_stride;
+    const u8* chunk = head + (u64)block * (u32)a.block_stride;
     if (WHOLE_CHUNKS) return {chunk, PIECE_BYTES, (u32)i * PIECE_BYTES};
     const int width = i == 0 ? K_ROW : i == 1 ? V_ROW : 4;
     const int before = i == 0 ? 0 : i == 1 ? K_ROW : i == 2 ? K_ROW + V_ROW : K_ROW + V_ROW + 4;

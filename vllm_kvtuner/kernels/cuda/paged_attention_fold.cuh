@@ -2,7 +2,8 @@
 #pragma once
 
 // A row of the query into the frame of the stored keys, in 16-bit fixed point; by one warp.
-__device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, const Cursor& cursor, int row, int lane) {
+__device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, const Cursor& cursor, int row, int warp,
+                                         int lane) {
   const int kv_head = cursor.kv_head;
   float x[NUMBERS];
   const u16* source = query_row(a, cursor, row);
@@ -18,9 +19,9 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
     int pair = i * 32 + lane;
     coefficients[i] = make_float2(0.0f, 0.0f);
     if (present && pair < OFFSET_PAIRS) {
-      int dims = a.offset_dims[pair];
-      float first = load_query(raw + (dims & 0xFFFF)), second = load_query(raw + (dims >> 16));
-      float2 m = a.offset[kv_head * OFFSET_PAIRS + pair];
+      const int dims = shared.offset.dims[pair];
+      const float first = load_query(raw + (dims & 0xFFFF)), second = load_query(raw + (dims >> 16));
+      const float2 m = shared.offset.numbers[shared.segment % 2][warp][pair];
       // q . R_t m is the sum over pairs of (q_a m_a + q_b m_b) cos + (q_b m_a - q_a m_b) sin.
       coefficients[i] = make_float2(first * m.x + second * m.y, second * m.x - first * m.y);
       largest = fmaxf(largest, fmaxf(fabsf(coefficients[i].x), fabsf(coefficients[i].y)));
@@ -30,8 +31,7 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
 #pragma unroll
   for (int i = 0; i < (OFFSET_PAIRS + 31) / 32; i++)
     if (i * 32 + lane < OFFSET_PAIRS)
-      shared.offset[row][i * 32 + lane] = make_float2(coefficients[i].x / largest, coefficients[i].y / largest);
-  if (lane == 0) shared.offset_factor[row] = largest * a.scale_log2;
+      shared.offset.coefficients[row][i * 32 + lane] = make_float2(coefficients[i].x / largest, coefficients[i].y / largest);
 #endif
 #if KEY_EQUALIZATION
 #pragma unroll
@@ -40,26 +40,44 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
 #if KEY_HADAMARD
   hadamard_row(x, lane);
 #endif
+  // Bytes hold a field and those below it. So what a field's number is multiplied by is taken off where the field above, of the
+  // same byte, is multiplied too: sum of q_f c_f = sum of (q_f - q_(f + 1) / 2^K_BITS) (c_f + what stands below it).
+  constexpr int FIELD = CUMULATIVE_KEYS ? K_ROW / 32 : NUMBERS;
+#pragma unroll
+  for (int i = 0; i + FIELD < NUMBERS; i++) x[i] -= x[i + FIELD] * (1.0f / (float)(1 << K_BITS));
   float absmax = 0.0f;
 #pragma unroll
   for (int i = 0; i < NUMBERS; i++) absmax = fmaxf(absmax, fabsf(x[i]));
   absmax = fmaxf(warp_max(absmax), 1e-30f);
-  // 32512 = 127 * 256: the high byte rounds to at most 127.
-  const float unit = absmax * (1.0f / 32512.0f), inverse = 32512.0f / absmax;
-  int sum = 0;
+  // 32512 = 127 * 256: the high byte rounds to at most 127. A power of two leaves a 16-bit number as it is unless it is less than
+  // 2^-7 (bf16) or 2^-4 (fp16) of the largest; rotated and scaled ones have no such form.
+#if KEY_HADAMARD || KEY_EQUALIZATION
+  const float unit = absmax * (1.0f / 32512.0f);
+#else
+  const float unit = __uint_as_float(((__float_as_uint(absmax * (32768.0f / 32512.0f)) >> 23) - 14) << 23);
+#endif
+  const float inverse = 1.0f / unit;
+  float sum = 0.0f;
   u8* high = shared.query[row / 4][2 * (row % 4)];
 #pragma unroll
   for (int i = 0; i < NUMBERS; i++) {
     int fixed = __float2int_rn(x[i] * inverse);
-    sum += fixed;
+    // With its share in the fields below.
+    float shares = 1.0f;
+#pragma unroll
+    for (int below = 0; below < i / FIELD; below++) shares = fmaf(shares, 1.0f / (float)(1 << K_BITS), 1.0f);
+    sum = fmaf((float)fixed, shares, sum);
     high[i * 32 + lane] = (u8)((fixed + 128) >> 8);
     high[QUERY_STRIDE + i * 32 + lane] = (u8)fixed;
   }
-  sum = __reduce_add_sync(FULL_WARP, sum);
+  sum = warp_sum(sum);
   if (lane == 0) {
-    const float factor = unit * a.scale_log2;
-    shared.dot_factor[row] = factor / (float)(1 << ((K_FIELDS - 1) * K_BITS));
-    shared.sum_factor[row] = factor * (float)sum;
+    constexpr float HIGHEST = (float)(1 << ((K_FIELDS - 1) * K_BITS));
+    shared.unit[row] = unit * a.scale_log2 / HIGHEST;
+    shared.sum[row] = sum * HIGHEST;
+#if OFFSET_PAIRS
+    shared.offset_factor[row] = largest / unit * HIGHEST;
+#endif
   }
 }
 
@@ -78,8 +96,8 @@ __device__ __forceinline__ void load_rows(const Shared& shared, const Request& r
           rows.query[tile][field][i] = *(const u32*)&shared.query[tile][g][4 * word + field * K_ROW];
       }
     const int row = 4 * tile + t;
-    rows.dot_factor[tile] = shared.dot_factor[row];
-    rows.sum_factor[tile] = shared.sum_factor[row];
+    rows.unit[tile] = shared.unit[row];
+    rows.sum[tile] = shared.sum[row];
 #if OFFSET_PAIRS
     rows.offset_factor[tile] = shared.offset_factor[row];
 #endif

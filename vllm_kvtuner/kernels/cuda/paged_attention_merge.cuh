@@ -1,8 +1,8 @@
 // paged_attention.cu: from warps' sums to output rows.
 #pragma once
 
-// Adds a warp's sums in fp32 to what it has kept of the segment so far.
-__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, bool first, int warp, int lane) {
+// A warp's sums of a segment to where those of all warps are added up.
+__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {
@@ -13,26 +13,20 @@ __device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, bool fi
     }
     const int row = 4 * tile + t;
     float* output = shared.output[warp][row];
-    const float before = first ? NOTHING : shared.top[warp][row];
-    const float top = fmaxf(before, sums.reference[tile]);
-    const float factor = exp2_approx(sums.reference[tile] - top), decay = exp2_approx(before - top);
-    const float unlift = 1.0f / sums.lift;
 #pragma unroll
-    for (int c = 0; c < 2 * V_TILES; c++) {
-      const float sum = TILES == 2 ? sums.output[c / 2][c % 2 * 2 + tile]
-                                   : sums.output[c / 2][c % 2 * 2] + sums.output[c / 2][c % 2 * 2 + 1];
-      const float x = fmaf(sum, value_unit(c) * unlift, sums.minima[tile]) * factor;
-      float& target = output[value_dim(c, g)];
-      target = first ? x : fmaf(target, decay, x);
-    }
-    __syncwarp();
+    for (int i = 0; i < V_TILES; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int field = i % V_FIELDS;
+        const float below = field ? sums.output[tile][constant_max(i - 1, 0)][half] : 0.0f;
+        const float unit = 1.0f / OUTPUT_UNIT / (float)(1 << (field * V_BITS));
+        output[value_dim(i, half, g)] = fmaf(sums.output[tile][i][half] - below, unit, sums.minima[tile]);
+      }
     if (g == 0) {
-      const float total = sums.total[tile] * factor;
-      shared.total[warp][row] = first ? total : fmaf(shared.total[warp][row], decay, total);
-      shared.top[warp][row] = top;
+      shared.total[warp][row] = sums.total[tile];
+      shared.top[warp][row] = sums.reference[tile];
     }
   }
-  __syncwarp();
 }
 
 // A row of what all warps have kept, unnormalized: number i * 32 + lane in x[i].
@@ -91,8 +85,14 @@ __device__ __forceinline__ void end_segment(const Arguments& a, Shared& shared, 
       write_row(a, cursor, row, x, top, total, lane);
       continue;
     }
+    float* part = a.partial + ((u64)slot * PASS_ROWS + row) * HEAD_SIZE + lane * NUMBERS;
+    if constexpr (NUMBERS % 4 == 0) {
 #pragma unroll
-    for (int i = 0; i < NUMBERS; i++) a.partial[((u64)slot * PASS_ROWS + row) * HEAD_SIZE + i * 32 + lane] = x[i];
+      for (int i = 0; i < NUMBERS; i += 4) *(float4*)(part + i) = make_float4(x[i], x[i + 1], x[i + 2], x[i + 3]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < NUMBERS; i++) part[i] = x[i];
+    }
     if (lane == 0) a.partial_state[slot * PASS_ROWS + row] = make_float2(top, total);
   }
 }
@@ -105,14 +105,23 @@ __device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& 
     float x[NUMBERS] = {};
     // A part is the second of its CTA only in the CTA where the segment begins.
     auto slot_of = [&](int part) { return (u64)(2 * part + (part == first ? 1 : 0)) * PASS_ROWS + row; };
-    constexpr int BATCH = NUMBERS <= 4 ? 16 : 8;
+    // Large CTAs have registers for all parts of a lone request's segment.
+    constexpr int BATCH = NUMBERS > 4 ? 8 : NUM_WARPS == 4 ? 16 : 20;
     float parts[BATCH][NUMBERS];
     auto load = [&](int begin) {
 #pragma unroll
       for (int j = 0; j < BATCH; j++) {
-        const float* part = a.partial + slot_of(min(begin + j, last)) * HEAD_SIZE;
+        const float* part = a.partial + slot_of(min(begin + j, last)) * HEAD_SIZE + lane * NUMBERS;
+        if constexpr (NUMBERS % 4 == 0) {
 #pragma unroll
-        for (int i = 0; i < NUMBERS; i++) parts[j][i] = __ldcg(part + i * 32 + lane);
+          for (int i = 0; i < NUMBERS; i += 4) {
+            const float4 four = __ldcg((const float4*)(part + i));
+            parts[j][i] = four.x, parts[j][i + 1] = four.y, parts[j][i + 2] = four.z, parts[j][i + 3] = four.w;
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < NUMBERS; i++) parts[j][i] = __ldcg(part + i);
+        }
       }
     };
     for (int base = first; base <= last; base += 32) {

@@ -2,28 +2,24 @@
 #pragma once
 
 struct Accumulators {
-  float output[V_TILES][4];
+  float output[TILES][V_TILES][2];  // sums of weights times masked bytes, in OUTPUT_UNIT
   float reference[TILES], total[TILES], minima[TILES];
-  float lift;
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
-    for (int i = 0; i < V_TILES; i++)
+    for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) output[i][j] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {
-      reference[i] = NOTHING;
-      total[i] = minima[i] = 0.0f;
+      for (int i = 0; i < V_TILES; i++) output[tile][i][0] = output[tile][i][1] = 0.0f;
+      reference[tile] = NOTHING;
+      total[tile] = minima[tile] = 0.0f;
     }
-    // The first scale that is not 0 brings it down.
-    lift = __uint_as_float((127u + 40u) << 23);
   }
 };
 
 struct RowConstants {
   u32 query[TILES][K_FIELDS][K_WORDS];
-  float dot_factor[TILES], sum_factor[TILES];
+  float unit[TILES];  // logits to base 2 per unit of the integer dot product
+  float sum[TILES];   // of the query, in the same units
   int limit[TILES];  // tokens that the row sees
   int seen_by_all;   // tokens that every row sees
   int len;           // tokens of the request
@@ -31,6 +27,9 @@ struct RowConstants {
   float offset_factor[TILES];
 #endif
 };
+
+// Ones in the lowest `bits` of each byte of a word.
+__device__ __forceinline__ constexpr u32 lowest_bits(int bits) { return 0x01010101u * ((1u << bits) - 1); }
 
 template <int WORDS>
 __device__ __forceinline__ void load_run(u32* words, const u8* pointer) {
@@ -50,11 +49,25 @@ __device__ __forceinline__ void load_run(u32* words, const u8* pointer) {
 __device__ __forceinline__ void key_products(const u8* keys, const RowConstants& rows, int lane, int (&dots)[TILES][2]) {
   const int g = lane / 4, t = lane % 4;
   u32 words[2][K_WORDS];
+  if constexpr (K_MATRICES) {
+    // The matrices of tokens token_of_row(0 to 7), then of 8 more.
+    const u8* row = keys + (token_of_row(lane % 8) + lane / 8 % 2 * 8) * K_ROW;
+    if constexpr (K_WORDS == 2) {
+      u32 four[4];
+      load_matrices(four, row + lane / 16 * 16);
+      words[0][0] = four[0], words[1][0] = four[1], words[0][K_WORDS - 1] = four[2], words[1][K_WORDS - 1] = four[3];
+    } else {
+      u32 two[2];
+      load_matrices(two, row);
+      words[0][0] = two[0], words[1][0] = two[1];
+    }
+  } else {
 #pragma unroll
-  for (int half = 0; half < 2; half++) {
-    const u8* row = keys + (token_of_row(g) + 8 * half) * K_ROW;
+    for (int half = 0; half < 2; half++) {
+      const u8* row = keys + (token_of_row(g) + 8 * half) * K_ROW;
 #pragma unroll
-    for (int i = 0; i < K_WORDS; i += K_RUN) load_run<K_RUN>(&words[half][i], row + (4 * i + t * K_RUN) * 4);
+      for (int i = 0; i < K_WORDS; i += K_RUN) load_run<K_RUN>(&words[half][i], row + (4 * i + t * K_RUN) * 4);
+    }
   }
   int sums[TILES][K_FIELDS][4];
 #pragma unroll
@@ -67,8 +80,7 @@ __device__ __forceinline__ void key_products(const u8* keys, const RowConstants&
   for (int i = 0; i < K_WORDS; i += 2) {
 #pragma unroll
     for (int field = 0; field < K_FIELDS; field++) {
-      constexpr u32 ONES = K_BITS == 8 ? 0xFFFFFFFFu : K_BITS == 4 ? 0x0F0F0F0Fu : 0x03030303u;
-      const u32 mask = ONES << (field * K_BITS);
+      const u32 mask = CUMULATIVE_KEYS ? lowest_bits((field + 1) * K_BITS) : lowest_bits(K_BITS) << (field * K_BITS);
       u32 a0 = words[0][i] & mask, a1 = words[1][i] & mask;
       if (i + 1 < K_WORDS) {
         u32 a2 = words[0][i + 1] & mask, a3 = words[1][i + 1] & mask;
@@ -96,130 +108,193 @@ __device__ __forceinline__ void key_products(const u8* keys, const RowConstants&
     }
 }
 
-// The second product of 16 tokens: weights[b] is a B operand, b = 0 for tokens token_of_row(2t), token_of_row(2t + 1).
-__device__ __forceinline__ void value_products(const u8* values, const u32 (&weights)[2], int lane,
-                                               float (&output)[V_TILES][4]) {
-  const int g = lane / 4, t = lane % 4;
-  // codes[b][c]: code number c of this lane, for two tokens.
-  constexpr int RUN_WORDS = V_RUN > 1 ? V_RUN / 2 : 1;
-  constexpr int RUN_CODES = HEAD_SIZE / 8 / (V_HALVES / V_RUN);
+// Bytes of values as A operands: words[group][unit][i] holds byte i of the unit in this lane, for tokens r, r + 8, r' and r' + 8 of
+// a group of 16, where r and r' are token_of_row(2 t) and token_of_row(2 t + 1). That is how transposed weights come.
+struct ValueBytes {
+  u32 words[GROUPS][V_RUN][2];
+
+  // Run number `run` of a stage's tokens.
+  __device__ __forceinline__ void load(const u8* stage, int run, int lane) {
+    const int g = lane / 4, t = lane % 4;
 #pragma unroll
-  for (int run = 0; run < V_HALVES / V_RUN; run++) {
-    u32 codes[2][RUN_CODES];
+    for (int group = 0; group < GROUPS; group++) {
+      if constexpr (V_MATRICES) {
+        // Tokens token_of_row(0 to 7) and 8 more of one group or two.
+        constexpr int AT_ONCE = GROUPS % 2 ? 1 : 2;
+        if (group % AT_ONCE) continue;
+        u32 rows[2 * AT_ONCE];
+        const u8* row = value_row(stage, group + lane / 16 % AT_ONCE, token_of_row(lane % 8) + lane / 8 % 2 * 8);
+        load_transposed(rows, row + run * 16);
 #pragma unroll
-    for (int b = 0; b < 2; b++) {
-      const u8* row = values + (run * 8 + g) * (V_RUN * 2);
-      const int even = token_of_row(2 * t) + 8 * b, odd = token_of_row(2 * t + 1) + 8 * b;
-      u32 pairs[V_RUN];
-      if constexpr (V_RUN == 1) {
-        pairs[0] = (u32) * (const u16*)(row + even * V_ROW) | (u32) * (const u16*)(row + odd * V_ROW) << 16;
-      } else {
-        u32 first[RUN_WORDS], second[RUN_WORDS];
-        load_run<RUN_WORDS>(first, row + even * V_ROW);
-        load_run<RUN_WORDS>(second, row + odd * V_ROW);
-#pragma unroll
-        for (int i = 0; i < RUN_WORDS; i++) {
-          pairs[2 * i] = __byte_perm(first[i], second[i], 0x5410);
-          pairs[2 * i + 1] = __byte_perm(first[i], second[i], 0x7632);
+        for (int i = 0; i < AT_ONCE; i++) {
+          words[group + i][0][0] = __byte_perm(rows[2 * i], rows[2 * i + 1], 0x6240);
+          words[group + i][0][1] = __byte_perm(rows[2 * i], rows[2 * i + 1], 0x7351);
         }
-      }
+      } else {
+        u32 rows[4][constant_max(V_RUN / 2, 1)];
 #pragma unroll
-      for (int i = 0; i < V_RUN; i++) {
+        for (int i = 0; i < 4; i++)
+          load_run<constant_max(V_RUN / 2, 1)>(rows[i], value_row(stage, group, token_of_row(2 * t + i / 2) + i % 2 * 8) +
+                                           (run * 8 + g) * (2 * V_RUN));
 #pragma unroll
-        for (int code = 0; code < 16 / V_BITS; code++) {
-          constexpr u32 ONES = 0x10001u * ((1 << V_BITS) - 1);
-          const int low = code * V_BITS;
-          u32 word;
-          if (low + V_BITS <= 10)
-            word = pairs[i] & (ONES << low);
-          else if (V_BITS == 8)
-            word = __byte_perm(pairs[i], 0, 0x4341);
-          else
-            word = (pairs[i] >> 8) & (ONES << (low - 8));
-          codes[b][i * (16 / V_BITS) + code] = word;
+        for (int i = 0; i < V_RUN / 2; i++) {
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            const u32 even = __byte_perm(rows[0][i], rows[1][i], half ? 0x7362 : 0x5140);
+            const u32 odd = __byte_perm(rows[2][i], rows[3][i], half ? 0x7362 : 0x5140);
+            words[group][2 * i + half][0] = __byte_perm(even, odd, 0x5410);
+            words[group][2 * i + half][1] = __byte_perm(even, odd, 0x7632);
+          }
         }
       }
     }
-#pragma unroll
-    for (int c = 0; c < RUN_CODES; c += 2)
-      mma_fp16(output[(run * RUN_CODES + c) / 2], codes[0][c], codes[0][c + 1], codes[1][c], codes[1][c + 1], weights[0],
-               weights[1]);
   }
-}
 
-// The dimension that this lane's code number c holds, and what its subnormal must be multiplied by.
-__device__ __forceinline__ int value_dim(int c, int g) {
-  const int half = c / (16 / V_BITS), code = c % (16 / V_BITS);
-  const int position = half / V_RUN * 8 * V_RUN + g * V_RUN + half % V_RUN;
-  return 2 * position + code / V_FIELDS + code % V_FIELDS * (HEAD_SIZE / V_FIELDS);
-}
-__device__ __forceinline__ float value_unit(int c) {
-  const int low = c % (16 / V_BITS) * V_BITS;
-  const int shift = low + V_BITS <= 10 ? low : low - 8;
-  return (float)(1 << 24) / (float)(1 << shift);
-}
-
-#if OFFSET_PAIRS
-// By how much a lane's pairs are turned at a multiple of ANGLE_STEP tokens. That row of the table is as far away as the cache
-// is, so a warp loads it one step ahead, unless so many pairs take too many registers.
-constexpr bool ANGLES_AHEAD = OFFSET_STEPS <= 2;
-struct OffsetAngles {
-  float2 at[ANGLES_AHEAD ? OFFSET_STEPS : 1][2];
-
-  static __device__ __forceinline__ float2 angle(const Arguments& a, int token, int step, int b, int lane) {
-    const int pair = step * 8 + lane % 4 + 4 * b;
-    return __ldg(&a.coarse_angles[(u64)(token / ANGLE_STEP) * a.rotary_pairs + __ldg(&a.offset_index[pair])]);
-  }
-  __device__ __forceinline__ void load(const Arguments& a, int token, int lane) {
-    if (!ANGLES_AHEAD) return;
-#pragma unroll
-    for (int step = 0; step < OFFSET_STEPS; step++)
-#pragma unroll
-      for (int b = 0; b < 2; b++) at[step][b] = angle(a, token, step, b, lane);
+  static __device__ __forceinline__ const u8* value_row(const u8* stage, int group, int token) {
+    const int place = group * 16;
+    return stage + place / PIECE_TOKENS * PIECE_BYTES + V_CODES + (place % PIECE_TOKENS + token) * V_ROW;
   }
 };
 
-// q . R_t m of STEP_TOKENS tokens from position `token`, in units of offset_factor. Coefficients and angles come anew from
-// shared memory and the L1 cache each time: registers for all pairs would leave none for warps.
-__device__ __forceinline__ void offset_products(const Arguments& a, const Shared& shared, int token, OffsetAngles& angles,
-                                                int lane, float (&sums)[GROUPS][TILES][2]) {
-  const int g = lane / 4, t = lane % 4;
-  float products[GROUPS][TILES][4] = {};
+// The second product of a stage. weights[group][tile]: B operands, in ValueBytes's order of tokens.
+//   high, low: what the sums of a row's high and low bytes count for, times 2^149.
+__device__ __forceinline__ void value_products(const u8* stage, const u32 (&weights)[GROUPS][TILES],
+                                               const float (&high)[TILES], const float (&low)[TILES], int lane,
+                                               float (&output)[TILES][V_TILES][2]) {
 #pragma unroll
-  for (int step = 0; step < OFFSET_STEPS; step++) {
-    u32 operand[TILES][2];
+  for (int run = 0; run < V_UNITS / V_RUN; run++) {
+    ValueBytes bytes;
+    bytes.load(stage, run, lane);
 #pragma unroll
-    for (int b = 0; b < 2; b++) {
-      const int pair = step * 8 + t + 4 * b;
-      const float2 angle = ANGLES_AHEAD ? angles.at[step][b] : OffsetAngles::angle(a, token, step, b, lane);
+    for (int unit = 0; unit < V_RUN; unit++) {
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        // The sum of two angles: the coefficients turn with every ANGLE_STEP tokens, cosines and sines within them stay.
-        const float2 c = shared.offset[4 * tile + g / 2][pair];
-        const float cosine = c.x * angle.x + c.y * angle.y, sine = c.y * angle.x - c.x * angle.y;
-        const u32 high = pack_fp16(cosine, sine);
-        const float2 rounded = unpack_fp16(high);
-        const u32 low = pack_fp16(cosine - rounded.x, sine - rounded.y);
-        operand[tile][b] = g % 2 ? low : high;
+      for (int field = 0; field < V_FIELDS; field++) {
+        const u32 mask = lowest_bits((field + 1) * V_BITS);
+        int sums[TILES][4] = {};
+#pragma unroll
+        for (int group = 0; group < GROUPS; group += 2) {
+          const u32 a0 = bytes.words[group][unit][0] & mask, a1 = bytes.words[group][unit][1] & mask;
+          if (group + 1 < GROUPS) {
+            const u32 a2 = bytes.words[(group + 1) % GROUPS][unit][0] & mask;
+            const u32 a3 = bytes.words[(group + 1) % GROUPS][unit][1] & mask;
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+              mma_u8u8_k32(sums[tile], a0, a1, a2, a3, weights[group][tile], weights[(group + 1) % GROUPS][tile]);
+          } else {
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++) mma_u8u8_k16(sums[tile], a0, a1, weights[group][tile]);
+          }
+        }
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            float& sum = output[tile][(run * V_RUN + unit) * V_FIELDS + field][half];
+            sum = fmaf(__int_as_float(sums[tile][2 * half]), high[tile],
+                       fmaf(__int_as_float(sums[tile][2 * half + 1]), low[tile], sum));
+          }
       }
     }
+  }
+}
+
+// The dimension whose codes sum number [tile][half] of a lane holds, with those of lower fields below them, as masked.
+__device__ __forceinline__ int value_dim(int tile, int half, int g) {
+  const int unit = tile / V_FIELDS, field = tile % V_FIELDS;
+  return (unit / V_RUN * 8 + g) * (2 * V_RUN) + unit % V_RUN * 2 + half + field * V_ROW;
+}
+
+#if OFFSET_PAIRS
+// q . R_t m = sum over pairs of x cos(w t) + y sin(w t): the coefficients (x, y) turn with the stage's first token, what is left
+// of the angle is in A operands that are the same for all stages. A stage of 64 tokens is two of ANGLE_STEP, in even columns
+// the first, in odd ones the second.
+__device__ __forceinline__ float2 turned_by(const float2& c, const float2& angle) {
+  return make_float2(c.x * angle.x + c.y * angle.y, c.y * angle.x - c.x * angle.y);
+}
+
+struct OffsetTurns {
+  // Of few pairs in registers; of others in shared memory, and A operands in the L1 cache: no registers would be left.
+  float2 coefficients[2], turn[2];
+  uint4 fine[constant_min(GROUPS, 2)][2];
+
+  // What does not depend on segments.
+  __device__ __forceinline__ void load(const Arguments& a, int lane) {
+    if (OFFSET_STAYS)
 #pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-      const uint4* fine = a.fine_angles + ((step * (ANGLE_STEP / 16) + (token / 16 + group) % (ANGLE_STEP / 16)) * 2) * 32;
-      const uint4 high = __ldg(fine + lane), low = __ldg(fine + 32 + lane);
+      for (int i = 0; i < constant_min(GROUPS, 2); i++)
+#pragma unroll
+        for (int term = 0; term < 2; term++) fine[i][term] = fine_operand(a, 0, i, term, lane);
+  }
+  __device__ __forceinline__ void enter(Shared& shared, int warp, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int step = 0; step < OFFSET_STEPS; step++)
+#pragma unroll
+      for (int b = 0; b < 2; b++) {
+        const int pair = step * 8 + t + 4 * b;
+        const float2 angle = shared.offset.angles[shared.segment % 2][warp][step][b][g % 2][t];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const float2 c = turned_by(shared.offset.coefficients[4 * tile + g / 2][pair], angle);
+          if (OFFSET_STAYS)
+            coefficients[b] = c, turn[b] = shared.offset.turn[pair];
+          else
+            *place(shared.offset, step, tile, b, warp, lane) = c;
+        }
+      }
+  }
+  static __device__ __forceinline__ float2* place(OffsetShared& shared, int step, int tile, int b, int warp, int lane) {
+    return &shared.turned[OFFSET_STAYS ? 0 : ((warp * OFFSET_STEPS + step) * TILES + tile) * 2 + b][lane];
+  }
+  static __device__ __forceinline__ uint4 fine_operand(const Arguments& a, int step, int i, int term, int lane) {
+    return __ldg(a.fine_angles + ((step * (ANGLE_STEP / 16) + i) * 2 + term) * 32 + lane);
+  }
+  // A column's operand of a pair, in two terms of fp16; the coefficients then turn to the next stage.
+  __device__ __forceinline__ void operand(OffsetShared& shared, int step, int tile, int b, int warp, int lane, u32& high,
+                                          u32& low) {
+    float2* kept = place(shared, step, tile, b, warp, lane);
+    const float2 c = OFFSET_STAYS ? coefficients[b] : *kept;
+    high = pack_fp16(c.x, c.y);
+    const float2 rounded = unpack_fp16(high);
+    low = pack_fp16(c.x - rounded.x, c.y - rounded.y);
+    const float2 next = turned_by(c, OFFSET_STAYS ? turn[b] : shared.turn[step * 8 + lane % 4 + 4 * b]);
+    if (OFFSET_STAYS)
+      coefficients[b] = next;
+    else
+      *kept = next;
+  }
+};
+
+// q . R_t m of a stage's tokens from position `token`, in units of offset_factor.
+__device__ __forceinline__ void offset_products(const Arguments& a, OffsetShared& shared, int token, OffsetTurns& turns, int warp,
+                                                int lane, float (&sums)[GROUPS][TILES][2]) {
+  constexpr int FINE = constant_min(GROUPS, 2);
+  float products[FINE][TILES][4] = {};
+#pragma unroll 2
+  for (int step = 0; step < OFFSET_STEPS; step++) {
+    u32 high[TILES][2], low[TILES][2];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int b = 0; b < 2; b++) turns.operand(shared, step, tile, b, warp, lane, high[tile][b], low[tile][b]);
+#pragma unroll
+    for (int i = 0; i < FINE; i++) {
+      const int place = GROUPS == 1 ? token / 16 % (ANGLE_STEP / 16) : i;
+      const uint4 fine = OFFSET_STAYS ? turns.fine[i][0] : OffsetTurns::fine_operand(a, step, place, 0, lane);
+      const uint4 finer = OFFSET_STAYS ? turns.fine[i][1] : OffsetTurns::fine_operand(a, step, place, 1, lane);
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
-        mma_fp16(products[group][tile], low.x, low.y, low.z, low.w, operand[tile][0], operand[tile][1]);
-        mma_fp16(products[group][tile], high.x, high.y, high.z, high.w, operand[tile][0], operand[tile][1]);
+        mma_fp16(products[i][tile], finer.x, finer.y, finer.z, finer.w, high[tile][0], high[tile][1]);
+        mma_fp16(products[i][tile], fine.x, fine.y, fine.z, fine.w, low[tile][0], low[tile][1]);
+        mma_fp16(products[i][tile], fine.x, fine.y, fine.z, fine.w, high[tile][0], high[tile][1]);
       }
     }
   }
 #pragma unroll
   for (int group = 0; group < GROUPS; group++)
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-      sums[group][tile][0] = products[group][tile][0] + products[group][tile][1];
-      sums[group][tile][1] = products[group][tile][2] + products[group][tile][3];
-    }
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) sums[group][tile][half] = products[group % FINE][tile][2 * half + group / 2];
 }
 #endif

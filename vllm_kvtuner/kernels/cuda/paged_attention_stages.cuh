@@ -130,7 +130,7 @@ __device__ __forceinline__ Shares share_out(Arguments& a, int lane) {
   stages = __reduce_add_sync(FULL_WARP, stages);
   segments = __reduce_add_sync(FULL_WARP, segments);
   // Where shares are small, it is better to have more of them.
-  a.visit = min(MAX_VISIT, stages / (4 * (int)gridDim.x));
+  a.visit = min(MAX_VISIT, stages / (NUM_WARPS * (int)gridDim.x));
   return Shares(stages + a.visit * segments, gridDim.x, a.visit + NUM_WARPS);
 }
 

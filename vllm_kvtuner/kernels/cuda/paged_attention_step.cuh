@@ -1,23 +1,56 @@
 // paged_attention.cu: what a warp does with 16 to 64 tokens.
 #pragma once
 
-// STEP_TOKENS tokens from the one at `token`, the first of a piece's part or of a 16-token run within it.
-__device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int step, int token, const RowConstants& rows,
+// The largest of a row's numbers, of all tokens of a step.
+__device__ __forceinline__ float token_max(const float (&numbers)[GROUPS][TILES][2], int tile) {
+  // In pairs: a chain of maxima would be waited for.
+  float x[GROUPS];
+#pragma unroll
+  for (int group = 0; group < GROUPS; group++) x[group] = fmaxf(numbers[group][tile][0], numbers[group][tile][1]);
+#pragma unroll
+  for (int step = 1; step < GROUPS; step <<= 1)
+#pragma unroll
+    for (int group = 0; group + step < GROUPS; group += 2 * step) x[group] = fmaxf(x[group], x[group + step]);
+#pragma unroll
+  for (int step = 4; step < 32; step <<= 1) x[0] = fmaxf(x[0], __shfl_xor_sync(FULL_WARP, x[0], step));
+  return x[0];
+}
+
+// P and its sum over this lane's tokens, its product with the value scales, and the largest of those in a row.
+__device__ __forceinline__ void weigh(const float (&logits)[GROUPS][TILES][2], const float (&unit)[TILES],
+                                      const float (&scale)[GROUPS][2], const Accumulators& sums,
+                                      float (&p)[GROUPS][TILES][2], float (&total)[TILES],
+                                      float (&weight)[GROUPS][TILES][2], float (&largest)[TILES]) {
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+    total[tile] = 0.0f;
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        p[group][tile][half] = exp2_approx(fmaf(logits[group][tile][half], unit[tile], -sums.reference[tile]));
+        total[tile] += p[group][tile][half];
+        weight[group][tile][half] = p[group][tile][half] * scale[group][half];
+      }
+    largest[tile] = token_max(weight, tile);
+  }
+}
+
+// A stage, whose first token is `token`.
+__device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int token, const RowConstants& rows,
 #if OFFSET_PAIRS
-                                       const Shared& shared, OffsetAngles& angles,
+                                       OffsetShared& shared, OffsetTurns& turns, int warp,
 #endif
                                        int lane, Accumulators& sums) {
   const int g = lane / 4;
-  float logits[GROUPS][TILES][2], lifted[GROUPS][2], minimum[GROUPS][2];
+  float logits[GROUPS][TILES][2], scale[GROUPS][2], minimum[GROUPS][2];
 #if OFFSET_PAIRS
   float offsets[GROUPS][TILES][2];
-  offset_products(a, shared, token, angles, lane, offsets);
-  const bool last_step = step == STAGE_TOKENS / STEP_TOKENS - 1;
-  angles.load(a, token + STEP_TOKENS + (last_step ? (NUM_WARPS - 1) * STAGE_TOKENS : 0), lane);
+  offset_products(a, shared, token, turns, warp, lane, offsets);
 #endif
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
-    const int place = step * STEP_TOKENS + group * 16;
+    const int place = group * 16;
     const u8* piece = stage + place / PIECE_TOKENS * PIECE_BYTES;
     const int within = place % PIECE_TOKENS;
     int dots[TILES][2];
@@ -27,25 +60,24 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
       const int row = token_of_row(g) + 8 * half;
       const float2 k_meta = unpack_fp16(*(const u32*)(piece + K_META + (within + row) * 4));
       const float2 v_meta = unpack_fp16(*(const u32*)(piece + V_META + (within + row) * 4));
-      lifted[group][half] = v_meta.x * sums.lift;
+      scale[group][half] = v_meta.x;
       minimum[group][half] = v_meta.y;
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
-        float logit = k_meta.y * rows.sum_factor[tile];
-        logit = fmaf(k_meta.x * rows.dot_factor[tile], __int2float_rn(dots[tile][half]), logit);
+        float logit = fmaf(k_meta.x, __int2float_rn(dots[tile][half]), k_meta.y * rows.sum[tile]);
 #if OFFSET_PAIRS
         logit = fmaf(offsets[group][tile][half], rows.offset_factor[tile], logit);
 #endif
 #if SOFT_CAP
-        // To base 2: cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
-        const float power = exp2_approx(logit * (2.885390081777927f / a.soft_cap_log2));
+        // To base 2, and in units of 1: cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
+        const float power = exp2_approx(logit * rows.unit[tile] * (2.885390081777927f / a.soft_cap_log2));
         logit = a.soft_cap_log2 * (1.0f - 2.0f * reciprocal_approx(power + 1.0f));
 #endif
         logits[group][tile][half] = logit;
       }
     }
   }
-  bool partly_seen = token + STEP_TOKENS > rows.seen_by_all;
+  bool partly_seen = token + STAGE_TOKENS > rows.seen_by_all;
 #if WINDOW
   partly_seen |= token < rows.seen_by_all + PASS_ROWS - WINDOW;
 #endif
@@ -63,7 +95,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
 #if WINDOW
         absent |= position < rows.seen_by_all - WINDOW;
 #endif
-        if (absent) lifted[group][half] = minimum[group][half] = 0.0f;
+        if (absent) scale[group][half] = minimum[group][half] = 0.0f;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
           bool seen = position < rows.limit[tile];
@@ -77,99 +109,50 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
         }
       }
   }
-  float p[GROUPS][TILES][2], weight[GROUPS][TILES][2];
+  float unit[TILES];  // of logits, to base 2
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) unit[tile] = SOFT_CAP ? 1.0f : rows.unit[tile];
+  float p[GROUPS][TILES][2], total[TILES], weight[GROUPS][TILES][2], largest[TILES];
+  weigh(logits, unit, scale, sums, p, total, weight, largest);
   bool surpassed = false;
 #pragma unroll
-  for (int group = 0; group < GROUPS; group++)
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        p[group][tile][half] = exp2_approx(logits[group][tile][half] - sums.reference[tile]);
-        weight[group][tile][half] = p[group][tile][half] * lifted[group][half];
-        // Also where P itself grows without bound, beside scales of 0, and where infinity meets one.
-        surpassed |= !(fmaf(p[group][tile][half], 0x1p-64f, weight[group][tile][half]) <= MAX_WEIGHT);
-      }
+  for (int tile = 0; tile < TILES; tile++) surpassed |= !(total[tile] <= MAX_TOTAL);
   if (__any_sync(FULL_WARP, surpassed)) {
-    float largest = 0.0f;
-    float top[TILES];
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) top[tile] = sums.reference[tile];
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        largest = fmaxf(largest, lifted[group][half]);
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) top[tile] = fmaxf(top[tile], logits[group][tile][half]);
-      }
-#pragma unroll
-    for (int step = 4; step < 32; step <<= 1) {
-      largest = fmaxf(largest, __shfl_xor_sync(FULL_WARP, largest, step));
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) top[tile] = fmaxf(top[tile], __shfl_xor_sync(FULL_WARP, top[tile], step));
-    }
-    // By a power of two, so that lifting rounds nothing: the largest scale comes down to between 256 and 512.
-    float relift = 1.0f;
-    if (largest >= MAX_LIFTED) relift = __uint_as_float((127u + 8u + 127u - (__float_as_uint(largest) >> 23)) << 23);
-    sums.lift *= relift;
-    float decay[TILES];
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-      decay[tile] = exp2_approx(sums.reference[tile] - top[tile]);
-      sums.reference[tile] = top[tile];
-      sums.total[tile] *= decay[tile];
-      sums.minima[tile] *= decay[tile];
+      const float top = fmaxf(sums.reference[tile], token_max(logits, tile) * unit[tile]);
+      const float decay = exp2_approx(sums.reference[tile] - top);
+      sums.reference[tile] = top;
+      sums.total[tile] *= decay;
+      sums.minima[tile] *= decay;
+#pragma unroll
+      for (int i = 0; i < V_TILES; i++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) sums.output[tile][i][half] *= decay;
     }
+    weigh(logits, unit, scale, sums, p, total, weight, largest);
+  }
+  u32 packed[GROUPS][TILES];
+  float high[TILES], low[TILES];
 #pragma unroll
-    for (int i = 0; i < V_TILES; i++)
+  for (int tile = 0; tile < TILES; tile++) {
+    sums.total[tile] += total[tile];
+    const float most = fmaxf(largest[tile], MIN_WEIGHT);
+    const float inverse = FULL_WEIGHT * reciprocal_approx(most);
+    low[tile] = most * (0x1p101f / FULL_WEIGHT);  // 2^149 OUTPUT_UNIT
+    high[tile] = low[tile] * 256.0f;
 #pragma unroll
-      for (int j = 0; j < 4; j++) sums.output[i][j] *= decay[TILES == 2 ? j % 2 : 0] * relift;
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++)
+    for (int group = 0; group < GROUPS; group++) {
+      u32 fixed[2];
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        lifted[group][half] *= relift;
-#pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-          p[group][tile][half] = exp2_approx(logits[group][tile][half] - sums.reference[tile]);
-          weight[group][tile][half] = p[group][tile][half] * lifted[group][half];
-        }
+        sums.minima[tile] = fmaf(p[group][tile][half], minimum[group][half], sums.minima[tile]);
+        // The sum's lowest bits are the rounded integer.
+        fixed[half] = __float_as_uint(fmaf(weight[group][tile][half], inverse, 0x1p23f));
       }
-  }
-#pragma unroll
-  for (int group = 0; group < GROUPS; group++) {
-    const int place = step * STEP_TOKENS + group * 16;
-    const u8* piece = stage + place / PIECE_TOKENS * PIECE_BYTES;
-    u32 packed[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++)
-      packed[i] = TILES == 2 ? truncate_fp16(weight[group][0][i], weight[group][TILES - 1][i])
-                             : truncate_fp16(weight[group][0][0], weight[group][0][1]);
-    // The minimum's term and the total take the same truncated weights as the codes, since minimum and codes nearly
-    // cancel; but P itself where a weight is so small that fp16 loses it.
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const float inverse = reciprocal_approx(lifted[group][half]);
-      const float2 truncated = unpack_fp16(packed[TILES == 2 ? half : 0]);
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        const float same = TILES == 2 ? (tile ? truncated.y : truncated.x) : (half ? truncated.y : truncated.x);
-        const float used = fmaxf(same * inverse, p[group][tile][half] * TRUNCATED);
-        sums.total[tile] += used;
-        sums.minima[tile] = fmaf(used, minimum[group][half], sums.minima[tile]);
-      }
+      // The two high bytes for one column, the two low ones for the next.
+      packed[group][tile] = transpose_8x8(__byte_perm(fixed[0], fixed[1], 0x4051));
     }
-    u32 weights[2];
-    if (TILES == 2) {
-      weights[0] = transpose_8x8(packed[0]);
-      weights[1] = transpose_8x8(packed[1]);
-    } else {
-      const u32 both = transpose_8x8(packed[0]);
-      const u32 odd = g & 1 ? 0xFFFFFFFFu : 0u;
-      weights[0] = both & ~odd;
-      weights[1] = both & odd;
-    }
-    value_products(piece + V_CODES + place % PIECE_TOKENS * V_ROW, weights, lane, sums.output);
   }
+  value_products(stage, packed, high, low, lane, sums.output);
 }
