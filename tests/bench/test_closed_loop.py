@@ -26,10 +26,15 @@ STEP_S, PREFILL_S, DECODE_S = 1.0, 0.001, 0.01
 
 
 class FakeEngine:
-    """Chunked prefill with decodes first, on a clock of its own; every other step returns nothing first."""
+    """Chunked prefill with decodes first, on a clock of its own; every other step returns nothing first.
 
-    def __init__(self, batched_tokens: int) -> None:
+    Of a prompt that it has seen, all but the last token is cached, if prompts are told apart.
+    """
+
+    def __init__(self, batched_tokens: int, caches: bool = False) -> None:
         self.batched_tokens = batched_tokens
+        self.caches = caches
+        self.seen: set[tuple[int, ...]] = set()
         self.now = 0.0
         self.requests: dict[str, SimpleNamespace] = {}
         self.most_in_flight = 0
@@ -39,7 +44,10 @@ class FakeEngine:
         self._idle = False
 
     def add_request(self, request_id: str, prompt: dict, params: int) -> str:
-        self.requests[request_id] = SimpleNamespace(prompt=len(prompt["prompt_token_ids"]), tokens=0, limit=params)
+        tokens = tuple(prompt["prompt_token_ids"])
+        cached = len(tokens) - 1 if self.caches and tokens in self.seen else 0
+        self.seen.add(tokens)
+        self.requests[request_id] = SimpleNamespace(prompt=len(tokens) - cached, tokens=0, limit=params)
         self.most_in_flight = max(self.most_in_flight, len(self.requests))
         return request_id
 
@@ -86,14 +94,15 @@ def run(engine: FakeEngine, point: ThroughputPoint, concurrency: int, window_s: 
         preemptions["asked"] += 1
         return 5 * preemptions["asked"]
 
+    numbers = itertools.count()
     return measure_throughput(
-        engine, point, concurrency, window_s, lambda: [1] * point.prompt, lambda tokens: tokens, preempted,
+        engine, point, concurrency, window_s, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, preempted,
         clock=lambda: engine.now,
     )  # fmt: skip
 
 
 def test_rates_are_those_of_the_engine():
-    engine, point, concurrency = FakeEngine(200), ThroughputPoint(100, 50), 8
+    engine, point, concurrency = FakeEngine(200, caches=True), ThroughputPoint(100, 50), 8
 
     result = run(engine, point, concurrency, window_s=600.0)
 
@@ -103,6 +112,9 @@ def test_rates_are_those_of_the_engine():
     # Each step every request gets a token, and one prompt is prefilled for every 50 of them.
     step_s = STEP_S + concurrency * (DECODE_S + PREFILL_S * point.prompt / point.output)
     assert result["output_tok_s"] == pytest.approx(concurrency / step_s, rel=0.02)
+    # With cached prompts, one token of a prompt.
+    cached_step_s = STEP_S + concurrency * (DECODE_S + PREFILL_S / point.output)
+    assert result["repeat_tok_s"] == pytest.approx(concurrency / cached_step_s, rel=0.01)
     prompts_s = concurrency / point.output / step_s
     assert result["prompts"] == pytest.approx(600 * prompts_s, rel=0.05)
     assert result["total_tok_s"] == pytest.approx(concurrency / step_s + prompts_s * point.prompt, rel=0.05)
@@ -190,6 +202,7 @@ def test_a_real_engine(tmp_path):
     assert result["fitting"] > result["concurrency"] == 4
     assert result["preemptions"] == 0
     assert result["window_s"] == pytest.approx(1.0, abs=0.7)
+    assert result["repeat_tok_s"] > 0
     # A prompt for every 8 tokens, up to what is on its way at the window's two ends.
     tokens = result["output_tok_s"] * result["window_s"]
     assert result["prompts"] == pytest.approx(tokens / 8, abs=5)

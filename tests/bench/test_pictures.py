@@ -56,6 +56,7 @@ def serve_result() -> dict:
         throughput = [
             {
                 "prompt": prompt, "output": 512, "output_tok_s": 1000.0 * (index + 1),
+                "repeat_tok_s": 1500.0 * (index + 1),
                 "decode_tok_s": None if (index, prompt) == (3, 1024) else 90_000 / bits,
             }
             for prompt in (1024, 4096, 16384)
@@ -134,8 +135,9 @@ def test_kernels_without_transforms_stand_beside_ours_with_any(drawn, tmp_path):
 def test_throughput_by_context_and_decode_time(drawn, tmp_path):
     pictures.draw(serve_result(), tmp_path / "picture.png")
 
-    loop, alone, decode = drawn[0].axes
+    loop, cached, alone, decode = drawn[0].axes
     assert bars(loop) == {name: [1000.0, 2000.0, 3000.0, 4000.0] for name in ("1024x512", "4096x512", "16384x512")}
+    assert bars(cached)["4096x512"] == [1500.0, 3000.0, 4500.0, 6000.0]
     assert len(bars(alone)["1024x512"]) == 3, "a setting that never decoded alone has no bar"
     assert list(bars(decode)) == ["64x1024", "64x8192", "8x32000"]
     assert bars(decode)["64x8192"][0] == 22.0

@@ -47,6 +47,8 @@ class Step:
 class ClosedLoop:
     """Requests in flight in an engine, and the output tokens of each.
 
+    While ``repeat`` is set, a request that replaces another has its prompt, which the prefix cache then holds.
+
     Args:
         engine: where they run.
         prompt: makes a new prompt's tokens.
@@ -64,18 +66,21 @@ class ClosedLoop:
         self.engine = engine
         self.tokens: dict[str, int] = {}
         self.limits: dict[str, int] = {}
+        self.repeat = False
         self._prompt = prompt
+        self._prompts: dict[str, Sequence[int]] = {}
         self._sampling = sampling
         self._clock = clock
         self._last = clock()
         self._submitted = 0
 
-    def submit(self, output_tokens: int) -> None:
-        """Add a request."""
+    def submit(self, output_tokens: int, prompt: Sequence[int] | None = None) -> None:
+        """Add a request, with a new prompt if none is given."""
         request = str(self._submitted)
         self._submitted += 1
         self.tokens[request] = 0
-        self.engine.add_request(request, {"prompt_token_ids": self._prompt()}, self._sampling(output_tokens))
+        self._prompts[request] = self._prompt() if prompt is None else prompt
+        self.engine.add_request(request, {"prompt_token_ids": self._prompts[request]}, self._sampling(output_tokens))
 
     def step(self, output_tokens: int) -> Step:
         """Run the engine until a step returns tokens; each request that ends is replaced by one of ``output_tokens``.
@@ -104,7 +109,8 @@ class ClosedLoop:
         for request in ended:
             del self.tokens[request]
             self.limits.pop(request, None)
-            self.submit(output_tokens)
+            prompt = self._prompts.pop(request)
+            self.submit(output_tokens, prompt if self.repeat else None)
         seconds, self._last = now - self._last, now
         return Step(seconds, tokens, first)
 
@@ -175,16 +181,17 @@ def measure_throughput(
 ) -> dict[str, Any]:
     """Closed-loop throughput of ``concurrency`` requests of the point's size.
 
-    Three phases. *Fill*: all requests are submitted at once and prefilled. *Decode*: ``DECODE_STEPS`` steps while all
-    of them generate. *Window*: ``window_s`` seconds of steady state, in which requests end and new prompts are
-    prefilled among the decodes. So that requests end evenly from the window's beginning on, as they do in a loop that
-    has run for long, the first ones are given remaining lengths that are spread evenly over 1 to ``point.output``.
+    Four phases. *Fill*: all requests are submitted at once and prefilled. *Decode*: ``DECODE_STEPS`` steps while all
+    of them generate. *Repeat*: ``window_s`` seconds of steady state, in which a request that ends is replaced by one
+    with the same prompt, which is cached. *Window*: as many seconds in which new prompts are prefilled among the
+    decodes. So that requests end evenly from the beginning on, as they do in a loop that has run for long, the first
+    ones are given remaining lengths that are spread evenly over 1 to ``point.output``.
 
     Returns:
         ``fill_s``; ``decode_ms`` and ``decode_tok_s`` of the decode phase's steps in which every request got a token
-        and none was prefilled (median; None if there was no such step); ``window_s`` as it came out,
-        ``output_tok_s``, ``total_tok_s`` (output tokens and the prompts prefilled meanwhile) and ``prompts`` of the
-        window; ``preemptions`` in all phases.
+        and none was prefilled (median; None if there was no such step); ``repeat_tok_s``, output tokens with cached
+        prompts; ``window_s`` as it came out, ``output_tok_s``, ``total_tok_s`` (output tokens and the prompts prefilled
+        meanwhile) and ``prompts`` of the window; ``preemptions`` in all phases.
     """
     loop = ClosedLoop(engine, prompt, sampling, clock)
     preempted = preemptions()
@@ -209,19 +216,29 @@ def measure_throughput(
     random.Random(0).shuffle(requests)
     for index, request in enumerate(requests):
         loop.limits[request] = loop.tokens[request] + -(-point.output * (index + 1) // len(requests))
-    begin = clock()
-    tokens = prompts = 0
-    while (elapsed := clock() - begin) < window_s:
-        progress("window", elapsed / window_s)
-        step = loop.step(point.output)
-        tokens += step.tokens
-        prompts += step.first_tokens
+
+    def run(phase: str) -> tuple[float, int, int]:
+        """Seconds of a window, and its output tokens and prompts."""
+        begin = clock()
+        tokens = prompts = 0
+        while (elapsed := clock() - begin) < window_s:
+            progress(phase, elapsed / window_s)
+            step = loop.step(point.output)
+            tokens += step.tokens
+            prompts += step.first_tokens
+        return elapsed, tokens, prompts
+
+    loop.repeat = True
+    repeat_s, repeat_tokens, _ = run("repeat")
+    loop.repeat = False
+    elapsed, tokens, prompts = run("window")
     preempted = preemptions() - preempted
     loop.stop()
     return {
         "fill_s": round(fill_s, 2),
         "decode_ms": None if decode_s is None else round(decode_s * 1e3, 3),
         "decode_tok_s": None if decode_s is None else round(concurrency / decode_s, 1),
+        "repeat_tok_s": round(repeat_tokens / repeat_s, 1),
         "window_s": round(elapsed, 2),
         "prompts": prompts,
         "output_tok_s": round(tokens / elapsed, 1),

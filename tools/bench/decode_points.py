@@ -23,7 +23,7 @@ from .pictures import check_picture, draw
 from .points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
 from .serve_engine import ServeJob, measure
 
-SCHEMA = "kvtuner-bench-serve/3"
+SCHEMA = "kvtuner-bench-serve/4"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 """Requests that run at once by default, without and with --throughput."""
 _SETTING = {
@@ -48,6 +48,7 @@ THROUGHPUT_COLUMNS = {
     "output tok/s": "output_tok_s:,.0f",
     "x auto": "ratio:.2f",
     "total tok/s": "total_tok_s:,.0f",
+    "cached prompts tok/s": "repeat_tok_s:,.0f",
     "decode alone ms": "decode_ms:.2f",
     "decode alone tok/s": "decode_tok_s:,.0f",
     "preemptions": "preemptions:",
@@ -153,7 +154,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="closed-loop throughput with as many such requests as fit the KV cache, such as 4096x512; repeat",
     )
     parser.add_argument(
-        "--window", type=float, default=20.0, help="seconds of steady state of a throughput point (default %(default)s)"
+        "--window",
+        type=float,
+        default=20.0,
+        help="seconds of each steady state of a throughput point (default %(default)s)",
     )
     parser.add_argument(
         "--long-prefill",

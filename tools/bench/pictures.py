@@ -134,10 +134,11 @@ def _draw_serve(figure: Any, result: Mapping[str, Any]) -> None:
     panels = []
     for title, group, form, key in (
         ("Closed loop at full memory: output tokens/s", "throughput", "{prompt}x{output}", "output_tok_s"),
+        ("The same with cached prompts: output tokens/s", "throughput", "{prompt}x{output}", "repeat_tok_s"),
         ("Decoding alone at full memory: tokens/s", "throughput", "{prompt}x{output}", "decode_tok_s"),
         ("Decode: ms per step", "points", "{batch}x{context}", "decode_ms"),
     ):
-        rows = [{form.format(**point): point[key] for point in entry[group]} for entry in settings]
+        rows = [{form.format(**point): point.get(key) for point in entry[group]} for entry in settings]
         axis_name = "prompt x output tokens" if group == "throughput" else "batch x context"
         if any(value is not None for row in rows for value in row.values()):
             panels.append((f"{title}, by {axis_name}", rows))
