@@ -44,12 +44,19 @@ class BuiltKernel:
             dependent: start as soon as the kernel before allows (programmatic dependent launch); the kernel itself
                 waits for that one's end before it touches what that one may have written.
         """
-        stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
+        current = torch.cuda.current_stream()
+        stream = _stream(current.cuda_stream, current.device_index)
         overlap = dependent and self.overlaps
         config = LaunchConfig(
             grid=grid, block=self.block, shmem_size=self.shared_bytes, programmatic_stream_serialization=overlap
         )
         launch(stream, config, self.kernel, *arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int, device_index: int) -> Stream:
+    """cuda.core's view of a stream. It takes longer to make than to launch a kernel."""
+    return Stream.from_handle(handle)
 
 
 def source(stem: str) -> str:

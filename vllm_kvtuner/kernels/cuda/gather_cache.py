@@ -4,6 +4,7 @@ The contract is that of :func:`vllm_kvtuner.kernels.gather_cache.gather_cache`, 
 """
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -32,6 +33,7 @@ def _defines(layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, transfor
     return row_defines(layout, num_kv_heads, dtype, transforms, wide_lanes(layout.head_size))
 
 
+@functools.lru_cache(maxsize=1024)
 def _build(
     layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, transforms: LayerTransforms, device: torch.device
 ) -> BuiltKernel:

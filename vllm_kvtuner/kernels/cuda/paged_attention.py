@@ -207,6 +207,7 @@ def _defines(
     }
 
 
+@functools.lru_cache(maxsize=1024)
 def _build(
     layout: PageLayout,
     group: int,

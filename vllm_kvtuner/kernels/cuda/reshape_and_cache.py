@@ -4,6 +4,7 @@ The contract is that of :func:`vllm_kvtuner.kernels.reshape_and_cache.reshape_an
 """
 
 import ctypes
+import functools
 import math
 
 import torch
@@ -42,6 +43,7 @@ def _defines(
     return {**defines, "RANGE_SEARCH": int(transforms.range_search), "RECENT_BLOCK_SIZE": recent_block_size}
 
 
+@functools.lru_cache(maxsize=1024)
 def _build(
     layout: PageLayout,
     num_kv_heads: int,
