@@ -1,6 +1,7 @@
 """The CUDA sources through the compiler, which needs no GPU, and the cache of what it makes."""
 
 import dataclasses
+import gc
 import itertools
 import os
 import resource
@@ -266,3 +267,19 @@ def test_a_cache_without_room_is_the_users_error(cache_folder):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path for path in cache_folder.rglob("*") if path.is_file()] == []
     compile_store()
+
+
+def test_what_was_built_is_kept_as_long_as_the_transforms():
+    made = []
+
+    @build.kept_with_transforms
+    def make(transforms, *key):
+        made.append(key)
+        return len(made)
+
+    ours, others = LayerTransforms(key_hadamard=True), LayerTransforms(key_equalization=torch.ones(1, 64))
+    assert [make(ours, 4), make(ours, 2), make(others, 4), make(ours, 4)] == [1, 2, 3, 1]
+    assert make(LayerTransforms(key_hadamard=True), 2) == 2, "equal transforms build the same"
+    del others
+    gc.collect()
+    assert make(LayerTransforms(key_equalization=torch.ones(1, 64)), 4) == 4

@@ -2,9 +2,11 @@
 
 import functools
 import re
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from cuda.bindings import driver
@@ -12,8 +14,10 @@ from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions,
 from cuda.core.utils import FileStreamProgramCache
 
 from vllm_kvtuner.kernels.cuda import cache_folder
+from vllm_kvtuner.transforms import LayerTransforms
 
 SOURCES = Path(__file__).parent
+Built = TypeVar("Built")
 INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
 
 
@@ -51,6 +55,22 @@ class BuiltKernel:
             grid=grid, block=self.block, shmem_size=self.shared_bytes, programmatic_stream_serialization=overlap
         )
         launch(stream, config, self.kernel, *arguments)
+
+
+def kept_with_transforms(build: Callable[..., Built]) -> Callable[..., Built]:
+    """Remember what ``build(transforms, *key)`` returned, for as long as the transforms live."""
+    built: weakref.WeakKeyDictionary[LayerTransforms, dict[tuple[Hashable, ...], Built]] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(build)
+    def kept(transforms: LayerTransforms, *key: Hashable) -> Built:
+        variants = built.get(transforms)
+        if variants is None:
+            variants = built[transforms] = {}
+        if key not in variants:
+            variants[key] = build(transforms, *key)
+        return variants[key]
+
+    return kept
 
 
 @functools.lru_cache(maxsize=64)

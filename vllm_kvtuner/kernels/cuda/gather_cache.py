@@ -4,13 +4,12 @@ The contract is that of :func:`vllm_kvtuner.kernels.gather_cache.gather_cache`, 
 """
 
 import ctypes
-import functools
 import math
 
 import torch
 
 from vllm_kvtuner.kernels.common import check_cache
-from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build
+from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,
     byte_stride,
@@ -33,9 +32,9 @@ def _defines(layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, transfor
     return row_defines(layout, num_kv_heads, dtype, transforms, wide_lanes(layout.head_size))
 
 
-@functools.lru_cache(maxsize=1024)
+@kept_with_transforms
 def _build(
-    layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, transforms: LayerTransforms, device: torch.device
+    transforms: LayerTransforms, layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, device: torch.device
 ) -> BuiltKernel:
     defines = _defines(layout, num_kv_heads, dtype, transforms)
     return build("gather_cache", tuple(defines.items()), 32 * NUM_WARPS, 0, device)
@@ -70,7 +69,7 @@ def gather_cache(
     assert seq_starts.shape == (num_reqs,) and seq_starts.dtype == torch.int32 and seq_starts.is_contiguous()
     if num_tokens == 0:
         return
-    kernel = _build(layout, num_kv_heads, key_out.dtype, transforms, kv_cache.device)
+    kernel = _build(transforms, layout, num_kv_heads, key_out.dtype, kv_cache.device)
     tiles = math.ceil(num_tokens / TILE_TOKENS) * num_kv_heads
     kernel.launch(
         2 * math.ceil(tiles / NUM_WARPS),

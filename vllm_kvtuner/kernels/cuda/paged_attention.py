@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvtuner.kernels.common import check_cache
-from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build
+from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
@@ -207,13 +207,13 @@ def _defines(
     }
 
 
-@functools.lru_cache(maxsize=1024)
+@kept_with_transforms
 def _build(
+    transforms: LayerTransforms,
     layout: PageLayout,
     group: int,
     max_query_len: int,
     dtype: torch.dtype,
-    transforms: LayerTransforms,
     sliding_window: int | None,
     soft_cap: bool,
     skip_newest: int,
@@ -311,7 +311,7 @@ def paged_attention(
     if num_tokens == 0:
         return
     kernel, rows = _build(
-        layout, group, max_query_len, query.dtype, transforms, sliding_window, logits_soft_cap > 0, skip_newest,
+        transforms, layout, group, max_query_len, query.dtype, sliding_window, logits_soft_cap > 0, skip_newest,
         lse is not None, skip_first, num_reqs * num_kv_heads <= FEW_SEGMENTS, query.device, config,
     )  # fmt: skip
     max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)

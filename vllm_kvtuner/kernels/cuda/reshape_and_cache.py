@@ -4,13 +4,12 @@ The contract is that of :func:`vllm_kvtuner.kernels.reshape_and_cache.reshape_an
 """
 
 import ctypes
-import functools
 import math
 
 import torch
 
 from vllm_kvtuner.kernels.common import RecentRows, check_cache
-from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build
+from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,
     byte_stride,
@@ -43,12 +42,12 @@ def _defines(
     return {**defines, "RANGE_SEARCH": int(transforms.range_search), "RECENT_BLOCK_SIZE": recent_block_size}
 
 
-@functools.lru_cache(maxsize=1024)
+@kept_with_transforms
 def _build(
+    transforms: LayerTransforms,
     layout: PageLayout,
     num_kv_heads: int,
     dtype: torch.dtype,
-    transforms: LayerTransforms,
     many_rows: bool,
     recent_block_size: int,
     device: torch.device,
@@ -94,7 +93,7 @@ def reshape_and_cache(
         return
     many_rows = num_slots * num_kv_heads >= MANY_ROWS
     kernel = _build(
-        layout, num_kv_heads, key.dtype, transforms, many_rows, recent.kv_cache.shape[2] if recent else 0, key.device
+        transforms, layout, num_kv_heads, key.dtype, many_rows, recent.kv_cache.shape[2] if recent else 0, key.device
     )
     most_lanes = wide_lanes(head_size) if many_rows else 32
     tiles = 0
