@@ -138,7 +138,11 @@ def _draw_serve(figure: Any, result: Mapping[str, Any]) -> None:
         ("Decoding alone at full memory: tokens/s", "throughput", "{prompt}x{output}", "decode_tok_s"),
         ("Decode: ms per step", "points", "{batch}x{context}", "decode_ms"),
     ):
-        rows = [{form.format(**point): point.get(key) for point in entry[group]} for entry in settings]
+        # Throughput from the shortest prompt on; points as they were asked for.
+        rows = [
+            {form.format(**point): point.get(key) for point in sorted(entry[group], key=lambda p: p.get("prompt", 0))}
+            for entry in settings
+        ]
         axis_name = "prompt x output tokens" if group == "throughput" else "batch x context"
         if any(value is not None for row in rows for value in row.values()):
             panels.append((f"{title}, by {axis_name}", rows))
