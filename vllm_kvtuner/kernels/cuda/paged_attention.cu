@@ -82,6 +82,7 @@ constexpr float OUTPUT_UNIT = 0x1p-48f;  // of Accumulators.output
 
 // The parts read the constants above.
 #include "paged_attention_stages.cuh"
+#include "paged_attention_offset.cuh"
 #include "paged_attention_copies.cuh"
 #include "paged_attention_products.cuh"
 #include "paged_attention_step.cuh"
@@ -186,7 +187,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
 
     const int first_stage = request.first_stage, stage_end = cursor.stage_end;
 #if OFFSET_PAIRS
-    turns.enter(shared, warp, lane);
+    turns.enter(shared.offset, shared.segment % 2, warp, lane);
 #endif
     sums.clear();
 #pragma unroll 1

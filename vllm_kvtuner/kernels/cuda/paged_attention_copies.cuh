@@ -16,51 +16,6 @@ __device__ __forceinline__ const u16* query_row(const Arguments& a, const Cursor
          (cursor.kv_head * GROUP + member) * HEAD_SIZE;
 }
 
-#if OFFSET_PAIRS
-struct OffsetShared {
-  // Of all segments: dimensions of a pair, which of the rotary embedding's it is, how far it turns from a warp's stage to its next.
-  int dims[OFFSET_PAIRS], index[OFFSET_PAIRS];
-  float2 turn[OFFSET_PAIRS];
-  // Fetched with a segment's queries: the offset's numbers, and angles at a warp's first stage, of 8 pairs those of t = lane % 4
-  // and 4 more, each for even and odd columns.
-  alignas(16) float2 numbers[2][NUM_WARPS][OFFSET_PAIRS];
-  float2 angles[2][NUM_WARPS][OFFSET_STEPS][2][2][4];
-  float2 coefficients[PASS_ROWS][OFFSET_PAIRS];  // of cosine and sine
-  // The same turned to a warp's next stage, where registers do not hold them: each lane's own.
-  float2 turned[TURNED][32];
-};
-
-// How much farther on the angle of a column is than the stage's first token, in ANGLE_STEP.
-__device__ __forceinline__ int turns_ahead(int column) { return GROUPS == 4 ? column % 2 : 0; }
-
-// What does not depend on segments; the table's first row is its amplitude.
-__device__ __forceinline__ void find_turns(const Arguments& a, OffsetShared& offset, int thread) {
-  for (int i = thread; i < OFFSET_PAIRS; i += NUM_WARPS * 32) {
-    const int index = a.offset_index[i];
-    const float2 angle = a.coarse_angles[NUM_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index];
-    const float amplitude = a.coarse_angles[index].x;
-    offset.index[i] = index;
-    offset.dims[i] = a.offset_dims[i];
-    offset.turn[i] = make_float2(angle.x / amplitude, angle.y / amplitude);
-  }
-}
-
-__device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int warp,
-                                             int lane) {
-  const int token = (cursor.request.first_stage + cursor.stage_begin + warp) * STAGE_TOKENS;
-#pragma unroll 1
-  for (int i = lane * 2; i < OFFSET_PAIRS; i += 64)
-    copy_16(shared_address(&offset.numbers[at][warp][i]), a.offset + cursor.kv_head * OFFSET_PAIRS + i);
-#pragma unroll 1
-  for (int i = lane; i < OFFSET_STEPS * 16; i += 32) {
-    const int step = i / 16, b = i / 8 % 2, column = i / 4 % 2, t = i % 4;
-    const u32 row = token / ANGLE_STEP + turns_ahead(column);
-    copy_8(shared_address(&offset.angles[at][warp][step][b][column][t]),
-           a.coarse_angles + row * (u32)a.rotary_pairs + offset.index[step * 8 + 4 * b + t]);
-  }
-}
-#endif
-
 // The parts of a segment that several CTAs share.
 struct Parts {
   int complete;     // whether all are there

@@ -1,0 +1,141 @@
+// paged_attention.cu: the key offset's part of the logits.
+//
+// q . R_t m = sum over pairs of x cos(w t) + y sin(w t): the coefficients (x, y) turn with the stage's first token, what is left
+// of the angle is in A operands that are the same for all stages. A stage of 64 tokens is two of ANGLE_STEP, in even columns
+// the first, in odd ones the second.
+#pragma once
+
+#if OFFSET_PAIRS
+struct OffsetShared {
+  // Of all segments: dimensions of a pair, which of the rotary embedding's it is, how far it turns from a warp's stage to its next.
+  int dims[OFFSET_PAIRS], index[OFFSET_PAIRS];
+  float2 turn[OFFSET_PAIRS];
+  // Fetched with a segment's queries: the offset's numbers, and angles at a warp's first stage, of 8 pairs those of t = lane % 4
+  // and 4 more, each for even and odd columns.
+  alignas(16) float2 numbers[2][NUM_WARPS][OFFSET_PAIRS];
+  float2 angles[2][NUM_WARPS][OFFSET_STEPS][2][2][4];
+  float2 coefficients[PASS_ROWS][OFFSET_PAIRS];  // of cosine and sine
+  // The same turned to a warp's next stage, where registers do not hold them: each lane's own.
+  float2 turned[TURNED][32];
+};
+
+// How much farther on the angle of a column is than the stage's first token, in ANGLE_STEP.
+__device__ __forceinline__ int turns_ahead(int column) { return GROUPS == 4 ? column % 2 : 0; }
+
+// What does not depend on segments; the table's first row is its amplitude.
+__device__ __forceinline__ void find_turns(const Arguments& a, OffsetShared& offset, int thread) {
+  for (int i = thread; i < OFFSET_PAIRS; i += NUM_WARPS * 32) {
+    const int index = a.offset_index[i];
+    const float2 angle = a.coarse_angles[NUM_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index];
+    const float amplitude = a.coarse_angles[index].x;
+    offset.index[i] = index;
+    offset.dims[i] = a.offset_dims[i];
+    offset.turn[i] = make_float2(angle.x / amplitude, angle.y / amplitude);
+  }
+}
+
+__device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int warp,
+                                             int lane) {
+  const int token = (cursor.request.first_stage + cursor.stage_begin + warp) * STAGE_TOKENS;
+#pragma unroll 1
+  for (int i = lane * 2; i < OFFSET_PAIRS; i += 64)
+    copy_16(shared_address(&offset.numbers[at][warp][i]), a.offset + cursor.kv_head * OFFSET_PAIRS + i);
+#pragma unroll 1
+  for (int i = lane; i < OFFSET_STEPS * 16; i += 32) {
+    const int step = i / 16, b = i / 8 % 2, column = i / 4 % 2, t = i % 4;
+    const u32 row = token / ANGLE_STEP + turns_ahead(column);
+    copy_8(shared_address(&offset.angles[at][warp][step][b][column][t]),
+           a.coarse_angles + row * (u32)a.rotary_pairs + offset.index[step * 8 + 4 * b + t]);
+  }
+}
+
+__device__ __forceinline__ float2 turned_by(const float2& c, const float2& angle) {
+  return make_float2(c.x * angle.x + c.y * angle.y, c.y * angle.x - c.x * angle.y);
+}
+
+struct OffsetTurns {
+  // Of few pairs in registers; of others in shared memory, and A operands in the L1 cache: no registers would be left.
+  float2 coefficients[2], turn[2];
+  uint4 fine[constant_min(GROUPS, 2)][2];
+
+  // What does not depend on segments.
+  __device__ __forceinline__ void load(const Arguments& a, int lane) {
+    if (OFFSET_STAYS)
+#pragma unroll
+      for (int i = 0; i < constant_min(GROUPS, 2); i++)
+#pragma unroll
+        for (int term = 0; term < 2; term++) fine[i][term] = fine_operand(a, 0, i, term, lane);
+  }
+  __device__ __forceinline__ void enter(OffsetShared& shared, int at, int warp, int lane) {
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int step = 0; step < OFFSET_STEPS; step++)
+#pragma unroll
+      for (int b = 0; b < 2; b++) {
+        const int pair = step * 8 + t + 4 * b;
+        const float2 angle = shared.angles[at][warp][step][b][g % 2][t];
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const float2 c = turned_by(shared.coefficients[4 * tile + g / 2][pair], angle);
+          if (OFFSET_STAYS)
+            coefficients[b] = c, turn[b] = shared.turn[pair];
+          else
+            *place(shared, step, tile, b, warp, lane) = c;
+        }
+      }
+  }
+  static __device__ __forceinline__ float2* place(OffsetShared& shared, int step, int tile, int b, int warp, int lane) {
+    return &shared.turned[OFFSET_STAYS ? 0 : ((warp * OFFSET_STEPS + step) * TILES + tile) * 2 + b][lane];
+  }
+  static __device__ __forceinline__ uint4 fine_operand(const Arguments& a, int step, int i, int term, int lane) {
+    return __ldg(a.fine_angles + ((step * (ANGLE_STEP / 16) + i) * 2 + term) * 32 + lane);
+  }
+  // A column's operand of a pair, in two terms of fp16; the coefficients then turn to the next stage.
+  __device__ __forceinline__ void operand(OffsetShared& shared, int step, int tile, int b, int warp, int lane, u32& high,
+                                          u32& low) {
+    float2* kept = place(shared, step, tile, b, warp, lane);
+    const float2 c = OFFSET_STAYS ? coefficients[b] : *kept;
+    high = pack_fp16(c.x, c.y);
+    const float2 rounded = unpack_fp16(high);
+    low = pack_fp16(c.x - rounded.x, c.y - rounded.y);
+    const float2 next = turned_by(c, OFFSET_STAYS ? turn[b] : shared.turn[step * 8 + lane % 4 + 4 * b]);
+    if (OFFSET_STAYS)
+      coefficients[b] = next;
+    else
+      *kept = next;
+  }
+};
+
+// q . R_t m of a stage's tokens from position `token`, in units of offset_factor.
+__device__ __forceinline__ void offset_products(const Arguments& a, OffsetShared& shared, int token, OffsetTurns& turns, int warp,
+                                                int lane, float (&sums)[GROUPS][TILES][2]) {
+  constexpr int FINE = constant_min(GROUPS, 2);
+  float products[FINE][TILES][4] = {};
+#pragma unroll 2
+  for (int step = 0; step < OFFSET_STEPS; step++) {
+    u32 high[TILES][2], low[TILES][2];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int b = 0; b < 2; b++) turns.operand(shared, step, tile, b, warp, lane, high[tile][b], low[tile][b]);
+#pragma unroll
+    for (int i = 0; i < FINE; i++) {
+      const int place = GROUPS == 1 ? token / 16 % (ANGLE_STEP / 16) : i;
+      const uint4 fine = OFFSET_STAYS ? turns.fine[i][0] : OffsetTurns::fine_operand(a, step, place, 0, lane);
+      const uint4 finer = OFFSET_STAYS ? turns.fine[i][1] : OffsetTurns::fine_operand(a, step, place, 1, lane);
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+        mma_fp16(products[i][tile], finer.x, finer.y, finer.z, finer.w, high[tile][0], high[tile][1]);
+        mma_fp16(products[i][tile], fine.x, fine.y, fine.z, fine.w, low[tile][0], low[tile][1]);
+        mma_fp16(products[i][tile], fine.x, fine.y, fine.z, fine.w, high[tile][0], high[tile][1]);
+      }
+    }
+  }
+#pragma unroll
+  for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) sums[group][tile][half] = products[group % FINE][tile][2 * half + group / 2];
+}
+#endif
