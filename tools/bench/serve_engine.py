@@ -15,8 +15,8 @@ from .points import LongPrefill, Point, ThroughputPoint
 
 CUDAGRAPH_CAPTURE_SIZES = (1, 8, 32, 64, 128, 256)
 THROUGHPUT_CAPTURE_SIZES = (192, 320, 384, 448, 512, 640, 768, 896, 1024, 1152)
-"""Captured too where throughput is measured, so that a batch at full memory is padded by little, and as many requests as
-run at once may have the ends of cached prompts beside them."""
+"""Captured too where throughput is measured, so that a batch at full memory is padded by little; the last for as many
+requests as run at once, with the ends of cached prompts beside them."""
 BATCHED_TOKENS = 16384
 """Tokens of a step at most, where no long prefill says another chunk."""
 WARM_RUNS = 2
