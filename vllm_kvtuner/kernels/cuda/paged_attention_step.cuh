@@ -1,7 +1,7 @@
 // paged_attention.cu: what a warp does with 16 to 64 tokens.
 #pragma once
 
-// The largest of a row's numbers, of all tokens of a step.
+// The largest of a row's numbers, of all tokens of a stage.
 __device__ __forceinline__ float token_max(const float (&numbers)[GROUPS][TILES][2], int tile) {
   // In pairs: a chain of maxima would be waited for.
   float x[GROUPS];
