@@ -219,6 +219,24 @@ def test_constant_values_under_growing_logits():
     assert (got - want).norm() < 2e-3 * want.norm()
 
 
+@pytest.mark.parametrize("pair", ["K8V8", "K4V2"])
+def test_many_small_weights_beside_a_large_one(pair):
+    """A first token with nearly all of the weight and no value: what is left of the output is the others', whose
+    weights are 2^-14 of its own, in its stage and in others."""
+    cache = random_cache(make_layout(pair, 64), [1500], 2, CPU)
+    _, _, keys, values = page_parts(cache.kv_cache, cache.layout)
+    first = cache.block_table[0, 0].long()
+    keys[..., 0] = 0
+    keys[..., 1] = 0
+    keys[first, :, 0, 1] = 14 / (3 * 64 / 8 * math.log2(math.e))
+    values[first, :, 0] = 0
+    query = torch.full((1, 8, 64), 3.0)
+    want = decode_one(paged_attention_ref, cache, query)
+    got = decode_one_by_cuda(cache, query.to(FP16))
+    assert 1e-3 < want.abs().max() < 0.2
+    assert (got - want).norm() < 1e-3 * want.norm()
+
+
 @pytest.mark.parametrize("many_rows", [False, True])
 @pytest.mark.parametrize("pair", ["K8V4", "K4V2", "K2V8"])
 def test_store_and_gather(pair, many_rows, monkeypatch):
