@@ -12,6 +12,7 @@ import torch
 
 from vllm_kvtuner.kernels.common import check_cache
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
+from vllm_kvtuner.kernels.cuda.rows import byte_stride
 from vllm_kvtuner.layout import PageLayout
 from vllm_kvtuner.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
@@ -340,7 +341,10 @@ def paged_attention(
         workspace.arrivals.data_ptr(),
         0 if transforms.key_equalization is None else transforms.key_equalization.data_ptr(),
         *offset_addresses,
-        *(ctypes.c_uint64(n) for n in (query.stride(0), output.stride(0), kv_cache.stride(0), kv_cache.stride(1))),
+        *(
+            ctypes.c_uint64(n)
+            for n in (query.stride(0), output.stride(0), *(byte_stride(kv_cache, dim) for dim in (0, 1)))
+        ),
         ctypes.c_uint64(block_table.stride(0)),
         *(ctypes.c_int32(n) for n in integers),
         ctypes.c_float(scale * log2e),
