@@ -32,6 +32,8 @@ from vllm_kvtuner.prefill_plan import PrefillPlan
 
 MAX_DECODE_QUERY_LEN = 16
 """Query tokens per request that the decode kernel takes; longer verifications of speculated tokens are refused."""
+SHORT_PREFILL_TOKENS = 256
+"""Query tokens of a batch's short prefills that the decode kernel takes besides the decodes."""
 
 
 @dataclass
@@ -40,7 +42,7 @@ class KVTunerMetadata(AttentionMetadata):
 
     Args:
         num_actual_tokens: tokens of the batch, padding of a CUDA graph included.
-        num_decodes: requests that the decode kernel serves, the first of the batch.
+        num_decodes: requests that the decode kernel serves, the first of the batch; short prefills among them.
         num_decode_tokens: their query tokens.
         max_decode_query_len: the most query tokens one of them has.
         query_start_loc: [num_reqs + 1] int32.
@@ -79,6 +81,9 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self._sinks: int = 0 if window is None else window.sinks
         self._attend_cached_prefill: bool = implementation.attend_cached_prefill
         self._workspace_tokens: int = implementation.prefill_workspace_tokens
+        # What a window has of a prefill's tokens is what decodes after it need; and a prefill that reads back what it stored
+        # gives the same numbers, however it is cut into steps.
+        self._takes_short_prefills = window is None and not self._attend_cached_prefill
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -87,6 +92,13 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.decode_query_len
         )
+        longest = min(common.max_query_len, self.decode_query_len)
+        if num_prefills and self._takes_short_prefills:
+            assert common.seq_lens_cpu_upper_bound is not None
+            lens = short_prefills(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, num_decodes, num_prefills)
+            num_decodes, num_prefills = num_decodes + len(lens), num_prefills - len(lens)
+            num_decode_tokens += sum(lens)
+            longest = max(longest, *lens) if lens else longest
         plan = None
         if num_prefills:
             assert common.seq_lens_cpu_upper_bound is not None
@@ -107,13 +119,39 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
-            max_decode_query_len=min(common.max_query_len, self.decode_query_len),
+            max_decode_query_len=longest,
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             positions=common.positions,
             prefill=plan,
         )
+
+
+def short_prefills(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, first: int, count: int) -> list[int]:
+    """Query tokens of those among the first of a batch's prefills that are best served as decodes are.
+
+    That is, few tokens over a context: what is left of a prompt that the prefix cache holds. The decode kernel reads the
+    context as it is stored, in one launch for the whole batch, where a prefill takes several from the host.
+
+    Args:
+        query_start_loc: [>= first + count + 1] int32 on the host.
+        seq_lens: [>= first + count] on the host, exact for prefills.
+        first: the first prefill of the batch.
+        count: prefills.
+    """
+    lens: list[int] = []
+    left = SHORT_PREFILL_TOKENS
+    # More requests than these have no room.
+    last = first + min(count, SHORT_PREFILL_TOKENS)
+    starts, ends = query_start_loc[first : last + 1].tolist(), seq_lens[first:last].tolist()
+    for begin, end, length in zip(starts, starts[1:], ends, strict=False):
+        query_len = end - begin
+        left -= query_len
+        if query_len > MAX_DECODE_QUERY_LEN or length <= query_len or left < 0:
+            break
+        lens.append(query_len)
+    return lens
 
 
 class KVTunerBackend(AttentionBackend):

@@ -147,6 +147,8 @@ class LayerKernels:
             lse,
             self.skip_first,
             workspace=self._workspace(self._decode),
+            # Short prefills are few among decodes.
+            pass_query_len=min(max_query_len, self.max_decode_query_len),
             **options,
         )
 
@@ -173,7 +175,7 @@ class LayerKernels:
             return torch.full(shape, fill, dtype=dtype, device=self.device)
 
         reqs, longest = min(self.max_num_seqs, WARM_UP_TOKENS), self.max_decode_query_len
-        for count, query_len in {(1, 1), (reqs, 1), (1, longest), (reqs, longest)}:
+        for count, query_len in {(1, 1), (reqs, 1), (1, longest), (reqs, longest), (1, MAX_DECODE_QUERY_LEN)}:
             tokens = count * query_len
             qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype, device=self.device)
             query, key, value = (
@@ -209,7 +211,7 @@ class LayerKernels:
         if kernel == decode_kernel.CUDA:
             shape = (self.num_heads, self.num_kv_heads, self.head_size)
             return _cuda_workspace(self.max_num_seqs, self.max_decode_query_len, *shape, self.device)
-        tokens = self.max_num_seqs * self.max_decode_query_len
+        tokens = self.max_num_seqs * self.max_decode_query_len + SHORT_PREFILL_TOKENS
         return _triton_workspace(tokens, self.num_heads, self.head_size, self.device)
 
 

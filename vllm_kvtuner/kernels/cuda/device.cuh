@@ -229,6 +229,11 @@ __device__ __forceinline__ void copy_bulk(u32 target, const void* source, u32 by
       : "memory");
 }
 
+// Brings bytes to the L2 cache, where what other kernels write meanwhile is seen too. Sizes and addresses as above.
+__device__ __forceinline__ void prefetch_bulk(const void* source, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(source), "r"(bytes) : "memory");
+}
+
 __device__ __forceinline__ u64 policy_evict_first() {
   u64 policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));

@@ -67,6 +67,7 @@ constexpr int NUMBERS = HEAD_SIZE / 32;
 constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
 constexpr int MAX_VISIT = 12;
+constexpr int MIN_PREFETCHED = 4 * NUM_WARPS;  // units of a share whose first stages are prefetched
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
 // Whether registers hold a key offset's pairs as long as a warp reads a segment.
 constexpr bool OFFSET_STAYS = OFFSET_STEPS == 1 && TILES == 1 && GROUPS > 1;
@@ -151,18 +152,23 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   turns.load(a, lane);
   fetch_offset(a, shared.offset, shared.cursors[0], 0, warp, lane);
 #endif
+  // Other requests' tokens of this step may stand in these blocks, so they are copied only when the store has ended. Where there
+  // is little to read, to ask twice takes longer than it saves.
+  if (shares.even >= MIN_PREFETCHED) producer.prefetch(a);
+  const bool clear = must_clear(a);
   // Up to here only what steps share was read, which no kernel just before this one writes.
   dependency_wait();
   launch_dependents();
   fetch_queries(a, shared, shared.cursors[0], 0, warp, lane);
   producer.settle(a, first, last, warp, lane);
-  // Ahead of the ring's copies, which would hold them up.
-  copies_wait_all();
+#if __CUDA_ARCH__ < 900
+  copies_wait_all();  // else the ring's copies would be waited for with them
+#endif
 #pragma unroll 1
   for (int i = 0; i < NUM_STAGES; i++)
     producer.issue(a, first, last, warp, lane, shared.ring[warp][i], &shared.barriers[warp][i], policy);
 
-  clear_rows(a, thread);
+  if (clear) clear_rows(a, thread);
   int slot = 0;
   u32 parity = 0;
   Accumulators sums;

@@ -124,39 +124,64 @@ struct Producer {
     }
   }
 
+  // Brings the stage to the L2 cache, where it may yet be written to.
+  __device__ __forceinline__ void prefetch(const Arguments& a) const {
+#if __CUDA_ARCH__ >= 900
+    if (token >= last_token) return;
+    u32 source_blocks[ENTRIES];
+    blocks_of_stage(source_blocks);
+    if (elect_one())
+      for_copies([&](int i) {
+        const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
+        prefetch_bulk(copy.source, copy.bytes);
+      });
+#endif
+  }
+
+  // Copies that the stage needs.
+  __device__ __forceinline__ int copies() const {
+    return WHOLE_CHUNKS ? min(COPIES, (int)((u32)(len - token + PIECE_TOKENS - 1) / PIECE_TOKENS)) : COPIES;
+  }
+
+  template <class Each>
+  __device__ __forceinline__ void for_copies(const Each& each) const {
+    const int needed = copies();
+    if (needed == COPIES) {
+#pragma unroll
+      for (int i = 0; i < COPIES; i++) each(i);
+    } else {
+#pragma unroll
+      for (int i = 0; i < COPIES - 1; i++)
+        if (i < needed) each(i);
+    }
+  }
+
+  __device__ __forceinline__ void blocks_of_stage(u32 (&source_blocks)[ENTRIES]) const {
+#pragma unroll
+    for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
+  }
+
   __device__ __forceinline__ void issue(const Arguments& a, int first, int last, int warp, int lane, u8* target,
                                         u64* barrier, u64 policy) {
     if (more) {
-      const int copies = WHOLE_CHUNKS ? min(COPIES, (int)((u32)(len - token + PIECE_TOKENS - 1) / PIECE_TOKENS)) : COPIES;
       u32 source_blocks[ENTRIES];
-#pragma unroll
-      for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
+      blocks_of_stage(source_blocks);
       looked_up++;
       const u32 at = shared_address(target);
 #if __CUDA_ARCH__ >= 900
       if (elect_one()) {
         const u32 mbarrier = shared_address(barrier);
-        barrier_expect(mbarrier, WHOLE_CHUNKS ? copies * PIECE_BYTES : STAGE_BYTES);
-        auto bring = [&](int i) {
+        barrier_expect(mbarrier, WHOLE_CHUNKS ? copies() * PIECE_BYTES : STAGE_BYTES);
+        for_copies([&](int i) {
           const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
           copy_bulk(at + copy.target, copy.source, copy.bytes, mbarrier, policy);
-        };
-        if (copies == COPIES) {
-#pragma unroll
-          for (int i = 0; i < COPIES; i++) bring(i);
-        } else {
-#pragma unroll
-          for (int i = 0; i < COPIES - 1; i++)
-            if (i < copies) bring(i);
-        }
+        });
       }
 #else
-#pragma unroll
-      for (int i = 0; i < COPIES; i++) {
-        if (i >= copies) break;
+      for_copies([&](int i) {
         const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
         for (u32 j = lane * 16; j < copy.bytes; j += 512) copy_16(at + copy.target + j, copy.source + j);
-      }
+      });
 #endif
       token += NUM_WARPS * STAGE_TOKENS;
       settle(a, first, last, warp, lane);

@@ -106,7 +106,7 @@ __device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& 
     // A part is the second of its CTA only in the CTA where the segment begins.
     auto slot_of = [&](int part) { return (u64)(2 * part + (part == first ? 1 : 0)) * PASS_ROWS + row; };
     // Large CTAs have registers for all parts of a lone request's segment.
-    constexpr int BATCH = NUMBERS > 4 ? 8 : NUM_WARPS <= 4 ? 16 : 32;
+    constexpr int BATCH = NUMBERS > 4 ? 8 : NUM_WARPS * MIN_CTAS > 8 || NUM_WARPS <= 4 ? 16 : 32;
     static_assert(32 % BATCH == 0, "a warp holds the states of 32 parts");
     float parts[BATCH][NUMBERS];
     auto load = [&](int begin) {
@@ -181,6 +181,13 @@ __device__ __forceinline__ void clear_lse(const Arguments& a, int token, int thr
   for (int i = thread; i < a.num_kv_heads * GROUP; i += NUM_WARPS * 32)
     a.output_lse[(u64)i * a.num_tokens + token] = MASKED;
 #endif
+}
+
+// Whether clear_rows has anything to do.
+__device__ __forceinline__ bool must_clear(const Arguments& a) {
+  bool found = a.query_start_loc[a.num_reqs] + (int)blockIdx.x < a.num_tokens;
+  for (int r = blockIdx.x; r < a.num_reqs; r += gridDim.x) found |= a.seq_lens[r] <= SKIP_NEWEST + SKIP_FIRST;
+  return found;
 }
 
 // Rows that no segment writes: tokens beyond the last query, and queries of requests that see no cached tokens.
