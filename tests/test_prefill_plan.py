@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_kvtuner.prefill_plan import PrefillPlan, plan, workspace_rows
+from vllm_kvtuner.prefill_plan import (
+    SHORT_PREFILL_TOKENS,
+    PrefillPlan,
+    plan,
+    short_prefills,
+    workspace_rows,
+)
 
 CPU = torch.device("cpu")
 BLOCK = 16
@@ -90,6 +96,9 @@ def test_every_token_is_read_once_within_the_workspace(window, attend_cached):
         batch = random_batch(seed, window, attend_cached)
         planned = batch.plan()
         parts = (*planned.context, *planned.causal)
+        prefills = [batch.requests[request] for request in batch.prefills]
+        at_once = window is None and any(context for context, _ in prefills)
+        at_once &= sum(map(sum, prefills)) <= batch.workspace
         for part in parts:
             rows = tokens_read(part)
             assert len(rows) == part.num_tokens == part.cu_seq_lens[-1] <= batch.workspace
@@ -106,7 +115,9 @@ def test_every_token_is_read_once_within_the_workspace(window, attend_cached):
         assert sum(map(len, by_request.values())) == len(read), "a decode is none of the plan's business"
         for request, positions in by_request.items():
             context, query = batch.requests[request]
-            if window is None:
+            if at_once:
+                assert len(planned.causal) == 1 and not planned.context and positions == list(range(context + query))
+            elif window is None:
                 expected = range(context + query if attend_cached else context)
                 # Context slices come in order; the fresh tokens' slice is another list.
                 assert sorted(positions) == list(expected)
@@ -293,3 +304,22 @@ def test_workspace_holds_a_batch_and_a_window_at_least():
     assert workspace_rows(65536, 8192, None) == 65536
     assert workspace_rows(0, 8192, None) == 8192
     assert workspace_rows(0, 8192, 1024) == 8192 + 1023
+
+
+@pytest.mark.parametrize(
+    ("requests", "first", "expected"),
+    [
+        (((9, 1), (48, 16), (3, 2), (64, 17), (20, 4)), 1, [16, 2]),
+        (((48, 17), (20, 4)), 0, []),
+        (((9, 1), (0, 3), (20, 4)), 1, []),  # a prompt without a context has its fresh keys and values
+        (((9, 1), (20, 4), (0, 3)), 1, [4]),
+        (((5, 16),) * 100, 0, [16] * (SHORT_PREFILL_TOKENS // 16)),
+        (((5, 2),) * 1000, 100, [2] * (SHORT_PREFILL_TOKENS // 2)),
+    ],
+)
+def test_short_prefills_are_the_first_that_the_decode_kernel_takes(requests, first, expected):
+    """At most 16 tokens each."""
+    starts = torch.tensor([query for _, query in ((0, 0), *requests)]).cumsum(0).int()
+    lens = torch.tensor([context + query for context, query in requests])
+    padded = torch.cat([starts, starts[-1:]])  # longer than the batch, as vLLM's is
+    assert short_prefills(padded, lens, first, len(requests) - first) == expected

@@ -75,7 +75,9 @@ def replaced(monkeypatch):
     monkeypatch.setattr(
         recent_attention, "recent_attention", lambda *arguments, dependent: recent_attention_ref(*arguments)
     )
-    decode = SimpleNamespace(paged_attention=lambda *arguments, workspace: reference.paged_attention_ref(*arguments))
+    decode = SimpleNamespace(
+        paged_attention=lambda *arguments, workspace, pass_query_len: reference.paged_attention_ref(*arguments)
+    )
     rows = layer_kernels._RowKernels(reshape_and_cache, reference.gather_cache_ref)
     monkeypatch.setattr(layer_kernels, "_decode_module", lambda kernel: (decode, {}))
     monkeypatch.setattr(layer_kernels, "_row_kernels", lambda kernels: rows)

@@ -30,11 +30,6 @@ from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair, content_byte
 from vllm_kvtuner.precision import RecentWindow
 from vllm_kvtuner.prefill_plan import PrefillPlan
 
-MAX_DECODE_QUERY_LEN = 16
-"""Query tokens per request that the decode kernel takes; longer verifications of speculated tokens are refused."""
-SHORT_PREFILL_TOKENS = 256
-"""Query tokens of a batch's short prefills that the decode kernel takes besides the decodes."""
-
 
 @dataclass
 class KVTunerMetadata(AttentionMetadata):
@@ -81,8 +76,8 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self._sinks: int = 0 if window is None else window.sinks
         self._attend_cached_prefill: bool = implementation.attend_cached_prefill
         self._workspace_tokens: int = implementation.prefill_workspace_tokens
-        # What a window has of a prefill's tokens is what decodes after it need; and a prefill that reads back what it stored
-        # gives the same numbers, however it is cut into steps.
+        # What a window has of a prefill's tokens is what decodes after it need; and a prefill that reads back what it
+        # stored gives the same numbers, however it is cut into steps.
         self._takes_short_prefills = window is None and not self._attend_cached_prefill
 
     def build(
@@ -95,7 +90,9 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         longest = min(common.max_query_len, self.decode_query_len)
         if num_prefills and self._takes_short_prefills:
             assert common.seq_lens_cpu_upper_bound is not None
-            lens = short_prefills(common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, num_decodes, num_prefills)
+            lens = prefill_plan.short_prefills(
+                common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, num_decodes, num_prefills
+            )
             num_decodes, num_prefills = num_decodes + len(lens), num_prefills - len(lens)
             num_decode_tokens += sum(lens)
             longest = max(longest, *lens) if lens else longest
@@ -126,32 +123,6 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             positions=common.positions,
             prefill=plan,
         )
-
-
-def short_prefills(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, first: int, count: int) -> list[int]:
-    """Query tokens of those among the first of a batch's prefills that are best served as decodes are.
-
-    That is, few tokens over a context: what is left of a prompt that the prefix cache holds. The decode kernel reads the
-    context as it is stored, in one launch for the whole batch, where a prefill takes several from the host.
-
-    Args:
-        query_start_loc: [>= first + count + 1] int32 on the host.
-        seq_lens: [>= first + count] on the host, exact for prefills.
-        first: the first prefill of the batch.
-        count: prefills.
-    """
-    lens: list[int] = []
-    left = SHORT_PREFILL_TOKENS
-    # More requests than these have no room.
-    last = first + min(count, SHORT_PREFILL_TOKENS)
-    starts, ends = query_start_loc[first : last + 1].tolist(), seq_lens[first:last].tolist()
-    for begin, end, length in zip(starts, starts[1:], ends, strict=False):
-        query_len = end - begin
-        left -= query_len
-        if query_len > MAX_DECODE_QUERY_LEN or length <= query_len or left < 0:
-            break
-        lens.append(query_len)
-    return lens
 
 
 class KVTunerBackend(AttentionBackend):

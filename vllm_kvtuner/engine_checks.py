@@ -72,7 +72,7 @@ def speculation(config: VllmConfig) -> list[str]:
     """Of speculative decoding, whatever drafts."""
     from vllm.v1.attention.backend import max_decode_query_len
 
-    from vllm_kvtuner.backend import MAX_DECODE_QUERY_LEN
+    from vllm_kvtuner.prefill_plan import MAX_DECODE_QUERY_LEN
 
     speculative = config.speculative_config
     if speculative is None:

@@ -116,7 +116,7 @@ class GpuPrefill:
                 causal=True,
                 window=sliding_window,
             )
-        else:
+        elif plan.context:
             lse = query.new_empty(query.shape[1], plan.num_tokens, dtype=torch.float32)
         for part, newest in itertools.zip_longest(plan.causal, plan.newest):
             rows = slice(part.first_token, part.first_token + part.num_query_tokens)
@@ -134,7 +134,9 @@ class GpuPrefill:
                 merge_attn_states(both, *results[0], *results[1], both_lse)
                 results = [(both, both_lse)]
             within = slice(rows.start - plan.first_token, rows.stop - plan.first_token)
-            merged[within], lse[:, within] = results[0]
+            merged[within] = results[0][0]
+            if lse is not None:
+                lse[:, within] = results[0][1]
         for part in plan.context:
             context, context_lse = self._attend_slice(query[tokens], cached(part), part, causal=False)
             both, both_lse = torch.empty_like(context), torch.empty_like(lse)

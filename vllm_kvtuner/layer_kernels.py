@@ -8,6 +8,7 @@ import torch
 
 from vllm_kvtuner import decode_kernel
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
+from vllm_kvtuner.prefill_plan import MAX_DECODE_QUERY_LEN, SHORT_PREFILL_TOKENS
 from vllm_kvtuner.transforms import LayerTransforms
 
 if TYPE_CHECKING:

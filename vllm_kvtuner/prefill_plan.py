@@ -3,8 +3,9 @@
 A prefill attends to its fresh tokens and to its *context*, the tokens that are in the cache already (a cached prefix
 or an earlier chunk). Cached tokens are dequantized into a workspace slice by slice:
 
-- full attention: each slice holds an equal share of every request's context; its attention, without a mask, is merged
-  with that of the fresh tokens by log-sum-exp;
+- full attention: if the workspace holds the context and the fresh tokens of all requests, one slice of both under the
+  causal mask; otherwise each slice holds an equal share of every request's context, and its attention, without a
+  mask, is merged with that of the fresh tokens by log-sum-exp;
 - sliding window: each slice holds whole requests, the newest ``sliding_window - 1`` context tokens and the fresh ones,
   contiguous, so that one masked attention is exact;
 - ``attend_cached``: the fresh tokens too are read back from the cache, as if they had been cached before;
@@ -18,6 +19,11 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+
+MAX_DECODE_QUERY_LEN = 16
+"""Query tokens per request that the decode kernel takes; longer verifications of speculated tokens are refused."""
+SHORT_PREFILL_TOKENS = 256
+"""Query tokens of a batch's short prefills that the decode kernel takes besides the decodes."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +140,10 @@ def plan(
     newest: list[CacheSlice] = []
     window = sliding_window or recent
     begins = contexts
-    if attend_cached or (window is not None and any(contexts)):
-        begins = [max(0, length - (window or 1) + 1) for length in contexts]
+    at_once = sliding_window is None and not (attend_cached and recent)
+    at_once &= any(contexts) and sum(contexts) + sum(queries) <= workspace_tokens
+    if at_once or attend_cached or (window is not None and any(contexts)):
+        begins = [0 if at_once else max(0, length - (window or 1) + 1) for length in contexts]
         lengths = [length + query - begin for length, query, begin in zip(contexts, queries, begins, strict=True)]
         kept = None if recent is None else [min(length, recent - 1) for length in contexts]
         for first, last in maker.whole_requests(lengths, workspace_tokens):
@@ -163,6 +171,32 @@ def plan(
         causal=tuple(causal),
         newest=tuple(newest),
     )
+
+
+def short_prefills(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, first: int, count: int) -> list[int]:
+    """Query tokens of those among the first of a batch's prefills that are best served as decodes are.
+
+    That is, few tokens over a context: what is left of a prompt that the prefix cache holds. The decode kernel reads
+    the context as it is stored, in one launch for the whole batch, where a prefill takes several from the host.
+
+    Args:
+        query_start_loc: [>= first + count + 1] int32 on the host.
+        seq_lens: [>= first + count] on the host, exact for prefills.
+        first: the first prefill of the batch.
+        count: prefills.
+    """
+    lens: list[int] = []
+    left = SHORT_PREFILL_TOKENS
+    # More requests than these have no room.
+    last = first + min(count, SHORT_PREFILL_TOKENS)
+    starts, ends = query_start_loc[first : last + 1].tolist(), seq_lens[first:last].tolist()
+    for begin, end, length in zip(starts, starts[1:], ends, strict=False):
+        query_len = end - begin
+        left -= query_len
+        if query_len > MAX_DECODE_QUERY_LEN or length <= query_len or left < 0:
+            break
+        lens.append(query_len)
+    return lens
 
 
 def workspace_rows(requested: int, max_num_batched_tokens: int, window: int | None) -> int:

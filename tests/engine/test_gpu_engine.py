@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from tests.helpers.gpu_engine import LOGPROB_TOLERANCE, Engine
+from tests.helpers.gpu_engine import LOGPROB_TOLERANCE, Engine, assert_alike
 from tests.helpers.tiny_model import make_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_process")]
@@ -159,3 +159,29 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
     after_capture = launches[len(launches) - launches[::-1].index(True) :]
     # 12 tokens for each prompt came from 11 decode steps, and Python launched the kernel for none of them.
     assert not after_capture
+
+
+@pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
+def test_what_the_prefix_cache_leaves_of_a_prompt_is_decoded(models, decode_kernel, monkeypatch):
+    """In batches with decodes, without a launch of FlashAttention; the answers are those of whole prefills."""
+    from vllm_kvtuner.gpu_prefill import GpuPrefill
+
+    monkeypatch.setenv("KVTUNER_DECODE_KERNEL", decode_kernel)
+    prefills = []
+    original = GpuPrefill.__call__
+
+    def counted(self, query, *arguments):
+        prefills.append(len(query))
+        original(self, query, *arguments)
+
+    monkeypatch.setattr(GpuPrefill, "__call__", counted)
+    # Prompts of 17 tokens and more leave 1 to 16; two requests at once, so that others wait until one has ended.
+    options = {"attend_cached_prefill": None, "enforce_eager": True, "max_num_seqs": 2}
+    with Engine(models["llama"], **options) as engine:
+        cold, _ = engine.ask(prompts()[1:], OUTPUT_TOKENS)
+        assert prefills
+        prefills.clear()
+        warm, cached = engine.ask(prompts()[1:], OUTPUT_TOKENS)
+    assert cached == [(length - 1) // 16 * 16 for length in LENGTHS[1:]]
+    assert not prefills
+    assert_alike(warm, cold)

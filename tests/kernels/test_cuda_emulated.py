@@ -57,6 +57,10 @@ def offset_in(pairs: int, num_kv_heads: int, head_size: int, table: RotaryTable,
         pytest.param("K4V2", 256, 1, 32, BF16, [1], {}, None, id="K4V2, head size 256"),
         pytest.param("K2V8", 96, 7, 16, FP16, [1], {}, None, id="K2V8, head size 96, group of 7"),
         pytest.param("K8V4", 128, 2, 16, FP16, [1, 5, 1, 16, 3, 2], {}, None, id="1 to 16 query tokens"),
+        pytest.param(
+            "K4V4", 128, 4, 16, BF16, [1, 1, 16, 1, 3, 1],
+            {"pass_query_len": 1}, None, id="more passes for short prefills",
+        ),
         pytest.param("K4V4", 64, 4, 16, FP16, [1, 3, 1, 2, 4, 1], {"sliding_window": 40}, None, id="sliding window"),
         pytest.param("K4V8", 64, 4, 16, FP16, [1], {"logits_soft_cap": 30.0}, None, id="soft cap"),
         pytest.param(
@@ -96,9 +100,13 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
     got = torch.full_like(query, torch.nan)
     want = torch.zeros(total, 2 * group, head_size)
-    workspace = paged_attention.decode_workspace(len(seq_lens), max(query_lens), 2 * group, 2, head_size, CPU)
+    pass_query_len = options.get("pass_query_len", max(query_lens))
+    options = {name: value for name, value in options.items() if name != "pass_query_len"}
+    workspace = paged_attention.decode_workspace(len(seq_lens), pass_query_len, 2 * group, 2, head_size, CPU)
     arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), head_size**-0.5, layout)
-    paged_attention.paged_attention(query, *arguments, transforms, got, **options, workspace=workspace)
+    paged_attention.paged_attention(
+        query, *arguments, transforms, got, **options, workspace=workspace, pass_query_len=pass_query_len
+    )
     paged_attention_ref(query[:total].float(), *arguments, transforms, want, **options)
     error = (got[:total].float() - want).norm() / want.norm()
     assert error < (3e-3 if dtype == BF16 else 6e-4)

@@ -67,7 +67,8 @@ def check_counters(workspace):
 
 def launch_twice(cache, query, query_lens, transforms, **options):
     """The output, after a second launch on the same workspace has given the same bits and left all counters at 0."""
-    workspace = workspace_of(cache, query.shape[1], len(query_lens), max(query_lens))
+    room = options.get("pass_query_len") or max(query_lens)
+    workspace = workspace_of(cache, query.shape[1], len(query_lens), room)
     first, second = (
         attend(cuda.paged_attention, cache, query, query_lens, transforms, workspace=workspace, **options)
         for _ in range(2)
@@ -86,6 +87,7 @@ def check(
     query=None,
     tolerance=TOLERANCE,
     config=None,
+    pass_query_len=None,
     **options,
 ):
     """The kernel's output lies within tolerance of the reference's in fp32, and is 0 beyond the last query."""
@@ -98,7 +100,7 @@ def check(
     if query is not None:
         fused[:num_tokens, :num_heads] = query
     query = fused.to(dtype)[:, :num_heads]
-    got = launch_twice(cache, query, query_lens, transforms, config=config, **options)
+    got = launch_twice(cache, query, query_lens, transforms, config=config, pass_query_len=pass_query_len, **options)
     assert not got[num_tokens:].any(), "rows beyond the last query"
     want = attend(paged_attention_ref, cache, query[:num_tokens].float(), query_lens, transforms, **options)
     assert not want.isnan().any()
@@ -173,6 +175,18 @@ def test_many_counts_of_queries(group, device):
     query_lens = [*range(1, 17), 1, 16]
     lengths = [*(30 + 3 * length for length in query_lens[:-2]), 1, 16]
     check(random_cache(make_layout("K8V4", 64), lengths, 2, device), group, torch.float16, query_lens=query_lens)
+
+
+@pytest.mark.parametrize("pair", ["K8V8", "K4V4", "K2V2"])
+@pytest.mark.parametrize(("group", "pass_query_len"), [(1, 1), (4, 1), (7, 1), (4, 2)])
+def test_short_prefills_among_decodes(pair, group, pass_query_len, device):
+    """Passes have room for what most requests have, and a short prefill takes more of them."""
+    query_lens = [1] * 40 + [2, 9, 16, 16, 1]
+    lengths = [*torch.randint(1, 2000, (40,)).tolist(), 500, 9, 1016, 40000, 70]
+    check(
+        random_cache(make_layout(pair, 128), lengths, 2, device), group, query_lens=query_lens,
+        pass_query_len=pass_query_len,
+    )  # fmt: skip
 
 
 def test_padding_rows_become_0(device):

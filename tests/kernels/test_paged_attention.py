@@ -47,6 +47,7 @@ def check(
     config=None,
     query=None,
     tolerance=None,
+    pass_query_len=None,
     **options,
 ):
     """The kernel's output lies within tolerance of the reference's, and is all there."""
@@ -57,7 +58,10 @@ def check(
     if query is None:
         query = torch.randn(sum(query_lens), num_heads, head_size, device=device).to(dtype)
     workspace = decode_workspace(query.shape[0], num_heads, head_size, device)
-    got = attend(paged_attention, cache, query, query_lens, transforms, workspace=workspace, config=config, **options)
+    got = attend(
+        paged_attention, cache, query, query_lens, transforms, workspace=workspace, config=config,
+        pass_query_len=pass_query_len, **options,
+    )  # fmt: skip
     want = attend(paged_attention_ref, cache, query, query_lens, transforms, **options)
     assert not want.isnan().any()
     limit = (TOLERANCES[dtype] if tolerance is None else tolerance) * largest_value(cache)
@@ -139,6 +143,12 @@ def test_many_counts_of_queries(device):
     query_lens = [1, 2, 3, 7, 8, 9, 15, 16]
     cache = random_cache(make_layout("K8V2", 64), [30 + 3 * length for length in query_lens], 1, device)
     check(cache, 4, torch.float16, query_lens=query_lens, config=DecodeConfig(32, 32, 2, 1, 2))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_short_prefills_among_decodes(group, device):
+    cache = random_cache(make_layout("K4V2", 64), [70, 40, 129, 16, 1], 2, device)
+    check(cache, group, torch.float16, query_lens=[1, 1, 16, 9, 1], pass_query_len=1)
 
 
 def test_padding_rows_become_0(device):

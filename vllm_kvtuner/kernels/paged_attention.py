@@ -367,6 +367,7 @@ def paged_attention(
     *,
     workspace: DecodeWorkspace,
     config: DecodeConfig | None = None,
+    pass_query_len: int | None = None,
 ) -> None:
     """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
 
@@ -378,6 +379,8 @@ def paged_attention(
     Args:
         workspace: from :func:`decode_workspace`, for at least this many tokens and this shape of layer.
         config: launch knobs, or None for :func:`decode_config`'s.
+        pass_query_len: query tokens of a request that a program has room for, max_query_len if None; less where few
+            requests have as many as that.
     """
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads = block_table.shape[0], kv_cache.shape[1]
@@ -400,7 +403,7 @@ def paged_attention(
     offset = transforms.key_offset
     if config is None:
         num_sms = num_multiprocessors(query.device)
-        rows = group * max_query_len
+        rows = group * (pass_query_len or max_query_len)
         config = decode_config(num_reqs, num_kv_heads, rows, layout, offset is not None, num_sms)
     num_splits = min(config.num_splits, workspace.lse.shape[0] // num_rows)
     rotary = transforms.rotary if offset is not None else None

@@ -66,7 +66,7 @@ def _workspace_parts(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     slots = 2 * MAX_CTAS_PER_MULTIPROCESSOR * num_sms
     rows = pass_rows(num_heads // num_kv_heads * max_query_len)
-    segments = max_num_reqs * num_kv_heads * math.ceil(num_heads // num_kv_heads * max_query_len / PASS_ROWS[0])
+    segments = max_num_reqs * num_kv_heads * math.ceil(num_heads // num_kv_heads * MAX_QUERY_LEN / PASS_ROWS[0])
     return {
         "partial": ((slots, rows, head_size), torch.float32),
         "state": ((slots, rows, 2), torch.float32),
@@ -82,7 +82,8 @@ def decode_workspace(
     head_size: int,
     device: torch.device | str,
 ) -> DecodeWorkspace:
-    """Scratch for batches of up to ``max_num_reqs`` requests of up to ``max_query_len`` query tokens each."""
+    """Scratch for batches of up to ``max_num_reqs`` requests, in whose passes up to ``max_query_len`` query tokens of a
+    request have room."""
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     parts = _workspace_parts(max_num_reqs, max_query_len, num_heads, num_kv_heads, head_size, num_sms)
     tensors = {k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in parts.items()}
@@ -213,7 +214,7 @@ def _build(
     transforms: LayerTransforms,
     layout: PageLayout,
     group: int,
-    max_query_len: int,
+    pass_query_len: int,
     dtype: torch.dtype,
     sliding_window: int | None,
     soft_cap: bool,
@@ -224,7 +225,7 @@ def _build(
     device: torch.device,
     config: DecodeConfig | None,
 ) -> tuple[BuiltKernel, int]:
-    rows = pass_rows(group * max_query_len)
+    rows = pass_rows(group * pass_query_len)
     offset = transforms.offset_pairs
     pairs = 0 if offset is None else len(offset.index)
     if config is None:
@@ -280,6 +281,7 @@ def paged_attention(
     workspace: DecodeWorkspace,
     config: DecodeConfig | None = None,
     dependent: bool = False,
+    pass_query_len: int | None = None,
 ) -> None:
     """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
 
@@ -293,6 +295,8 @@ def paged_attention(
         config: knobs, or None for :func:`decode_config`'s.
         dependent: begin before the kernel before on the stream has ended, if that one allows it. It must not be one
             that writes block_table, seq_lens or query_start_loc.
+        pass_query_len: query tokens of a request that a pass over its tokens has room for, max_query_len if None; less
+            where few requests have as many as that.
     """
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads = block_table.shape[0], kv_cache.shape[1]
@@ -312,8 +316,8 @@ def paged_attention(
     if num_tokens == 0:
         return
     kernel, rows = _build(
-        transforms, layout, group, max_query_len, query.dtype, sliding_window, logits_soft_cap > 0, skip_newest,
-        lse is not None, skip_first, num_reqs * num_kv_heads <= FEW_SEGMENTS, query.device, config,
+        transforms, layout, group, pass_query_len or max_query_len, query.dtype, sliding_window, logits_soft_cap > 0,
+        skip_newest, lse is not None, skip_first, num_reqs * num_kv_heads <= FEW_SEGMENTS, query.device, config,
     )  # fmt: skip
     max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
     assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"
