@@ -68,6 +68,7 @@ def measure(job: ServeJob) -> None:
 
     start = time.time()
     sizes = CUDAGRAPH_CAPTURE_SIZES + (THROUGHPUT_CAPTURE_SIZES if job.throughput else ())
+    most = job.max_num_seqs * 9 // 8
     llm = LLM(
         model=str(job.model),
         load_format="dummy",
@@ -80,7 +81,7 @@ def measure(job: ServeJob) -> None:
         max_num_seqs=job.max_num_seqs,
         # vLLM's long_prefill_token_threshold does not hold for a request that is alone.
         max_num_batched_tokens=job.long_prefill.chunk if job.long_prefill else BATCHED_TOKENS,
-        compilation_config={"cudagraph_capture_sizes": sorted(size for size in sizes if size <= job.max_num_seqs)},
+        compilation_config={"cudagraph_capture_sizes": sorted(size for size in sizes if size <= most)},
         # Preemptions are counted among the statistics alone.
         disable_log_stats=not job.throughput,
         additional_config=job.setting.additional_config(),
