@@ -28,7 +28,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from vllm_kvtuner import prefill_plan
 from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair, content_bytes
 from vllm_kvtuner.precision import RecentWindow
-from vllm_kvtuner.prefill_plan import PrefillPlan
+from vllm_kvtuner.prefill_plan import MAX_DECODE_QUERY_LEN, PrefillPlan
 
 
 @dataclass
@@ -76,9 +76,10 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self._sinks: int = 0 if window is None else window.sinks
         self._attend_cached_prefill: bool = implementation.attend_cached_prefill
         self._workspace_tokens: int = implementation.prefill_workspace_tokens
-        # What a window has of a prefill's tokens is what decodes after it need; and a prefill that reads back what it
-        # stored gives the same numbers, however it is cut into steps.
-        self._takes_short_prefills = window is None and not self._attend_cached_prefill
+        # A window keeps all of a step's tokens only if it is as long as they are many; and a prefill that reads back
+        # what it stored gives the same numbers, however it is cut into steps.
+        fits = window is None or window.tokens >= MAX_DECODE_QUERY_LEN
+        self._takes_short_prefills = fits and not self._attend_cached_prefill
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False

@@ -13,7 +13,7 @@ from vllm_kvtuner import reference
 from vllm_kvtuner.backend import KVTunerMetadata
 from vllm_kvtuner.decode_kernel import device_capability
 from vllm_kvtuner.layer_kernels import LayerKernels
-from vllm_kvtuner.prefill_plan import CacheSlice
+from vllm_kvtuner.prefill_plan import MAX_DECODE_QUERY_LEN, CacheSlice
 from vllm_kvtuner.recent import RecentCache, recent_metadata
 from vllm_kvtuner.transforms import LayerTransforms
 
@@ -97,7 +97,7 @@ class RecentKernels:
             kernels.warm_up(self.recent.kv_cache, self.recent.layout, transforms, workspace)
             return
         heads, size = kernels.num_heads, kernels.head_size
-        for query_len in {1, kernels.max_decode_query_len}:
+        for query_len in {1, kernels.max_decode_query_len, MAX_DECODE_QUERY_LEN}:
             integers = {"dtype": torch.int32, "device": kernels.device}
             rows = (heads + 2 * kernels.num_kv_heads) * size
             query = torch.zeros(query_len, rows, dtype=workspace[0].dtype, device=kernels.device)

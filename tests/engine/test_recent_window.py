@@ -64,6 +64,25 @@ def test_a_window_of_the_whole_context_is_the_unquantized_cache(llama, prompts, 
         assert max_difference(mine.logprobs, expected.logprobs) < EXACT
 
 
+@pytest.mark.parametrize(("window", "sinks"), [(512, 0), (304, 12)])
+def test_short_prefills_read_the_window(llama, prompts, tmp_path, window, sinks):
+    """Prompts in chunks of at most 16 tokens, which are decoded once they have a context."""
+    profile = write(tmp_path, f"layers: K2V2\nrecent_window: {window}\nsink_tokens: {sinks}\n")
+    options = {"max_model_len": 512, "enable_prefix_caching": False}
+    auto = run_engine(llama, [Call(prompts, GREEDY)], **options)
+    run = run_engine(
+        llama,
+        [Call(prompts, GREEDY)],
+        profile=profile,
+        attend_cached_prefill=False,
+        max_num_batched_tokens=16,
+        **options,
+    )
+    for mine, expected in zip(run.answers[0], auto.answers[0], strict=True):
+        assert mine.token_ids == expected.token_ids
+        assert max_difference(mine.logprobs, expected.logprobs) < EXACT
+
+
 def test_a_window_makes_two_bits_usable(llama, prompts, tmp_path):
     """Nearer to the unquantized cache with every token of the window, in prefill and in decode."""
     calls = [Call(prompts[-2:], {**GREEDY, "prompt_logprobs": FULL_LOGPROBS})]

@@ -48,6 +48,11 @@ def offset_in(pairs: int, num_kv_heads: int, head_size: int, table: RotaryTable,
     return LayerTransforms(offset, table, **switches)
 
 
+def split_pass_query_len(options, query_lens):
+    """What the kernel alone takes, and what the reference takes too."""
+    return options.get("pass_query_len", max(query_lens)), {k: v for k, v in options.items() if k != "pass_query_len"}
+
+
 @pytest.mark.parametrize(
     ("pair", "head_size", "group", "block_size", "dtype", "query_lens", "options", "transforms"),
     [
@@ -100,8 +105,7 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
     got = torch.full_like(query, torch.nan)
     want = torch.zeros(total, 2 * group, head_size)
-    pass_query_len = options.get("pass_query_len", max(query_lens))
-    options = {name: value for name, value in options.items() if name != "pass_query_len"}
+    pass_query_len, options = split_pass_query_len(options, query_lens)
     workspace = paged_attention.decode_workspace(len(seq_lens), pass_query_len, 2 * group, 2, head_size, CPU)
     arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), head_size**-0.5, layout)
     paged_attention.paged_attention(
@@ -120,6 +124,10 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
         pytest.param("K4V4", 4, [1], {"skip_newest": 24}, None, id="one query"),
         pytest.param("K4V2", 4, [1], {"skip_newest": 140}, None, id="most requests see nothing"),
         pytest.param("K4V4", 2, [1, 5, 1, 16, 3, 2], {"skip_newest": 12}, None, id="some queries see nothing"),
+        pytest.param(
+            "K4V4", 2, [1, 5, 1, 16, 3, 2],
+            {"skip_newest": 12, "skip_first": 4, "pass_query_len": 1}, None, id="more passes for short prefills",
+        ),
         pytest.param(
             "K8V4", 4, [1, 3, 1, 2, 4, 1],
             {"skip_newest": 9, "sliding_window": 40, "logits_soft_cap": 4.0}, None, id="sliding window, capped",
@@ -148,10 +156,13 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
     starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
     got, got_lse = torch.full_like(query, torch.nan), torch.full((num_heads, total + 2), torch.nan)
     want, want_lse = torch.zeros(total, num_heads, 64), torch.empty(num_heads, total)
-    workspace = paged_attention.decode_workspace(len(seq_lens), max(query_lens), num_heads, 2, 64, CPU)
+    pass_query_len, options = split_pass_query_len(options, query_lens)
+    workspace = paged_attention.decode_workspace(len(seq_lens), pass_query_len, num_heads, 2, 64, CPU)
     arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), 0.125, cache.layout)
     arguments = (*arguments, transforms)
-    paged_attention.paged_attention(query, *arguments, got, **options, lse=got_lse, workspace=workspace)
+    paged_attention.paged_attention(
+        query, *arguments, got, **options, lse=got_lse, workspace=workspace, pass_query_len=pass_query_len
+    )
     paged_attention_ref(query[:total].float(), *arguments, want, **options, lse=want_lse)
     sees_nothing = want_lse.T.isneginf()
     assert sees_nothing.any() and not sees_nothing.all()
