@@ -161,6 +161,12 @@ def test_context_slices_start_at_blocks_and_share_the_workspace():
     assert [part.cu_seq_lens.diff().tolist() for part in planned.context] == [[48, 0, 33], [48, 0, 0], [4, 0, 0]]
 
 
+@pytest.mark.parametrize(("fresh", "workspace", "at_once"), [(8, 130, True), (8, 117, False), (2049, 9000, False)])
+def test_few_fresh_tokens_go_with_their_context_if_it_fits(fresh, workspace, at_once):
+    planned = Batch(((100, fresh), (0, 10)), 0, workspace, None, attend_cached=False).plan()
+    assert bool(planned.causal) == at_once != bool(planned.context)
+
+
 def attend(query, keys, values, mask):
     """Output [num_queries, head_size] and log-sum-exp [num_queries]; 0 and -inf where nothing is visible."""
     scores = (query @ keys.T).masked_fill(~mask, -torch.inf)

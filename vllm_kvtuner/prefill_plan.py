@@ -3,9 +3,9 @@
 A prefill attends to its fresh tokens and to its *context*, the tokens that are in the cache already (a cached prefix
 or an earlier chunk). Cached tokens are dequantized into a workspace slice by slice:
 
-- full attention: if the workspace holds the context and the fresh tokens of all requests, one slice of both under the
-  causal mask; otherwise each slice holds an equal share of every request's context, and its attention, without a
-  mask, is merged with that of the fresh tokens by log-sum-exp;
+- full attention: each slice holds an equal share of every request's context; its attention, without a mask, is merged
+  with that of the fresh tokens by log-sum-exp. Where fresh tokens are few, and the workspace holds all of them and
+  their context, that is one slice under the causal mask: fewer launches, which is what such a step waits for;
 - sliding window: each slice holds whole requests, the newest ``sliding_window - 1`` context tokens and the fresh ones,
   contiguous, so that one masked attention is exact;
 - ``attend_cached``: the fresh tokens too are read back from the cache, as if they had been cached before;
@@ -24,6 +24,9 @@ MAX_DECODE_QUERY_LEN = 16
 """Query tokens per request that the decode kernel takes; longer verifications of speculated tokens are refused."""
 SHORT_PREFILL_TOKENS = 256
 """Query tokens of a batch's short prefills that the decode kernel takes besides the decodes."""
+
+FEW_FRESH_TOKENS = 2048
+"""Of a batch's prefills: up to here the host's launches take longer than the card."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,8 @@ def plan(
     window = sliding_window or recent
     begins = contexts
     at_once = sliding_window is None and not (attend_cached and recent)
-    at_once &= any(contexts) and sum(contexts) + sum(queries) <= workspace_tokens
+    at_once &= any(contexts) and sum(queries) <= FEW_FRESH_TOKENS
+    at_once &= sum(contexts) + sum(queries) <= workspace_tokens
     if at_once or attend_cached or (window is not None and any(contexts)):
         begins = [0 if at_once else max(0, length - (window or 1) + 1) for length in contexts]
         lengths = [length + query - begin for length, query, begin in zip(contexts, queries, begins, strict=True)]

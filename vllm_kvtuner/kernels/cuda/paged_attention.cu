@@ -67,7 +67,7 @@ constexpr int NUMBERS = HEAD_SIZE / 32;
 constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
 constexpr int MAX_VISIT = 12;
-constexpr int MIN_PREFETCHED = 4 * NUM_WARPS;  // units of a share whose first stages are prefetched
+constexpr int MIN_PREFETCHED = 4 * NUM_WARPS;  // units of a share, at least, whose first stages are prefetched
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
 // Whether registers hold a key offset's pairs as long as a warp reads a segment.
 constexpr bool OFFSET_STAYS = OFFSET_STEPS == 1 && TILES == 1 && GROUPS > 1;
@@ -156,7 +156,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   // is little to read, to ask twice takes longer than it saves.
   if (shares.even >= MIN_PREFETCHED) producer.prefetch(a);
   const bool clear = must_clear(a);
-  // Up to here only what steps share was read, which no kernel just before this one writes.
+  // Up to here only what steps share was read, which no kernel just before this one writes, or brought to the L2 cache.
   dependency_wait();
   launch_dependents();
   fetch_queries(a, shared, shared.cursors[0], 0, warp, lane);
