@@ -106,7 +106,7 @@ __device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& 
     // A part is the second of its CTA only in the CTA where the segment begins.
     auto slot_of = [&](int part) { return (u64)(2 * part + (part == first ? 1 : 0)) * PASS_ROWS + row; };
     // Large CTAs have registers for all parts of a lone request's segment.
-    constexpr int BATCH = NUMBERS > 4 ? 8 : NUM_WARPS * MIN_CTAS > 8 || NUM_WARPS <= 4 ? 16 : 32;
+    constexpr int BATCH = NUMBERS > 4 ? 8 : NUM_WARPS <= 4 ? 16 : 32;
     static_assert(32 % BATCH == 0, "a warp holds the states of 32 parts");
     float parts[BATCH][NUMBERS];
     auto load = [&](int begin) {
