@@ -1,0 +1,54 @@
+"""Which requests of a batch the decode kernel serves, and which are prefilled."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from vllm_kvtuner.backend import KVTunerMetadataBuilder
+
+REQUESTS = ((50, 1), (48, 3), (64, 16), (0, 5), (32, 200))
+"""Tokens of context and of the query: a decode, what the prefix cache left of two prompts, a prompt, a chunk."""
+
+
+def build(window=None, attend_cached_prefill=False, speculative=None):
+    implementation = SimpleNamespace(
+        sliding_window=None,
+        recent=None if window is None else SimpleNamespace(window=SimpleNamespace(tokens=window, sinks=0)),
+        attend_cached_prefill=attend_cached_prefill,
+        prefill_workspace_tokens=4096,
+    )
+    config = SimpleNamespace(
+        speculative_config=speculative and SimpleNamespace(num_speculative_tokens=speculative, parallel_drafting=False),
+        use_v2_model_runner=True,
+        compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=implementation)}),
+    )
+    builder = KVTunerMetadataBuilder(SimpleNamespace(block_size=16), ["layer"], config, torch.device("cpu"))
+    starts = torch.tensor([0, *(query for _, query in REQUESTS)]).cumsum(0).int()
+    lens = torch.tensor([context + query for context, query in REQUESTS]).int()
+    common = SimpleNamespace(
+        max_query_len=200, num_reqs=len(REQUESTS), num_actual_tokens=int(starts[-1]), query_start_loc=starts,
+        query_start_loc_cpu=starts, seq_lens=lens, seq_lens_cpu_upper_bound=lens, block_table_tensor=None,
+        positions=None,
+    )  # fmt: skip
+    return builder.build(0, common)
+
+
+@pytest.mark.parametrize("window", [None, 16, 64])
+def test_short_prefills_are_decoded(window):
+    metadata = build(window)
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.max_decode_query_len) == (3, 20, 16)
+    assert (metadata.prefill.first_token, metadata.prefill.num_tokens) == (20, 205)
+
+
+@pytest.mark.parametrize("options", [{"window": 15}, {"attend_cached_prefill": True}], ids=str)
+def test_short_prefills_are_prefilled(options):
+    """Where a window does not keep all of their tokens, or prefill reads back what it stored."""
+    metadata = build(**options)
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.max_decode_query_len) == (1, 1, 1)
+    assert (metadata.prefill.first_token, metadata.prefill.num_tokens) == (1, 224)
+
+
+def test_beside_verifications():
+    metadata = build(speculative=4)
+    assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.max_decode_query_len) == (3, 20, 16)
