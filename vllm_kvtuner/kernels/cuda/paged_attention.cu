@@ -107,6 +107,10 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   Shared& shared = *(Shared*)memory;
   const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
 
+#if OFFSET_PAIRS
+  OffsetLoads loads;
+  loads.ask_pairs(a, thread);
+#endif
   const Shares shares = share_out(a, lane);
   const int cta = blockIdx.x;
   if (cta >= shares.ctas) {
@@ -115,6 +119,9 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     clear_rows(a, thread);
     return;
   }
+#if OFFSET_PAIRS
+  loads.ask_angles(a, thread);
+#endif
   const int first = shares.begin(cta), last = shares.begin(cta + 1);
   {
     Cursor cursor;
@@ -139,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   }
 #endif
 #if OFFSET_PAIRS
-  find_turns(a, shared.offset, thread);
+  loads.keep(shared.offset, thread);
 #endif
   __syncthreads();
   Producer producer;

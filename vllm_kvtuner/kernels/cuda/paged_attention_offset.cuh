@@ -22,17 +22,40 @@ struct OffsetShared {
 // How much farther on the angle of a column is than the stage's first token, in ANGLE_STEP.
 __device__ __forceinline__ int turns_ahead(int column) { return GROUPS == 4 ? column % 2 : 0; }
 
-// What does not depend on segments; the table's first row is its amplitude.
-__device__ __forceinline__ void find_turns(const Arguments& a, OffsetShared& offset, int thread) {
-  for (int i = thread; i < OFFSET_PAIRS; i += NUM_WARPS * 32) {
-    const int index = a.offset_index[i];
-    const float2 angle = a.coarse_angles[NUM_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index];
-    const float amplitude = a.coarse_angles[index].x;
-    offset.index[i] = index;
-    offset.dims[i] = a.offset_dims[i];
-    offset.turn[i] = make_float2(angle.x / amplitude, angle.y / amplitude);
+// What does not depend on segments, asked for in two steps since the second needs the first's answer, and kept when it is there: in
+// between a CTA finds its share. The table's first row is its amplitude.
+struct OffsetLoads {
+  static constexpr int COUNT = (OFFSET_PAIRS + NUM_WARPS * 32 - 1) / (NUM_WARPS * 32);
+  int index[COUNT], dims[COUNT];
+  float2 angle[COUNT];
+  float amplitude[COUNT];
+
+  template <class Each>
+  static __device__ __forceinline__ void for_pairs(int thread, const Each& each) {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+      if (thread + i * NUM_WARPS * 32 < OFFSET_PAIRS) each(i, thread + i * NUM_WARPS * 32);
   }
-}
+  __device__ __forceinline__ void ask_pairs(const Arguments& a, int thread) {
+    for_pairs(thread, [&](int i, int pair) {
+      index[i] = __ldg(a.offset_index + pair);
+      dims[i] = __ldg(a.offset_dims + pair);
+    });
+  }
+  __device__ __forceinline__ void ask_angles(const Arguments& a, int thread) {
+    for_pairs(thread, [&](int i, int) {
+      angle[i] = __ldg(a.coarse_angles + NUM_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index[i]);
+      amplitude[i] = __ldg(&a.coarse_angles[index[i]].x);
+    });
+  }
+  __device__ __forceinline__ void keep(OffsetShared& offset, int thread) const {
+    for_pairs(thread, [&](int i, int pair) {
+      offset.index[pair] = index[i];
+      offset.dims[pair] = dims[i];
+      offset.turn[pair] = make_float2(angle[i].x / amplitude[i], angle[i].y / amplitude[i]);
+    });
+  }
+};
 
 __device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int warp,
                                              int lane) {
