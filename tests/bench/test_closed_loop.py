@@ -11,6 +11,7 @@ import pytest
 from kvtuner_tools.bench.closed_loop import (
     DECODE_STEPS,
     FILL_STEPS,
+    SETTLE_STEPS,
     fitting_requests,
     measure_decode,
     measure_throughput,
@@ -28,12 +29,14 @@ STEP_S, PREFILL_S, DECODE_S = 1.0, 0.001, 0.01
 class FakeEngine:
     """Chunked prefill with decodes first, on a clock of its own; every other step returns nothing first.
 
-    Of a prompt that it has seen, all but the last token is cached, if prompts are told apart.
+    Of a prompt that it has seen, all but the last token is cached, if prompts are told apart. Three of four steps
+    return ``early`` seconds too soon, and the fourth as much later as makes up for them.
     """
 
-    def __init__(self, batched_tokens: int, caches: bool = False) -> None:
+    def __init__(self, batched_tokens: int, caches: bool = False, early: float = 0.0) -> None:
         self.batched_tokens = batched_tokens
         self.caches = caches
+        self.early = early
         self.seen: set[tuple[int, ...]] = set()
         self.now = 0.0
         self.requests: dict[str, SimpleNamespace] = {}
@@ -73,6 +76,7 @@ class FakeEngine:
                 began += [] if request.prompt else [name]
         prefilled = self.batched_tokens - len(decoding) - budget
         self.now += STEP_S + PREFILL_S * prefilled + DECODE_S * (len(decoding) + len(began))
+        self.now += -self.early if len(self.first_tokens) % 4 else 3 * self.early
         self.first_tokens.append(len(began))
         outputs = []
         for name in decoding + began:
@@ -123,12 +127,21 @@ def test_rates_are_those_of_the_engine():
     assert not engine.has_unfinished_requests(), "the next point begins with an empty engine"
 
 
+def test_steps_that_return_in_uneven_turns():
+    """As those of an engine that prepares one step while another runs."""
+    engine = FakeEngine(200, early=0.4)
+
+    result = run(engine, ThroughputPoint(100, 50), 8, window_s=10.0)
+
+    assert result["decode_ms"] == pytest.approx(1e3 * (STEP_S + 8 * DECODE_S))
+
+
 def test_requests_end_evenly_from_the_windows_beginning_on():
     engine, point, concurrency = FakeEngine(200), ThroughputPoint(100, 50), 10
 
     run(engine, point, concurrency, window_s=200.0)
 
-    begin = concurrency // 2 + 1 + DECODE_STEPS
+    begin = concurrency // 2 + 1 + SETTLE_STEPS + DECODE_STEPS
     ends = engine.first_tokens[begin:]
     assert max(ends) == 1, "a request in 5 steps, never two at once"
     gaps = [step for step, count in enumerate(ends) if count]

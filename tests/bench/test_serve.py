@@ -225,7 +225,7 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
         bench.run(parse(*OPTIONS, "--setting=fp8", "--output-tokens=7", f"--out={out}"))
     assert out.read_text() == before
     out.write_text("{}")
-    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/4, but got None"):
+    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/5, but got None"):
         bench.run(parse(*OPTIONS, "--setting=auto", f"--out={out}"))
 
 

@@ -23,7 +23,7 @@ from .pictures import check_picture, draw
 from .points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
 from .serve_engine import ServeJob, measure
 
-SCHEMA = "kvtuner-bench-serve/4"
+SCHEMA = "kvtuner-bench-serve/5"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 """Requests that run at once by default, without and with --throughput."""
 _SETTING = {
