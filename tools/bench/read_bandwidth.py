@@ -1,13 +1,15 @@
 """The card's read bandwidth, as a plain kernel sees it."""
 
-import statistics
+import functools
 
 import torch
 import triton
 import triton.language as tl
 
+from .timing import time_calls
+
 BYTES = 2 << 30
-REPEATS = 10
+SAMPLES, SAMPLE_MS = 5, 5.0
 CONFIGS = ((2048, 4), (4096, 4), (4096, 8), (8192, 8))
 """Numbers a program reads at once, and its warps; the quickest counts."""
 STEPS = 4
@@ -33,18 +35,7 @@ def read_sums(source: torch.Tensor, block: int, num_warps: int) -> torch.Tensor:
 
 
 def measure_read_bandwidth(device: torch.device) -> float:
-    """Bytes per second of one large contiguous read, the median of ``REPEATS`` with the quickest of ``CONFIGS``."""
+    """Bytes per second of one large contiguous read with the quickest of ``CONFIGS``, timed as kernels are."""
     source = torch.zeros(BYTES // 4, dtype=torch.int32, device=device)
-    best = float("inf")
-    for block, num_warps in CONFIGS:
-        read_sums(source, block, num_warps)
-        times = []
-        for _ in range(REPEATS):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            read_sums(source, block, num_warps)
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) * 1e-3)
-        best = min(best, statistics.median(times))
-    return BYTES / best
+    calls = (functools.partial(read_sums, source, *config) for config in CONFIGS)
+    return BYTES / (min(time_calls([call], SAMPLES, SAMPLE_MS).us for call in calls) * 1e-6)

@@ -20,7 +20,7 @@ class Timing:
     us_max: float
 
 
-def time_calls(calls: Sequence[Callable[[], None]], samples: int, sample_ms: float) -> Timing:
+def time_calls(calls: Sequence[Callable[[], object]], samples: int, sample_ms: float) -> Timing:
     """Time calls that run one after the other, as a replayed CUDA graph that holds each of them at least once.
 
     Args:
