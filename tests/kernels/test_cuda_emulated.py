@@ -48,9 +48,10 @@ def offset_in(pairs: int, num_kv_heads: int, head_size: int, table: RotaryTable,
     return LayerTransforms(offset, table, **switches)
 
 
-def split_pass_query_len(options, query_lens):
-    """What the kernel alone takes, and what the reference takes too."""
-    return options.get("pass_query_len", max(query_lens)), {k: v for k, v in options.items() if k != "pass_query_len"}
+def split_options(options, query_lens):
+    """Query tokens of a pass, what else the kernel alone takes, and what the reference takes too."""
+    shared = {name: value for name, value in options.items() if name not in ("pass_query_len", "config")}
+    return options.get("pass_query_len", max(query_lens)), options.get("config"), shared
 
 
 @pytest.mark.parametrize(
@@ -85,6 +86,11 @@ def split_pass_query_len(options, query_lens):
             {}, lambda: offset_in(40, 2, 128, rotary(128)), id="key offset, many pairs",
         ),
         pytest.param(
+            "K4V4", 128, 4, 16, FP16, [1],
+            {"config": paged_attention.DecodeConfig(16, 2, 1, num_warps=1)}, lambda: offset_in(40, 2, 128, rotary(128)),
+            id="key offset, more pairs than threads",
+        ),
+        pytest.param(
             "K8V8", 128, 4, 16, FP16, [1],
             {}, lambda: offset_in(8, 2, 128, rotary(128)), id="key offset, shorter stages",
         ),
@@ -105,11 +111,11 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
     got = torch.full_like(query, torch.nan)
     want = torch.zeros(total, 2 * group, head_size)
-    pass_query_len, options = split_pass_query_len(options, query_lens)
+    pass_query_len, config, options = split_options(options, query_lens)
     workspace = paged_attention.decode_workspace(len(seq_lens), pass_query_len, 2 * group, 2, head_size, CPU)
     arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), head_size**-0.5, layout)
     paged_attention.paged_attention(
-        query, *arguments, transforms, got, **options, workspace=workspace, pass_query_len=pass_query_len
+        query, *arguments, transforms, got, **options, workspace=workspace, config=config, pass_query_len=pass_query_len
     )
     paged_attention_ref(query[:total].float(), *arguments, transforms, want, **options)
     error = (got[:total].float() - want).norm() / want.norm()
@@ -156,12 +162,19 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
     starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
     got, got_lse = torch.full_like(query, torch.nan), torch.full((num_heads, total + 2), torch.nan)
     want, want_lse = torch.zeros(total, num_heads, 64), torch.empty(num_heads, total)
-    pass_query_len, options = split_pass_query_len(options, query_lens)
+    pass_query_len, config, options = split_options(options, query_lens)
     workspace = paged_attention.decode_workspace(len(seq_lens), pass_query_len, num_heads, 2, 64, CPU)
     arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), 0.125, cache.layout)
     arguments = (*arguments, transforms)
     paged_attention.paged_attention(
-        query, *arguments, got, **options, lse=got_lse, workspace=workspace, pass_query_len=pass_query_len
+        query,
+        *arguments,
+        got,
+        **options,
+        lse=got_lse,
+        workspace=workspace,
+        config=config,
+        pass_query_len=pass_query_len,
     )
     paged_attention_ref(query[:total].float(), *arguments, want, **options, lse=want_lse)
     sees_nothing = want_lse.T.isneginf()

@@ -143,7 +143,7 @@ def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pai
         offset += offset_pairs * config.num_warps * rows // 4 * 64
     elif offset_pairs:
         offset += 256
-    return ring + outputs + queries + offset + 320 * config.num_warps
+    return ring + outputs + queries + offset + 320 * max(config.num_warps, 2)
 
 
 def unsupported(
