@@ -86,8 +86,8 @@ def split_options(options, query_lens):
             {}, lambda: offset_in(40, 2, 128, rotary(128)), id="key offset, many pairs",
         ),
         pytest.param(
-            "K4V4", 128, 4, 16, FP16, [1],
-            {"config": paged_attention.DecodeConfig(16, 2, 1, num_warps=1)}, lambda: offset_in(40, 2, 128, rotary(128)),
+            "K4V4", 256, 4, 16, FP16, [1],
+            {"config": paged_attention.DecodeConfig(16, 2, 1, num_warps=2)}, lambda: offset_in(72, 2, 256, rotary(256)),
             id="key offset, more pairs than threads",
         ),
         pytest.param(

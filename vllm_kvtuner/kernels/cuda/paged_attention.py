@@ -126,7 +126,7 @@ def decode_config(
         stage_tokens //= 2
     while not fits() and min_ctas > 1:
         min_ctas -= 1
-    while not fits() and num_warps > 1:  # many offset pairs of a large head
+    while not fits() and num_warps > 2:  # many offset pairs of a large head, which turn in steps of ANGLE_STEP
         num_warps //= 2
     while layout.block_size % stage_tokens and stage_tokens % layout.block_size:
         stage_tokens //= 2

@@ -6,6 +6,8 @@
 #pragma once
 
 #if OFFSET_PAIRS
+static_assert(NUM_WARPS * STAGE_TOKENS % ANGLE_STEP == 0, "a warp's next stage is a whole number of steps further on");
+
 struct OffsetShared {
   // Of all segments: dimensions of a pair, which of the rotary embedding's it is, how far it turns from a warp's stage to its next.
   int dims[OFFSET_PAIRS], index[OFFSET_PAIRS];
