@@ -12,7 +12,7 @@ import torch
 from kvtuner_tools import bench
 from kvtuner_tools.bench import kernel_measure, kernel_points, vllm_kernels
 from kvtuner_tools.bench.decode_kernels import CacheFormat, Unsupported, decode_kernels, packed_format
-from kvtuner_tools.bench.kernel_inputs import attention_float64, copies_for, make_batch, token_places
+from kvtuner_tools.bench.kernel_inputs import attention_float64, copies_for, make_batch, newest_tokens, token_places
 from kvtuner_tools.bench.kernel_measure import ErrorInputs, KernelMeter, relative_error
 from kvtuner_tools.bench.kernel_points import KernelRequest, parse_request, report, table
 from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape
@@ -146,7 +146,7 @@ def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
 
     def partial(self, *arguments):
         launches = build(self, *arguments)
-        return type(launches)((lambda: launches.output[1:].zero_(),), launches.output, launches.query, launches.rows)
+        return replace(launches, calls=(lambda: launches.output[1:].zero_(),))
 
     monkeypatch.setattr(type(kernel), "build", partial)
     with pytest.raises(ArithmeticError, match="not finite"):
@@ -156,7 +156,7 @@ def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
         launches = build(self, batch, *arguments)
         rows = launches.rows()
         batch.block_tables[0][:] = batch.block_tables[0].flip(0)
-        return type(launches)(launches.calls, launches.output, launches.query, lambda: rows)
+        return replace(launches, rows=lambda: rows)
 
     monkeypatch.setattr(type(kernel), "build", misled)
     assert relative_error(kernel, SHAPE, 16, cache_format, "none", 1, FEW, device) > 0.05
@@ -212,6 +212,10 @@ def test_what_cannot_run_here_is_skipped_with_the_reason(device, monkeypatch):
             ("decode", "fa3_fp8"): "needs an NVIDIA GPU",
             ("decode", "int4_per_token_head"): "needs an NVIDIA GPU",
             ("decode", "cuda"): "needs an NVIDIA GPU",
+            ("layer", "fa3_bf16"): "needs an NVIDIA GPU",
+            ("layer", "fa3_fp8"): "needs an NVIDIA GPU",
+            ("layer", "int4_per_token_head"): "needs an NVIDIA GPU",
+            ("layer", "cuda"): "needs an NVIDIA GPU",
             ("store", "reshape_and_cache_flash auto"): "needs an NVIDIA GPU",
             ("store", "reshape_and_cache_flash fp8"): "needs an NVIDIA GPU",
             ("store", "cuda"): "needs an NVIDIA GPU",
@@ -231,8 +235,9 @@ def test_a_plan_holds_every_case_once(device):
     )  # fmt: skip
     cases, _ = KernelMeter(request, device, 1, 1.0).plan()
 
-    decode = [case for case in cases if case.part == "decode"]
-    assert len(decode) == len(set(decode)) == 2 * 2 * 2 * 2
+    for part in ("decode", "layer"):
+        chosen = [case for case in cases if case.part == part]
+        assert len(chosen) == len(set(chosen)) == 2 * 2 * 2 * 2
     ours = [case for case in cases if case.part == "store" and case.implementation == "triton"]
     assert len(ours) == 2 * 2 * 2
     assert sum(case.part == "gather" for case in cases) == 2 * 2
@@ -261,9 +266,10 @@ def test_entries(device, fixed_time):
     meter = KernelMeter(request, device, l2_bytes=1, read_bandwidth=4e9)
     cases = {case.part: case for case in meter.plan()[0] if case.implementation == "triton" and not case.tokens > 64}
 
-    decode, store, gather = (meter.measure(cases[part]) for part in ("decode", "store", "gather"))
+    decode, layer, store, gather = (meter.measure(cases[part]) for part in ("decode", "layer", "store", "gather"))
 
-    assert [entry["failure"] for entry in (decode, store, gather)] == [None] * 3
+    assert [entry["failure"] for entry in (decode, layer, store, gather)] == [None] * 4
+    assert layer == decode, "at the same bytes"
     assert decode["bytes"] == 2 * 40 * 2 * 72
     assert decode["bytes_s"] == pytest.approx(decode["bytes"] / 10e-6)
     assert decode["fraction_measured"] == pytest.approx(decode["bytes_s"] / 4e9)
@@ -273,7 +279,48 @@ def test_entries(device, fixed_time):
     assert set(decode["relative_errors"]) == {"random", "large_keys"}
     assert all(0 < error < BF16_ERROR for error in decode["relative_errors"].values())
     assert store["bytes"] == 64 * 2 * (256 + 72) and gather["bytes"] == 64 * 2 * (256 + 72)
-    json.dumps([decode, store, gather], allow_nan=False)
+    json.dumps([decode, layer, store, gather], allow_nan=False)
+
+
+@pytest.mark.parametrize("query_tokens", [1, 3])
+def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(query_tokens, device, fixed_time, monkeypatch):
+    """In every copy of the cache, the newest tokens and no others, before attention."""
+    request = request_of("--shape=4/2/64", "--points=mixed:3:4-40", "--pairs=K8V8", "--implementations=triton",
+                         "--parts=decode,layer", f"--query-tokens={query_tokens}")  # fmt: skip
+    kernel = type(decode_kernels()["triton"])
+    build, made = kernel.build, []
+
+    def keeping(self, batch, cache_format, transforms):
+        launches = build(self, batch, cache_format, transforms)
+        made.append((batch, launches, [rows.clone() for rows in launches.rows()]))
+        return launches
+
+    monkeypatch.setattr(kernel, "build", keeping)
+    meter = KernelMeter(request, device, l2_bytes=1, read_bandwidth=4e9)
+    alone, layer = meter.plan()[0]
+    assert [meter.measure(case)["failure"] for case in (alone, layer)] == [None, None]
+
+    # The batches before these were compared with float64.
+    for (batch, launches, before), newest in zip(made[-2:], (0, query_tokens), strict=True):
+        stored = {end - 1 - back for end in batch.seq_lens.cumsum(0).tolist() for back in range(newest)}
+        for old, new in zip(before, launches.rows(), strict=True):
+            changed = (old != new).flatten(1).any(1).nonzero().flatten().tolist()
+            assert set(changed) == stored
+    got = launches.output.double()
+    launches.output.zero_()
+    launches.calls[-1]()
+    assert torch.equal(launches.output.double(), got), "it attended after the last copy's tokens were there"
+
+
+def test_newest_tokens_have_slots_in_every_copy(device):
+    batch = make_batch(SHAPE, 16, [5, 16, 33], 2, 3, device)
+
+    newest = newest_tokens(batch)
+
+    assert newest.positions.tolist() == [3, 4, 14, 15, 31, 32]
+    for blocks_of, slots in zip(batch.block_tables, newest.slot_mappings, strict=True):
+        blocks = [blocks_of[0, 0]] * 2 + [blocks_of[1, 0]] * 2 + [blocks_of[2, 1], blocks_of[2, 2]]
+        assert slots.tolist() == [16 * int(block) + at for block, at in zip(blocks, (3, 4, 14, 15, 15, 0), strict=True)]
 
 
 def test_a_kernel_that_fails_costs_no_other_its_entry(device, fixed_time, monkeypatch):
@@ -336,7 +383,7 @@ def test_report(capsys):
         "device": "a card", "bandwidth": {"measured_bytes_s": 4.37e12}, "shapes": ["32/8/128"], "seconds": 99.0,
         "skipped": [{"implementation": "fa3_fp8", "part": "decode", "reason": "vLLM is not installed"}],
         "decode": [entry, {**entry, "failure": "RuntimeError: no", "us": None, "format": "K2V2"}],
-        "store": [], "gather": [],
+        "layer": [], "store": [], "gather": [],
     }  # fmt: skip
 
     assert report(result) == 1
@@ -371,10 +418,13 @@ def test_on_a_card(tmp_path):
     )  # fmt: skip
 
     result = json.loads(out.read_text())
-    assert status == 0, [entry["failure"] for entry in result["decode"]]
+    assert status == 0, [entry["failure"] for entry in result["decode"] + result["layer"]]
+    decode, layer = ({(e["implementation"], e["format"], e["point"], e["transforms"]) for e in result[part]}
+                     for part in ("decode", "layer"))  # fmt: skip
+    assert layer == decode
     # The slowest card this is meant for reads hundreds of GB/s; no kernel can read what it has not got.
     assert 1e11 < result["bandwidth"]["measured_bytes_s"] < 2e13
-    for entry in result["decode"]:
+    for entry in result["decode"] + result["layer"]:
         assert 0 < entry["fraction_measured"] < 1.15
         limit = {"fp8": 0.1, "int4": 3e-2}.get(entry["format"], 1e-2)
         assert entry["relative_errors"]["random"] < limit, (entry["implementation"], entry["format"])

@@ -12,7 +12,7 @@ from vllm_kvtuner.layout import PageLayout, PrecisionPair, content_bytes
 from vllm_kvtuner.reference import gather_cache_ref
 from vllm_kvtuner.transforms import LayerTransforms
 
-from .kernel_inputs import Batch, random_pages
+from .kernel_inputs import Batch, newest_tokens, random_pages
 
 
 class Unsupported(Exception):
@@ -50,12 +50,14 @@ class Launches:
 
     Args:
         calls: one per copy of the batch; each fills ``output`` and may be captured in a CUDA graph.
+        stores: one per copy, which store the tokens of the queries as the layer does before it attends.
         output: [num_tokens, num_heads, head_size].
         query: what the kernel is given, of that shape.
         rows: keys and values of the first copy, each [total tokens, num_kv_heads, head_size], as the cache holds them.
     """
 
     calls: tuple[Callable[[], None], ...]
+    stores: tuple[Callable[[], None], ...]
     output: torch.Tensor
     query: torch.Tensor
     rows: Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -85,11 +87,15 @@ class DecodeKernel(ABC):
 
 
 class PackedKernel(DecodeKernel):
-    """Kernels on this project's packed pages: ``paged_attention`` and ``decode_workspace`` of one module."""
+    """Kernels on this project's packed pages: ``paged_attention`` and ``reshape_and_cache`` of one package."""
 
     transformed = True
-    module: ClassVar[str]
+    package: ClassVar[str]
     options: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def module(self) -> str:
+        return f"{self.package}.paged_attention"
 
     def skip_reason(self, head_size: int) -> str | None:
         try:
@@ -119,6 +125,14 @@ class PackedKernel(DecodeKernel):
                 batch.scale, layout, transforms, output, workspace=workspace, **self.options,
             )  # fmt: skip
 
+        newest = newest_tokens(batch)
+        reshape_and_cache = importlib.import_module(f"{self.package}.reshape_and_cache").reshape_and_cache
+
+        def store(slots: torch.Tensor) -> Callable[[], None]:
+            return lambda: reshape_and_cache(
+                newest.key, newest.value, kv_cache, slots, newest.positions, layout, transforms
+            )
+
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
             total = sum(batch.lengths)
             keys = torch.empty(total, batch.shape.num_kv_heads, batch.shape.head_size, device=batch.device)
@@ -130,11 +144,12 @@ class PackedKernel(DecodeKernel):
             )  # fmt: skip
             return keys, values
 
-        return Launches(tuple(map(call, batch.block_tables)), output, batch.query, rows)
+        stores = tuple(map(store, newest.slot_mappings))
+        return Launches(tuple(map(call, batch.block_tables)), stores, output, batch.query, rows)
 
 
 class TritonKernel(PackedKernel):
-    module = "vllm_kvtuner.kernels.paged_attention"
+    package = "vllm_kvtuner.kernels"
 
     def workspace(self, module: Any, batch: Batch) -> Any:
         tokens, shape = batch.query.shape[0], batch.shape
@@ -151,7 +166,7 @@ def cuda_skip_reason() -> str | None:
 
 
 class CudaKernel(PackedKernel):
-    module = "vllm_kvtuner.kernels.cuda.paged_attention"
+    package = "vllm_kvtuner.kernels.cuda"
     options: ClassVar[dict[str, Any]] = {"dependent": True}
 
     def skip_reason(self, head_size: int) -> str | None:

@@ -97,6 +97,35 @@ def make_batch(
     )
 
 
+@dataclass(frozen=True)
+class NewestTokens:
+    """What a layer stores before it attends: the tokens of a batch's queries.
+
+    Args:
+        key: [num_tokens, num_kv_heads, head_size] bf16.
+        value: as key.
+        positions: [num_tokens] int64.
+        slot_mappings: per copy of the batch [num_tokens] int64.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    positions: torch.Tensor
+    slot_mappings: tuple[torch.Tensor, ...]
+
+
+def newest_tokens(batch: Batch) -> NewestTokens:
+    """Random keys and values of the tokens that a batch's queries belong to."""
+    shape, count, device = batch.shape, batch.query_tokens, batch.device
+    request = torch.arange(batch.num_reqs, device=device).repeat_interleave(count)
+    behind = torch.arange(count, 0, -1, device=device).repeat(batch.num_reqs)
+    positions = batch.seq_lens.long()[request] - behind
+    blocks, offsets = positions // batch.block_size, positions % batch.block_size
+    slots = tuple(table[request, blocks].long() * batch.block_size + offsets for table in batch.block_tables)
+    key, value = torch.randn(2, len(request), shape.num_kv_heads, shape.head_size, device=device).bfloat16()
+    return NewestTokens(key, value, positions, slots)
+
+
 def copies_for(stored_bytes: int, l2_bytes: int) -> int:
     """Copies of a call's cache that together exceed the L2 cache ``L2_FACTOR`` times, 2 to ``MAX_COPIES``."""
     return min(max(2, math.ceil(L2_FACTOR * l2_bytes / stored_bytes)), MAX_COPIES)

@@ -1,5 +1,6 @@
 """Runs the cases of ``kvtuner bench kernel`` one after the other on one card."""
 
+import functools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -43,7 +44,7 @@ class KernelCase:
     """One line of the result.
 
     Args:
-        part: decode, store or gather.
+        part: of ``kernel_points.PARTS``.
         shape: heads of the layer.
         block_size: tokens per block.
         implementation: its name.
@@ -135,10 +136,10 @@ class KernelMeter:
         cases: list[KernelCase] = []
         skipped: list[dict[str, str]] = []
         for shape in self.request.shapes:
-            decode = self._able(self._kernels, "decode", shape, skipped)
+            able = {part: self._able(self._kernels, part, shape, skipped) for part in ("decode", "layer")}
             for block_size in self.request.block_sizes:
-                if "decode" in self.request.parts:
-                    cases += self._decode_cases(decode, shape, block_size)
+                for part in ("decode", "layer"):
+                    cases += self._decode_cases(part, able[part], shape, block_size)
                 if "store" in self.request.parts:
                     cases += self._store_cases(shape, block_size, skipped)
                 if "gather" in self.request.parts:
@@ -159,13 +160,13 @@ class KernelMeter:
         return able
 
     def _decode_cases(
-        self, kernels: dict[str, DecodeKernel], shape: AttentionShape, block_size: int
+        self, part: str, kernels: dict[str, DecodeKernel], shape: AttentionShape, block_size: int
     ) -> Iterator[KernelCase]:
         for point in self.request.points:
             for name, kernel in kernels.items():
                 for cache_format in kernel.formats(self.request.pairs, shape.head_size):
                     for transforms in self.request.transforms if kernel.transformed else ("none",):
-                        yield KernelCase("decode", shape, block_size, name, cache_format, transforms, point)
+                        yield KernelCase(part, shape, block_size, name, cache_format, transforms, point)
 
     def _store_cases(
         self, shape: AttentionShape, block_size: int, skipped: list[dict[str, str]]
@@ -206,7 +207,7 @@ class KernelMeter:
             jobs: processes.
             done: told how many of how many are known.
         """
-        wanted = list(dict.fromkeys(self._error_case(case) for case in cases if case.part == "decode"))
+        wanted = list(dict.fromkeys(self._error_case(case) for case in cases if case.point is not None))
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             futures = {case: pool.submit(case.errors) for case in wanted}
             for index, (case, future) in enumerate(futures.items()):
@@ -221,7 +222,8 @@ class KernelMeter:
         torch.manual_seed(0)
         entry: dict[str, Any] = {**case.head(), "failure": None, "unsupported": None}
         try:
-            entry |= {"decode": self._decode, "store": self._store, "gather": self._gather}[case.part](case)
+            measures = {"decode": self._decode, "layer": self._decode, "store": self._store, "gather": self._gather}
+            entry |= measures[case.part](case)
         except Unsupported as reason:
             entry["unsupported"] = str(reason)
         except Exception as error:  # as in compare
@@ -238,10 +240,16 @@ class KernelMeter:
         batch = make_batch(shape, case.block_size, case.point.lengths, self.request.query_tokens, copies, self.device)
         transforms = make_transforms(case.transforms, shape, max(case.point.lengths), self.device)
         launches = self._kernels[case.implementation].build(batch, case.cache_format, transforms)
+        calls: Sequence[Callable[[], None]] = launches.calls
+        if case.part == "layer":
+            calls = [
+                functools.partial(_one_after_the_other, *pair)
+                for pair in zip(launches.stores, launches.calls, strict=True)
+            ]
         return {
             "query_tokens": self.request.query_tokens,
             "copies": copies,
-            **self._timed(launches.calls, stored),
+            **self._timed(calls, stored),
             "relative_errors": errors,
         }
 
@@ -293,6 +301,11 @@ class KernelMeter:
             "fraction_measured": rate / self.read_bandwidth,
             "fraction_given": None if given is None else rate / given,
         }
+
+
+def _one_after_the_other(*calls: Callable[[], None]) -> None:
+    for call in calls:
+        call()
 
 
 def _skip(skipped: list[dict[str, str]], name: str, part: str, reason: str) -> None:

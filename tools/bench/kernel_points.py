@@ -20,8 +20,9 @@ from ..results import format_table, provenance, write_json
 from .pictures import check_picture, draw
 from .points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape, KernelPoint, presets
 
-SCHEMA = "kvtuner-bench-kernel/1"
-PARTS = ("decode", "store", "gather")
+SCHEMA = "kvtuner-bench-kernel/2"
+PARTS = ("decode", "layer", "store", "gather")
+"""Attention over the cache; the same after the store of the queries' tokens, as a layer does both; store; gather."""
 STORE_PAIRS = "K8V8,K4V4,K2V2"
 """Keys and values are stored and gathered apart, so pairs of equal bits show every width."""
 _COMMON = {
@@ -39,6 +40,7 @@ _ERRORS = {
 }
 COLUMNS = {
     "decode": {"point": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES, **_ERRORS},
+    "layer": {"point": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
     "store": {"tokens": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
     "gather": {"tokens": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
 }

@@ -13,7 +13,7 @@ from vllm_kvtuner.layout import PrecisionPair
 from vllm_kvtuner.transforms import LayerTransforms, hadamard
 
 from .decode_kernels import CacheFormat, DecodeKernel, Launches
-from .kernel_inputs import Batch, token_places
+from .kernel_inputs import Batch, newest_tokens, token_places
 
 FP8 = torch.float8_e4m3fn
 SCALE_BYTES = 4
@@ -56,7 +56,11 @@ class FlashAttention3(DecodeKernel):
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from vllm.config import AttentionConfig
         from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
+        from vllm.v1.attention.backends.fa_utils import (
+            flash_attn_varlen_func,
+            get_scheduler_metadata,
+            reshape_and_cache_flash,
+        )
 
         shape = batch.shape
         # Layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value].
@@ -111,11 +115,20 @@ class FlashAttention3(DecodeKernel):
                 num_splits=num_splits,
             )
 
+        newest, scale = newest_tokens(batch), torch.ones((), device=batch.device)
+        stored = kv_cache.view(torch.uint8) if self.dtype == FP8 else kv_cache
+        pages_of = stored.split(shape.head_size, dim=-1)
+
+        def store(slots: torch.Tensor) -> Callable[[], None]:
+            kind = "fp8" if self.dtype == FP8 else "auto"
+            return lambda: reshape_and_cache_flash(newest.key, newest.value, *pages_of, slots, kind, scale, scale)
+
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
             block, offset = token_places(batch)
             return keys[block, offset], values[block, offset]
 
-        return Launches(tuple(map(call, batch.block_tables)), output, query, rows)
+        stores = tuple(map(store, newest.slot_mappings))
+        return Launches(tuple(map(call, batch.block_tables)), stores, output, query, rows)
 
 
 class Int4PerTokenHead(DecodeKernel):
@@ -135,6 +148,9 @@ class Int4PerTokenHead(DecodeKernel):
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from vllm.v1.attention.backends.triton_attn import MIN_LAUNCH_GRID_SIZE_2D, NUM_PAR_SOFTMAX_SEGMENTS
+        from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
+            triton_reshape_and_cache_flash_per_token_head_quant,
+        )
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
         from vllm.v1.kv_cache_interface import KVQuantMode
 
@@ -186,6 +202,14 @@ class Int4PerTokenHead(DecodeKernel):
                 v_scale_cache=v_scales,
             )
 
+        newest = newest_tokens(batch)
+
+        def store(slots: torch.Tensor) -> Callable[[], None]:
+            return lambda: triton_reshape_and_cache_flash_per_token_head_quant(
+                newest.key, newest.value, keys, values, k_scales, v_scales, slots,
+                kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
+            )  # fmt: skip
+
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
             block, offset = token_places(batch)
             half = shape.head_size // 2
@@ -194,7 +218,8 @@ class Int4PerTokenHead(DecodeKernel):
                 dequantize_int4(values[block, offset][..., :half], v_scales[block, offset]),
             )
 
-        return Launches(tuple(map(call, batch.block_tables)), output, batch.query, rows)
+        stores = tuple(map(store, newest.slot_mappings))
+        return Launches(tuple(map(call, batch.block_tables)), stores, output, batch.query, rows)
 
 
 def dequantize_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
