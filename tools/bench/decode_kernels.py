@@ -12,7 +12,7 @@ from vllm_kvtuner.layout import PageLayout, PrecisionPair, content_bytes
 from vllm_kvtuner.reference import gather_cache_ref
 from vllm_kvtuner.transforms import LayerTransforms
 
-from .kernel_inputs import Batch, newest_tokens, random_pages
+from .kernel_inputs import Batch, NewTokens, newest_tokens, random_pages
 
 
 class Unsupported(Exception):
@@ -86,6 +86,20 @@ class DecodeKernel(ABC):
         """
 
 
+def packed_stores(
+    package: str, tokens: NewTokens, kv_cache: torch.Tensor, layout: PageLayout, transforms: LayerTransforms
+) -> tuple[Callable[[], None], ...]:
+    """A call of the package's ``reshape_and_cache`` per slot mapping."""
+    reshape_and_cache = importlib.import_module(f"{package}.reshape_and_cache").reshape_and_cache
+
+    def store(slots: torch.Tensor) -> Callable[[], None]:
+        return lambda: reshape_and_cache(
+            tokens.key, tokens.value, kv_cache, slots, tokens.positions, layout, transforms
+        )
+
+    return tuple(map(store, tokens.slot_mappings))
+
+
 class PackedKernel(DecodeKernel):
     """Kernels on this project's packed pages: ``paged_attention`` and ``reshape_and_cache`` of one package."""
 
@@ -125,14 +139,6 @@ class PackedKernel(DecodeKernel):
                 batch.scale, layout, transforms, output, workspace=workspace, **self.options,
             )  # fmt: skip
 
-        newest = newest_tokens(batch)
-        reshape_and_cache = importlib.import_module(f"{self.package}.reshape_and_cache").reshape_and_cache
-
-        def store(slots: torch.Tensor) -> Callable[[], None]:
-            return lambda: reshape_and_cache(
-                newest.key, newest.value, kv_cache, slots, newest.positions, layout, transforms
-            )
-
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
             total = sum(batch.lengths)
             keys = torch.empty(total, batch.shape.num_kv_heads, batch.shape.head_size, device=batch.device)
@@ -144,7 +150,7 @@ class PackedKernel(DecodeKernel):
             )  # fmt: skip
             return keys, values
 
-        stores = tuple(map(store, newest.slot_mappings))
+        stores = packed_stores(self.package, newest_tokens(batch), kv_cache, layout, transforms)
         return Launches(tuple(map(call, batch.block_tables)), stores, output, batch.query, rows)
 
 

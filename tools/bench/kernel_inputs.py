@@ -98,14 +98,14 @@ def make_batch(
 
 
 @dataclass(frozen=True)
-class NewestTokens:
-    """What a layer stores before it attends: the tokens of a batch's queries.
+class NewTokens:
+    """Tokens to store.
 
     Args:
         key: [num_tokens, num_kv_heads, head_size] bf16.
         value: as key.
         positions: [num_tokens] int64.
-        slot_mappings: per copy of the batch [num_tokens] int64.
+        slot_mappings: per call [num_tokens] int64.
     """
 
     key: torch.Tensor
@@ -114,8 +114,9 @@ class NewestTokens:
     slot_mappings: tuple[torch.Tensor, ...]
 
 
-def newest_tokens(batch: Batch) -> NewestTokens:
-    """Random keys and values of the tokens that a batch's queries belong to."""
+def newest_tokens(batch: Batch) -> NewTokens:
+    """Random keys and values of the tokens that a batch's queries belong to, which a layer stores before it attends;
+    a call per copy of the batch."""
     shape, count, device = batch.shape, batch.query_tokens, batch.device
     request = torch.arange(batch.num_reqs, device=device).repeat_interleave(count)
     behind = torch.arange(count, 0, -1, device=device).repeat(batch.num_reqs)
@@ -123,7 +124,7 @@ def newest_tokens(batch: Batch) -> NewestTokens:
     blocks, offsets = positions // batch.block_size, positions % batch.block_size
     slots = tuple(table[request, blocks].long() * batch.block_size + offsets for table in batch.block_tables)
     key, value = torch.randn(2, len(request), shape.num_kv_heads, shape.head_size, device=device).bfloat16()
-    return NewestTokens(key, value, positions, slots)
+    return NewTokens(key, value, positions, slots)
 
 
 def copies_for(stored_bytes: int, l2_bytes: int) -> int:

@@ -10,10 +10,10 @@ import torch
 from vllm_kvtuner.layout import PageLayout, PrecisionPair
 from vllm_kvtuner.transforms import LayerTransforms
 
-from .decode_kernels import CacheFormat, cuda_skip_reason, packed_format
-from .kernel_inputs import Batch, random_pages
+from .decode_kernels import CacheFormat, cuda_skip_reason, packed_format, packed_stores
+from .kernel_inputs import Batch, NewTokens, random_pages
 from .points import AttentionShape
-from .vllm_kernels import FP8, vllm_skip_reason
+from .vllm_kernels import FP8, flash_stores, vllm_skip_reason
 
 STORE_COPIES = 8
 """Sets of slots that a graph's calls store to."""
@@ -29,24 +29,18 @@ def row_kernels_skip_reason(name: str) -> str | None:
 
 
 @dataclass(frozen=True)
-class NewTokens:
-    """Tokens to store.
+class StoredTokens(NewTokens):
+    """Tokens to store in random blocks.
 
     Args:
-        key: [num_tokens, num_kv_heads, head_size] bf16.
-        value: as key.
-        positions: [num_tokens] int64.
+        shape: heads of the layer.
+        block_size: tokens per block.
         num_blocks: blocks of the cache.
-        slot_mappings: per call [num_tokens] int64, random blocks.
     """
 
     shape: AttentionShape
     block_size: int
-    key: torch.Tensor
-    value: torch.Tensor
-    positions: torch.Tensor
     num_blocks: int
-    slot_mappings: tuple[torch.Tensor, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +54,7 @@ class NewTokens:
 
 def new_tokens(
     shape: AttentionShape, block_size: int, num_tokens: int, decode: bool, device: torch.device
-) -> NewTokens:
+) -> StoredTokens:
     """Random tokens: one of each of ``num_tokens`` requests if ``decode``, else consecutive ones of one request."""
     blocks_per_copy = num_tokens if decode else -(-num_tokens // block_size)
     blocks = 1 + torch.randperm(STORE_COPIES * blocks_per_copy, device=device)
@@ -73,7 +67,7 @@ def new_tokens(
             slots.append(part[token // block_size] * block_size + token % block_size)
     key, value = torch.randn(2, num_tokens, shape.num_kv_heads, shape.head_size, device=device).bfloat16()
     positions = torch.full_like(token, 1000) if decode else token
-    return NewTokens(shape, block_size, key, value, positions, int(blocks.max()) + 1, tuple(slots))
+    return StoredTokens(key, value, positions, tuple(slots), shape, block_size, int(blocks.max()) + 1)
 
 
 class StoreKernel(ABC):
@@ -91,8 +85,8 @@ class StoreKernel(ABC):
 
     @abstractmethod
     def build(
-        self, tokens: NewTokens, cache_format: CacheFormat, transforms: LayerTransforms
-    ) -> list[Callable[[], None]]:
+        self, tokens: StoredTokens, cache_format: CacheFormat, transforms: LayerTransforms
+    ) -> Sequence[Callable[[], None]]:
         """One call per slot mapping."""
 
 
@@ -111,22 +105,17 @@ class PackedStore(StoreKernel):
         return [packed_format(pair, head_size) for pair in pairs]
 
     def build(
-        self, tokens: NewTokens, cache_format: CacheFormat, transforms: LayerTransforms
-    ) -> list[Callable[[], None]]:
+        self, tokens: StoredTokens, cache_format: CacheFormat, transforms: LayerTransforms
+    ) -> Sequence[Callable[[], None]]:
         assert cache_format.pair is not None
         layout = PageLayout(cache_format.pair, tokens.shape.head_size, tokens.block_size)
         pages = (tokens.num_blocks, tokens.shape.num_kv_heads, tokens.block_size, layout.content_bytes)
         kv_cache = torch.zeros(pages, dtype=torch.uint8, device=tokens.key.device)
-        store = importlib.import_module(f"{ROW_KERNELS[self.name]}.reshape_and_cache").reshape_and_cache
-
-        def call(slots: torch.Tensor) -> Callable[[], None]:
-            return lambda: store(tokens.key, tokens.value, kv_cache, slots, tokens.positions, layout, transforms)
-
-        return list(map(call, tokens.slot_mappings))
+        return packed_stores(ROW_KERNELS[self.name], tokens, kv_cache, layout, transforms)
 
 
 class ReshapeAndCacheFlash(StoreKernel):
-    """vLLM's ``reshape_and_cache_flash``, as FlashAttentionImpl.do_kv_cache_update calls it; all scales are 1."""
+    """vLLM's ``reshape_and_cache_flash``."""
 
     def __init__(self, kv_cache_dtype: str) -> None:
         self.kv_cache_dtype = kv_cache_dtype
@@ -139,22 +128,12 @@ class ReshapeAndCacheFlash(StoreKernel):
         return [CacheFormat("fp8" if size == 1 else "bf16", 8.0 * size, 2 * head_size * size)]
 
     def build(
-        self, tokens: NewTokens, cache_format: CacheFormat, transforms: LayerTransforms
-    ) -> list[Callable[[], None]]:
-        from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
-
-        shape, device = tokens.shape, tokens.key.device
+        self, tokens: StoredTokens, cache_format: CacheFormat, transforms: LayerTransforms
+    ) -> Sequence[Callable[[], None]]:
+        shape = tokens.shape
         pages = (tokens.num_blocks, tokens.block_size, shape.num_kv_heads, 2 * shape.head_size)
-        dtype = torch.uint8 if self.kv_cache_dtype == "fp8" else torch.bfloat16
-        keys, values = torch.zeros(pages, dtype=dtype, device=device).split(shape.head_size, dim=-1)
-        scale = torch.ones((), device=device)
-
-        def call(slots: torch.Tensor) -> Callable[[], None]:
-            return lambda: reshape_and_cache_flash(
-                tokens.key, tokens.value, keys, values, slots, self.kv_cache_dtype, scale, scale
-            )
-
-        return list(map(call, tokens.slot_mappings))
+        dtype = FP8 if self.kv_cache_dtype == "fp8" else torch.bfloat16
+        return flash_stores(tokens, torch.zeros(pages, dtype=dtype, device=tokens.key.device))
 
 
 STORE_KERNELS: dict[str, StoreKernel] = {

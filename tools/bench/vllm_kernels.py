@@ -13,7 +13,7 @@ from vllm_kvtuner.layout import PrecisionPair
 from vllm_kvtuner.transforms import LayerTransforms, hadamard
 
 from .decode_kernels import CacheFormat, DecodeKernel, Launches
-from .kernel_inputs import Batch, newest_tokens, token_places
+from .kernel_inputs import Batch, NewTokens, newest_tokens, token_places
 
 FP8 = torch.float8_e4m3fn
 SCALE_BYTES = 4
@@ -27,6 +27,27 @@ def vllm_skip_reason() -> str | None:
     if not torch.cuda.is_available() or torch.version.hip:
         return "needs an NVIDIA GPU"
     return None
+
+
+def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> tuple[Callable[[], None], ...]:
+    """A call of vLLM's ``reshape_and_cache_flash`` per slot mapping, as FlashAttentionImpl.do_kv_cache_update calls it;
+    all scales are 1.
+
+    Args:
+        tokens: what to store.
+        kv_cache: [num_blocks, block_size, num_kv_heads, 2 * head_size] bf16 or fp8.
+    """
+    from vllm.v1.attention.backends.fa_utils import reshape_and_cache_flash
+
+    kind = "fp8" if kv_cache.dtype == FP8 else "auto"
+    pages = kv_cache.view(torch.uint8) if kind == "fp8" else kv_cache
+    keys, values = pages.split(pages.shape[-1] // 2, dim=-1)
+    scale = torch.ones((), device=kv_cache.device)
+
+    def store(slots: torch.Tensor) -> Callable[[], None]:
+        return lambda: reshape_and_cache_flash(tokens.key, tokens.value, keys, values, slots, kind, scale, scale)
+
+    return tuple(map(store, tokens.slot_mappings))
 
 
 class FlashAttention3(DecodeKernel):
@@ -56,11 +77,7 @@ class FlashAttention3(DecodeKernel):
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from vllm.config import AttentionConfig
         from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
-        from vllm.v1.attention.backends.fa_utils import (
-            flash_attn_varlen_func,
-            get_scheduler_metadata,
-            reshape_and_cache_flash,
-        )
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
 
         shape = batch.shape
         # Layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value].
@@ -115,19 +132,11 @@ class FlashAttention3(DecodeKernel):
                 num_splits=num_splits,
             )
 
-        newest, scale = newest_tokens(batch), torch.ones((), device=batch.device)
-        stored = kv_cache.view(torch.uint8) if self.dtype == FP8 else kv_cache
-        pages_of = stored.split(shape.head_size, dim=-1)
-
-        def store(slots: torch.Tensor) -> Callable[[], None]:
-            kind = "fp8" if self.dtype == FP8 else "auto"
-            return lambda: reshape_and_cache_flash(newest.key, newest.value, *pages_of, slots, kind, scale, scale)
-
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
             block, offset = token_places(batch)
             return keys[block, offset], values[block, offset]
 
-        stores = tuple(map(store, newest.slot_mappings))
+        stores = flash_stores(newest_tokens(batch), kv_cache)
         return Launches(tuple(map(call, batch.block_tables)), stores, output, query, rows)
 
 
