@@ -73,7 +73,9 @@ def replaced(monkeypatch):
     monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 3)
     # Under the interpreter the kernel would multiply bf16's bit patterns.
     monkeypatch.setattr(
-        recent_attention, "recent_attention", lambda *arguments, dependent: recent_attention_ref(*arguments)
+        recent_attention,
+        "recent_attention",
+        lambda *arguments, dependent, pass_query_len: recent_attention_ref(*arguments),
     )
     decode = SimpleNamespace(
         paged_attention=lambda *arguments, workspace, pass_query_len: reference.paged_attention_ref(*arguments)

@@ -39,7 +39,7 @@ class KVTunerMetadata(AttentionMetadata):
         num_actual_tokens: tokens of the batch, padding of a CUDA graph included.
         num_decodes: requests that the decode kernel serves, the first of the batch; short prefills among them.
         num_decode_tokens: their query tokens.
-        max_decode_query_len: the most query tokens one of them has.
+        max_decode_query_len: query tokens that one of them has at most.
         query_start_loc: [num_reqs + 1] int32.
         seq_lens: [num_reqs] int32, tokens in the cache after this step.
         block_table: [num_reqs, max_blocks] int32.
@@ -88,7 +88,8 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.decode_query_len
         )
-        longest = min(common.max_query_len, self.decode_query_len)
+        # One, or as many as there may be, however many there are: what kernels are compiled for when the engine starts.
+        longest = 1 if common.max_query_len == 1 else self.decode_query_len
         if num_prefills and self._takes_short_prefills:
             assert common.seq_lens_cpu_upper_bound is not None
             lens = prefill_plan.short_prefills(
@@ -96,7 +97,8 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             )
             num_decodes, num_prefills = num_decodes + len(lens), num_prefills - len(lens)
             num_decode_tokens += sum(lens)
-            longest = max(longest, *lens) if lens else longest
+            if lens:
+                longest = MAX_DECODE_QUERY_LEN
         plan = None
         if num_prefills:
             assert common.seq_lens_cpu_upper_bound is not None

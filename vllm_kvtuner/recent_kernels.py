@@ -124,6 +124,8 @@ class RecentKernels:
             query, self.recent.kv_cache, block_table, seq_lens, query_start_loc, max_query_len, self.kernels.scale,
             window.tokens, window.sinks, output, lse, self.sliding_window, self.kernels.logits_soft_cap,
             dependent=self._is_dependent,
+            # Short prefills are few among decodes.
+            pass_query_len=min(max_query_len, self.kernels.max_decode_query_len),
         )  # fmt: skip
 
     def put(self, keys: torch.Tensor, values: torch.Tensor, part: CacheSlice, transforms: LayerTransforms) -> None:

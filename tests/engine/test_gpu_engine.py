@@ -1,5 +1,6 @@
 """Engines on a GPU: the kernels chosen by default against vLLM's unquantized cache, eager and in CUDA graphs."""
 
+import importlib
 import importlib.util
 import random
 
@@ -159,6 +160,39 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
     after_capture = launches[len(launches) - launches[::-1].index(True) :]
     # 12 tokens for each prompt came from 11 decode steps, and Python launched the kernel for none of them.
     assert not after_capture
+
+
+@pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
+@pytest.mark.parametrize("profile", ["K4V2", "short", "sinks"])
+def test_nothing_is_compiled_under_a_request(models, window_profiles, profile, decode_kernel, monkeypatch):
+    """Prefills, decodes, and decodes beside what the prefix cache leaves of prompts: 1, 2, 4, 7, 11 and 16 tokens."""
+    from triton.runtime import JITFunction
+
+    from vllm_kvtuner import kernels
+    from vllm_kvtuner.kernels.cuda import build
+
+    stems = ("fold_query", "gather_cache", "paged_attention", "recent_attention", "reshape_and_cache")
+    modules = [importlib.import_module(f"{kernels.__name__}.{stem}") for stem in stems]
+    triton_kernels = [it for module in modules for it in vars(module).values() if isinstance(it, JITFunction)]
+
+    def compiled():
+        variants = [len(cache[0]) for kernel in triton_kernels for cache in kernel.device_caches.values()]
+        return sum(variants), build.build.cache_info().misses
+
+    monkeypatch.setenv("KVTUNER_DECODE_KERNEL", decode_kernel)
+    # What other tests have compiled does not count.
+    build.build.cache_clear()
+    for kernel in triton_kernels:
+        kernel.device_caches.clear()
+    numbers = random.Random(1)
+    questions = [[numbers.randrange(10, 250) for _ in range(length)] for length in (33, 50, 68, 87, 107, 128)]
+    options = {"attend_cached_prefill": None, "enforce_eager": True, "max_num_seqs": 2}
+    with Engine(models["llama"], window_profiles.get(profile, profile), **options) as engine:
+        at_start = compiled()
+        for _ in range(2):
+            engine.ask(questions, OUTPUT_TOKENS)
+        assert compiled() == at_start
+    assert at_start[decode_kernel == "cuda"], "the kernels that served were seen"
 
 
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])

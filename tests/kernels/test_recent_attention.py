@@ -72,6 +72,18 @@ def test_shapes(head_size, group, device):
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCES[torch.float16])
 
 
+@pytest.mark.parametrize("pass_query_len", [1, 2])
+@pytest.mark.parametrize("group", [4, 5, 40])
+def test_more_passes_for_few_requests(group, pass_query_len, device):
+    """A program has room for fewer queries than some requests have."""
+    query_lens = [1, 3, 1, 16, 7, 1, 1, 2]
+    case = Case(24, 4, query_lens, device, torch.float16, 64, group)
+    want = case.run(recent_attention_ref, 24, 4)
+    got = case.run(recent_attention, 24, 4, pass_query_len=pass_query_len)
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCES[torch.float16])
+    assert torch.equal(got[-2:], case.output[-2:]), "rows beyond the last query"
+
+
 @pytest.mark.gpu
 def test_bf16(device):
     case = Case(64, 4, QUERY_LENS, device, torch.bfloat16, 128, 4)

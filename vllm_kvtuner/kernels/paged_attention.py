@@ -120,7 +120,7 @@ def _load_padded(pointers, index, SIZE: tl.constexpr, PADDED: tl.constexpr):
         return tl.load(pointers)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])
 def _attend_kernel(
     folded_ptr, constants_ptr, coefficients_ptr, cos_sin_ptr, kv_cache_ptr, block_table_ptr, seq_lens_ptr,
     query_start_loc_ptr, partial_ptr, lse_ptr, block_stride, head_stride, table_stride,

@@ -148,6 +148,7 @@ def recent_attention(
     logits_soft_cap: float = 0.0,
     *,
     dependent: bool = False,
+    pass_query_len: int | None = None,
 ) -> None:
     """As :func:`vllm_kvtuner.recent_reference.recent_attention_ref`; ``lse`` contiguous.
 
@@ -157,6 +158,8 @@ def recent_attention(
     Args:
         dependent: begin before the kernel before on the stream has ended, if that one allows it (compute capability 9.0
             and later). Of all arguments, it may write output and lse alone.
+        pass_query_len: query tokens of a request that a program has room for, max_query_len if None; less where few
+            requests have as many as that.
     """
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads, block_size = block_table.shape[0], kv_cache.shape[1], kv_cache.shape[2]
@@ -170,9 +173,8 @@ def recent_attention(
         assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
     assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
     assert sinks <= SINK_TILE, sinks
-    rows = group * max_query_len
-    block_m = min(max(triton.next_power_of_2(rows), 16), MAX_BLOCK_M)
-    row_tiles = triton.cdiv(rows, block_m)
+    block_m = min(max(triton.next_power_of_2(group * (pass_query_len or max_query_len)), 16), MAX_BLOCK_M)
+    row_tiles = triton.cdiv(group * max_query_len, block_m)
     _recent_attention_kernel[(num_reqs, num_kv_heads * row_tiles)](
         query, kv_cache, block_table, seq_lens, query_start_loc, output, lse,
         query.stride(0), output.stride(0), *kv_cache.stride()[:3], block_table.stride(0), num_tokens,
