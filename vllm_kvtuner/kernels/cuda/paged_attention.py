@@ -21,12 +21,12 @@ MAX_QUERY_LEN = 16
 MAX_CTAS_PER_MULTIPROCESSOR = 4
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 """Compute capabilities with 100 KB of shared memory in a multiprocessor."""
-FEW_SEGMENTS = 8
-"""Requests times KV heads of batches that larger CTAs serve."""
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that the system takes of each CTA."""
 PASS_ROWS = (4, 8)
 """Query rows (heads of the group times query tokens) of one pass over the tokens."""
+FEW_SEGMENTS = {4: 8, 8: 16}
+"""By rows of a pass, requests times KV heads of the largest batches that larger CTAs serve."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def decode_config(
     long as fit. See tools/bench/README.md.
 
     Args:
-        few: whether there are so few segments that most CTAs have a part of one. Then larger CTAs leave fewer parts.
+        few: whether there are so few segments (``FEW_SEGMENTS``) that most CTAs have a part of one. Then larger CTAs
+            leave fewer parts.
     """
     bits = layout.pair.nominal_bits
     # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
@@ -112,7 +113,7 @@ def decode_config(
     if rows > PASS_ROWS[0] or layout.head_size > 128:
         min_ctas = 2
     num_stages, stage_tokens, num_warps = 2, 64, 4
-    if few and rows == PASS_ROWS[0]:
+    if few or (rows > PASS_ROWS[0] and layout.head_size > 128 and bits >= 4):
         min_ctas, num_warps = 1, 8
 
     def fits() -> bool:
@@ -214,7 +215,7 @@ def _build(
     transforms: LayerTransforms,
     layout: PageLayout,
     group: int,
-    pass_query_len: int,
+    rows: int,
     dtype: torch.dtype,
     sliding_window: int | None,
     soft_cap: bool,
@@ -224,8 +225,7 @@ def _build(
     few: bool,
     device: torch.device,
     config: DecodeConfig | None,
-) -> tuple[BuiltKernel, int]:
-    rows = pass_rows(group * pass_query_len)
+) -> BuiltKernel:
     offset = transforms.offset_pairs
     pairs = 0 if offset is None else len(offset.index)
     if config is None:
@@ -235,9 +235,8 @@ def _build(
         layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap, skip_newest, write_lse,
         skip_first,
     )  # fmt: skip
-    return build(
-        "paged_attention", tuple(defines.items()), 32 * config.num_warps, defines["SHARED_BYTES"], device
-    ), rows
+    threads = 32 * config.num_warps
+    return build("paged_attention", tuple(defines.items()), threads, defines["SHARED_BYTES"], device)
 
 
 @functools.cache
@@ -315,9 +314,10 @@ def paged_attention(
         assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
     if num_tokens == 0:
         return
-    kernel, rows = _build(
-        transforms, layout, group, pass_query_len or max_query_len, query.dtype, sliding_window, logits_soft_cap > 0,
-        skip_newest, lse is not None, skip_first, num_reqs * num_kv_heads <= FEW_SEGMENTS, query.device, config,
+    rows = pass_rows(group * (pass_query_len or max_query_len))
+    kernel = _build(
+        transforms, layout, group, rows, query.dtype, sliding_window, logits_soft_cap > 0, skip_newest,
+        lse is not None, skip_first, num_reqs * num_kv_heads <= FEW_SEGMENTS[rows], query.device, config,
     )  # fmt: skip
     max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
     assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"
