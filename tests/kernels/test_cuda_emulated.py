@@ -62,6 +62,11 @@ def split_options(options, query_lens):
         pytest.param("K2V2", 64, 3, 16, FP16, [1], {}, None, id="K2V2, head size 64, group of 3"),
         pytest.param("K4V2", 256, 1, 32, BF16, [1], {}, None, id="K4V2, head size 256"),
         pytest.param("K2V8", 96, 7, 16, FP16, [1], {}, None, id="K2V8, head size 96, group of 7"),
+        pytest.param(
+            "K2V4", 128, 8, 16, FP16, [1],
+            {"config": paged_attention.DecodeConfig(32, 2, 2)}, None, id="group of 8, CTAs of 4 warps",
+        ),
+        pytest.param("K4V4", 256, 8, 16, BF16, [1], {}, None, id="K4V4, head size 256, group of 8"),
         pytest.param("K8V4", 128, 2, 16, FP16, [1, 5, 1, 16, 3, 2], {}, None, id="1 to 16 query tokens"),
         pytest.param(
             "K4V4", 128, 4, 16, BF16, [1, 1, 16, 1, 3, 1],

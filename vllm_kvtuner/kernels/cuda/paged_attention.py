@@ -110,10 +110,13 @@ def decode_config(
     bits = layout.pair.nominal_bits
     # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
     min_ctas = 2 if bits >= 3 else 3
-    if rows > PASS_ROWS[0] or layout.head_size > 128:
+    long_rows = layout.head_size > 128
+    if rows > PASS_ROWS[0] or long_rows:
         min_ctas = 2
     num_stages, stage_tokens, num_warps = 2, 64, 4
-    if few or (rows > PASS_ROWS[0] and layout.head_size > 128 and bits >= 4):
+    if rows > PASS_ROWS[0] and long_rows:
+        stage_tokens = 32  # by registers
+    if few or (rows > PASS_ROWS[0] and long_rows and bits >= 4):
         min_ctas, num_warps = 1, 8
 
     def fits() -> bool:
