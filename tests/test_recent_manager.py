@@ -12,6 +12,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCache
 from vllm.v1.request import Request
 
 from vllm_kvtuner import plugin
+from vllm_kvtuner.allocation import allocate_where_needed
 from vllm_kvtuner.recent_manager import RecentManager, RecentSpec
 
 BLOCK_SIZE = 128
@@ -41,7 +42,7 @@ def make_manager(spec, num_blocks, max_in_flight_tokens, enable_caching=True):
         KVCacheGroupSpec(["packed"], FullAttentionSpec(block_size=BLOCK_SIZE, **SHAPE)),
         KVCacheGroupSpec(["window"], spec),
     ]
-    return KVCacheManager(
+    manager = KVCacheManager(
         KVCacheConfig(num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=groups),
         max_model_len=MAX_LEN,
         scheduler_block_size=BLOCK_SIZE,
@@ -49,6 +50,8 @@ def make_manager(spec, num_blocks, max_in_flight_tokens, enable_caching=True):
         max_in_flight_tokens=max_in_flight_tokens,
         enable_caching=enable_caching,
     )
+    allocate_where_needed(manager)
+    return manager
 
 
 def make_request(name, tokens, block_size):
@@ -235,44 +238,3 @@ def test_a_chunk_holds_no_more_than_what_is_read_later():
     prefill(manager, request, MAX_LEN)
     packed = -(-3000 // BLOCK_SIZE)
     assert free - manager.block_pool.get_num_free_blocks() <= packed + spec.decode_blocks
-
-
-@pytest.mark.parametrize("caching", [True, False], ids=["prefix cache", "none"])
-@pytest.mark.parametrize("drafts", [0, 3])
-@pytest.mark.parametrize("seed", range(6))
-def test_steps_that_need_nothing_are_not_asked(seed, drafts, caching, monkeypatch):
-    """A request's blocks are those that it has when every step is asked for, and most steps are not."""
-    numbers = random.Random(seed)
-    window, block_size = numbers.choice([(24, 16), (64, 16), (200, 32), (64, 128)])
-    spec = recent_spec(window, block_size, drafts=drafts, sinks=numbers.choice([0, 4]))
-    managers = [make_manager(spec, 200, 512, caching) for _ in range(2)]
-    prompt = [numbers.randrange(1000) for _ in range(numbers.randrange(1, 700))]
-    requests = [make_request("a", prompt, block_size) for _ in managers]
-    for manager, request in zip(managers, requests, strict=True):
-        prefill(manager, request, 512)
-    asked = []
-    packed = managers[1].coordinator.single_type_managers[0]
-    count = packed.get_num_blocks_to_allocate
-    monkeypatch.setattr(packed, "get_num_blocks_to_allocate", lambda *a, **k: asked.append(a) or count(*a, **k))
-    every_step, some_steps = KVCacheManager.allocate_slots.__wrapped__, KVCacheManager.allocate_slots
-    for _ in range(300):
-        tokens = [numbers.randrange(1000) for _ in range(1 + numbers.randrange(1 + drafts))]
-        new = []
-        for manager, request, allocate in zip(managers, requests, (every_step, some_steps), strict=True):
-            request.append_output_token_ids(tokens[:1])
-            new.append(allocate(manager, request, 1 + drafts, num_lookahead_tokens=drafts).get_block_ids())
-            request.append_output_token_ids(tokens[1:])
-            request.num_computed_tokens += len(tokens)
-        assert [len(ids) for ids in new[0]] == [len(ids) for ids in new[1]]
-        for every, some in zip(*(manager.coordinator.single_type_managers for manager in managers), strict=True):
-            blocks = [[block.is_null for block in each.req_to_blocks["a"]] for each in (every, some)]
-            assert blocks[0] == blocks[1]
-            assert every.num_cached_block == some.num_cached_block
-    assert len(asked) < (60 if drafts == 0 else 200)
-    found = []
-    for manager, request in zip(managers, requests, strict=True):
-        again = make_request("b", request.all_token_ids, block_size)
-        manager.free(request)
-        found.append(start(manager, again)[1])
-        assert manager.block_pool.get_num_free_blocks() == 199
-    assert found[0] == found[1] and (found[0] > 0) == caching

@@ -15,18 +15,16 @@ the batch, so that only what later steps or other requests read has to be stored
 Places of a request's block table between those hold the null block; tokens that lie there are not stored.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.utils.math_utils import cdiv
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator, replay_boundaries
-from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock, resolve_block_hashes
-from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, SlidingWindowManager
+from vllm.v1.core.single_type_kv_cache_manager import SlidingWindowManager
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from vllm.v1.request import Request
 
@@ -249,58 +247,3 @@ def tell_managers(coordinator: KVCacheCoordinator, request: Request) -> None:
         boundaries += (junction, junction - block_size) if drops else (junction,)
     for manager in managers:
         manager.expect(request, boundaries)
-
-
-def step_of(
-    manager: KVCacheManager, request: Request, num_new_tokens: int, num_lookahead_tokens: int
-) -> tuple[int, ...] | None:
-    """What a running request's next allocation asks for. If that is what its last one asked for, it changes nothing.
-
-    New blocks are taken where the last slot lies in another block than before, blocks are found by the prefix cache
-    once their last token is known, both in units of the smallest blocks, and those before a window are freed.
-
-    Args:
-        manager: of vLLM's.
-        request: whose computed tokens are those before this step.
-        num_new_tokens: tokens that are computed.
-        num_lookahead_tokens: further tokens that need slots.
-
-    Returns:
-        None for caches without a recent window, and with any whose managers do something in every step.
-    """
-    kinds = _kinds(manager)
-    if kinds is None:
-        return None
-    before = request.num_computed_tokens
-    after = before + num_new_tokens
-    slots = min(after + num_lookahead_tokens, manager.max_model_len)
-    seen = max(0, before - request.num_in_flight_tokens)
-    passed = [each.get_num_skipped_tokens(seen) // each.block_size for each in kinds.windows]
-    return cdiv(slots, kinds.unit), min(after, request.num_tokens) // kinds.unit, *passed
-
-
-class _Kinds(NamedTuple):
-    """What the managers of a cache go by.
-
-    Args:
-        unit: tokens of which all groups' blocks are multiples.
-        windows: one manager of each kind of sliding and recent windows.
-    """
-
-    unit: int
-    windows: tuple[SlidingWindowManager, ...]
-
-
-def _kinds(manager: KVCacheManager) -> _Kinds | None:
-    """None where :func:`step_of` does not know all of the managers, or none is a recent window's."""
-    if not hasattr(manager, "_kvtuner_kinds"):
-        managers = manager.coordinator.single_type_managers
-        found = None
-        if all(type(each) in (FullAttentionManager, SlidingWindowManager, RecentManager) for each in managers) and any(
-            isinstance(each, RecentManager) for each in managers
-        ):
-            sliding = [each for each in managers if isinstance(each, SlidingWindowManager)]
-            kinds = {(each.sliding_window, each.block_size, type(each)): each for each in sliding}
-            found = _Kinds(math.gcd(*(each.block_size for each in managers)), tuple(kinds.values()))
-        manager._kvtuner_kinds = found
-    return manager._kvtuner_kinds

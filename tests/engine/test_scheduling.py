@@ -4,6 +4,7 @@ import pytest
 
 from tests.helpers.compare import max_difference
 from tests.helpers.engine import FULL_LOGPROBS, Call, cpu_only, run_engine
+from vllm_kvtuner import allocation
 
 pytestmark = cpu_only
 
@@ -103,6 +104,13 @@ def test_preemption(llama, prompts, profile, alone):
     assert run.num_gpu_blocks == 20
     assert run.preemptions > 0
     check(run.answers[0], alone.answers[0][:-1] * 4)
+
+
+def test_steps_that_need_no_blocks_are_not_asked(llama, prompts, alone):
+    """And an engine with vLLM's own cache allocates as it would without this project."""
+    auto = run_engine(llama, [Call(prompts[:1], {"max_tokens": 2})])
+    assert auto.plugin_loaded
+    assert (alone.allocator, auto.allocator) == (allocation.__name__, "vllm.v1.core.kv_cache_manager")
 
 
 def test_without_reading_back_prefill_is_exact(llama, prompts, profile, alone):

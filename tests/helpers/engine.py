@@ -85,6 +85,7 @@ class EngineRun:
         page_bytes: bytes of one page of each decoder layer, in order; a draft model's follow.
         groups: layers and tokens per block of each KV cache group.
         managers: names of the classes that hold the blocks of these groups.
+        allocator: module whose function allocates the blocks of a step.
         preemptions: how often a request was preempted.
         drafted: tokens that speculative decoding proposed.
         accepted: those of them that were kept.
@@ -101,6 +102,7 @@ class EngineRun:
     page_bytes: tuple[int, ...]
     groups: tuple[tuple[int, int], ...]
     managers: tuple[str, ...]
+    allocator: str
     preemptions: int
     drafted: int
     accepted: int
@@ -216,6 +218,7 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
             (len(group.layer_names), group.kv_cache_spec.block_size) for group in runner.kv_cache_config.kv_cache_groups
         ),
         managers=tuple(type(each).__name__ for each in manager.coordinator.single_type_managers),
+        allocator=manager.allocate_slots.__module__,
         preemptions=counters["vllm:num_preemptions"],
         drafted=counters["vllm:spec_decode_num_draft_tokens"],
         accepted=counters["vllm:spec_decode_num_accepted_tokens"],
