@@ -57,6 +57,13 @@ class KVTunerMetadata(AttentionMetadata):
     positions: torch.Tensor | None
     prefill: PrefillPlan | None
 
+    @functools.cached_property
+    def decodes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """block_table, seq_lens and query_start_loc of the decodes. Taken once for all layers, since each view that is
+        taken while a step is launched gives other threads the interpreter's lock."""
+        reqs = self.num_decodes
+        return self.block_table[:reqs], self.seq_lens[:reqs], self.query_start_loc[: reqs + 1]
+
 
 class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
     """Splits a batch into decodes and prefills and plans the prefills on the host, without synchronizing."""

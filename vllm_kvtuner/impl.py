@@ -225,28 +225,23 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
     def _decode(
         self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: KVTunerMetadata, output: torch.Tensor
     ) -> None:
-        tokens, reqs = metadata.num_decode_tokens, metadata.num_decodes
-        arguments = (
-            query[:tokens],
-            kv_cache,
-            metadata.block_table[:reqs],
-            metadata.seq_lens[:reqs],
-            metadata.query_start_loc[: reqs + 1],
-            metadata.max_decode_query_len,
-        )
+        tokens = metadata.num_decode_tokens
+        if tokens < query.shape[0]:
+            query, output = query[:tokens], output[:tokens]
+        arguments = (query, kv_cache, *metadata.decodes, metadata.max_decode_query_len)
         if self.recent is None:
-            self._attend(*arguments, output[:tokens])
+            self._attend(*arguments, output)
             return
         lse = torch.empty(query.shape[1], tokens, dtype=torch.float32, device=query.device)
         if self.recent_kernels is not None:
-            self._attend(*arguments, output[:tokens], lse)
-            self.recent_kernels.merge(query[:tokens], metadata, self.transforms, output[:tokens], lse)
+            self._attend(*arguments, output, lse)
+            self.recent_kernels.merge(query, metadata, self.transforms, output, lse)
             return
-        merged = torch.empty(output[:tokens].shape, device=query.device)
+        merged = torch.empty(output.shape, device=query.device)
         self._attend(*arguments, merged, lse)
         limits = (self.scale, self.logits_soft_cap, self.sliding_window)
-        self.recent.merge(query[:tokens], metadata, self.transforms, *limits, merged, lse)
-        output[:tokens] = merged
+        self.recent.merge(query, metadata, self.transforms, *limits, merged, lse)
+        output.copy_(merged)
 
     def _attend(
         self,

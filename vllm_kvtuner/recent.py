@@ -192,13 +192,11 @@ class RecentCache(AttentionLayerBase):
             output: as query, fp32.
             lse: [num_heads, num_decode_tokens] fp32.
         """
-        reqs = metadata.num_decodes
         recent_attention_ref(
             query,
             self.kv_cache,
-            recent_metadata(self.layer_name).block_table[:reqs],
-            metadata.seq_lens[:reqs],
-            metadata.query_start_loc[: reqs + 1],
+            recent_metadata(self.layer_name).block_table[: metadata.num_decodes],
+            *metadata.decodes[1:],
             metadata.max_decode_query_len,
             scale,
             self.window.tokens,

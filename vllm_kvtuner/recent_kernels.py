@@ -77,9 +77,8 @@ class RecentKernels:
             output: as query.
             lse: [num_heads, num_decode_tokens] fp32.
         """
-        reqs = metadata.num_decodes
-        table = recent_metadata(self.recent.layer_name).block_table[:reqs]
-        batch = (table, metadata.seq_lens[:reqs], metadata.query_start_loc[: reqs + 1], metadata.max_decode_query_len)
+        table = recent_metadata(self.recent.layer_name).block_table[: metadata.num_decodes]
+        batch = (table, *metadata.decodes[1:], metadata.max_decode_query_len)
         if not self.packed:
             self._merge(query, *batch, output, lse)
             return
