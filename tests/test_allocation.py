@@ -4,10 +4,9 @@ import random
 
 import pytest
 import torch
-from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
@@ -15,8 +14,8 @@ from vllm.v1.kv_cache_interface import (
     MambaSpec,
     SlidingWindowSpec,
 )
-from vllm.v1.request import Request
 
+from tests.helpers.block_requests import make_request, prefill, start
 from vllm_kvtuner import allocation, plugin
 from vllm_kvtuner.recent_manager import RecentSpec
 
@@ -73,22 +72,6 @@ CACHES = {
 """Groups of a cache by what drafts a step has."""
 
 
-def start(manager, request):
-    """Look the prompt up, as the scheduler does; returns hit blocks and tokens."""
-    blocks, hit, request.shared_prefix_boundary = manager.get_computed_blocks(request)
-    return blocks, hit
-
-
-def prefill(manager, request, chunk):
-    blocks, hit = start(manager, request)
-    done = hit
-    while done < request.num_prompt_tokens:
-        tokens = min(chunk, request.num_prompt_tokens - done)
-        found = {"num_new_computed_tokens": hit, "new_computed_blocks": blocks} if done == hit else {}
-        assert manager.allocate_slots(request, tokens, **found) is not None
-        request.num_computed_tokens = done = done + tokens
-
-
 def counted(monkeypatch, owner, name):
     """A list that grows with every call of the method."""
     calls = []
@@ -115,8 +98,7 @@ def test_steps_that_need_nothing_are_not_asked(seed, cache, drafts, caching, mon
         patch.setattr(allocation, "steps_of", lambda manager: None)
         allocation.allocate_where_needed(managers[0])
     prompt = [numbers.randrange(1000) for _ in range(numbers.randrange(1, 700))]
-    hasher = get_request_block_hasher(smallest, sha256)
-    requests = [Request("a", list(prompt), SamplingParams(max_tokens=MAX_LEN), None, block_hasher=hasher) for _ in "12"]
+    requests = [make_request("a", prompt, smallest) for _ in managers]
     chunk = numbers.choice([7, 100, 512])
     for manager, request in zip(managers, requests, strict=True):
         prefill(manager, request, chunk)
@@ -141,7 +123,7 @@ def test_steps_that_need_nothing_are_not_asked(seed, cache, drafts, caching, mon
     assert len(told) < (80 if drafts == 0 else 260)
     found = []
     for manager, request in zip(managers, requests, strict=True):
-        again = Request("b", request.all_token_ids, SamplingParams(max_tokens=9), None, block_hasher=hasher)
+        again = make_request("b", request.all_token_ids, smallest)
         manager.free(request)
         found.append(start(manager, again)[1])
         assert manager.block_pool.get_num_free_blocks() == NUM_BLOCKS - 1
@@ -152,8 +134,7 @@ def test_a_request_that_lost_its_blocks_gets_new_ones():
     """A preempted request comes back with the tokens it had, and asks as one that begins."""
     manager = make_manager([full(16)])
     allocation.allocate_where_needed(manager)
-    hasher = get_request_block_hasher(16, sha256)
-    request = Request("a", list(range(40)), SamplingParams(max_tokens=99), None, block_hasher=hasher)
+    request = make_request("a", range(40), 16)
     prefill(manager, request, 512)
     for _ in range(3):
         request.append_output_token_ids(1)
@@ -173,11 +154,7 @@ def test_a_request_that_lost_its_blocks_gets_new_ones():
 def test_where_blocks_run_out_the_request_asks_again():
     manager = make_manager([full(16)], num_blocks=12)
     allocation.allocate_where_needed(manager)
-    hasher = get_request_block_hasher(16, sha256)
-    greedy, small = (
-        Request(name, list(range(length)), SamplingParams(max_tokens=99), None, block_hasher=hasher)
-        for name, length in (("greedy", 160), ("small", 16))
-    )
+    greedy, small = (make_request(name, range(length), 16) for name, length in (("greedy", 160), ("small", 16)))
     for request in (greedy, small):
         assert manager.allocate_slots(request, request.num_prompt_tokens) is not None
         request.num_computed_tokens = request.num_prompt_tokens
@@ -192,7 +169,7 @@ def test_states_of_linear_attention_are_asked_in_every_step(monkeypatch):
     states = MambaSpec(block_size=64, shapes=((4, 4),), dtypes=(torch.float32,))
     manager = make_manager([full(64), states], enable_caching=False)
     allocation.allocate_where_needed(manager)
-    request = Request("a", list(range(5)), SamplingParams(max_tokens=99), None, block_hasher=None)
+    request = make_request("a", range(5), 64)
     prefill(manager, request, 512)
     asked = counted_allocations(monkeypatch, manager)
     for _ in range(20):

@@ -4,13 +4,12 @@ import random
 
 import pytest
 import torch
-from vllm import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_manager import KVCacheManager
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-from vllm.v1.request import Request
 
+from tests.helpers.block_requests import make_request, prefill, start
 from vllm_kvtuner import plugin
 from vllm_kvtuner.allocation import allocate_where_needed
 from vllm_kvtuner.recent_manager import RecentManager, RecentSpec
@@ -54,11 +53,6 @@ def make_manager(spec, num_blocks, max_in_flight_tokens, enable_caching=True):
     return manager
 
 
-def make_request(name, tokens, block_size):
-    sampling = SamplingParams(max_tokens=MAX_LEN)
-    return Request(name, list(tokens), sampling, None, block_hasher=get_request_block_hasher(block_size, sha256))
-
-
 def window_manager(manager):
     (window,) = (m for m in manager.coordinator.single_type_managers if isinstance(m, RecentManager))
     return window
@@ -69,24 +63,6 @@ def is_held(manager, request, first, last):
     window = window_manager(manager)
     blocks = window.req_to_blocks[request.request_id]
     return all(not blocks[token // window.block_size].is_null for token in range(max(first, 0), last))
-
-
-def start(manager, request):
-    """Look the prompt up, as the scheduler does; returns hit blocks and tokens."""
-    blocks, hit, request.shared_prefix_boundary = manager.get_computed_blocks(request)
-    return blocks, hit
-
-
-def prefill(manager, request, chunk):
-    """Compute a prompt, chunk by chunk; returns the tokens that were found."""
-    blocks, hit = start(manager, request)
-    done = hit
-    while done < request.num_prompt_tokens:
-        tokens = min(chunk, request.num_prompt_tokens - done)
-        found = {"num_new_computed_tokens": hit, "new_computed_blocks": blocks} if done == hit else {}
-        assert manager.allocate_slots(request, tokens, **found) is not None
-        request.num_computed_tokens = done = done + tokens
-    return hit
 
 
 @pytest.mark.parametrize("sinks", [0, 4])
