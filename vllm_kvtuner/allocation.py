@@ -81,6 +81,8 @@ def allocate_where_needed(manager: KVCacheManager) -> None:
     recent = any(isinstance(each, RecentManager) for each in manager.coordinator.single_type_managers)
     steps, allocate, cache = steps_of(manager), manager.allocate_slots, manager.cache_blocks
     nothing = manager.empty_kv_cache_blocks
+    if steps is None and not recent:
+        return
 
     def allocate_slots(request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         step = None
@@ -96,13 +98,15 @@ def allocate_where_needed(manager: KVCacheManager) -> None:
         setattr(request, LAST_STEP, None if blocks is None else step)
         return blocks
 
+    manager.allocate_slots = allocate_slots
+    if steps is None:
+        return
+    unit = steps.unit
+
     def cache_blocks(request: Request, num_computed_tokens: int) -> None:
-        assert steps is not None
-        units = num_computed_tokens // steps.unit
+        units = num_computed_tokens // unit
         if units != getattr(request, LAST_CACHED, None):
             cache(request, num_computed_tokens)
             setattr(request, LAST_CACHED, units)
 
-    manager.allocate_slots = allocate_slots
-    if steps is not None:
-        manager.cache_blocks = cache_blocks
+    manager.cache_blocks = cache_blocks

@@ -6,9 +6,9 @@ from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request
 
 
-def make_request(name, tokens, block_size, max_tokens=4096):
+def make_request(name, tokens, block_size):
     """``block_size``: tokens that the prefix cache hashes at once."""
-    sampling = SamplingParams(max_tokens=max_tokens)
+    sampling = SamplingParams(max_tokens=4096)
     return Request(name, list(tokens), sampling, None, block_hasher=get_request_block_hasher(block_size, sha256))
 
 
