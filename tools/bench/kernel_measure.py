@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -89,6 +89,18 @@ class KernelCase:
         }
 
 
+class RelativeError(NamedTuple):
+    """How far a kernel's output lies from float64, over the largest output.
+
+    Args:
+        largest: of all numbers.
+        rounding: the same if the kernel made no error, but that its output must be rounded to its dtype.
+    """
+
+    largest: float
+    rounding: float
+
+
 @dataclass(frozen=True)
 class ErrorCase:
     """What a kernel's error depends on; see :func:`relative_error`."""
@@ -101,7 +113,7 @@ class ErrorCase:
     query_tokens: int
     device: torch.device
 
-    def errors(self) -> dict[str, float]:
+    def errors(self) -> dict[str, RelativeError]:
         """By name of ``ERROR_INPUTS``."""
         kernel = decode_kernels()[self.implementation]
         return {
@@ -129,7 +141,7 @@ class KernelMeter:
         self.l2_bytes = l2_bytes
         self.read_bandwidth = read_bandwidth
         self._kernels = {name: kernel for name, kernel in decode_kernels().items() if name in request.implementations}
-        self._errors: dict[ErrorCase, dict[str, float] | Exception] = {}
+        self._errors: dict[ErrorCase, dict[str, RelativeError] | Exception] = {}
 
     def plan(self) -> tuple[list[KernelCase], list[dict[str, str]]]:
         """All cases, and implementation, part and reason of what cannot run here."""
@@ -250,7 +262,8 @@ class KernelMeter:
             "query_tokens": self.request.query_tokens,
             "copies": copies,
             **self._timed(calls, stored),
-            "relative_errors": errors,
+            "relative_errors": {name: error.largest for name, error in errors.items()},
+            "rounding_errors": {name: error.rounding for name, error in errors.items()},
         }
 
     def _error_case(self, case: KernelCase) -> ErrorCase:
@@ -264,7 +277,7 @@ class KernelMeter:
             self.device,
         )
 
-    def _case_errors(self, case: KernelCase) -> dict[str, float]:
+    def _case_errors(self, case: KernelCase) -> dict[str, RelativeError]:
         wanted = self._error_case(case)
         if wanted not in self._errors:
             self._errors[wanted] = wanted.errors()
@@ -323,10 +336,8 @@ def relative_error(
     query_tokens: int,
     inputs: ErrorInputs,
     device: torch.device,
-) -> float:
-    """Largest error against float64 on the same stored bytes and queries, over the largest output.
-
-    Outputs are bf16, whose own rounding is up to 2^-9 of a number.
+) -> RelativeError:
+    """Against float64 on the same stored bytes and queries.
 
     Raises:
         ArithmeticError: the kernel wrote something that is no number, or not all of its output.
@@ -338,7 +349,10 @@ def relative_error(
     launches.output.fill_(torch.nan)
     launches.calls[0]()
     want = attention_float64(batch, launches.query, *launches.rows(), batch.scale)
-    error = ((launches.output.double() - want).abs().max() / want.abs().max()).item()
-    if not math.isfinite(error):
+    largest, rounding = (
+        ((got.double() - want).abs().max() / want.abs().max()).item()
+        for got in (launches.output, want.to(launches.output.dtype))
+    )
+    if not math.isfinite(largest):
         raise ArithmeticError("the kernel's output holds numbers that are not finite")
-    return error
+    return RelativeError(largest, rounding)

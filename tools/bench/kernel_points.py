@@ -20,7 +20,7 @@ from ..results import format_table, provenance, write_json
 from .pictures import check_picture, draw
 from .points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape, KernelPoint, presets
 
-SCHEMA = "kvtuner-bench-kernel/2"
+SCHEMA = "kvtuner-bench-kernel/3"
 PARTS = ("decode", "layer", "store", "gather")
 """Attention over the cache; the same after the store of the queries' tokens, as a layer does both; store; gather."""
 STORE_PAIRS = "K8V8,K4V4,K2V2"
@@ -34,9 +34,9 @@ _COMMON = {
 }
 _TIMES = {"us": "us:.1f", "% of measured": "percent_measured:.1f", "% of given": "percent_given:.1f"}
 _ERRORS = {
-    "error": "error_random:.1e",
-    "nearly uniform": "error_nearly_uniform:.1e",
-    "large keys": "error_large_keys:.1e",
+    "error / by rounding": "error_random:",
+    "nearly uniform": "error_nearly_uniform:",
+    "large keys": "error_large_keys:",
 }
 COLUMNS = {
     "decode": {"point": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES, **_ERRORS},
@@ -184,7 +184,9 @@ def table(result: dict[str, Any]) -> str:
             for kind in ("measured", "given"):
                 fraction = entry.get(f"fraction_{kind}")
                 row[f"percent_{kind}"] = None if fraction is None else 100 * fraction
-            rows.append(row | {f"error_{name}": error for name, error in entry.get("relative_errors", {}).items()})
+            for name, error in entry.get("relative_errors", {}).items():
+                row[f"error_{name}"] = f"{error:.1e} / {entry['rounding_errors'][name]:.1e}"
+            rows.append(row)
         if rows:
             tables.append(f"{part}\n\n{format_table(columns, rows)}")
     return "\n\n".join(tables)
