@@ -17,7 +17,7 @@ def recent_attention_ref(
     max_query_len: int,
     scale: float,
     recent: int,
-    sinks: int,
+    sink_tokens: int,
     output: torch.Tensor,
     lse: torch.Tensor,
     sliding_window: int | None = None,
@@ -27,8 +27,8 @@ def recent_attention_ref(
 ) -> None:
     """Attention of decodes over what a recent window holds, merged into that over all other tokens, in place.
 
-    A query sees its newest ``recent`` tokens, itself the first, and the ``sinks`` first of its request, as far as its
-    sliding window reaches.
+    A query sees its newest ``recent`` tokens, itself the first, and the first ``sink_tokens`` of its request, as far
+    as its sliding window reaches.
 
     Args:
         query: [num_tokens, num_heads, head_size].
@@ -39,7 +39,7 @@ def recent_attention_ref(
         max_query_len: the longest query; no limit.
         scale: factor on the logits.
         recent: tokens of the window.
-        sinks: tokens at a request's head.
+        sink_tokens: tokens at a request's head.
         output: [num_tokens, num_heads, head_size], on entry attention over the tokens that the window leaves out.
         lse: [num_heads, num_tokens] fp32, log-sum-exp of that; -inf where there are none.
         sliding_window: tokens a query sees at all, itself included, or None.
@@ -48,7 +48,7 @@ def recent_attention_ref(
     """
     starts, lens = query_start_loc.long(), seq_lens.long()
     begins = (lens - starts.diff() - recent + 1).clamp(min=0)
-    heads = begins.clamp(max=sinks)
+    heads = begins.clamp(max=sink_tokens)
     # Of each request its sink tokens before the window, and those of the window. Padding holds none.
     lengths = torch.stack([heads, (lens - begins).clamp(min=0)], 1)
     ends = torch.nn.functional.pad(lengths.flatten().cumsum(0), (1, 0))
@@ -63,7 +63,7 @@ def recent_attention_ref(
             continue
         token = torch.cat([torch.arange(head), torch.arange(begin, length)]).to(query.device)
         distance = torch.arange(length - (asked.stop - asked.start), length, device=query.device)[:, None] - token
-        visible = (distance >= 0) & ((distance < recent) | (token < sinks))
+        visible = (distance >= 0) & ((distance < recent) | (token < sink_tokens))
         if sliding_window is not None:
             visible &= distance < sliding_window
         attended = torch.empty_like(query[asked], dtype=torch.float32)
