@@ -154,7 +154,7 @@ def test_a_vllm_whose_internals_differ(diagnose, monkeypatch):
     def changed():
         raise AttributeError("no such seam")
 
-    monkeypatch.setattr("vllm_kvtuner.plugin.register", changed)
+    monkeypatch.setattr(machine, "register", changed)
     (problem,) = diagnose("--profile", "K8V8")["problems"]
     assert problem == "the plugin does not fit this vLLM: AttributeError: no such seam"
 

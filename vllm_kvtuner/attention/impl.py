@@ -169,6 +169,12 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if self.recent_kernels is not None:
             self.recent_kernels.warm_up(self.transforms, workspace)
 
+    def wake_up(self) -> None:
+        """Zero what kernels count in, once a sleep of level 2 has discarded it."""
+        for owner in (self, self.recent_kernels):
+            if owner is not None and owner.kernels is not None:
+                owner.kernels.wake_up()
+
     def do_kv_cache_update(
         self,
         layer: torch.nn.Module,

@@ -46,7 +46,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.blocks.window_manager import RecentSpec
-from vllm_kvtuner.engine.config import RECENT_SUFFIX, recent_block_size
+from vllm_kvtuner.engine.config import BACKEND_NAME, RECENT_SUFFIX, recent_block_size
 from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.rows import (
     gather_cache_ref,
@@ -103,7 +103,7 @@ class RecentBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return BACKEND_NAME
 
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImplBase]:
