@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 
 from vllm_kvtuner import envs
+from vllm_kvtuner.compat.seams import broken_seams
 from vllm_kvtuner.compat.versions import SERVED_VERSIONS
 from vllm_kvtuner.plugin import register
 
@@ -114,6 +115,13 @@ def plugin_registration() -> Section:
             )
         else:
             section.problems.append((f"vLLM cannot import {entries['kvtuner']}", _REINSTALL))
+        return section
+    from vllm.version import __version__
+
+    broken = broken_seams(__version__)
+    section.facts["broken seams"] = len(broken)
+    section.problems += [(problem, f"install {_served()}") for problem in broken]
+    if broken:
         return section
     try:
         register()
