@@ -24,6 +24,7 @@ from kvtuner_tools.calibration.artifacts import (
     digest,
     read_artifact,
     read_statics,
+    unquantized_tokens,
 )
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
@@ -115,15 +116,16 @@ class Calibration:
         from kvtuner_tools.calibration.transform_choice import choose_transforms
 
         capture = Capture.read(self.out / CAPTURE_FOLDER)
-        unquantized = {"recent_window": self.options.recent_window, "sink_tokens": self.options.sink_tokens}
+        recent_window = self.options.recent
         choose = self.options.transforms == "choose"
-        choice = choose_transforms(capture, self.out, **unquantized) if choose else None
-        inputs = digest([capture.inputs, None if choice is None else choice.inputs, unquantized])
+        choice = choose_transforms(capture, self.out, recent_window=recent_window) if choose else None
+        measured = [capture.inputs, None if choice is None else choice.inputs, unquantized_tokens(recent_window)]
+        inputs = digest(measured)
         path, key_path = self.out / SENSITIVITY_FILE, self.out / SENSITIVITY_KEY_FILE
         known = read_artifact(key_path, KEY_SCHEMA, ("inputs", "sha256")) if key_path.exists() else {}
         if path.exists() and known == {"inputs": inputs, "sha256": file_sha256(path)}:
             return "as it was"
-        table = measure_sensitivity(capture, choice, self.out, **unquantized)
+        table = measure_sensitivity(capture, choice, self.out, recent_window=recent_window)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
         return f"{len(table.layers)} layers, nine pairs each"
 
@@ -163,9 +165,9 @@ class Calibration:
         heldout = self._score_heldout()
         path = self.out / PROFILE_FILE
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
-        recent = self.options.recent_window, self.options.recent_window_bits, self.options.sink_tokens
-        write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout, *recent)
-        return f"{path}. {verdict(heldout, SearchResult.read(self.out).max_bits)}"
+        result = SearchResult.read(self.out)
+        write_profile(path, table, self.out / STATICS_FILE, result, heldout, self.options.recent)
+        return f"{path}. {verdict(heldout, result.max_bits)}"
 
     def report(self) -> str:
         result = SearchResult.read(self.out)
@@ -206,9 +208,7 @@ class Calibration:
             statics=read_statics(self.out / STATICS_FILE) if needs_statics else None,
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
-            recent_window=self.options.recent_window,
-            recent_window_bits=self.options.recent_window_bits,
-            sink_tokens=self.options.sink_tokens,
+            recent_window=self.options.recent,
         )
 
     def _score_heldout(self) -> Heldout:
@@ -273,7 +273,7 @@ class _Engine:
     """A calibration engine with the file that its statics are read from."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        from kvtuner_tools.engines.calibration import CalibrationEngine
+        from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 
         self._folder = TemporaryDirectory(prefix="kvtuner-statics-")
         statics = None
@@ -283,12 +283,8 @@ class _Engine:
         self._engine = CalibrationEngine(
             settings.model,
             settings.windows,
-            transform_overrides=settings.transforms,
-            statics=statics,
-            unquantized_layers=settings.unquantized,
-            recent_window=settings.recent_window,
-            recent_window_bits=settings.recent_window_bits,
-            sink_tokens=settings.sink_tokens,
+            transforms=ModelTransforms(overrides=settings.transforms, statics=statics),
+            room=CacheRoom(settings.unquantized, settings.recent_window),
             kv_memory_bytes=settings.kv_memory_bytes,
             dtype=settings.dtype,
         )

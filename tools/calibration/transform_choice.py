@@ -30,7 +30,7 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact
+from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.attention_error import AttentionMeter
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer
 from kvtuner_tools.calibration.key_statics import KeyStatics, PairLayout
@@ -38,7 +38,7 @@ from kvtuner_tools.results import write_json
 from kvtuner_tools.statics import key_offsets
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.problems import ProfileError
-from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 from vllm_kvtuner.profile.statics import LayerStatics, save_statics
 
 TRANSFORMS_SCHEMA = "kvtuner-transforms/2"
@@ -124,20 +124,18 @@ def choose_transforms(
     capture: Capture,
     out_dir: Path,
     *,
-    recent_window: int = 0,
-    sink_tokens: int = 0,
+    recent_window: RecentWindow | None = None,
     floor: float = DEFAULT_FLOOR,
     device: torch.device | str | None = None,
 ) -> TransformChoice:
     """Choose for every layer; write ``transforms.json`` and, where a layer needs it, ``statics.safetensors``.
 
-    A choice that is there already, from the same capture, recent window, sink tokens and floor, is read instead.
+    A choice that is there already, from the same capture, recent window and floor, is read instead.
 
     Args:
         capture: what to measure on.
         out_dir: the calibration's output folder.
-        recent_window: newest tokens of each query that are not quantized.
-        sink_tokens: first tokens of each window of text that are not either.
+        recent_window: tokens of each query that are not quantized; None where all are.
         floor: gain below which the baseline stays, 0 to 1.
         device: where to measure; by default the first GPU, or the CPU.
 
@@ -146,8 +144,8 @@ def choose_transforms(
     """
     if not 0 <= floor < 1:
         raise ValueError(f"floor must be at least 0 and below 1, but got {floor}")
-    unquantized = {"recent_window": recent_window, "sink_tokens": sink_tokens}
-    inputs = digest({"capture": capture.inputs, "floor": floor, **unquantized, "schema": TRANSFORMS_SCHEMA})
+    measured = {"capture": capture.inputs, "floor": floor, **unquantized_tokens(recent_window)}
+    inputs = digest({**measured, "schema": TRANSFORMS_SCHEMA})
     if (found := _find(out_dir, inputs)) is not None:
         return found
     biases = _biases(capture)
@@ -155,7 +153,7 @@ def choose_transforms(
     choices, statics = [], {}
     for layer in tqdm(capture.layers, desc="transforms", unit="layer"):
         choice, static = _choose(
-            capture, layer, biases.get(layer.index), layout, unquantized, floor, device or default_device()
+            capture, layer, biases.get(layer.index), layout, recent_window, floor, device or default_device()
         )
         choices.append(choice)
         if choice.transforms.needs_statics:
@@ -222,7 +220,7 @@ def _choose(
     layer: CapturedLayer,
     bias: torch.Tensor | None,
     layout: PairLayout | None,
-    unquantized: Mapping[str, int],
+    recent_window: RecentWindow | None,
     floor: float,
     device: torch.device | str,
 ) -> tuple[LayerChoice, LayerStatics]:
@@ -234,7 +232,7 @@ def _choose(
         offsets |= ({} if bias is None else {"bias": bias.to(device)}) | {"mean": statics.mean}
         if layout is not None:
             factors |= statics.factors(layout)
-    meters = {NEAR: AttentionMeter(layer, windows, None if rotary is None else rotary.near, **unquantized)}
+    meters = {NEAR: AttentionMeter(layer, windows, None if rotary is None else rotary.near, recent_window)}
     if rotary is not None:
         meters[FAR] = meters[NEAR].at_far_positions(rotary)
 

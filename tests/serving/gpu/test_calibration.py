@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvtuner_tools.engines.calibration import CalibrationEngine
+from kvtuner_tools.engines.calibration import CalibrationEngine, ModelTransforms
 from kvtuner_tools.evaluate import EvaluationRequest, evaluate
 from kvtuner_tools.heldout import load_windows
 from kvtuner_tools.settings import Setting
@@ -37,9 +37,9 @@ def test_a_trial_equals_the_served_profile(tmp_path, monkeypatch, architecture):
 
     with CalibrationEngine(model, windows, **options) as engine:
         plain = engine.score(dict.fromkeys(range(4), PrecisionPair(8, 8)))
-        engine.set_transforms(ROTATED)
+        engine.set_transforms(ModelTransforms(ROTATED))
         mixed = engine.score({layer: PrecisionPair.parse(pair) for layer, pair in enumerate(PAIRS)})
-        engine.set_transforms(TransformSettings())
+        engine.set_transforms(ModelTransforms())
         again = engine.score(dict.fromkeys(range(4), PrecisionPair(8, 8)))
 
     assert plain.kl_mean == pytest.approx(served[0]["kl_mean"], rel=TOLERANCE)

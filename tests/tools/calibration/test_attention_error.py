@@ -21,6 +21,7 @@ from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable
+from vllm_kvtuner.profile.profile import RecentWindow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +30,9 @@ OFFSET = torch.linspace(-4, 4, NUM_KV_HEADS * HEAD_SIZE).view(NUM_KV_HEADS, HEAD
 FACTORS = torch.linspace(0.5, 2, HEAD_SIZE // 2).repeat(NUM_KV_HEADS, 2)
 
 
-def meter_of(capture, layer=LAYER, *unquantized):
+def meter_of(capture, layer=LAYER, recent_window=None):
     rotary = capture.load_rotary(layer)
-    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, *unquantized)
+    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, recent_window)
 
 
 @pytest.mark.parametrize("pair", ["K4V2", "K2V8"])
@@ -43,7 +44,8 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
     layer = replace(LAYER, sliding_window=sliding_window, logits_soft_cap=20.0)
     capture = make_capture(tmp_path, offset=OFFSET, layer=layer, num_windows=2)
     transforms = LayerTransforms(OFFSET, TABLE, FACTORS, True, True, True)
-    errors = meter_of(capture, layer, recent_window, sink_tokens).pair_errors(transforms)
+    window = RecentWindow(recent_window, sink_tokens=sink_tokens) if recent_window else None
+    errors = meter_of(capture, layer, window).pair_errors(transforms)
 
     layout, num_blocks = PageLayout(PrecisionPair.parse(pair), HEAD_SIZE, 16), 12
     square, norm = torch.zeros(2, NUM_KV_HEADS)
@@ -84,8 +86,8 @@ def test_only_what_neither_window_nor_sinks_hold_is_quantized(tmp_path, position
     """The last query is token 188, so that a window of 175 and the first 14 hold all, wherever their text stands."""
     capture = make_capture(tmp_path, offset=OFFSET)
 
-    def errors(*unquantized):
-        meter = meter_of(capture, LAYER, *unquantized)
+    def errors(tokens, sink_tokens=0):
+        meter = meter_of(capture, LAYER, RecentWindow(tokens, sink_tokens=sink_tokens))
         if positions == "far":
             meter = meter.at_far_positions(capture.load_rotary(LAYER))
         return meter.pair_errors(LayerTransforms())

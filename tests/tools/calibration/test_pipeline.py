@@ -26,7 +26,7 @@ from kvtuner_tools.calibration.study import EngineSettings
 from tests.helpers.calibration import FakeEvaluator, sensitivity_table
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.load import load_profile
-from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 from vllm_kvtuner.profile.statics import LayerStatics, load_statics, save_statics
 
 AFTER_SENSITIVITY = STAGES[2:]
@@ -136,8 +136,8 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
     table = sensitivity_table(3)
     measured = []
 
-    def measure(capture, choice, out, recent_window, sink_tokens):
-        measured.append((capture.inputs, choice, recent_window, sink_tokens))
+    def measure(capture, choice, out, recent_window):
+        measured.append((capture.inputs, choice, recent_window))
         table.write(out / "sensitivity.json")
         return table
 
@@ -156,7 +156,7 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
         made.options = replace(made.options, **unquantized)
         made.run("sensitivity")
         made.run("sensitivity")
-    assert measured[3:] == [("second", None, 64, 0), ("second", None, 64, 4)]
+    assert measured[3:] == [("second", None, RecentWindow(64)), ("second", None, RecentWindow(64, sink_tokens=4))]
 
 
 def test_costs_of_stages_are_kept(finished):
@@ -461,7 +461,7 @@ def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatc
         made.run(stage)
     assert len(settings) == 2, "the search's engine and that of the held-out scores"
     for each in settings:
-        assert (each.recent_window, each.recent_window_bits, each.sink_tokens) == (20, 8, sink_tokens)
+        assert each.recent_window == RecentWindow(20, 8, sink_tokens)
     assert all(EngineSettings.from_plain(each.to_plain()) == each for each in settings)
     result = SearchResult.read(tmp_path)
     assert result.max_bits == pytest.approx(4.25)
@@ -494,7 +494,7 @@ def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):
     broken = replace(table, model={**table.model, "num_layers": 3})
     with pytest.raises(ValueError, match="layers"):
         write_profile(
-            tmp_path / "p.yaml", broken, out / "statics.safetensors", SearchResult.read(out), Heldout.read(out)
+            tmp_path / "p.yaml", broken, out / "statics.safetensors", SearchResult.read(out), Heldout.read(out), None
         )
     assert not list(tmp_path.glob("*.yaml"))
     assert yaml.safe_load((out / "profile.yaml").read_text())["version"] == 1
