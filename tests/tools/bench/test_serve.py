@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from kvtuner_tools import bench
-from kvtuner_tools.bench import decode_points
-from kvtuner_tools.bench.decode_points import assemble, new_entry, table
+from kvtuner_tools.bench import serve
 from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.serve import assemble, new_entry, table
 from kvtuner_tools.engines.serve import ServeJob, token_range
 from kvtuner_tools.settings import Setting
 from vllm_kvtuner.profile.model_shape import ModelShape
@@ -142,10 +142,10 @@ class Engines:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **failures: BaseException) -> None:
         self.jobs: list[ServeJob] = []
         self.failures = failures
-        monkeypatch.setattr(decode_points, "in_own_process", self)
+        monkeypatch.setattr(serve, "in_own_process", self)
 
     def __call__(self, function: object, job: ServeJob) -> None:
-        assert function is decode_points.measure
+        assert function is serve.measure
         self.jobs.append(job)
         job.lines.write_text("".join(json.dumps(line) + "\n" for line in lines(ENGINE, POINT)))
         if failure := self.failures.get(job.setting.label):
@@ -159,7 +159,7 @@ class Engines:
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Provenance asks for the card in a process of its own, which costs seconds."""
-    monkeypatch.setattr(decode_points, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
+    monkeypatch.setattr(serve, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
 
 
 def test_run_keeps_the_points_of_a_failed_engine(

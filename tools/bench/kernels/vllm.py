@@ -9,8 +9,8 @@ from typing import ClassVar
 
 import torch
 
-from kvtuner_tools.bench.kernel_inputs import Batch, NewTokens, newest_tokens, token_places
-from kvtuner_tools.bench.kernels.packed import CacheFormat, DecodeKernel, Launches
+from kvtuner_tools.bench.kernel_inputs import Batch, NewTokens, StoredTokens, newest_tokens, token_places
+from kvtuner_tools.bench.kernels.base import CacheFormat, Calls, DecodeKernel, Launches, StoreKernel
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, hadamard
 
@@ -28,7 +28,7 @@ def vllm_skip_reason() -> str | None:
     return None
 
 
-def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> tuple[Callable[[], None], ...]:
+def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> Calls:
     """A call of vLLM's ``reshape_and_cache_flash`` per slot mapping, as FlashAttentionImpl.do_kv_cache_update calls it;
     all scales are 1.
 
@@ -47,6 +47,12 @@ def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> tuple[Callable[[]
         return lambda: reshape_and_cache_flash(tokens.key, tokens.value, keys, values, slots, kind, scale, scale)
 
     return tuple(map(store, tokens.slot_mappings))
+
+
+def _unpacked_format(dtype: torch.dtype, head_size: int) -> CacheFormat:
+    """Numbers of one dtype without scales of their own."""
+    size = dtype.itemsize
+    return CacheFormat("fp8" if dtype == FP8 else "bf16", 8.0 * size, 2 * head_size * size)
 
 
 class FlashAttention3(DecodeKernel):
@@ -70,34 +76,33 @@ class FlashAttention3(DecodeKernel):
         return None if version == 3 else f"vLLM chooses FlashAttention {version} for head size {head_size} here"
 
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
-        size = self.dtype.itemsize
-        return [CacheFormat("fp8" if size == 1 else "bf16", 8.0 * size, 2 * head_size * size)]
+        return [_unpacked_format(self.dtype, head_size)]
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from vllm.config import AttentionConfig
         from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
 
-        shape = batch.shape
+        heads = batch.heads
         # Layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value].
-        pages = (batch.num_blocks, batch.block_size, shape.num_kv_heads, 2 * shape.head_size)
+        pages = (batch.num_blocks, batch.block_size, heads.num_kv_heads, 2 * heads.head_size)
         kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device)
         most = 3 * batch.key_scale  # as in packed pages; fp8 ends at 448
-        kv_cache[..., : shape.head_size].mul_(batch.key_scale).clamp_(-most, most)
+        kv_cache[..., : heads.head_size].mul_(batch.key_scale).clamp_(-most, most)
         kv_cache = kv_cache.to(self.dtype)
-        keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(shape.head_size, dim=-1))
+        keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(heads.head_size, dim=-1))
         num_splits = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
         query = batch.query.to(self.dtype)
         output = torch.empty_like(batch.query)
-        descale = torch.ones((), device=batch.device).expand(batch.num_reqs, shape.num_kv_heads)
+        descale = torch.ones((), device=batch.device).expand(batch.num_reqs, heads.num_kv_heads)
         max_len = max(batch.lengths)
         scheduler_metadata = get_scheduler_metadata(
             batch_size=batch.num_reqs,
             max_seqlen_q=batch.query_tokens,
             max_seqlen_k=max_len,
-            num_heads_q=shape.num_heads,
-            num_heads_kv=shape.num_kv_heads,
-            headdim=shape.head_size,
+            num_heads_q=heads.num_heads,
+            num_heads_kv=heads.num_kv_heads,
+            headdim=heads.head_size,
             cache_seqlens=batch.seq_lens,
             qkv_dtype=self.dtype,
             cu_seqlens_q=batch.query_start_loc,
@@ -139,6 +144,26 @@ class FlashAttention3(DecodeKernel):
         return Launches(tuple(map(call, batch.block_tables)), stores, output, query, rows)
 
 
+class ReshapeAndCacheFlash(StoreKernel):
+    """vLLM's ``reshape_and_cache_flash``."""
+
+    transformed: ClassVar[bool] = False
+
+    def __init__(self, kv_cache_dtype: str) -> None:
+        self.dtype = FP8 if kv_cache_dtype == "fp8" else torch.bfloat16
+
+    def skip_reason(self) -> str | None:
+        return vllm_skip_reason()
+
+    def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
+        return [_unpacked_format(self.dtype, head_size)]
+
+    def build(self, tokens: StoredTokens, cache_format: CacheFormat, transforms: LayerTransforms) -> Calls:
+        heads = tokens.heads
+        pages = (tokens.num_blocks, tokens.block_size, heads.num_kv_heads, 2 * heads.head_size)
+        return flash_stores(tokens, torch.zeros(pages, dtype=self.dtype, device=tokens.key.device))
+
+
 class Int4PerTokenHead(DecodeKernel):
     """``unified_attention`` in mode INT4_PER_TOKEN_HEAD, as TritonAttentionImpl.forward calls it for decodes.
 
@@ -162,8 +187,8 @@ class Int4PerTokenHead(DecodeKernel):
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
         from vllm.v1.kv_cache_interface import KVQuantMode
 
-        shape, device = batch.shape, batch.device
-        pages = (batch.num_blocks, batch.block_size, shape.num_kv_heads, cache_format.content_bytes)
+        heads, device = batch.heads, batch.device
+        pages = (batch.num_blocks, batch.block_size, heads.num_kv_heads, cache_format.content_bytes)
         kv_cache = torch.randint(0, 256, pages, dtype=torch.uint8, device=device)
         # Content: [key nibbles | scale | value nibbles | scale]; a scale's four lowest bits are the zero point.
         keys, values = kv_cache.split(cache_format.content_bytes // 2, dim=-1)
@@ -171,13 +196,13 @@ class Int4PerTokenHead(DecodeKernel):
         k_scales, v_scales = words[..., 0, -1], words[..., 1, -1]
         for scales, factor in ((k_scales, batch.key_scale), (v_scales, 1.0)):
             # The rotation is not normalized: it multiplies rows by the root of its size.
-            step = 0.4 * factor * (shape.head_size & -shape.head_size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
+            step = 0.4 * factor * (heads.head_size & -heads.head_size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
             zero_point = torch.randint(6, 10, step.shape, dtype=torch.int32, device=device)
             scales.copy_(((step.view(torch.int32) & -16) | zero_point).view(torch.float32))
 
-        threshold = MIN_LAUNCH_GRID_SIZE_2D // shape.num_kv_heads
-        padded = 1 << (shape.head_size - 1).bit_length()
-        segments = (threshold, shape.num_heads, NUM_PAR_SOFTMAX_SEGMENTS)
+        threshold = MIN_LAUNCH_GRID_SIZE_2D // heads.num_kv_heads
+        padded = 1 << (heads.head_size - 1).bit_length()
+        segments = (threshold, heads.num_heads, NUM_PAR_SOFTMAX_SEGMENTS)
         segment_output = torch.empty(*segments, padded, device=device)
         segment_max, segment_sum = (torch.empty(segments, device=device) for _ in range(2))
         output = torch.empty_like(batch.query)
@@ -220,7 +245,7 @@ class Int4PerTokenHead(DecodeKernel):
 
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
             block, offset = token_places(batch)
-            half = shape.head_size // 2
+            half = heads.head_size // 2
             return (
                 dequantize_int4(keys[block, offset][..., :half], k_scales[block, offset]),
                 dequantize_int4(values[block, offset][..., :half], v_scales[block, offset]),
