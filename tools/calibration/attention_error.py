@@ -14,7 +14,7 @@ import torch
 
 from kvtuner_tools.calibration.captured import CapturedLayer, RotaryRows, Window
 from kvtuner_tools.calibration.rotation import apply_rotary, undo_rotary
-from vllm_kvtuner.pages.codes import quantize_rows
+from vllm_kvtuner.pages.codes import code_format
 from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, restore_keys, rotate_values, transform_keys
 from vllm_kvtuner.profile.profile import RecentWindow
@@ -114,12 +114,12 @@ class AttentionMeter:
         transforms = replace(transforms, rotary=self._rotary)
         rows = transform_keys(self._keys, self._positions, transforms)
         for bits in QUANTIZED_BITS:
-            yield bits, restore_keys(_quantize(rows, bits, transforms), self._positions, transforms)
+            yield bits, restore_keys(_quantized(rows, bits, transforms), self._positions, transforms)
 
     def _quantized_values(self, transforms: LayerTransforms) -> Iterator[tuple[int, torch.Tensor]]:
         rows = rotate_values(self._values, transforms)
         for bits in QUANTIZED_BITS:
-            yield bits, rotate_values(_quantize(rows, bits, transforms), transforms)
+            yield bits, rotate_values(_quantized(rows, bits, transforms), transforms)
 
     def _attend(self, keys: torch.Tensor) -> list[torch.Tensor]:
         """Attention weights of the sampled queries, per window [num_kv_heads, group * num_queries, num_tokens]."""
@@ -174,7 +174,6 @@ class AttentionMeter:
         return ((distance >= 0) & ((distance < recent.tokens) | is_sink)).repeat(group, 1)
 
 
-def _quantize(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:
+def _quantized(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:
     """Rows as a page gives them back, fp32."""
-    codes, scale, minimum = quantize_rows(rows, bits, transforms.range_search)
-    return codes.float() * scale.float()[..., None] + minimum.float()[..., None]
+    return code_format(bits).round_trip(rows, transforms.range_search)
