@@ -1,6 +1,7 @@
 """``kvtuner doctor``: what would run on this machine for a model and why, what is wrong, and whether kernels are right.
 
-Exit status 1 if vLLM would not serve the model with the profile here.
+Exit status 1 if vLLM would not serve the model with the profile here. An environment without torch is examined too, so
+what needs torch is imported where it is used.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.cache_setting import KVTUNER, CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
     EngineJob,
@@ -27,11 +28,10 @@ from kvtuner_tools.heldout import file_sha256, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, write_json
-from kvtuner_tools.settings import KVTUNER, Setting, cache_bits, profile_sha256
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
 
 SCHEMA = "kvtuner-evaluation/1"
-AUTO = Setting("auto")
+AUTO = CacheSetting("auto")
 COLUMNS = {
     "setting": "label:",
     "nominal bits": "nominal_bits:.2f",
@@ -69,7 +69,7 @@ class EvaluationRequest:
     """
 
     model: str
-    settings: tuple[Setting, ...]
+    settings: tuple[CacheSetting, ...]
     data: Path
     tokens: int = 4096
     context: int = 1024
@@ -137,7 +137,7 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
     done = _Done(partial, head)
 
     def run(
-        label: str, setting: Setting, chunk: int, reference: ReferenceLogits | Path, task: Task | None
+        label: str, setting: CacheSetting, chunk: int, reference: ReferenceLogits | Path, task: Task | None
     ) -> EngineResult:
         options = EngineOptions(
             label=label,
@@ -151,7 +151,7 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
         )
         return in_own_process(run_engine, EngineJob(options, windows, reference, task))
 
-    def row(label: str, setting: Setting, result: EngineResult) -> dict[str, Any]:
+    def row(label: str, setting: CacheSetting, result: EngineResult) -> dict[str, Any]:
         lm_eval: dict[str, Any] = {}
         if request.lm_eval:
             job = LmEvalJob(
@@ -195,7 +195,7 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
             result = record(task)
             return {**row(AUTO.label, AUTO, result), "logits_dtype": result.reference.dtype}
 
-        def measure(label: str, setting: Setting, step: int, task: Task | None) -> dict[str, Any]:
+        def measure(label: str, setting: CacheSetting, step: int, task: Task | None) -> dict[str, Any]:
             if recorded is None:  # auto's row was done before, its logits are gone
                 record(None)
             assert recorded is not None
@@ -332,6 +332,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[Setting, ...]:
+def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[CacheSetting, ...]:
     """Settings of the two repeated options, vLLM's dtypes first."""
-    return (*map(Setting, dtypes), *(Setting(KVTUNER, profile) for profile in profiles))
+    return (*map(CacheSetting, dtypes), *(CacheSetting(KVTUNER, profile) for profile in profiles))

@@ -5,6 +5,8 @@ the L2 cache holds. A call is all that a layer launches per step, the combinatio
 written after every case.
 """
 
+# What needs torch is imported by run(): the help of kvtuner bench does without.
+
 import argparse
 import os
 import sys
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="BATCHxCONTEXT or mixed:REQUESTS:LOW-HIGH, with commas (default %(default)s)",
     )
     pairs = ",".join(pair.name for pair in QUANTIZED_PAIRS)
-    parser.add_argument("--pairs", default=pairs, help="precision pairs to decode (default: all nine)")
+    parser.add_argument("--pairs", default=pairs, help="precision pairs to decode (default: all)")
     parser.add_argument("--store-pairs", default=STORE_PAIRS, help="to store and gather (default %(default)s)")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="default %(default)s")
     parser.add_argument("--transforms", default="none", help=f"of {', '.join(TRANSFORMS)} (default %(default)s)")

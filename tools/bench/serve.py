@@ -18,10 +18,10 @@ from typing import Any
 from kvtuner_tools.bench.closed_loop import FILL_STEPS
 from kvtuner_tools.bench.pictures import check_picture, draw
 from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
+from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.serve import ServeJob, measure
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, write_json
-from kvtuner_tools.settings import Setting, cache_bits, profile_sha256
 
 SCHEMA = "kvtuner-bench-serve/5"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
@@ -57,7 +57,7 @@ LONG_PREFILL_COLUMNS = {**_SETTING, "prompt:chunk": "point:", "prefill s": "seco
 
 
 def new_entry(
-    setting: Setting, bits: tuple[float, float] | None, lines: Sequence[Mapping[str, Any]], error: str | None
+    setting: CacheSetting, bits: tuple[float, float] | None, lines: Sequence[Mapping[str, Any]], error: str | None
 ) -> dict[str, Any]:
     """One setting's part of the result.
 
@@ -139,7 +139,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--shape", choices=presets())
     model.add_argument("--model", type=Path, help="folder with config.json")
     parser.add_argument(
-        "--setting", action="append", required=True, type=Setting.parse, help="auto, fp8, or kvtuner:PROFILE; repeat"
+        "--setting",
+        action="append",
+        required=True,
+        type=CacheSetting.parse,
+        help="auto, fp8, or kvtuner:PROFILE; repeat",
     )
     parser.add_argument(
         "--points", default="64x1024,64x8192,8x32000", help="BATCHxCONTEXT,..., or none (default %(default)s)"

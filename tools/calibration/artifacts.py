@@ -20,7 +20,7 @@ SENSITIVITY_SCHEMA = "kvtuner-sensitivity/1"
 STATICS_FILE = "statics.safetensors"
 """Name of the file with the static tensors in a calibration's output folder."""
 PAIR_NAMES = tuple(pair.name for pair in QUANTIZED_PAIRS)
-"""Names of the nine quantized pairs, the keys of ``LayerSensitivity.output_error``."""
+"""Names of the quantized pairs, the keys of ``LayerSensitivity.output_error``."""
 KEY_BITS_NAMES = tuple(f"K{bits}" for bits in reversed(QUANTIZED_BITS))
 """``K8``, ``K4`` and ``K2``, the keys of ``LayerSensitivity.score_error``."""
 

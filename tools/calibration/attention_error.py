@@ -95,7 +95,7 @@ class AttentionMeter:
         return {bits: self._error(self._weights, values)[0] for bits, values in quantized}
 
     def pair_errors(self, transforms: LayerTransforms) -> PairErrors:
-        """Errors of all nine pairs."""
+        """Errors of all quantized pairs."""
         values = dict(self._quantized_values(transforms))
         output, per_head, score = {}, {}, {}
         for k_bits, keys in self._quantized_keys(transforms):

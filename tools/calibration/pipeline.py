@@ -27,9 +27,11 @@ from kvtuner_tools.calibration.artifacts import (
     unquantized_tokens,
 )
 from kvtuner_tools.calibration.calibration_text import CalibrationText
+from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
+from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
 from kvtuner_tools.calibration.export import write_profile
-from kvtuner_tools.calibration.options import GROUPS, Options, Texts, load_texts
+from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
 from kvtuner_tools.calibration.outcome import (
     HELDOUT_FILE,
     PROFILE_ORIGIN,
@@ -46,10 +48,12 @@ from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.search import LazyEvaluator, run_search, search_result
 from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
 from kvtuner_tools.calibration.space import SearchSpace, check_budget
-from kvtuner_tools.calibration.study import EngineSettings, SearchPlan, create_study, find_plan, open_storage
+from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
+from kvtuner_tools.calibration.transform_choice import choose_transforms
+from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 from kvtuner_tools.heldout import file_sha256
 from kvtuner_tools.results import write_json
-from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 
 SENSITIVITY_KEY_FILE = "sensitivity.key.json"
 KEY_SCHEMA = "kvtuner-stage-key/1"
@@ -61,7 +65,6 @@ REPORT_FILE = "report.html"
 FIGURES_FILE = "study_figures.json"
 COSTS_FILE = "costs.json"
 COSTS_SCHEMA = "kvtuner-costs/1"
-STAGES = ("capture", "sensitivity", "prune", "cluster", "search", "export", "report")
 
 
 class Calibration:
@@ -72,7 +75,7 @@ class Calibration:
         options: what is asked for.
     """
 
-    def __init__(self, out: Path, options: Options) -> None:
+    def __init__(self, out: Path, options: CalibrationOptions) -> None:
         self.out = out
         self.options = options
         out.mkdir(parents=True, exist_ok=True)
@@ -96,8 +99,6 @@ class Calibration:
         return load_texts(self.options, AutoTokenizer.from_pretrained(self.options.model))
 
     def capture(self) -> str:
-        from kvtuner_tools.calibration.capture import CaptureRequest, run_capture
-
         options = self.options
         request = CaptureRequest(
             model=options.model,
@@ -111,10 +112,6 @@ class Calibration:
         return f"{len(capture.layers)} layers, {sum(capture.windows):,} tokens"
 
     def sensitivity(self) -> str:
-        from kvtuner_tools.calibration.capture import CAPTURE_FOLDER
-        from kvtuner_tools.calibration.captured import Capture
-        from kvtuner_tools.calibration.transform_choice import choose_transforms
-
         capture = Capture.read(self.out / CAPTURE_FOLDER)
         recent_window = self.options.recent
         choose = self.options.transforms == "choose"
@@ -127,7 +124,7 @@ class Calibration:
             return "as it was"
         table = measure_sensitivity(capture, choice, self.out, recent_window=recent_window)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
-        return f"{len(table.layers)} layers, nine pairs each"
+        return f"{len(table.layers)} layers, {len(QUANTIZED_PAIRS)} pairs each"
 
     def prune(self) -> str:
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
@@ -135,7 +132,7 @@ class Calibration:
         candidates = prune(table, unquantized=options.unquantized_layers, keep_all=options.keep_all_pairs)
         write_candidates(self.out / CANDIDATES_FILE, candidates)
         counts = [len(layer.pairs) for layer in candidates]
-        return f"{min(counts)} to {max(counts)} of nine pairs per layer"
+        return f"{min(counts)} to {max(counts)} of {len(QUANTIZED_PAIRS)} pairs per layer"
 
     def cluster(self) -> str:
         clusters = cluster(read_candidates(self.out / CANDIDATES_FILE), self.options.cluster_factor)
@@ -196,11 +193,11 @@ class Calibration:
             engine=self._engine(self.texts.search),
         )
 
-    def _engine(self, text: CalibrationText) -> EngineSettings:
+    def _engine(self, text: CalibrationText) -> EvaluatorSpec:
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         transforms = {layer.index: layer.transforms for layer in table.layers}
         needs_statics = any(each.needs_statics for each in transforms.values())
-        return EngineSettings(
+        return EvaluatorSpec(
             model=self.options.model,
             dtype=self.options.dtype,
             windows=text.windows,
@@ -272,9 +269,7 @@ def read_costs(out: Path) -> dict[str, dict[str, Any]]:
 class _Engine:
     """A calibration engine with the file that its statics are read from."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
-
+    def __init__(self, settings: EvaluatorSpec) -> None:
         self._folder = TemporaryDirectory(prefix="kvtuner-statics-")
         statics = None
         if settings.statics is not None:
@@ -297,7 +292,7 @@ class _Engine:
         self._folder.cleanup()
 
 
-def start_engine(settings: EngineSettings) -> Evaluator:
+def start_engine(settings: EvaluatorSpec) -> Evaluator:
     """vLLM as the measuring instrument."""
     return _Engine(settings)
 

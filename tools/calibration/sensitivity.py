@@ -1,4 +1,4 @@
-"""How sensitive each layer is to the precision of its keys and values: errors of all nine pairs on captured samples."""
+"""How sensitive each layer is to the precision of its keys and values: errors of all pairs on captured samples."""
 
 from pathlib import Path
 

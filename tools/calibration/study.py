@@ -42,7 +42,7 @@ _GONE_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EvaluatorSpec:
     """What the measuring engine is built from.
 
     Args:
@@ -78,7 +78,7 @@ class EngineSettings:
         }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "EngineSettings":
+    def from_plain(cls, plain: Mapping[str, Any]) -> "EvaluatorSpec":
         transforms = {
             int(layer): TransformSettings(**dict.fromkeys(names, True)) for layer, names in plain["transforms"].items()
         }
@@ -110,7 +110,7 @@ class SearchPlan:
     max_bytes: int
     sampler: str
     seed: int
-    engine: EngineSettings
+    engine: EvaluatorSpec
 
     @property
     def study_name(self) -> str:
@@ -131,7 +131,7 @@ class SearchPlan:
     def from_plain(cls, plain: Mapping[str, Any]) -> "SearchPlan":
         clusters = tuple(map(Cluster.from_plain, plain["clusters"]))
         shapes = {int(layer): (heads, size) for layer, (heads, size) in plain["shapes"].items()}
-        engine = EngineSettings.from_plain(plain["engine"])
+        engine = EvaluatorSpec.from_plain(plain["engine"])
         return cls(SearchSpace(clusters, shapes), plain["max_bytes"], plain["sampler"], plain["seed"], engine)
 
 

@@ -30,12 +30,12 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
+from kvtuner_tools.bias_offset import key_offsets
 from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.attention_error import AttentionMeter
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer
 from kvtuner_tools.calibration.key_statics import KeyStatics, PairLayout
 from kvtuner_tools.results import write_json
-from kvtuner_tools.statics import key_offsets
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings

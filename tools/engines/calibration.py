@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import yaml
 
+from kvtuner_tools.cache_setting import KVTUNER, CacheSetting
 from kvtuner_tools.calibration.artifacts import Quality, plain_window
 from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engines.evaluate import (
@@ -29,7 +30,6 @@ from kvtuner_tools.engines.evaluate import (
 )
 from kvtuner_tools.model_files import load_model_shape, max_positions
 from kvtuner_tools.processes import OwnProcess, in_own_process
-from kvtuner_tools.settings import KVTUNER, Setting
 from kvtuner_tools.task_accuracy import Task, TaskScore
 from vllm_kvtuner.pages.layout import UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
@@ -129,7 +129,7 @@ class CalibrationEngine:
             label="reference",
             model=model,
             dtype=dtype,
-            setting=Setting("auto"),
+            setting=CacheSetting("auto"),
             max_model_len=max_model_len_for(longest_request, max_positions(model)),
             chunk=chunk or longest,
             kv_memory_bytes=kv_memory_bytes,
@@ -141,7 +141,7 @@ class CalibrationEngine:
         try:
             job = EngineJob(options, self._windows, self._folder / "logits")
             reference = in_own_process(run_engine, job).reference
-            setting = Setting(KVTUNER, str(self._write_room()))
+            setting = CacheSetting(KVTUNER, str(self._write_room()))
             self._process = OwnProcess()
             self._process.run(
                 _build, replace(options, label="calibration", setting=setting, switchable=True), reference

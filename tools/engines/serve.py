@@ -11,7 +11,7 @@ from typing import Any
 
 from kvtuner_tools.bench.closed_loop import fitting_requests, measure_decode, measure_throughput
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
-from kvtuner_tools.settings import Setting
+from kvtuner_tools.cache_setting import CacheSetting
 
 CUDAGRAPH_CAPTURE_SIZES = (1, 8, 32, 64, 128, 256)
 THROUGHPUT_CAPTURE_SIZES = (192, 320, 384, 448, 512, 640, 768, 896, 1024, 1152)
@@ -44,7 +44,7 @@ class ServeJob:
 
     model: Path
     vocab_size: int
-    setting: Setting
+    setting: CacheSetting
     points: tuple[Point, ...]
     output_tokens: int
     throughput: tuple[ThroughputPoint, ...]
