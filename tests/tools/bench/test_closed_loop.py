@@ -12,6 +12,7 @@ from kvtuner_tools.bench.closed_loop import (
     DECODE_STEPS,
     FILL_STEPS,
     SETTLE_STEPS,
+    ClosedLoop,
     fitting_requests,
     measure_decode,
     measure_throughput,
@@ -99,10 +100,8 @@ def run(engine: FakeEngine, point: ThroughputPoint, concurrency: int, window_s: 
         return 5 * preemptions["asked"]
 
     numbers = itertools.count()
-    return measure_throughput(
-        engine, point, concurrency, window_s, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, preempted,
-        clock=lambda: engine.now,
-    )  # fmt: skip
+    loop = ClosedLoop(engine, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, clock=lambda: engine.now)
+    return measure_throughput(loop, point, concurrency, window_s, preempted)
 
 
 def test_rates_are_those_of_the_engine():
