@@ -267,7 +267,8 @@ def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
         drawn.append(
             load_text(path, tokenizer, tokens=options.heldout_tokens, context=options.window, seed=options.seed)
         )
-    return Texts(*drawn)
+    capture, search, heldout = drawn
+    return Texts(capture, search, heldout)
 
 
 def check_options(options: CalibrationOptions, out: Path, *, with_budget: bool) -> None:

@@ -145,7 +145,8 @@ class Calibration:
         study = create_study(
             open_storage(options.storage_url(self.out)), plan, make_sampler(options.sampler, options.seed)
         )
-        budget = options.budget_text(*plan.space.budget_bits(plan.max_bytes))
+        nominal, stored = plan.space.budget_bits(plan.max_bytes)
+        budget = options.budget_text(nominal, stored)
         print(f"search: {budget}, {len(plan.space.clusters)} decisions, study {study.study_name}", flush=True)
         run_search(study, plan, lambda: start_engine(plan.engine), options.trials)
         result = search_result(study, plan, budget, self.texts.search.identity)
@@ -221,12 +222,12 @@ class Calibration:
         wanted |= {"greedy": result.greedy, "integer program": result.integer_program}
 
         def keep() -> Heldout:
-            scored = tuple(
-                Scored(None, origin, pairs, *space.bits(pairs), known[format_pairs(pairs)])
-                for origin, pairs in wanted.items()
-                if format_pairs(pairs) in known
-            )
-            heldout = Heldout(inputs, self.texts.heldout.identity, scored)
+            scored = []
+            for origin, pairs in wanted.items():
+                if (quality := known.get(format_pairs(pairs))) is not None:
+                    nominal, stored = space.bits(pairs)
+                    scored.append(Scored(None, origin, pairs, nominal, stored, quality))
+            heldout = Heldout(inputs, self.texts.heldout.identity, tuple(scored))
             heldout.write(self.out)
             return heldout
 

@@ -202,6 +202,7 @@ class CalibrationEngine:
         Raises:
             ValueError: as :meth:`set_transforms`.
         """
+        window = plain_window(self._recent_window)
         profile = Profile(
             name="calibration",
             source=None,
@@ -210,7 +211,9 @@ class CalibrationEngine:
             transform_overrides=transforms.overrides,
             attend_cached_prefill=True,
             statics=transforms.statics,
-            **plain_window(self._recent_window),
+            recent_window=window["recent_window"],
+            recent_window_bits=window["recent_window_bits"],
+            sink_tokens=window["sink_tokens"],
         )
         resolved = profile.resolve(self._shape)
         if transforms.statics is not None:

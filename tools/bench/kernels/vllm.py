@@ -5,7 +5,7 @@ vLLM is imported when a kernel is set up, so that the other kernels can be measu
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -84,12 +84,7 @@ class FlashAttention3(DecodeKernel):
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
 
         heads = batch.heads
-        # Layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value].
-        pages = (batch.num_blocks, batch.block_size, heads.num_kv_heads, 2 * heads.head_size)
-        kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device)
-        most = 3 * batch.key_scale  # as in packed pages; fp8 ends at 448
-        kv_cache[..., : heads.head_size].mul_(batch.key_scale).clamp_(-most, most)
-        kv_cache = kv_cache.to(self.dtype)
+        kv_cache = _random_rows(batch, self.dtype)
         keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(heads.head_size, dim=-1))
         num_splits = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
         query = batch.query.to(self.dtype)
@@ -122,7 +117,7 @@ class FlashAttention3(DecodeKernel):
                 max_seqlen_q=batch.query_tokens,
                 seqused_k=batch.seq_lens,
                 max_seqlen_k=max_len,
-                softmax_scale=batch.scale,
+                softmax_scale=batch.attention_shape.scale,
                 causal=True,
                 alibi_slopes=None,
                 window_size=[-1, -1],
@@ -164,6 +159,58 @@ class ReshapeAndCacheFlash(StoreKernel):
         return flash_stores(tokens, torch.zeros(pages, dtype=self.dtype, device=tokens.key.device))
 
 
+def _random_rows(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """A cache in layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value]."""
+    size = batch.heads.head_size
+    pages = (batch.num_blocks, batch.block_size, batch.heads.num_kv_heads, 2 * size)
+    kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device)
+    most = 3 * batch.key_scale  # as in packed pages; fp8 ends at 448
+    kv_cache[..., :size].mul_(batch.key_scale).clamp_(-most, most)
+    return kv_cache.to(dtype)
+
+
+class _Int4Cache(NamedTuple):
+    """A cache of random int4 rows, all views of one.
+
+    Args:
+        keys: [num_blocks, block_size, num_kv_heads, bytes of a key and its scale] uint8.
+        values: as keys.
+        k_scales: [num_blocks, block_size, num_kv_heads] fp32 with the zero point in their four lowest bits.
+        v_scales: as k_scales.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+
+    @classmethod
+    def random(cls, batch: Batch, content_bytes: int) -> "_Int4Cache":
+        """Values of order 1, and keys of order ``key_scale``."""
+        size = batch.heads.head_size
+        pages = (batch.num_blocks, batch.block_size, batch.heads.num_kv_heads, content_bytes)
+        kv_cache = torch.randint(0, 256, pages, dtype=torch.uint8, device=batch.device)
+        # Content: [key nibbles | scale | value nibbles | scale].
+        keys, values = kv_cache.split(content_bytes // 2, dim=-1)
+        words = kv_cache.view(torch.float32).unflatten(-1, (2, -1))
+        cache = cls(keys, values, words[..., 0, -1], words[..., 1, -1])
+        for scales, factor in ((cache.k_scales, batch.key_scale), (cache.v_scales, 1.0)):
+            # The rotation is not normalized: it multiplies rows by the root of its size.
+            step = 0.4 * factor * (size & -size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
+            zero_point = torch.randint(6, 10, step.shape, dtype=torch.int32, device=batch.device)
+            scales.copy_(((step.view(torch.int32) & -16) | zero_point).view(torch.float32))
+        return cache
+
+    def rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first copy of a batch, in model space."""
+        block, offset = token_places(batch)
+        half = batch.heads.head_size // 2
+        return (
+            dequantize_int4(self.keys[block, offset][..., :half], self.k_scales[block, offset]),
+            dequantize_int4(self.values[block, offset][..., :half], self.v_scales[block, offset]),
+        )
+
+
 class Int4PerTokenHead(DecodeKernel):
     """``unified_attention`` in mode INT4_PER_TOKEN_HEAD, as TritonAttentionImpl.forward calls it for decodes.
 
@@ -188,36 +235,25 @@ class Int4PerTokenHead(DecodeKernel):
         from vllm.v1.kv_cache_interface import KVQuantMode
 
         heads, device = batch.heads, batch.device
-        pages = (batch.num_blocks, batch.block_size, heads.num_kv_heads, cache_format.content_bytes)
-        kv_cache = torch.randint(0, 256, pages, dtype=torch.uint8, device=device)
-        # Content: [key nibbles | scale | value nibbles | scale]; a scale's four lowest bits are the zero point.
-        keys, values = kv_cache.split(cache_format.content_bytes // 2, dim=-1)
-        words = kv_cache.view(torch.float32).unflatten(-1, (2, -1))
-        k_scales, v_scales = words[..., 0, -1], words[..., 1, -1]
-        for scales, factor in ((k_scales, batch.key_scale), (v_scales, 1.0)):
-            # The rotation is not normalized: it multiplies rows by the root of its size.
-            step = 0.4 * factor * (heads.head_size & -heads.head_size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
-            zero_point = torch.randint(6, 10, step.shape, dtype=torch.int32, device=device)
-            scales.copy_(((step.view(torch.int32) & -16) | zero_point).view(torch.float32))
-
+        cache = _Int4Cache.random(batch, cache_format.content_bytes)
         threshold = MIN_LAUNCH_GRID_SIZE_2D // heads.num_kv_heads
         padded = 1 << (heads.head_size - 1).bit_length()
         segments = (threshold, heads.num_heads, NUM_PAR_SOFTMAX_SEGMENTS)
-        segment_output = torch.empty(*segments, padded, device=device)
+        segment_output = torch.empty((*segments, padded), device=device)
         segment_max, segment_sum = (torch.empty(segments, device=device) for _ in range(2))
         output = torch.empty_like(batch.query)
 
         def call(block_table: torch.Tensor) -> Callable[[], None]:
             return lambda: unified_attention(
                 q=batch.query,
-                k=keys,
-                v=values,
+                k=cache.keys,
+                v=cache.values,
                 out=output,
                 cu_seqlens_q=batch.query_start_loc,
                 max_seqlen_q=batch.query_tokens,
                 seqused_k=batch.seq_lens,
                 max_seqlen_k=max(batch.lengths),
-                softmax_scale=batch.scale,
+                softmax_scale=batch.attention_shape.scale,
                 causal=True,
                 window_size=(-1, -1),
                 block_table=block_table,
@@ -231,28 +267,20 @@ class Int4PerTokenHead(DecodeKernel):
                 softmax_segm_max=segment_max,
                 softmax_segm_expsum=segment_sum,
                 kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
-                k_scale_cache=k_scales,
-                v_scale_cache=v_scales,
+                k_scale_cache=cache.k_scales,
+                v_scale_cache=cache.v_scales,
             )
 
         newest = newest_tokens(batch)
 
         def store(slots: torch.Tensor) -> Callable[[], None]:
             return lambda: triton_reshape_and_cache_flash_per_token_head_quant(
-                newest.key, newest.value, keys, values, k_scales, v_scales, slots,
+                newest.key, newest.value, cache.keys, cache.values, cache.k_scales, cache.v_scales, slots,
                 kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
             )  # fmt: skip
 
-        def rows() -> tuple[torch.Tensor, torch.Tensor]:
-            block, offset = token_places(batch)
-            half = heads.head_size // 2
-            return (
-                dequantize_int4(keys[block, offset][..., :half], k_scales[block, offset]),
-                dequantize_int4(values[block, offset][..., :half], v_scales[block, offset]),
-            )
-
         stores = tuple(map(store, newest.slot_mappings))
-        return Launches(tuple(map(call, batch.block_tables)), stores, output, batch.query, rows)
+        return Launches(tuple(map(call, batch.block_tables)), stores, output, batch.query, lambda: cache.rows(batch))
 
 
 def dequantize_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
