@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from vllm_kvtuner import compat
+from vllm_kvtuner.attention.impl import KVTunerImpl, Served
 from vllm_kvtuner.engine import checks
 from vllm_kvtuner.engine.config import PROFILE_KEY
 from vllm_kvtuner.engine.statics import _heads_of_rank, layer_rotary, rotary_table
-from vllm_kvtuner.kernels import choice
-from vllm_kvtuner.kernels import layer as layer_module
+from vllm_kvtuner.kernels import choice, gpu
+from vllm_kvtuner.kernels.contract import AttentionShape, Span
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.plugin import register
@@ -173,13 +174,14 @@ def test_waking_up_zeroes_the_counters_of_the_decode_kernel(monkeypatch):
 
     scratch = SimpleNamespace(arrivals=torch.zeros(3, dtype=torch.int32))
     monkeypatch.setattr(choice, "decode_kernel", lambda *_: choice.CUDA)
-    monkeypatch.setattr(layer_module, "_cuda_workspace", lambda *_: scratch)
-    kernels = layer_module.LayerKernels(4, 2, 64, 0.125, None, 0.0, 8, 1, torch.device("cpu"))
+    monkeypatch.setattr(gpu, "_cuda_workspace", lambda *_: scratch)
+    kernels = gpu.GpuKernels(AttentionShape(4, 2, 64, 0.125), Span(), gpu.BatchLimits(8, 1), torch.device("cpu"))
     kernels.reserve(PrecisionPair(4, 4), LayerTransforms(), False)
     kernels.forget()
-    window = SimpleNamespace(wake_up=lambda: woken.append(1))
+    window = SimpleNamespace(packed=SimpleNamespace(wake_up=lambda: woken.append(1)))
     woken: list[int] = []
-    layer = SimpleNamespace(impl=SimpleNamespace(kernels=kernels, recent_kernels=SimpleNamespace(kernels=window)))
+    served = SimpleNamespace(served=Served(kernels, None, window))
+    layer = SimpleNamespace(impl=SimpleNamespace(wake_up=lambda: KVTunerImpl.wake_up(served)))
     config = SimpleNamespace(
         cache_config=SimpleNamespace(cache_dtype="kvtuner"),
         compilation_config=SimpleNamespace(static_forward_context={"a": layer, "b": SimpleNamespace()}),

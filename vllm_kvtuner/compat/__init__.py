@@ -363,10 +363,8 @@ def wake_kernels_up() -> None:
         if not uses_kvtuner(worker.vllm_config) or (tags is not None and "weights" not in tags):
             return
         for layer in worker.vllm_config.compilation_config.static_forward_context.values():
-            implementation = getattr(layer, "impl", None)
-            for owner in (implementation, getattr(implementation, "recent_kernels", None)):
-                if kernels := getattr(owner, "kernels", None):
-                    kernels.wake_up()
+            if wake := getattr(getattr(layer, "impl", None), "wake_up", None):
+                wake()
 
     _after(Worker, "wake_up", wake_up)
 

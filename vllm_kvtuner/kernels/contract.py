@@ -330,6 +330,16 @@ class KernelSet(Protocol):
     ) -> None:
         """As :class:`PagedAttention`, with the layer's shape and span."""
 
+    def merge_window(
+        self,
+        query: torch.Tensor,
+        queries: Queries,
+        rows: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """As :class:`WindowAttention`, beside what :meth:`attend` has given."""
+
     def warm_up(
         self, pages: Pages, workspace: tuple[torch.Tensor, torch.Tensor], window_rows: torch.Tensor | None = None
     ) -> None:
@@ -340,6 +350,9 @@ class KernelSet(Protocol):
             workspace: [tokens, num_kv_heads, head_size] of the model's dtype, twice, to gather into.
             window_rows: cache of a recent window that keeps new tokens as they are, if the layer has one.
         """
+
+    def warm_up_window(self, window_rows: torch.Tensor) -> None:
+        """The same of :meth:`merge_window`, with the window's cache."""
 
 
 def check_store(
