@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtuner_tools.model_files import load_model_shape, read_config
+from kvtuner_tools.model_files import load_model_shape, read_config, refuse_model_folder
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.statics import LayerStatics, save_statics
@@ -45,17 +45,6 @@ def run(args: argparse.Namespace) -> int:
     save_statics(args.out, statics, metadata)
     print(f"{args.out}: key_offset of layers {format_layers(statics)}, from the k projection's bias of {args.model}")
     return 0
-
-
-def refuse_model_folder(model: str, folder: Path) -> None:
-    """Refuse to write statics where vLLM would read them as weights: beside the model's own.
-
-    Raises:
-        ProfileError: the folder is the model's.
-    """
-    if Path(model).is_dir() and folder.resolve() == Path(model).resolve():
-        rule = "--out must not be in the model's folder, where vLLM takes every safetensors file for weights"
-        raise ProfileError([f"{folder}: {rule}, but got {model!r}"])
 
 
 def key_offsets(model: str) -> dict[int, LayerStatics]:

@@ -4,11 +4,15 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-KVTUNER = "kvtuner"
+from vllm_kvtuner.engine.config import ATTEND_KEY, CALIBRATION_KEY, KV_CACHE_DTYPE, PROFILE_KEY
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.model_shape import ModelShape
+
+KVTUNER = KV_CACHE_DTYPE
 
 
 @dataclass(frozen=True)
-class Setting:
+class CacheSetting:
     """A ``--kv-cache-dtype`` and, for ``kvtuner`` alone, a precision profile.
 
     Raises:
@@ -28,7 +32,7 @@ class Setting:
             )
 
     @classmethod
-    def parse(cls, text: str) -> "Setting":
+    def parse(cls, text: str) -> "CacheSetting":
         """Read ``auto``, ``fp8``, or ``kvtuner:PROFILE``."""
         dtype, _, profile = text.partition(":")
         return cls(dtype, profile or None)
@@ -37,25 +41,25 @@ class Setting:
     def label(self) -> str:
         return f"{self.kv_cache_dtype}:{self.profile}" if self.profile else self.kv_cache_dtype
 
-    def additional_config(self, *, attend_cached_prefill: bool = False, calibration: bool = False) -> dict[str, Any]:
+    def additional_config(self, *, attend_cached_prefill: bool = False, switchable: bool = False) -> dict[str, Any]:
         """vLLM's ``additional_config`` for this setting; {} for vLLM's own dtypes.
 
         Args:
             attend_cached_prefill: True makes prefill read back what it stored, whatever the profile says, so that
                 teacher-forced evaluation sees quantization; False leaves the choice to the profile.
-            calibration: True makes layers switchable at run time.
+            switchable: True lets pairs and transforms of layers change at run time.
         """
         if self.profile is None:
             return {}
-        config: dict[str, Any] = {"kvtuner_profile": self.profile}
+        config: dict[str, Any] = {PROFILE_KEY: self.profile}
         if attend_cached_prefill:
-            config["kvtuner_attend_cached_prefill"] = True
-        if calibration:
-            config["kvtuner_calibration"] = True
+            config[ATTEND_KEY] = True
+        if switchable:
+            config[CALIBRATION_KEY] = True
         return config
 
 
-def cache_bits(setting: Setting, hf_config: Any, model: str, unquantized_bits: int) -> tuple[float, float] | None:
+def cache_bits(setting: CacheSetting, hf_config: Any, model: str, unquantized_bits: int) -> tuple[float, float] | None:
     """Nominal and stored bits per cached number, or None for a dtype of vLLM whose scales it lays out itself.
 
     Args:
@@ -68,9 +72,6 @@ def cache_bits(setting: Setting, hf_config: Any, model: str, unquantized_bits: i
         ProfileError: the profile cannot be read or does not fit the model.
     """
     if setting.profile is not None:
-        from vllm_kvtuner.profile.load import load_profile
-        from vllm_kvtuner.profile.model_shape import ModelShape
-
         resolved = load_profile(setting.profile).resolve(ModelShape.from_hf_config(hf_config, model))
         return resolved.nominal_bits, resolved.stored_bits
     if setting.kv_cache_dtype == "auto":
@@ -80,7 +81,7 @@ def cache_bits(setting: Setting, hf_config: Any, model: str, unquantized_bits: i
     return None
 
 
-def profile_sha256(setting: Setting) -> str | None:
+def profile_sha256(setting: CacheSetting) -> str | None:
     """Hex SHA-256 of the bytes of a setting's profile and its statics; None where there is no file.
 
     Raises:
@@ -88,8 +89,6 @@ def profile_sha256(setting: Setting) -> str | None:
     """
     if setting.profile is None:
         return None
-    from vllm_kvtuner.profile.load import load_profile
-
     profile = load_profile(setting.profile)
     files = [path for path in (profile.source, profile.statics) if path is not None]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None

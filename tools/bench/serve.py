@@ -18,10 +18,10 @@ from typing import Any
 from kvtuner_tools.bench.closed_loop import FILL_STEPS
 from kvtuner_tools.bench.pictures import check_picture, draw
 from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
+from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.serve import ServeJob, measure
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, write_json
-from kvtuner_tools.settings import Setting, cache_bits, profile_sha256
 
 SCHEMA = "kvtuner-bench-serve/5"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
@@ -57,7 +57,7 @@ LONG_PREFILL_COLUMNS = {**_SETTING, "prompt:chunk": "point:", "prefill s": "seco
 
 
 def new_entry(
-    setting: Setting, bits: tuple[float, float] | None, lines: Sequence[Mapping[str, Any]], error: str | None
+    setting: CacheSetting, bits: tuple[float, float] | None, lines: Sequence[Mapping[str, Any]], error: str | None
 ) -> dict[str, Any]:
     """One setting's part of the result.
 
@@ -139,7 +139,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--shape", choices=presets())
     model.add_argument("--model", type=Path, help="folder with config.json")
     parser.add_argument(
-        "--setting", action="append", required=True, type=Setting.parse, help="auto, fp8, or kvtuner:PROFILE; repeat"
+        "--setting",
+        action="append",
+        required=True,
+        type=CacheSetting.parse,
+        help="auto, fp8, or kvtuner:PROFILE; repeat",
     )
     parser.add_argument(
         "--points", default="64x1024,64x8192,8x32000", help="BATCHxCONTEXT,..., or none (default %(default)s)"
@@ -213,7 +217,6 @@ def run(args: argparse.Namespace) -> int:
             if kept and kept["error"] is None and kept["profile_sha256"] == profile_sha256(setting):
                 print(f"{setting.label}: kept from {args.out}")
                 continue
-            lines = Path(folder) / f"{number}.jsonl"
             job = ServeJob(
                 model=model,
                 vocab_size=hf_config.get_text_config().vocab_size,
@@ -227,26 +230,37 @@ def run(args: argparse.Namespace) -> int:
                 kv_memory_bytes=kv_memory_bytes,
                 max_model_len=args.max_model_len,
                 max_num_seqs=max_num_seqs,
-                lines=lines,
+                lines=Path(folder) / f"{number}.jsonl",
             )
-            error = None
-            try:
-                in_own_process(measure, job)
-            except Exception as failure:  # an engine can fail in any way; the next one must still be measured
-                error = f"{type(failure).__name__}: {failure}"
-            records = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
-            done[setting.label] = new_entry(setting, bits[setting], records, error)
+            done[setting.label] = _measure_setting(job, bits[setting])
             # Rewritten after every engine, so that a run cut short keeps what it measured.
             result = assemble(head, list(done.values()))
             if args.out:
                 write_json(args.out, result)
-    print(f"{head['model']} on {head['device']}, dummy weights")
+    status = _report(result)
+    if args.picture:
+        draw(result, args.picture)
+    return status
+
+
+def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[str, Any]:
+    """The entry of one setting, measured in an engine and a process of its own."""
+    error = None
+    try:
+        in_own_process(measure, job)
+    except Exception as failure:  # an engine can fail in any way; the next one must still be measured
+        error = f"{type(failure).__name__}: {failure}"
+    records = [json.loads(line) for line in job.lines.read_text().splitlines()] if job.lines.exists() else []
+    return new_entry(job.setting, bits, records, error)
+
+
+def _report(result: Mapping[str, Any]) -> int:
+    """Print the tables, and what failed on stderr; the exit status."""
+    print(f"{result['model']} on {result['device']}, dummy weights")
     print(table(result))
     failed = [entry for entry in result["settings"] if entry["error"]]
     for entry in failed:
         print(f"{entry['label']}: {entry['error']}", file=sys.stderr)
-    if args.picture:
-        draw(result, args.picture)
     return 1 if failed else 0
 
 

@@ -5,23 +5,23 @@ the L2 cache holds. A call is all that a layer launches per step, the combinatio
 written after every case.
 """
 
+# What needs torch is imported by run(): the help of kvtuner bench does without.
+
 import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.bench.kernel_request import PARTS, parse_request
 from kvtuner_tools.bench.pictures import check_picture, draw
-from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape, KernelPoint, presets
+from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, LayerHeads, presets
 from kvtuner_tools.results import format_table, provenance, write_json
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 
 SCHEMA = "kvtuner-bench-kernel/3"
-PARTS = ("decode", "layer", "store", "gather")
-"""Attention over the cache; the same after the store of the queries' tokens, as a layer does both; store; gather."""
 STORE_PAIRS = "K8V8,K4V4,K2V2"
 """Keys and values are stored and gathered apart, so pairs of equal bits show every width."""
 _COMMON = {
@@ -45,53 +45,12 @@ COLUMNS = {
 }
 
 
-@dataclass(frozen=True)
-class KernelRequest:
-    """What to measure.
-
-    Args:
-        parts: of ``PARTS``.
-        implementations: of ``IMPLEMENTATIONS``.
-        transforms: of ``TRANSFORMS``.
-        query_tokens: query tokens of every request.
-        gather_tokens: cached tokens of the request that is gathered.
-        bandwidth: a read bandwidth to report against beside the measured one, in bytes per second.
-        samples: timed samples per case.
-        sample_ms: least duration of a sample.
-    """
-
-    parts: tuple[str, ...]
-    shapes: tuple[AttentionShape, ...]
-    block_sizes: tuple[int, ...]
-    points: tuple[KernelPoint, ...]
-    pairs: tuple[PrecisionPair, ...]
-    store_pairs: tuple[PrecisionPair, ...]
-    implementations: tuple[str, ...]
-    transforms: tuple[str, ...]
-    query_tokens: int
-    gather_tokens: int
-    bandwidth: float | None
-    samples: int
-    sample_ms: float
-
-    def head(self) -> dict[str, Any]:
-        """The options as JSON."""
-        return {
-            "shapes": [str(shape) for shape in self.shapes],
-            "block_sizes": list(self.block_sizes),
-            "points": [str(point) for point in self.points],
-            "query_tokens": self.query_tokens,
-            "samples": self.samples,
-            "sample_ms": self.sample_ms,
-        }
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kvtuner bench kernel``."""
     parser.add_argument(
         "--shape",
         action="append",
-        type=AttentionShape.parse,
+        type=LayerHeads.parse,
         help=f"HEADS/KV_HEADS/HEAD_SIZE, or {', '.join(presets())}; repeat (default: llama31_8b)",
     )
     parser.add_argument(
@@ -103,12 +62,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="BATCHxCONTEXT or mixed:REQUESTS:LOW-HIGH, with commas (default %(default)s)",
     )
     pairs = ",".join(pair.name for pair in QUANTIZED_PAIRS)
-    parser.add_argument("--pairs", default=pairs, help="precision pairs to decode (default: all nine)")
+    parser.add_argument("--pairs", default=pairs, help="precision pairs to decode (default: all)")
     parser.add_argument("--store-pairs", default=STORE_PAIRS, help="to store and gather (default %(default)s)")
     parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="default %(default)s")
     parser.add_argument("--transforms", default="none", help=f"of {', '.join(TRANSFORMS)} (default %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default %(default)s)")
-    parser.add_argument("--query-tokens", type=int, default=1, help="per request, 1 to 16 (default %(default)s)")
+    parser.add_argument(
+        "--query-tokens", type=int, default=1, help=f"per request, 1 to {MAX_DECODE_QUERY_LEN} (default %(default)s)"
+    )
     parser.add_argument("--gather-tokens", type=int, default=32768, help="cached prefix (default %(default)s)")
     parser.add_argument("--bandwidth", type=float, help="bytes/s to report against too, such as 4.37e12")
     parser.add_argument("--samples", type=int, default=5, help="timed samples per case (default %(default)s)")
@@ -121,54 +82,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, help="write the result here as JSON")
     parser.add_argument("--picture", type=Path, help="draw it here, .png or .svg (needs matplotlib)")
-
-
-def parse_request(args: argparse.Namespace) -> KernelRequest:
-    """The request that the arguments make.
-
-    Raises:
-        ValueError: an option with a value it does not take.
-    """
-
-    def words(option: str, known: Sequence[str]) -> tuple[str, ...]:
-        given = tuple(word.strip() for word in getattr(args, option).split(","))
-        if unknown := [word for word in given if word not in known]:
-            raise ValueError(f"--{option} must be of {', '.join(known)}, but got {', '.join(unknown)}")
-        return given
-
-    def pairs(text: str) -> tuple[PrecisionPair, ...]:
-        found = tuple(PrecisionPair.parse(word) for word in text.split(","))
-        if unpacked := [pair.name for pair in found if not pair.is_quantized]:
-            raise ValueError(f"pairs must be of {', '.join(map(str, QUANTIZED_PAIRS))}, but got {', '.join(unpacked)}")
-        return found
-
-    def sizes(text: str) -> tuple[int, ...]:
-        if not all(word.strip().isdecimal() and int(word) and int(word) % 16 == 0 for word in text.split(",")):
-            raise ValueError(f"--block-size must be multiples of 16, but got {text!r}")
-        return tuple(map(int, text.split(",")))
-
-    points = tuple(KernelPoint.parse(text) for text in args.points.split(","))
-    if not 1 <= args.query_tokens <= 16 or args.query_tokens > min(min(point.lengths) for point in points):
-        rule = "--query-tokens must be 1 to 16 and at most the shortest context"
-        raise ValueError(f"{rule}, but got {args.query_tokens}")
-    for option in ("gather_tokens", "samples", "sample_ms", "bandwidth", "jobs"):
-        if (value := getattr(args, option)) is not None and value <= 0:
-            raise ValueError(f"--{option.replace('_', '-')} must be positive, but got {value}")
-    return KernelRequest(
-        parts=words("parts", PARTS),
-        shapes=tuple(args.shape or [AttentionShape.parse("llama31_8b")]),
-        block_sizes=sizes(args.block_size),
-        points=points,
-        pairs=pairs(args.pairs),
-        store_pairs=pairs(args.store_pairs),
-        implementations=words("implementations", IMPLEMENTATIONS),
-        transforms=words("transforms", TRANSFORMS),
-        query_tokens=args.query_tokens,
-        gather_tokens=args.gather_tokens,
-        bandwidth=args.bandwidth,
-        samples=args.samples,
-        sample_ms=args.sample_ms,
-    )
 
 
 def table(result: dict[str, Any]) -> str:
