@@ -27,9 +27,10 @@ import numpy as np
 import safetensors.numpy
 import yaml
 
-from vllm_kvtuner.model_shape import LayerShape, ModelShape
-from vllm_kvtuner.profile import ProfileError, load_profile, shipped_profiles
-from vllm_kvtuner.statics import load_statics
+from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.statics import load_statics
 
 CASE_SECONDS = 30
 MEMORY = 2 << 30

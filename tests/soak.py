@@ -31,7 +31,7 @@ import torch
 from kvtuner_tools.model_files import load_model_shape
 from tests.helpers.engine import SERVER_ENVIRONMENT, fork_server
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
-from vllm_kvtuner.profile import load_profile
+from vllm_kvtuner.profile.load import load_profile
 
 CONTEXT = 512
 BLOCK_SIZE = 32

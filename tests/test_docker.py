@@ -62,7 +62,7 @@ def test_compose_builds_this_dockerfile(service):
 
 
 def test_compose_serves_a_profile_that_is_mounted(service):
-    from vllm_kvtuner.profile import load_profile
+    from vllm_kvtuner.profile.load import load_profile
 
     source, target, mode = substituted(service["volumes"][0]).split(":")
     command = [substituted(word) for word in service["command"]]

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from vllm_kvtuner import schema
-from vllm_kvtuner.profile import ProfileError, load_profile
+from vllm_kvtuner.profile import problems
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.problems import ProfileError
 
 CASES = 1000
 
@@ -42,7 +43,7 @@ def problems_of(tmp_path):
         pytest.param("version: 1\nlayers: " + "1:" * 300 + "1.5\n", "of base 60", id="one that no float holds"),
         pytest.param(f"version: {'9' * 5000}\n", "of base 60 or many digits in line 1", id="many digits"),
         pytest.param("version: 1\nlayers: {0: K8V8, <<: {0: K4V4}}\n", "the merge key << in line 2", id="merge"),
-        pytest.param("version: 1\nlayers: K4V4\n#" + " " * schema.MAX_BYTES, "at most 262,144 bytes", id="size"),
+        pytest.param("version: 1\nlayers: K4V4\n#" + " " * problems.MAX_BYTES, "at most 262,144 bytes", id="size"),
         pytest.param("".join(f"{n}: 1\n" for n in range(5000)), "more than 4096 keys in the mapping", id="keys"),
         pytest.param(
             f"version: 1\nlayers:\n  ? {'0-1023,' * 30_000}1\n  : K4V4\n", "0-1023 again", id="repeated layers"

@@ -40,7 +40,7 @@ def test_wheel_holds_every_cuda_source(wheel):
     sources = {
         str(path.relative_to(ROOT)) for suffix in ("cu", "cuh") for path in (ROOT / "vllm_kvtuner").rglob(f"*.{suffix}")
     }
-    assert "vllm_kvtuner/kernels/cuda/paged_attention.cu" in sources
+    assert "vllm_kvtuner/kernels/cuda/src/paged_attention.cu" in sources
     assert sources == {name for name in wheel.namelist() if name.endswith((".cu", ".cuh"))}
 
 
@@ -65,7 +65,7 @@ def test_wheel_holds_the_calibration_text(wheel):
 
 def test_profiles_are_found_in_an_installed_wheel(wheel, tmp_path):
     wheel.extractall(tmp_path)
-    code = "from vllm_kvtuner.profile import load_profile; print(load_profile('llama31_3.25bit').source)"
+    code = "from vllm_kvtuner.profile.load import load_profile; print(load_profile('llama31_3.25bit').source)"
     result = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,

@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.profile import ResolvedProfile, load_profile
-
-from .gguf import convert_gguf
-from .model_files import load_model_shape
+from kvtuner_tools.gguf import convert_gguf
+from kvtuner_tools.model_files import load_model_shape
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.profile import ResolvedProfile
 
 MODEL_FOLDER = Path(".models/SmolLM2-135M-Instruct")
 MODEL_NAME = "SmolLM2-135M-Instruct"

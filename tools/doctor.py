@@ -11,15 +11,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from kvtuner_tools import machine
+from kvtuner_tools.machine import Section
+from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
-from vllm_kvtuner.layout import PrecisionPair
-from vllm_kvtuner.precision import TransformSettings
-from vllm_kvtuner.profile import ProfileError
-from vllm_kvtuner.schema import format_layers
-
-from . import machine
-from .machine import Section
-from .profile_commands import resolve, tokens_that_fit
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.profile.problems import ProfileError, format_layers
+from vllm_kvtuner.profile.profile import TransformSettings
 
 if TYPE_CHECKING:
     import torch
@@ -157,19 +155,18 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 def _choices(group: Group, device: "torch.device") -> dict[str, str]:
     import torch
 
-    from vllm_kvtuner import decode_kernel
-
-    from .self_test import Case
+    from kvtuner_tools.self_test import Case
+    from vllm_kvtuner.kernels import choice
 
     if device.type == "cpu":
         return {"decode": "reference, since the device is a CPU", "store and gather": "reference"}
     case = Case(group.pair, group.head_size, group.transforms)
-    capability = decode_kernel.device_capability(device)
+    capability = choice.device_capability(device)
     transforms = case.layer_transforms(torch.device("cpu"))
-    decode = str(decode_kernel.choose_decode(case.layout, transforms, 0.0, capability))
-    if group.transforms.key_offset and decode.startswith(decode_kernel.CUDA):
-        decode += f" ({decode_kernel.TRITON} for a model whose rotation is not proportional to the position)"
-    return {"decode": decode, "store and gather": str(decode_kernel.choose_rows(case.layout, capability))}
+    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability))
+    if group.transforms.key_offset and decode.startswith(choice.CUDA):
+        decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position)"
+    return {"decode": decode, "store and gather": str(choice.choose_rows(case.layout, capability))}
 
 
 def _chosen(fact: dict[str, Any]) -> list[str]:
@@ -177,7 +174,7 @@ def _chosen(fact: dict[str, Any]) -> list[str]:
 
 
 def _self_test(section: Section, title: str, group: Group, device: "torch.device") -> None:
-    from .self_test import Case, measure
+    from kvtuner_tools.self_test import Case, measure
 
     fact = section.facts[title]
     try:

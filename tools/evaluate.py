@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .evaluate_engine import (
+from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
     EngineJob,
     EngineOptions,
@@ -23,12 +23,12 @@ from .evaluate_engine import (
     max_model_len_for,
     run_engine,
 )
-from .heldout import file_sha256, load_windows
-from .lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
-from .processes import in_own_process
-from .results import format_table, provenance, write_json
-from .settings import KVTUNER, Setting, cache_bits, profile_sha256
-from .task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
+from kvtuner_tools.heldout import file_sha256, load_windows
+from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
+from kvtuner_tools.processes import in_own_process
+from kvtuner_tools.results import format_table, provenance, write_json
+from kvtuner_tools.settings import KVTUNER, Setting, cache_bits, profile_sha256
+from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
 
 SCHEMA = "kvtuner-evaluation/1"
 AUTO = Setting("auto")

@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 
-from vllm_kvtuner import compat, envs, plugin
+from vllm_kvtuner import compat, envs
+from vllm_kvtuner.plugin import register
 
 _PLUGIN_GROUP = "vllm.general_plugins"
 _REINSTALL = "install this package again into the environment that runs vLLM (pip install '.[gpu]' or '.[cpu]')"
@@ -114,7 +115,7 @@ def plugin_registration() -> Section:
             section.problems.append((f"vLLM cannot import {entries['kvtuner']}", _REINSTALL))
         return section
     try:
-        plugin.register()
+        register()
     except Exception as error:  # whatever a vLLM of another version breaks with
         problem = f"the plugin does not fit this vLLM: {type(error).__name__}: {error}"
         section.problems.append((problem, f"install {_served()}"))

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.profile import ModelShape, ProfileError
+from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.problems import ProfileError
 
 
 def read_config(model: str) -> Any:

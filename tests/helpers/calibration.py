@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import sqlalchemy
 
 from kvtuner_tools.calibration.artifacts import KEY_BITS_NAMES, PAIR_NAMES, LayerSensitivity, Quality, SensitivityTable
-from vllm_kvtuner.layout import QUANTIZED_PAIRS, PrecisionPair
-from vllm_kvtuner.precision import TransformSettings
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.profile.profile import TransformSettings
 
 
 @sqlalchemy.event.listens_for(sqlalchemy.Engine, "connect")

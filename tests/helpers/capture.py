@@ -8,7 +8,7 @@ import torch
 
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer, layer_file, save_rotary, save_tensors
 from kvtuner_tools.calibration.rotation import apply_rotary
-from vllm_kvtuner.transforms import RotaryTable
+from vllm_kvtuner.pages.transforms import RotaryTable
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 64
 LAYER = CapturedLayer(

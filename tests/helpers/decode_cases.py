@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from tests.helpers.paged_cache import PackedCache, make_layout, random_cache, rotary_table
-from vllm_kvtuner.layout import PageLayout
-from vllm_kvtuner.reference import page_parts, unpack_codes
-from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, linear_rotary, rotated_offset
+from vllm_kvtuner.pages.codes import unpack_codes
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary, rotated_offset
+from vllm_kvtuner.pages.views import page_parts
 
 HEAD_SIZES = (64, 96, 128, 256)
 SEQ_LENS = [70, 1, 15, 16, 17, 129]

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvtuner.layout import PageLayout, PrecisionPair
-from vllm_kvtuner.reference import page_parts
-from vllm_kvtuner.transforms import LayerTransforms, RotaryTable
+from vllm_kvtuner.pages.layout import PageLayout, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable
+from vllm_kvtuner.pages.views import page_parts
 
 POISON_BYTE = 255
 """Fills what no token occupies: scale and minimum read as NaN, codes as the largest."""

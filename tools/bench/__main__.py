@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from . import add_arguments, run
+from kvtuner_tools.bench import add_arguments, run
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="kvtuner bench")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .points import ThroughputPoint
+from kvtuner_tools.bench.points import ThroughputPoint
 
 DECODE_STEPS = 32
 """Steps after the last request's first token that are timed on their own."""

@@ -15,13 +15,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ..processes import in_own_process
-from ..results import format_table, provenance, write_json
-from ..settings import Setting, cache_bits, profile_sha256
-from .closed_loop import FILL_STEPS
-from .pictures import check_picture, draw
-from .points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
-from .serve_engine import ServeJob, measure
+from kvtuner_tools.bench.closed_loop import FILL_STEPS
+from kvtuner_tools.bench.pictures import check_picture, draw
+from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
+from kvtuner_tools.engines.serve import ServeJob, measure
+from kvtuner_tools.processes import in_own_process
+from kvtuner_tools.results import format_table, provenance, write_json
+from kvtuner_tools.settings import Setting, cache_bits, profile_sha256
 
 SCHEMA = "kvtuner-bench-serve/5"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024

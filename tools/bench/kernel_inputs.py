@@ -6,11 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvtuner.layout import PageLayout
-from vllm_kvtuner.reference import page_parts
-from vllm_kvtuner.transforms import LayerTransforms, linear_rotary
-
-from .points import AttentionShape
+from kvtuner_tools.bench.points import AttentionShape
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import LayerTransforms, linear_rotary
+from vllm_kvtuner.pages.views import page_parts
 
 TABLE_PADDING = 8
 """Table columns beyond the longest request: vLLM's tables have room for its longest model length, and its kernels

@@ -10,14 +10,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from .decode_kernels import CacheFormat, DecodeKernel, Unsupported, decode_kernels, packed_format
-from .kernel_inputs import attention_float64, copies_for, make_batch, make_transforms
-from .points import AttentionShape, KernelPoint
-from .store_kernels import ROW_KERNELS, STORE_KERNELS, build_gather, new_tokens, row_kernels_skip_reason
-from .timing import time_calls
+from kvtuner_tools.bench.kernel_inputs import attention_float64, copies_for, make_batch, make_transforms
+from kvtuner_tools.bench.kernels.packed import CacheFormat, DecodeKernel, Unsupported, decode_kernels, packed_format
+from kvtuner_tools.bench.points import AttentionShape, KernelPoint
+from kvtuner_tools.bench.store_kernels import (
+    ROW_KERNELS,
+    STORE_KERNELS,
+    build_gather,
+    new_tokens,
+    row_kernels_skip_reason,
+)
+from kvtuner_tools.bench.timing import time_calls
 
 if TYPE_CHECKING:
-    from .kernel_points import KernelRequest
+    from kvtuner_tools.bench.kernel_points import KernelRequest
 
 
 @dataclass(frozen=True)

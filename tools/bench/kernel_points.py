@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.layout import QUANTIZED_PAIRS, PrecisionPair
-
-from ..results import format_table, provenance, write_json
-from .pictures import check_picture, draw
-from .points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape, KernelPoint, presets
+from kvtuner_tools.bench.pictures import check_picture, draw
+from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape, KernelPoint, presets
+from kvtuner_tools.results import format_table, provenance, write_json
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 
 SCHEMA = "kvtuner-bench-kernel/3"
 PARTS = ("decode", "layer", "store", "gather")
@@ -203,8 +202,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("bench kernel must run on a GPU, but torch finds none")
     from tqdm import tqdm
 
-    from .kernel_measure import KernelMeter
-    from .read_bandwidth import measure_read_bandwidth
+    from kvtuner_tools.bench.kernel_measure import KernelMeter
+    from kvtuner_tools.bench.read_bandwidth import measure_read_bandwidth
 
     begin = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device())

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .points import IMPLEMENTATIONS
+from kvtuner_tools.bench.points import IMPLEMENTATIONS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .timing import time_calls
+from kvtuner_tools.bench.timing import time_calls
 
 BYTES = 2 << 30
 SAMPLES, SAMPLE_MS = 5, 5.0

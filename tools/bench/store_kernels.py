@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvtuner.layout import PageLayout, PrecisionPair
-from vllm_kvtuner.transforms import LayerTransforms
-
-from .decode_kernels import CacheFormat, cuda_skip_reason, packed_format, packed_stores
-from .kernel_inputs import Batch, NewTokens, random_pages
-from .points import AttentionShape
-from .vllm_kernels import FP8, flash_stores, vllm_skip_reason
+from kvtuner_tools.bench.kernel_inputs import Batch, NewTokens, random_pages
+from kvtuner_tools.bench.kernels.packed import CacheFormat, cuda_skip_reason, packed_format, packed_stores
+from kvtuner_tools.bench.kernels.vllm import FP8, flash_stores, vllm_skip_reason
+from kvtuner_tools.bench.points import AttentionShape
+from vllm_kvtuner.pages.layout import PageLayout, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 STORE_COPIES = 8
 """Sets of slots that a graph's calls store to."""

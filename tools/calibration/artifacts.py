@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
-from vllm_kvtuner.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
-from vllm_kvtuner.precision import TRANSFORM_KEYS, TransformSettings
-from vllm_kvtuner.schema import Problems, show
-
-from ..results import write_json
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.profile.problems import Problems, show
+from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
 
 SENSITIVITY_SCHEMA = "kvtuner-sensitivity/1"
 STATICS_FILE = "statics.safetensors"

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vllm_kvtuner.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
-from vllm_kvtuner.reference import quantize_rows
-from vllm_kvtuner.transforms import LayerTransforms, RotaryTable, restore_keys, rotate_values, transform_keys
-
-from .captured import CapturedLayer, RotaryRows, Window
-from .rotation import apply_rotary, undo_rotary
+from kvtuner_tools.calibration.captured import CapturedLayer, RotaryRows, Window
+from kvtuner_tools.calibration.rotation import apply_rotary, undo_rotary
+from vllm_kvtuner.pages.codes import quantize_rows
+from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, restore_keys, rotate_values, transform_keys
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from vllm_kvtuner.schema import ProfileError, show
+from vllm_kvtuner.profile.problems import ProfileError, show
 
 BUNDLED = "bundled"
 """Source of the set that ships with this package."""

@@ -12,15 +12,14 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_kvtuner.schema import ProfileError
-
-from ..model_files import load_model_shape
-from ..processes import in_own_process
-from ..results import provenance
-from .artifacts import digest
-from .calibration_text import load_text
-from .capture_engine import CaptureJob, run_capture_engine
-from .captured import CAPTURE_SCHEMA, Capture, model_identity
+from kvtuner_tools.calibration.artifacts import digest
+from kvtuner_tools.calibration.calibration_text import load_text
+from kvtuner_tools.calibration.captured import CAPTURE_SCHEMA, Capture, model_identity
+from kvtuner_tools.engines.capture import CaptureJob, run_capture_engine
+from kvtuner_tools.model_files import load_model_shape
+from kvtuner_tools.processes import in_own_process
+from kvtuner_tools.results import provenance
+from vllm_kvtuner.profile.problems import ProfileError
 
 CAPTURE_FOLDER = "capture"
 """Name of the capture's folder in a calibration's output folder."""

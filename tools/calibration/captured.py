@@ -22,12 +22,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vllm_kvtuner.model_shape import ModelShape
-from vllm_kvtuner.schema import ProfileError
-from vllm_kvtuner.transforms import RotaryTable
-
-from ..results import write_json
-from .artifacts import read_artifact
+from kvtuner_tools.calibration.artifacts import read_artifact
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.transforms import RotaryTable
+from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.problems import ProfileError
 
 CAPTURE_SCHEMA = "kvtuner-capture/1"
 

@@ -17,12 +17,11 @@ from typing import Any
 import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from vllm_kvtuner.layout import PrecisionPair
-from vllm_kvtuner.schema import format_layers
-
-from ..results import write_json
-from .artifacts import read_artifact
-from .prune import LayerCandidates
+from kvtuner_tools.calibration.artifacts import read_artifact
+from kvtuner_tools.calibration.prune import LayerCandidates
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.profile.problems import format_layers
 
 CLUSTERS_SCHEMA = "kvtuner-clusters/1"
 DEFAULT_FACTOR = 1.5

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_kvtuner.schema import ProfileError
-
-from .options import OPTIONS_FILE, Options, add_options, check_options, given_options, merge
+from kvtuner_tools.calibration.options import OPTIONS_FILE, Options, add_options, check_options, given_options, merge
+from vllm_kvtuner.profile.problems import ProfileError
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
@@ -33,7 +32,7 @@ def _run(options: Options, out: Path, stages: Sequence[str]) -> int:
     check_options(options, out, with_budget="search" in stages)
     import optuna
 
-    from .pipeline import Calibration
+    from kvtuner_tools.calibration.pipeline import Calibration
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     calibration = Calibration(out, options)
@@ -68,7 +67,7 @@ def _first_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from .pipeline import STAGES
+    from kvtuner_tools.calibration.pipeline import STAGES
 
     return _run(merge(_known(args.out), given_options(args)), args.out, STAGES)
 
@@ -128,7 +127,7 @@ def _search(args: argparse.Namespace) -> int:
     storage = Options.read(folder).storage_url(folder) if is_folder else args.join
     import optuna
 
-    from .pipeline import join
+    from kvtuner_tools.calibration.pipeline import join
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _interruptible():

@@ -9,14 +9,13 @@ from typing import Any
 
 import yaml
 
+from kvtuner_tools.calibration.artifacts import SensitivityTable, read_statics
+from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, short_name, verdict
 from vllm_kvtuner import __version__
-from vllm_kvtuner.layout import PrecisionPair
-from vllm_kvtuner.precision import SCHEMA_VERSION, TransformSettings
-from vllm_kvtuner.profile import load_profile
-from vllm_kvtuner.schema import format_layers
-
-from .artifacts import SensitivityTable, read_statics
-from .outcome import Heldout, Scored, SearchResult, short_name, verdict
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.problems import format_layers
+from vllm_kvtuner.profile.profile import SCHEMA_VERSION, TransformSettings
 
 
 def write_profile(

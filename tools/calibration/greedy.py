@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from vllm_kvtuner.layout import PrecisionPair
-
-from .cluster import Cluster
+from kvtuner_tools.calibration.cluster import Cluster
+from vllm_kvtuner.pages.layout import PrecisionPair
 
 
 def greedy(clusters: Sequence[Cluster], max_bytes: int) -> tuple[PrecisionPair, ...] | None:

@@ -6,9 +6,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-from vllm_kvtuner.layout import PrecisionPair
-
-from .cluster import Cluster
+from kvtuner_tools.calibration.cluster import Cluster
+from vllm_kvtuner.pages.layout import PrecisionPair
 
 
 def integer_program(

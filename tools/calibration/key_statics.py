@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvtuner.statics import rope_pairs
-from vllm_kvtuner.transforms import RotaryTable
-
-from .captured import Window
-from .rotation import undo_rotary
+from kvtuner_tools.calibration.captured import Window
+from kvtuner_tools.calibration.rotation import undo_rotary
+from vllm_kvtuner.pages.transforms import RotaryTable
+from vllm_kvtuner.profile.statics import rope_pairs
 
 _SMALLEST = 1e-3
 """A channel below this share of its head's root mean square counts as this; a dead one would get a factor of 0."""

@@ -8,7 +8,17 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.layout import (
+from kvtuner_tools.calibration.artifacts import read_artifact
+from kvtuner_tools.calibration.calibration_text import CalibrationText, load_text, read_documents
+from kvtuner_tools.calibration.cluster import DEFAULT_FACTOR
+from kvtuner_tools.calibration.sampling import SAMPLERS, make_sampler
+from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory, check_budget
+from kvtuner_tools.calibration.study import open_storage, sqlite_url
+from kvtuner_tools.model_files import load_model_shape
+from kvtuner_tools.profile_commands import parse_memory
+from kvtuner_tools.results import write_json
+from kvtuner_tools.statics import refuse_model_folder
+from vllm_kvtuner.pages.layout import (
     BLOCK_SIZE_MULTIPLE,
     QUANTIZED_PAIRS,
     RECENT_BITS,
@@ -16,20 +26,9 @@ from vllm_kvtuner.layout import (
     content_bytes,
     recent_blocks,
 )
-from vllm_kvtuner.precision import MAX_RECENT_WINDOW, MAX_SINK_TOKENS, SINKS_WITHOUT_WINDOW, RecentWindow
-from vllm_kvtuner.profile import ModelShape, ProfileError
-from vllm_kvtuner.schema import parse_layers
-
-from ..model_files import load_model_shape
-from ..profile_commands import parse_memory
-from ..results import write_json
-from ..statics import refuse_model_folder
-from .artifacts import read_artifact
-from .calibration_text import CalibrationText, load_text, read_documents
-from .cluster import DEFAULT_FACTOR
-from .sampling import SAMPLERS, make_sampler
-from .space import bytes_for_bits, bytes_for_memory, check_budget
-from .study import open_storage, sqlite_url
+from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.problems import ProfileError, parse_layers
+from vllm_kvtuner.profile.profile import MAX_RECENT_WINDOW, MAX_SINK_TOKENS, SINKS_WITHOUT_WINDOW, RecentWindow
 
 OPTIONS_SCHEMA = "kvtuner-calibration/1"
 OPTIONS_FILE = "calibration.json"

@@ -6,11 +6,10 @@ from math import hypot
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.layout import PrecisionPair
-from vllm_kvtuner.schema import format_layers
-
-from ..results import write_json
-from .artifacts import Quality, read_artifact
+from kvtuner_tools.calibration.artifacts import Quality, read_artifact
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.profile.problems import format_layers
 
 SEARCH_SCHEMA = "kvtuner-search/1"
 SEARCH_FILE = "search.json"

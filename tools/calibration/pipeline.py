@@ -16,24 +16,39 @@ from typing import Any
 
 from tqdm import tqdm
 
-from vllm_kvtuner.layout import PrecisionPair
-
-from ..heldout import file_sha256
-from ..results import write_json
-from .artifacts import STATICS_FILE, Evaluator, Quality, SensitivityTable, digest, read_artifact, read_statics
-from .calibration_text import CalibrationText
-from .cluster import cluster, read_clusters, write_clusters
-from .export import write_profile
-from .options import GROUPS, Options, Texts, load_texts
-from .outcome import HELDOUT_FILE, PROFILE_ORIGIN, Heldout, Scored, SearchResult, format_pairs, verdict
-from .plots import read_study_figures, write_study_figures
-from .prune import prune, read_candidates, write_candidates
-from .report import build_report, write_report
-from .sampling import make_sampler
-from .search import LazyEvaluator, run_search, search_result
-from .sensitivity import SENSITIVITY_FILE, measure_sensitivity
-from .space import SearchSpace, check_budget
-from .study import EngineSettings, SearchPlan, create_study, find_plan, open_storage
+from kvtuner_tools.calibration.artifacts import (
+    STATICS_FILE,
+    Evaluator,
+    Quality,
+    SensitivityTable,
+    digest,
+    read_artifact,
+    read_statics,
+)
+from kvtuner_tools.calibration.calibration_text import CalibrationText
+from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
+from kvtuner_tools.calibration.export import write_profile
+from kvtuner_tools.calibration.options import GROUPS, Options, Texts, load_texts
+from kvtuner_tools.calibration.outcome import (
+    HELDOUT_FILE,
+    PROFILE_ORIGIN,
+    Heldout,
+    Scored,
+    SearchResult,
+    format_pairs,
+    verdict,
+)
+from kvtuner_tools.calibration.plots import read_study_figures, write_study_figures
+from kvtuner_tools.calibration.prune import prune, read_candidates, write_candidates
+from kvtuner_tools.calibration.report import build_report, write_report
+from kvtuner_tools.calibration.sampling import make_sampler
+from kvtuner_tools.calibration.search import LazyEvaluator, run_search, search_result
+from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
+from kvtuner_tools.calibration.space import SearchSpace, check_budget
+from kvtuner_tools.calibration.study import EngineSettings, SearchPlan, create_study, find_plan, open_storage
+from kvtuner_tools.heldout import file_sha256
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.layout import PrecisionPair
 
 SENSITIVITY_KEY_FILE = "sensitivity.key.json"
 KEY_SCHEMA = "kvtuner-stage-key/1"
@@ -80,7 +95,7 @@ class Calibration:
         return load_texts(self.options, AutoTokenizer.from_pretrained(self.options.model))
 
     def capture(self) -> str:
-        from .capture import CaptureRequest, run_capture
+        from kvtuner_tools.calibration.capture import CaptureRequest, run_capture
 
         options = self.options
         request = CaptureRequest(
@@ -95,9 +110,9 @@ class Calibration:
         return f"{len(capture.layers)} layers, {sum(capture.windows):,} tokens"
 
     def sensitivity(self) -> str:
-        from .capture import CAPTURE_FOLDER
-        from .captured import Capture
-        from .transform_choice import choose_transforms
+        from kvtuner_tools.calibration.capture import CAPTURE_FOLDER
+        from kvtuner_tools.calibration.captured import Capture
+        from kvtuner_tools.calibration.transform_choice import choose_transforms
 
         capture = Capture.read(self.out / CAPTURE_FOLDER)
         unquantized = {"recent_window": self.options.recent_window, "sink_tokens": self.options.sink_tokens}
@@ -258,7 +273,7 @@ class _Engine:
     """A calibration engine with the file that its statics are read from."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        from .engine import CalibrationEngine
+        from kvtuner_tools.engines.calibration import CalibrationEngine
 
         self._folder = TemporaryDirectory(prefix="kvtuner-statics-")
         statics = None

@@ -11,13 +11,12 @@ import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
 
-from vllm_kvtuner.schema import format_layers
-
-from ..results import write_json
-from .artifacts import PAIR_NAMES, SensitivityTable, read_artifact
-from .cluster import Cluster
-from .outcome import Heldout, Scored, SearchResult, format_pairs, pareto_front
-from .study import OBJECTIVES
+from kvtuner_tools.calibration.artifacts import PAIR_NAMES, SensitivityTable, read_artifact
+from kvtuner_tools.calibration.cluster import Cluster
+from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, format_pairs, pareto_front
+from kvtuner_tools.calibration.study import OBJECTIVES
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.profile.problems import format_layers
 
 FIGURES_SCHEMA = "kvtuner-study-figures/1"
 _BIT_COLORS = {2: "#b2182b", 4: "#ef8a62", 8: "#67a9cf", 16: "#2166ac"}

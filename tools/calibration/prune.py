@@ -9,10 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.layout import QUANTIZED_PAIRS, UNQUANTIZED, PrecisionPair, content_bytes
-
-from ..results import write_json
-from .artifacts import LayerSensitivity, SensitivityTable, read_artifact
+from kvtuner_tools.calibration.artifacts import LayerSensitivity, SensitivityTable, read_artifact
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, UNQUANTIZED, PrecisionPair, content_bytes
 
 CANDIDATES_SCHEMA = "kvtuner-candidates/1"
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 from scipy.optimize import nnls
 
-from .cluster import Cluster
-from .space import Choice
+from kvtuner_tools.calibration.cluster import Cluster
+from kvtuner_tools.calibration.space import Choice
 
 PRIOR = 0.1
 """Weight of a squared relative deviation of a factor from the others' level, against one of a predicted KL."""

@@ -9,13 +9,12 @@ from pathlib import Path
 import plotly.graph_objects as go
 import plotly.io
 
-from vllm_kvtuner.schema import format_layers
-
-from . import plots
-from .artifacts import SensitivityTable
-from .cluster import Cluster
-from .outcome import Heldout, Scored, SearchResult, short_name, verdict
-from .prune import LayerCandidates
+from kvtuner_tools.calibration import plots
+from kvtuner_tools.calibration.artifacts import SensitivityTable
+from kvtuner_tools.calibration.cluster import Cluster
+from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, short_name, verdict
+from kvtuner_tools.calibration.prune import LayerCandidates
+from vllm_kvtuner.profile.problems import format_layers
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; }

@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_kvtuner.transforms import RotaryTable
+from vllm_kvtuner.pages.transforms import RotaryTable
 
 
 def apply_rotary(rows: torch.Tensor, positions: torch.Tensor, table: RotaryTable) -> torch.Tensor:

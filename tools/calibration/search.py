@@ -18,15 +18,14 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-from vllm_kvtuner.layout import PrecisionPair
-
-from .artifacts import Evaluator, Quality
-from .greedy import greedy
-from .integer_program import integer_program
-from .outcome import Scored, SearchResult
-from .refit import refit
-from .space import Choice, SearchSpace
-from .study import SEEDED, TRIALS, WORKER, SearchPlan, at_work, put_back, reclaim
+from kvtuner_tools.calibration.artifacts import Evaluator, Quality
+from kvtuner_tools.calibration.greedy import greedy
+from kvtuner_tools.calibration.integer_program import integer_program
+from kvtuner_tools.calibration.outcome import Scored, SearchResult
+from kvtuner_tools.calibration.refit import refit
+from kvtuner_tools.calibration.space import Choice, SearchSpace
+from kvtuner_tools.calibration.study import SEEDED, TRIALS, WORKER, SearchPlan, at_work, put_back, reclaim
+from vllm_kvtuner.pages.layout import PrecisionPair
 
 BARREN_TRIALS = 100
 """Trials in a row without a new setting, after which the sampler has nothing more to say."""

@@ -5,13 +5,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from vllm_kvtuner.precision import TransformSettings
-from vllm_kvtuner.transforms import LayerTransforms
-
-from .artifacts import LayerSensitivity, SensitivityTable
-from .attention_error import AttentionMeter
-from .captured import Capture
-from .transform_choice import TransformChoice, default_device, layer_transforms
+from kvtuner_tools.calibration.artifacts import LayerSensitivity, SensitivityTable
+from kvtuner_tools.calibration.attention_error import AttentionMeter
+from kvtuner_tools.calibration.captured import Capture
+from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
+from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.profile.profile import TransformSettings
 
 SENSITIVITY_FILE = "sensitivity.json"
 """Name of the table in a calibration's output folder."""

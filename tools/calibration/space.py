@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from vllm_kvtuner.layout import (
+from kvtuner_tools.calibration.cluster import Cluster
+from vllm_kvtuner.pages.layout import (
     BLOCK_SIZE_MULTIPLE,
     QUANTIZED_PAIRS,
     UNQUANTIZED,
@@ -12,8 +13,6 @@ from vllm_kvtuner.layout import (
     content_bytes,
     mean_bits,
 )
-
-from .cluster import Cluster
 
 Choice = tuple[PrecisionPair, ...]
 """A pair for each cluster, in the clusters' order."""

@@ -24,11 +24,10 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from vllm_kvtuner.precision import TransformSettings
-
-from .artifacts import digest
-from .cluster import Cluster
-from .space import SearchSpace
+from kvtuner_tools.calibration.artifacts import digest
+from kvtuner_tools.calibration.cluster import Cluster
+from kvtuner_tools.calibration.space import SearchSpace
+from vllm_kvtuner.profile.profile import TransformSettings
 
 PLAN = "plan"
 TRIALS = "trials"

@@ -30,17 +30,16 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from vllm_kvtuner.precision import TransformSettings
-from vllm_kvtuner.schema import ProfileError
-from vllm_kvtuner.statics import LayerStatics, save_statics
-from vllm_kvtuner.transforms import LayerTransforms
-
-from ..results import write_json
-from ..statics import key_offsets
-from .artifacts import STATICS_FILE, digest, read_artifact
-from .attention_error import AttentionMeter
-from .captured import Capture, CapturedLayer
-from .key_statics import KeyStatics, PairLayout
+from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact
+from kvtuner_tools.calibration.attention_error import AttentionMeter
+from kvtuner_tools.calibration.captured import Capture, CapturedLayer
+from kvtuner_tools.calibration.key_statics import KeyStatics, PairLayout
+from kvtuner_tools.results import write_json
+from kvtuner_tools.statics import key_offsets
+from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.statics import LayerStatics, save_statics
 
 TRANSFORMS_SCHEMA = "kvtuner-transforms/2"
 TRANSFORMS_FILE = "transforms.json"

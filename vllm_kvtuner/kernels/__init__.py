@@ -1,1 +1,1 @@
-"""Triton kernels on packed pages; reference.py defines each one under the same name plus ``_ref``."""
+"""Kernels on packed pages: the contract, its reference in torch, and its implementations in Triton and CUDA."""

@@ -1,4 +1,4 @@
-"""Compile a CUDA source of this folder for a card, once: compiled code is kept on disk."""
+"""Compile a CUDA source of the folder src for a card, once: compiled code is kept on disk."""
 
 import functools
 import re
@@ -14,11 +14,11 @@ from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions,
 from cuda.core.utils import FileStreamProgramCache
 
 from vllm_kvtuner.kernels.cuda import cache_folder
-from vllm_kvtuner.transforms import LayerTransforms
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
-SOURCES = Path(__file__).parent
+SOURCES = Path(__file__).parent / "src"
 Built = TypeVar("Built")
-INCLUDE = re.compile(r'^#include "(\w+\.cuh)"\n', re.MULTILINE)
+INCLUDE = re.compile(r'^#include "([\w/]+\.cuh)"\n', re.MULTILINE)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Launch gather_cache.cu: dequantize cached tokens back to model space, keys and values in one kernel.
 
-The contract is that of :func:`vllm_kvtuner.kernels.gather_cache.gather_cache`, the portable path.
+The contract is that of :func:`vllm_kvtuner.kernels.triton.gather_cache.gather_cache`, the portable path.
 """
 
 import ctypes
@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from vllm_kvtuner.kernels.common import check_cache
+from vllm_kvtuner.kernels.contract import check_cache
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,
@@ -19,8 +19,8 @@ from vllm_kvtuner.kernels.cuda.rows import (
     unsupported,
     wide_lanes,
 )
-from vllm_kvtuner.layout import PageLayout
-from vllm_kvtuner.transforms import LayerTransforms
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 __all__ = ["gather_cache", "unsupported"]
 
@@ -54,7 +54,7 @@ def gather_cache(
 ) -> None:
     """Dequantize a slice of each request's cached tokens back to model space, in place.
 
-    As :func:`vllm_kvtuner.reference.gather_cache_ref`, which has the arguments' shapes. The first call of a variant
+    As :func:`gather_cache_ref`, which has the arguments' shapes. The first call of a variant
     compiles it.
     """
     num_reqs = block_table.shape[0]

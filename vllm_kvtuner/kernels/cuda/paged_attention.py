@@ -1,6 +1,6 @@
 """Launch paged_attention.cu: decode attention straight on packed pages, in one kernel.
 
-The contract is that of :func:`vllm_kvtuner.kernels.paged_attention.paged_attention`, the portable path.
+The contract is that of :func:`vllm_kvtuner.kernels.triton.paged_attention.paged_attention`, the portable path.
 """
 
 import ctypes
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvtuner.kernels.common import check_cache
+from vllm_kvtuner.kernels.contract import check_cache
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import byte_stride
-from vllm_kvtuner.layout import PageLayout
-from vllm_kvtuner.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
 MAX_QUERY_LEN = 16
 """Query tokens per request that one launch serves."""
@@ -287,7 +287,7 @@ def paged_attention(
 ) -> None:
     """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
 
-    As :func:`vllm_kvtuner.reference.paged_attention_ref`, which has the arguments' shapes; ``skip_newest`` is less than
+    As :func:`paged_attention_ref`, which has the arguments' shapes; ``skip_newest`` is less than
     a sliding window, and lse contiguous. Nothing is read back to the host and nothing allocated: the launch depends on
     shapes alone, so a CUDA graph may hold it. Rows of output beyond the last query become 0, their log-sum-exp -inf.
     The first call of a variant compiles it.

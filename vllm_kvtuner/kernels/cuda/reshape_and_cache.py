@@ -1,6 +1,6 @@
 """Launch reshape_and_cache.cu: store of new tokens, keys and values in one kernel.
 
-The contract is that of :func:`vllm_kvtuner.kernels.reshape_and_cache.reshape_and_cache`, the portable path.
+The contract is that of :func:`vllm_kvtuner.kernels.triton.reshape_and_cache.reshape_and_cache`, the portable path.
 """
 
 import ctypes
@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from vllm_kvtuner.kernels.common import RecentRows, check_cache
+from vllm_kvtuner.kernels.contract import RecentRows, check_cache
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,
@@ -20,8 +20,8 @@ from vllm_kvtuner.kernels.cuda.rows import (
     unsupported,
     wide_lanes,
 )
-from vllm_kvtuner.layout import PageLayout
-from vllm_kvtuner.transforms import LayerTransforms
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 __all__ = ["MANY_ROWS", "reshape_and_cache", "unsupported"]
 
@@ -68,13 +68,13 @@ def reshape_and_cache(
 ) -> None:
     """Transform, quantize, pack and scatter new tokens to their slots, in place.
 
-    As :func:`vllm_kvtuner.reference.reshape_and_cache_ref`, which has the arguments' shapes. Without Hadamard and
+    As :func:`reshape_and_cache_ref`, which has the arguments' shapes. Without Hadamard and
     range search the bytes are the reference's. Otherwise a number within rounding of the middle between two codes may
     take the other code, and a row may take another of two ranges that are equally good but for rounding. The first
     call of a variant compiles it.
 
     Args:
-        recent: where a recent window keeps the tokens, as :func:`vllm_kvtuner.reference.store_rows_ref` does.
+        recent: where a recent window keeps the tokens, as :func:`store_rows_ref` does.
     """
     num_tokens, num_kv_heads, head_size = key.shape
     assert head_size == layout.head_size and value.shape == key.shape, (key.shape, value.shape, layout)

@@ -2,8 +2,8 @@
 
 import torch
 
-from vllm_kvtuner.layout import PageLayout
-from vllm_kvtuner.transforms import LayerTransforms
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 NUM_WARPS = 4
 NUMBER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}

@@ -1,0 +1,288 @@
+"""The CUDA sources through the compiler, which needs no GPU, and the cache of what it makes."""
+
+import dataclasses
+import gc
+import itertools
+import os
+import resource
+
+import pytest
+import torch
+
+from tests.helpers.cubin import local_memory_instructions, resource_usage
+from tests.helpers.decode_cases import HEAD_SIZES, linear_table, with_offset_pairs
+from tests.helpers.paged_cache import make_layout, random_transforms
+from vllm_kvtuner.kernels.cuda import build, gather_cache
+from vllm_kvtuner.kernels.cuda import paged_attention as cuda
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
+from vllm_kvtuner.pages.transforms import LayerTransforms
+
+CPU = torch.device("cpu")
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_120": 100 << 10}
+"""Shared memory of a multiprocessor (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+SHARED_BYTES_OF_A_CTA = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """What a layer and a batch ask of the compiler; knobs are the defaults."""
+
+    pair: str
+    head_size: int
+    group: int = 4
+    block_size: int = 16
+    max_query_len: int = 1
+    transformed: bool = False
+    offset_pairs: int = 0
+    window: int | None = None
+    soft_cap: bool = False
+    recent: int | None = None
+    sinks: int = 0
+    few: bool = False
+    dtype: torch.dtype = torch.bfloat16
+
+    def defines(self, arch: str) -> dict[str, int]:
+        switches = dict.fromkeys(("equalization", "key_hadamard", "value_hadamard"), self.transformed)
+        rotary = linear_table(self.head_size, True, 2, CPU) if self.offset_pairs else None
+        transforms = random_transforms(1, self.head_size, CPU, rotary, offset=float(rotary is not None), **switches)
+        if rotary is not None:
+            transforms = with_offset_pairs(transforms, self.offset_pairs)
+        pairs = 0 if transforms.offset_pairs is None else len(transforms.offset_pairs.index)
+        layout, rows = make_layout(self.pair, self.head_size, self.block_size), self.rows
+        config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch], self.few)
+        return cuda._defines(
+            layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap,
+            self.recent or 0, self.recent is not None, self.sinks,
+        )  # fmt: skip
+
+    @property
+    def rows(self) -> int:
+        return cuda.pass_rows(self.group * self.max_query_len)
+
+    def compile(self, arch: str) -> bytes:
+        return bytes(build.compile_cubin("paged_attention", self.defines(arch), arch, None).code)
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        Variant("K8V8", 128),
+        Variant("K8V4", 128, transformed=True),
+        Variant("K8V2", 64, block_size=64),
+        Variant("K4V8", 96, group=3, window=100, soft_cap=True),
+        Variant("K4V4", 128, transformed=True, offset_pairs=8),
+        Variant("K4V2", 128, block_size=128),
+        Variant("K2V8", 64, group=1, dtype=torch.float16),
+        Variant("K2V4", 96),
+        Variant("K2V2", 128),
+        Variant("K4V4", 128, transformed=True, recent=64),
+        Variant("K2V2", 128, window=100, recent=64, sinks=4),
+        Variant("K8V8", 128, window=64, recent=0),
+        Variant("K4V4", 128, few=True),
+        Variant("K2V2", 128, transformed=True, offset_pairs=8, few=True),
+        Variant("K2V2", 128, transformed=True, offset_pairs=64),
+        Variant("K4V4", 128, group=8, transformed=True, offset_pairs=8),
+        Variant("K4V2", 128, group=7, transformed=True, offset_pairs=8, few=True),
+        Variant("K4V4", 256, group=8),
+        Variant("K2V2", 256, group=8, few=True),
+    ],
+    ids=lambda variant: (
+        f"{variant.pair}-{variant.head_size}" + (f"-recent{variant.recent}" * (variant.recent is not None))
+    ),
+)
+def test_nothing_spills_where_decoding_is_fastest(variant):
+    """On sm_90 as many CTAs as the knobs ask for fit into the registers, but where heads of 256 have an offset too."""
+    cubin = variant.compile("sm_90")
+    usage = resource_usage(cubin)
+    threads = 32 * variant.defines("sm_90")["NUM_WARPS"] * variant.defines("sm_90")["MIN_CTAS"]
+    assert usage["REG"] * threads <= 1 << 16
+    assert (usage["STACK"], usage["LOCAL"], local_memory_instructions(cubin)) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "variant"),
+    [
+        ("sm_80", Variant("K4V4", 128, block_size=64)),
+        ("sm_80", Variant("K2V4", 96, group=7, transformed=True, offset_pairs=13)),
+        ("sm_80", Variant("K8V8", 256, window=4096)),
+        ("sm_90", Variant("K4V2", 256, group=8, transformed=True)),
+        ("sm_90", Variant("K4V4", 128, group=1, max_query_len=16, soft_cap=True, dtype=torch.float16)),
+        ("sm_90", Variant("K8V4", 128, transformed=True, offset_pairs=64)),
+        ("sm_90", Variant("K8V8", 256, group=8, transformed=True, offset_pairs=128)),
+        ("sm_80", Variant("K4V2", 64, transformed=True, offset_pairs=16, few=True)),
+        ("sm_80", Variant("K4V2", 128, group=8, max_query_len=4, recent=32)),
+        ("sm_120", Variant("K4V2", 128)),
+        ("sm_120", Variant("K2V2", 64, group=8, transformed=True, offset_pairs=8)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.pair}-{value.head_size}",
+)
+def test_every_family_compiles(arch, variant):
+    """With the architecture's own path (bulk copies or cp.async), within what a CTA can have of shared memory."""
+    defines = variant.defines(arch)
+    assert defines["SHARED_BYTES"] <= SHARED_BYTES_OF_A_CTA[arch]
+    assert resource_usage(variant.compile(arch))["REG"] <= 255
+
+
+def test_a_source_that_does_not_compile_says_why():
+    defines = Variant("K4V4", 128).defines("sm_90") | {"HEAD_SIZE": 24}
+    with pytest.raises(Exception, match="head size") as caught:
+        build.compile_cubin("paged_attention", defines, "sm_90", None)
+    assert type(caught.value).__name__ == "NVRTCError"
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_sizes"), [("sm_80", HEAD_SIZES), ("sm_90", HEAD_SIZES), ("sm_120", HEAD_SIZES[:3])]
+)
+def test_default_knobs_fit_the_multiprocessor(arch, head_sizes):
+    for pair, head_size, block_size in itertools.product(QUANTIZED_PAIRS, head_sizes, (16, 48, 64, 128, 256)):
+        layout = make_layout(pair.name, head_size, block_size)
+        for rows, pairs, few in itertools.product(cuda.PASS_ROWS, (0, 8, head_size // 2), (False, True)):
+            config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch], few)
+            cta = cuda.shared_bytes(layout, rows, config, pairs)
+            assert config.min_ctas * (cta + cuda.RESERVED_SHARED_BYTES) <= SHARED_BYTES[arch]
+            assert cta <= SHARED_BYTES_OF_A_CTA[arch]
+            assert block_size % config.stage_tokens == 0 or config.stage_tokens % block_size == 0
+            assert config.stage_tokens % 16 == 0 and config.min_ctas >= 1
+
+
+@pytest.mark.parametrize(
+    ("layout", "transforms", "soft_cap", "reason"),
+    [
+        pytest.param(make_layout("K4V4", 128), LayerTransforms(), 0.0, None, id="plain"),
+        pytest.param(make_layout("K4V2", 96), LayerTransforms(), 0.0, "head_size 96 with 2-bit values", id="96 V2"),
+        pytest.param(make_layout("K4V4", 80), LayerTransforms(), 0.0, "head_size 80", id="80"),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, offset=1.0), 0.0, None, id="offset not rotated"
+        ),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, offset=1.0), 30.0, "some of it is not rotated",
+            id="offset not rotated, capped",
+        ),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, linear_table(32, True, 9, CPU), offset=1.0), 30.0,
+            "some of it is not rotated", id="offset partly rotated, capped",
+        ),
+        pytest.param(
+            make_layout("K4V4", 64), random_transforms(1, 64, CPU, linear_table(64, True, 9, CPU), offset=1.0), 30.0,
+            None, id="offset rotated, capped",
+        ),
+        pytest.param(
+            make_layout("K4V4", 64),
+            random_transforms(
+                1, 64, CPU, dataclasses.replace(linear_table(64, True, 9, CPU), frequencies=None), offset=1.0
+            ),
+            0.0, "not proportional to the position", id="offset rotated otherwise",
+        ),
+    ],
+)  # fmt: skip
+def test_unsupported_layers_are_named(layout, transforms, soft_cap, reason):
+    got = cuda.unsupported(layout, transforms, soft_cap)
+    assert got == reason if reason is None else reason in got
+
+
+@pytest.fixture
+def cache_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "deep" / "kernels"
+    monkeypatch.setenv("KVTUNER_KERNEL_CACHE", str(folder))
+    return folder
+
+
+def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
+    """Keyed by what decides it: another define, architecture or source is compiled on its own."""
+
+    defines = gather_cache._defines(make_layout("K8V8", 64), 1, torch.float16, LayerTransforms())
+
+    def compiled(arch="sm_90", define=0):
+        cubin = build.compile_cubin("gather_cache", {**defines, "UNUSED": define}, arch, build.kernel_cache())
+        return bytes(cubin.code), len(build.kernel_cache())
+
+    first, entries = compiled()
+    assert entries == 1
+    assert cache_folder.stat().st_mode & 0o077 == 0
+    (entry,) = (path for path in cache_folder.rglob("*") if path.is_file() and path.read_bytes() == first)
+    entry.write_bytes(first + b"kept")
+    assert compiled() == (first + b"kept", 1), "taken from the folder"
+    assert compiled(define=1)[1] == 2
+    assert compiled("sm_80")[1] == 3
+    text = build.source("gather_cache")
+    monkeypatch.setattr(build, "source", lambda stem: text + "// changed\n")
+    assert compiled()[1] == 4
+
+
+def test_sources_are_whole():
+    for path in build.SOURCES.glob("*.cu"):
+        assert "#include" not in build.source(path.stem)
+
+
+@pytest.mark.parametrize("inner", [".", "entries"])
+@pytest.mark.parametrize("mode", [0o770, 0o707, 0o777])
+def test_a_cache_that_others_may_write_to_is_refused(cache_folder, inner, mode):
+    build.kernel_cache()
+    folder = cache_folder / inner
+    folder.chmod(mode)
+    with pytest.raises(ValueError, match=rf"^KVTUNER_KERNEL_CACHE: {folder.resolve()} must .* writable by no other"):
+        build.kernel_cache()
+    folder.chmod(0o755)
+    build.kernel_cache()
+
+
+def test_a_cache_of_somebody_else_is_refused(cache_folder, monkeypatch):
+    build.kernel_cache()
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(ValueError, match=rf"must belong to user {owner + 1} .* belongs to {owner} "):
+        build.kernel_cache()
+
+
+def compile_store():
+    defines = gather_cache._defines(make_layout("K8V8", 64), 1, torch.float16, LayerTransforms())
+    return build.compile_cubin("gather_cache", defines, "sm_90", build.kernel_cache())
+
+
+def test_a_group_writable_umask_makes_a_folder_that_is_trusted(cache_folder):
+    """As ordinary users of several distributions have it: each kernel opens the folder again."""
+    before = os.umask(0o002)
+    try:
+        for _ in range(2):
+            compile_store()
+    finally:
+        os.umask(before)
+    assert not any(path.stat().st_mode & 0o022 for path in (cache_folder, cache_folder / "entries"))
+
+
+@pytest.mark.parametrize("inner", ["", "entries", "tmp"])
+def test_a_cache_that_cannot_be_made_is_the_users_error(cache_folder, inner):
+    (cache_folder / inner).parent.mkdir(parents=True, exist_ok=True)
+    (cache_folder / inner).write_text("a file in its place")
+    with pytest.raises(ValueError, match=rf"^KVTUNER_KERNEL_CACHE: {cache_folder} must be a writable folder with room"):
+        compile_store()
+
+
+def test_a_cache_without_room_is_the_users_error(cache_folder):
+    """The limit on what a process may write to a file stands for a full disk."""
+    build.kernel_cache()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(ValueError, match="must be a writable folder with room, but got File too large"):
+            compile_store()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in cache_folder.rglob("*") if path.is_file()] == []
+    compile_store()
+
+
+def test_what_was_built_is_kept_as_long_as_the_transforms():
+    made = []
+
+    @build.kept_with_transforms
+    def make(transforms, *key):
+        made.append(key)
+        return len(made)
+
+    ours, others = LayerTransforms(key_hadamard=True), LayerTransforms(key_equalization=torch.ones(1, 64))
+    assert [make(ours, 4), make(ours, 2), make(others, 4), make(ours, 4)] == [1, 2, 3, 1]
+    assert make(LayerTransforms(key_hadamard=True), 2) == 2, "equal transforms build the same"
+    del others
+    gc.collect()
+    assert make(LayerTransforms(key_equalization=torch.ones(1, 64)), 4) == 4

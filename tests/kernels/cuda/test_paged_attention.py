@@ -1,0 +1,445 @@
+"""The CUDA paged_attention against the reference on the same packed bytes, and against the portable kernel.
+
+Weights (probability times value scale) are rounded to fp16 towards zero: normalized by their own sum they are off by up
+to 2^-10 each, which moves an output by at most 2^-11 of the values' range. Queries are rounded to 16-bit fixed point,
+which moves a logit of unit variance by about 1e-4. So outputs lie within TOLERANCE of the largest value cached, and
+their own rounding (ROUNDING, a half unit in the last place) comes on top.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.helpers.decode_cases import (
+    HEAD_SIZES,
+    SEQ_LENS,
+    GraphBatch,
+    attend,
+    attention_bf16,
+    attention_float64,
+    balanced_query,
+    beyond_32_bits,
+    changing_value_scales,
+    dequantized,
+    far_window,
+    flat_rows_beside_steep_ones,
+    largest_value,
+    linear_table,
+    padded_batch,
+    scale_values,
+    values_near_the_middle,
+    with_offset_pairs,
+)
+from tests.helpers.paged_cache import PackedCache, make_layout, random_cache, random_transforms
+from vllm_kvtuner.kernels.cuda import paged_attention as cuda
+from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
+from vllm_kvtuner.kernels.triton import paged_attention as portable
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
+from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.pages.views import page_parts
+
+pytestmark = pytest.mark.gpu
+
+TOLERANCE = 1e-3
+ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
+SWITCHES = {"equalization": True, "key_hadamard": True, "value_hadamard": True}
+LADDER = [
+    pytest.param(pair.name, head_size, id=f"{pair.name}-{head_size}")
+    for pair, head_size in itertools.product(QUANTIZED_PAIRS, HEAD_SIZES)
+    if head_size * pair.v_bits % 128 == 0  # others are left to the portable kernel
+]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def workspace_of(cache, num_heads, num_reqs, max_query_len):
+    num_kv_heads, layout = cache.kv_cache.shape[1], cache.layout
+    device = cache.kv_cache.device
+    return cuda.decode_workspace(num_reqs, max_query_len, num_heads, num_kv_heads, layout.head_size, device)
+
+
+def check_counters(workspace):
+    assert not workspace.arrivals.any()
+
+
+def launch_twice(cache, query, query_lens, transforms, **options):
+    """The output, after a second launch on the same workspace has given the same bits and left all counters at 0."""
+    room = options.get("pass_query_len") or max(query_lens)
+    workspace = workspace_of(cache, query.shape[1], len(query_lens), room)
+    first, second = (
+        attend(cuda.paged_attention, cache, query, query_lens, transforms, workspace=workspace, **options)
+        for _ in range(2)
+    )
+    check_counters(workspace)
+    assert torch.equal(first.view(torch.int16), second.view(torch.int16)), "results depend on timing"
+    return second
+
+
+def check(
+    cache,
+    group,
+    dtype=torch.bfloat16,
+    query_lens=None,
+    transforms=None,
+    query=None,
+    tolerance=TOLERANCE,
+    config=None,
+    pass_query_len=None,
+    **options,
+):
+    """The kernel's output lies within tolerance of the reference's in fp32, and is 0 beyond the last query."""
+    transforms = transforms or LayerTransforms()
+    query_lens = query_lens or [1] * len(cache.seq_lens)
+    num_tokens, num_heads, head_size = sum(query_lens), cache.kv_cache.shape[1] * group, cache.layout.head_size
+    assert cuda.unsupported(cache.layout, transforms, options.get("logits_soft_cap", 0.0)) is None
+    # As a slice of a fused projection, and with rows that belong to no request.
+    fused = torch.randn(num_tokens + 3, 2 * num_heads, head_size, device=cache.kv_cache.device)
+    if query is not None:
+        fused[:num_tokens, :num_heads] = query
+    query = fused.to(dtype)[:, :num_heads]
+    got = launch_twice(cache, query, query_lens, transforms, config=config, pass_query_len=pass_query_len, **options)
+    assert not got[num_tokens:].any(), "rows beyond the last query"
+    want = attend(paged_attention_ref, cache, query[:num_tokens].float(), query_lens, transforms, **options)
+    assert not want.isnan().any()
+    limit = tolerance * largest_value(cache)
+    torch.testing.assert_close(got[:num_tokens].float(), want, rtol=ROUNDING[dtype], atol=limit)
+    return got[:num_tokens]
+
+
+@pytest.mark.parametrize(("pair", "head_size"), LADDER)
+def test_every_pair_and_head_size(pair, head_size, device):
+    """Groups, block sizes and dtypes take turns, so that each meets every number of bits."""
+    turn = [case.values for case in LADDER].index((pair, head_size))
+    layout = make_layout(pair, head_size, (16, 32, 64, 128)[turn % 4])
+    cache = random_cache(layout, [*SEQ_LENS, 2000], 2, device)
+    check(cache, (1, 3, 4, 7, 8)[turn % 5], (torch.bfloat16, torch.float16)[turn % 2])
+
+
+@pytest.mark.parametrize("group", [1, 3, 4, 7, 8, 71])
+def test_every_group(group, device):
+    check(random_cache(make_layout("K4V2", 128), SEQ_LENS, 3, device), group)
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+@pytest.mark.parametrize(
+    ("block_size", "stage_tokens"), [(16, 16), (16, 64), (32, 32), (48, 16), (64, 16), (64, 64), (128, 32), (256, 64)]
+)
+def test_stages_and_blocks_of_any_ratio(block_size, stage_tokens, num_stages, device):
+    cache = random_cache(make_layout("K4V2", 64, block_size), [150, 1, 64, 3000, 257], 1, device)
+    check(cache, 2, config=cuda.DecodeConfig(stage_tokens, num_stages, min_ctas=2))
+
+
+@pytest.mark.parametrize("pair", ["K8V8", "K4V2", "K2V2"])
+@pytest.mark.parametrize(
+    ("window", "skip", "first"), [(None, 64, 4), (None, 0, 0), (200, 64, 16), (64, 0, 0), (None, 64, 0)], ids=str
+)
+@pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1, 1], [5, 1, 16, 2, 7, 1]], ids=["one_query", "several_queries"])
+def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, first, pair, device):
+    """The log-sum-exp is there too, also of rows that see nothing, and the same in every launch."""
+    cache = random_cache(make_layout(pair, 128), [70, 1, 16, 129, 2500, 40_000], 2, device)
+    transforms = random_transforms(2, 128, device, linear_table(128, True, 40_000, device), offset=1.0, **SWITCHES)
+    total = sum(query_lens)
+    query = torch.randn(total + 3, 8, 128, device=device).bfloat16()
+    options = {"sliding_window": window, "skip_newest": skip, "skip_first": first}
+    lses = [torch.full((8, total + 3), torch.nan, device=device) for _ in range(3)]
+    workspace = workspace_of(cache, 8, len(query_lens), max(query_lens))
+    got, again = (
+        attend(cuda.paged_attention, cache, query, query_lens, transforms, workspace=workspace, lse=lse, **options)
+        for lse in lses[:2]
+    )
+    check_counters(workspace)
+    assert torch.equal(got, again) and torch.equal(*lses[:2])
+    want_lse = lses[2][:, :total].contiguous()
+    query = query[:total].float()
+    want = attend(paged_attention_ref, cache, query, query_lens, transforms, lse=want_lse, **options)
+    limit = 2 * TOLERANCE * largest_value(cache)
+    torch.testing.assert_close(got[:total].float(), want, rtol=ROUNDING[torch.bfloat16], atol=limit)
+    torch.testing.assert_close(lses[0][:, :total], want_lse, rtol=1e-4, atol=5e-3)
+    assert not got[total:].any() and lses[0][:, total:].isneginf().all(), "rows beyond the last query"
+
+
+@pytest.mark.parametrize(
+    ("window", "soft_cap"), [(None, 0.0), (1, 0.0), (9, 0.0), (64, 0.0), (None, 2.0), (64, 2.0)], ids=str
+)
+@pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1], [5, 1, 16, 2, 7]], ids=["one_query", "several_queries"])
+def test_masks(query_lens, window, soft_cap, device):
+    cache = random_cache(make_layout("K4V4", 64), [70, 1, 16, 129, 2500], 2, device)
+    check(cache, 3, query_lens=query_lens, sliding_window=window, logits_soft_cap=soft_cap)
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_many_counts_of_queries(group, device):
+    query_lens = [*range(1, 17), 1, 16]
+    lengths = [*(30 + 3 * length for length in query_lens[:-2]), 1, 16]
+    check(random_cache(make_layout("K8V4", 64), lengths, 2, device), group, torch.float16, query_lens=query_lens)
+
+
+@pytest.mark.parametrize("pair", ["K8V8", "K4V4", "K2V2"])
+@pytest.mark.parametrize(("group", "pass_query_len"), [(1, 1), (4, 1), (7, 1), (4, 2)])
+def test_short_prefills_among_decodes(pair, group, pass_query_len, device):
+    """Passes have room for what most requests have, and a short prefill takes more of them."""
+    query_lens = [1] * 40 + [2, 9, 16, 16, 1]
+    lengths = [*torch.randint(1, 2000, (40,)).tolist(), 500, 9, 1016, 40000, 70]
+    check(
+        random_cache(make_layout(pair, 128), lengths, 2, device), group, query_lens=query_lens,
+        pass_query_len=pass_query_len,
+    )  # fmt: skip
+
+
+def test_padding_rows_become_0(device):
+    batch = padded_batch(torch.bfloat16, device)
+    workspace = workspace_of(batch.cache, 4, 5, 2)
+    for part in (workspace.partial, workspace.state):
+        part.fill_(torch.nan)
+    got, want = batch.attend(cuda.paged_attention, workspace=workspace), batch.attend(paged_attention_ref)
+    torch.testing.assert_close(got[:4], want[:4], rtol=2**-7, atol=TOLERANCE * largest_value(batch.cache))
+    assert not got[2].any(), "a request of length 0"
+    assert not got[4:].any(), "rows beyond the last query"
+
+
+def test_a_batch_of_padding_alone(device):
+    cache = random_cache(make_layout("K4V4", 64), [16, 16], 1, device)
+    empty = PackedCache(cache.layout, cache.kv_cache, cache.block_table, torch.zeros_like(cache.seq_lens))
+    got = launch_twice(empty, torch.randn(5, 4, 64, device=device).half(), [1, 2], LayerTransforms())
+    assert not got.any()
+
+
+@pytest.mark.parametrize("num_reqs", [1, 2, 33, 256])
+def test_batches_of_any_size(num_reqs, device):
+    lengths = [1, *torch.randint(1, 3000, (num_reqs,)).tolist()][-num_reqs:]
+    check(random_cache(make_layout("K4V4", 128), lengths, 8, device), 4)
+
+
+@pytest.mark.parametrize("place", [0, 3, 7])
+def test_one_long_request_among_short_ones(place, device):
+    lengths = [1, 300, 17, 2, 64, 1000, 5]
+    lengths.insert(place, 131_072)
+    check(random_cache(make_layout("K4V4", 128), lengths, 8, device), 4)
+
+
+def test_a_window_reads_no_stage_outside(device):
+    case = far_window(device)
+    rotary = linear_table(64, True, int(case.whole.seq_lens[0]), device)
+    transforms = with_offset_pairs(random_transforms(1, 64, device, rotary, offset=2.0), 8)
+    query = torch.randn(1, 4, 64, device=device).half()
+    want = attend(paged_attention_ref, case.whole, query.float(), [1], transforms, sliding_window=case.window)
+    got = launch_twice(case.poisoned, query, [1], transforms, sliding_window=case.window)
+    torch.testing.assert_close(got.float(), want, rtol=2**-11, atol=TOLERANCE * largest_value(case.whole))
+
+
+@pytest.mark.parametrize("scale", [1e-7, 1e-4, 1.0, 300.0])
+@pytest.mark.parametrize("pair", ["K4V2", "K4V8"])
+def test_value_scales_of_any_size(pair, scale, device):
+    cache = random_cache(make_layout(pair, 64), [70, 129], 1, device)
+    scales = page_parts(cache.kv_cache, cache.layout)[3][..., 0].float()
+    scale_values(cache, scale / scales.nanmean().item())
+    got = check(cache, 4)
+    assert got.abs().max() > 0.1 * scale
+
+
+def test_value_scales_that_change_within_a_request(device):
+    check(changing_value_scales(device), 4)
+
+
+def test_flat_rows_beside_steep_ones(device):
+    got = check(flat_rows_beside_steep_ones(device), 4)
+    assert got.abs().max() > 10
+
+
+def test_rows_of_constant_values(device):
+    """Scale 0 everywhere: the output is a mean of the minima."""
+    cache = random_cache(make_layout("K4V4", 64), [60, 1], 1, device)
+    page_parts(cache.kv_cache, cache.layout)[3][..., 0].nan_to_num_(0).zero_()
+    got = check(cache, 4)
+    assert got.abs().max() > 1
+
+
+@pytest.mark.parametrize("pair", ["K2V8", "K8V2"])
+def test_keys_of_hundreds(pair, device):
+    """Logits of hundreds, where a query's fixed point is off by 0.01 and hardly more than one token counts."""
+    cache = random_cache(make_layout(pair, 128), [1000, 77], 2, device, spread=65.0)
+    assert page_parts(cache.kv_cache, cache.layout)[2].nan_to_num(0).abs().max() > 250
+    check(cache, 4, tolerance=1e-2)
+
+
+@pytest.mark.parametrize("copies", [1, 32])
+@pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
+def test_uniform_attention_over_131072_tokens(pair, copies, device):
+    """Nearly uniform, and exactly; with 32 copies of the request every warp sums thousands of tokens."""
+    cache = random_cache(make_layout(pair, 128), [131_072], 2, device)
+    many = PackedCache(cache.layout, cache.kv_cache, cache.block_table.repeat(copies, 1), cache.seq_lens.repeat(copies))
+    for size in (0.0, 0.02):
+        query = (size * torch.randn(1, 8, 128, device=device)).half()
+        want = attend(paged_attention_ref, cache, query.float(), [1], LayerTransforms())
+        got = launch_twice(many, query.repeat(copies, 1, 1), [1] * copies, LayerTransforms()).float()
+        limit = 1e-5 * largest_value(cache)
+        torch.testing.assert_close(got, want.expand_as(got), rtol=2**-11, atol=limit)
+
+
+def test_rounding_of_weights_cancels(device):
+    cache, limit = values_near_the_middle(device)
+    check(cache, 4, torch.float16, tolerance=limit / largest_value(cache))
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["one_token", "mixed_lengths", "large_keys", "long", "uniform"],
+)
+@pytest.mark.parametrize("pair", ["K8V8", "K4V4", "K4V2", "K2V2"])
+def test_no_less_accurate_than_flash_attention_in_bf16(pair, case, device):
+    """Both against float64 on what their own cache holds, in the error that is not the output's own rounding.
+
+    The bound: where FlashAttention's bf16 probabilities put its largest error, ours is no larger (nor than 2^-12 of the
+    largest value, for a request of one token, where FlashAttention has no error).
+    """
+    lengths, spread, size = {
+        "one_token": ([1] * 8, 1.0, 1.0),
+        "mixed_lengths": ([3, 16, 100, 257, 1000, 2049, 4000, 5000], 1.0, 1.0),
+        "large_keys": ([100, 3000, 1000], 65.0, 1 / 65),
+        "long": ([60_000, 131_072], 1.0, 1.0),
+        "uniform": ([131_072], 1.0, 0.02),
+    }[case]
+    cache = random_cache(make_layout(pair, 128), lengths, 4, device, spread)
+    query = (size * torch.randn(len(lengths), 16, 128, device=device)).bfloat16()
+    got = launch_twice(cache, query, [1] * len(lengths), LayerTransforms()).double()
+    ours = flash = 0.0
+    for request in range(len(lengths)):
+        key, value = dequantized(cache, request)
+        want = attention_float64(query[request], key, value)
+        half_unit = 2.0 ** (want.abs().log2().floor() - 8)
+        ours = max(ours, ((got[request] - want).abs() - half_unit).max().item())
+        want = attention_float64(query[request], key.bfloat16(), value.bfloat16())
+        flash = max(flash, (attention_bf16(query[request], key, value) - want).abs().max().item())
+    assert ours <= max(flash, 2**-12 * largest_value(cache) if case == "one_token" else 0.0)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [(), ("key_hadamard",), ("value_hadamard",), ("equalization",), tuple(SWITCHES)],
+    ids=lambda names: "_and_".join(names) or "none",
+)
+@pytest.mark.parametrize("head_size", [96, 128])
+def test_transforms(head_size, names, device):
+    transforms = random_transforms(2, head_size, device, **dict.fromkeys(names, True))
+    check(random_cache(make_layout("K4V4", head_size), SEQ_LENS, 2, device), 4, transforms=transforms)
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [4, 2, 16]], ids=["one_query", "several_queries"])
+@pytest.mark.parametrize("num_pairs", [1, 8, 13, None], ids=["1_pair", "8_pairs", "13_pairs", "all_pairs"])
+@pytest.mark.parametrize(
+    ("head_size", "rotary_dim", "is_neox"),
+    [(64, 64, True), (128, 128, False), (96, 48, True), (64, 32, False)],
+    ids=["neox", "interleaved", "partial", "partial_interleaved"],
+)
+def test_key_offset(head_size, rotary_dim, is_neox, num_pairs, query_lens, device):
+    transforms = random_transforms(2, head_size, device, linear_table(rotary_dim, is_neox, 3000, device), offset=5.0)
+    if num_pairs is not None:
+        transforms = with_offset_pairs(transforms, num_pairs)
+    cache = random_cache(make_layout("K4V4", head_size), [700, 30, 3000], 2, device)
+    check(cache, 4, query_lens=query_lens, transforms=transforms)
+
+
+def test_an_offset_that_is_not_rotated_moves_all_logits_alike(device):
+    transforms = random_transforms(2, 64, device, offset=2.0)
+    check(random_cache(make_layout("K4V4", 64), SEQ_LENS, 2, device), 4, transforms=transforms)
+
+
+def test_key_offset_under_a_soft_cap(device):
+    transforms = random_transforms(2, 64, device, linear_table(64, True, 200, device), offset=2.0)
+    check(
+        random_cache(make_layout("K4V4", 64), [90, 200], 2, device), 4, transforms=with_offset_pairs(transforms, 8),
+        logits_soft_cap=3.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_pairs", [8, 64])
+def test_far_positions_with_an_offset(num_pairs, device):
+    transforms = random_transforms(2, 128, device, linear_table(128, True, 131_072, device), offset=20.0)
+    cache = random_cache(make_layout("K4V4", 128), [131_072, 100_001], 2, device)
+    check(cache, 4, transforms=with_offset_pairs(transforms, num_pairs))
+
+
+def test_offsets_of_hundreds_of_logits_keep_fp32_accuracy(device):
+    """Two tokens whose offsets' logits, of about 500, nearly balance: in 16 bits they would part by 0.1 or more."""
+    transforms = random_transforms(2, 64, device, linear_table(64, True, 2, device), offset=20.0)
+    cache = random_cache(make_layout("K8V8", 64), [2], 2, device, spread=0.01)
+    query = balanced_query(transforms, 16, size=30.0)
+    check(cache, 8, torch.float16, query=query, transforms=transforms)
+
+
+@pytest.mark.parametrize(
+    ("pair", "head_size", "group"),
+    [("K8V8", 64, 3), ("K2V4", 96, 4), ("K4V2", 128, 4), ("K2V2", 256, 8), ("K8V4", 96, 1), ("K4V4", 128, 7)],
+)
+def test_all_transforms(pair, head_size, group, device):
+    rotary = linear_table(head_size // 2, True, 2000, device)
+    transforms = with_offset_pairs(random_transforms(2, head_size, device, rotary, offset=5.0, **SWITCHES), 8)
+    cache = random_cache(make_layout(pair, head_size), [*SEQ_LENS, 2000], 2, device)
+    check(cache, group, query_lens=[2, 1, 3, 1, 1, 4, 2], transforms=transforms)
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1, 1], [3, 1, 9]], ids=["one_query", "several_queries"])
+@pytest.mark.parametrize("pair", ["K8V8", "K4V4", "K2V2"])
+def test_the_portable_kernel_agrees(pair, query_lens, device):
+    transforms = with_offset_pairs(
+        random_transforms(2, 128, device, linear_table(128, True, 4000, device), offset=5.0, **SWITCHES), 8
+    )
+    cache = random_cache(make_layout(pair, 128), [4000, 1, 777], 2, device)
+    query = torch.randn(sum(query_lens), 8, 128, device=device).bfloat16()
+    got = launch_twice(cache, query, query_lens, transforms)
+    workspace = portable.decode_workspace(query.shape[0], 8, 128, device)
+    other = attend(portable.paged_attention, cache, query, query_lens, transforms, workspace=workspace)
+    # The portable kernel's own tolerance with all transforms is 3e-3 of the largest value.
+    torch.testing.assert_close(got, other, rtol=2**-7, atol=4e-3 * largest_value(cache))
+
+
+def test_offsets_beyond_32_bits(device):
+    query = torch.randn(2, 32, 128, device=device).half()
+    got, want = (
+        launch_twice(cache, query, [1, 1], LayerTransforms())
+        for cache in beyond_32_bits(make_layout("K8V8", 128), device)
+    )
+    assert torch.equal(got, want)
+
+
+def test_a_workspace_may_be_larger_and_left_by_another_layer(device):
+    """As the engine's is: for more requests and query tokens, and shared by layers of one shape."""
+    cache = random_cache(make_layout("K4V2", 128), [5000, 40, 1], 2, device)
+    query = torch.randn(3, 8, 128, device=device).bfloat16()
+    want = launch_twice(cache, query, [1, 1, 1], LayerTransforms())
+    workspace = workspace_of(cache, 8, 64, 16)
+    for part in (workspace.partial, workspace.state):
+        part.fill_(torch.nan)
+    got = attend(cuda.paged_attention, cache, query, [1, 1, 1], LayerTransforms(), workspace=workspace)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("num_pairs", [0, 8])
+@pytest.mark.parametrize("max_query_len", [1, 4])
+def test_a_cuda_graph_replays_what_eager_computes(max_query_len, num_pairs, device):
+    """Captured once; then lengths, blocks, queries and bytes change, some requests become padding."""
+    layout = make_layout("K4V2", 128)
+    batch = GraphBatch(layout, max_query_len, device)
+    rotary = linear_table(128, True, batch.MAX_POSITION, device) if num_pairs else None
+    transforms = random_transforms(batch.NUM_KV_HEADS, 128, device, rotary, offset=5.0 * (num_pairs > 0), **SWITCHES)
+    if num_pairs:
+        transforms = with_offset_pairs(transforms, num_pairs)
+    workspace = cuda.decode_workspace(6, max_query_len, batch.NUM_HEADS, batch.NUM_KV_HEADS, 128, device)
+
+    def run():
+        cuda.paged_attention(
+            batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, max_query_len,
+            128**-0.5, layout, transforms, batch.output, workspace=workspace,
+        )  # fmt: skip
+
+    batch.check_replay(run)
+    check_counters(workspace)
+    cache, query_lens = batch.caches[1], batch.query_lens(1)
+    num_tokens = sum(query_lens)
+    want = attend(paged_attention_ref, cache, batch.query[:num_tokens].float(), query_lens, transforms)
+    limit = TOLERANCE * largest_value(cache)
+    torch.testing.assert_close(batch.output[:num_tokens].float(), want, rtol=2**-8, atol=limit)

@@ -1,0 +1,127 @@
+"""Which decode kernel serves a layer."""
+
+import importlib.util
+import logging
+
+import pytest
+import torch
+
+from tests.helpers.paged_cache import make_layout
+from vllm_kvtuner.kernels import choice
+from vllm_kvtuner.pages.transforms import LayerTransforms
+
+DEVICE = torch.device("cuda", 0)
+SERVED, UNSERVED = make_layout("K4V4", 128), make_layout("K4V2", 96)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Sets the card that torch reports, and KVTUNER_DECODE_KERNEL."""
+
+    def set_card(capability, asked=None):
+        monkeypatch.setattr(torch.version, "cuda", None if capability is None else "13.0")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        if asked is None:
+            monkeypatch.delenv("KVTUNER_DECODE_KERNEL", raising=False)
+        else:
+            monkeypatch.setenv("KVTUNER_DECODE_KERNEL", asked)
+
+    choice._no_cuda_kernel.cache_clear()
+    choice._log.cache_clear()
+    yield set_card
+    choice._no_cuda_kernel.cache_clear()
+    choice._log.cache_clear()
+
+
+@pytest.fixture
+def without_cuda_core(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, package=None: None if name == "cuda.core" else found(name, package)
+    )
+
+
+def choose(layout=SERVED, transforms=None, soft_cap=0.0):
+    return choice.decode_kernel(layout, transforms or LayerTransforms(), soft_cap, DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [
+        pytest.param((8, 0), "cuda", id="Ampere"),
+        pytest.param((8, 9), "cuda", id="Ada"),
+        pytest.param((9, 0), "cuda", id="Hopper"),
+        pytest.param((7, 5), "triton", id="Turing"),
+        pytest.param((10, 0), "triton", id="Blackwell"),
+        pytest.param((12, 0), "triton", id="GeForce Blackwell"),
+        pytest.param(None, "triton", id="no CUDA"),
+    ],
+)
+def test_the_default_follows_the_architecture(card, capability, kernel):
+    card(capability)
+    assert choose() == kernel
+
+
+def test_the_default_leaves_layers_to_the_portable_kernel_that_cuda_does_not_serve(card):
+    card((9, 0))
+    assert choose(UNSERVED) == "triton"
+
+
+def test_the_default_without_cuda_core(card, without_cuda_core):
+    card((9, 0))
+    assert choose() == "triton"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_what_is_asked_for_is_taken(card, capability):
+    card(capability, "cuda")
+    assert choose() == "cuda"
+    card(capability, "triton")
+    assert choose() == "triton"
+
+
+@pytest.mark.parametrize(
+    ("capability", "layout", "reason"),
+    [
+        pytest.param((7, 5), SERVED, r"compute capability \(7, 5\) is below \(8, 0\)", id="old card"),
+        pytest.param(None, SERVED, "torch is built without CUDA", id="no CUDA"),
+        pytest.param((9, 0), UNSERVED, "head_size 96 with 2-bit values", id="layer"),
+    ],
+)
+def test_cuda_asked_for_where_it_cannot_run_is_an_error(card, capability, layout, reason):
+    card(capability, "cuda")
+    with pytest.raises(ValueError, match=rf"^KVTUNER_DECODE_KERNEL is 'cuda', but {reason}.*; leave it unset"):
+        choose(layout)
+
+
+def test_cuda_asked_for_without_cuda_core_is_an_error(card, without_cuda_core):
+    card((9, 0), "cuda")
+    with pytest.raises(ValueError, match="the package cuda-core is not installed"):
+        choose()
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "layout", "kernel"),
+    [
+        pytest.param((9, 0), None, UNSERVED, "cuda", id="a layer whose decode is the portable kernel's"),
+        pytest.param((9, 0), "triton", SERVED, "triton", id="asked for the portable ones"),
+        pytest.param((10, 0), None, SERVED, "triton", id="a newer card"),
+        pytest.param((9, 0), "cuda", make_layout("K4V4", 80), "triton", id="rows that CUDA does not serve"),
+    ],
+)
+def test_store_and_gather_follow_the_same_variable(card, capability, asked, layout, kernel):
+    card(capability, asked)
+    assert choice.row_kernels(layout, DEVICE) == kernel
+
+
+def test_the_choice_and_its_reason_are_logged_once(card, caplog, monkeypatch):
+    card((9, 0))
+    logger = logging.getLogger("vllm.vllm_kvtuner.kernels.choice")
+    monkeypatch.setattr(logger, "handlers", [caplog.handler])  # vLLM's loggers do not propagate
+    monkeypatch.setattr(logger, "propagate", False)
+    caplog.set_level(logging.INFO, logger=logger.name)
+    for layout in (SERVED, UNSERVED, SERVED, UNSERVED):
+        choose(layout)
+    first, second = (record.getMessage() for record in caplog.records)
+    assert first == "decode kernel: cuda"
+    assert second.startswith("decode kernel: triton, since head_size 96 with 2-bit values")

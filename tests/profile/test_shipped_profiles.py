@@ -1,0 +1,139 @@
+"""The shipped profiles: complete, of the published allocations, and with the bits they state."""
+
+import pytest
+import yaml
+
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, content_bytes
+from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.statics import load_statics
+
+PUBLISHED = {
+    "llama31_3.25bit": (3.250, "Meta-Llama-3.1-8B-Instruct_kivi_KVTuner4_1"),
+    "llama31_4.91bit": (4.906, "Meta-Llama-3.1-8B-Instruct_kivi_KVTuner6_1"),
+    "llama31_pertoken_3.59bit": (3.594, "Meta-Llama-3.1-8B-Instruct_pertoken_KVTuner4_0"),
+    "llama31_pertoken_5.44bit": (5.438, "Meta-Llama-3.1-8B-Instruct_pertoken_KVTuner6_1"),
+    "mistral7b_3.19bit": (3.188, "Mistral-7B-Instruct-v0.3_kivi_KVTuner4_1"),
+    "mistral7b_pertoken_3.78bit": (3.781, "Mistral-7B-Instruct-v0.3_pertoken_KVTuner4_1"),
+    "mistral7b_pertoken_5.38bit": (5.375, "Mistral-7B-Instruct-v0.3_pertoken_KVTuner6_1"),
+    "qwen25_3b_3.17bit": (3.167, "Qwen2.5-3B-Instruct_kivi_KVTuner4_0"),
+    "qwen25_3b_3.44bit": (3.444, "Qwen2.5-3B-Instruct_kivi_KVTuner4_1"),
+    "qwen25_3b_pertoken_4.00bit": (4.000, "Qwen2.5-3B-Instruct_pertoken_KVTuner4_1"),
+    "qwen25_3b_pertoken_5.06bit": (5.056, "Qwen2.5-3B-Instruct_pertoken_KVTuner6_0"),
+    "qwen25_7b_3.93bit": (3.929, "Qwen2.5-7B-Instruct_kivi_KVTuner4_0"),
+    "qwen25_7b_5.96bit": (5.964, "Qwen2.5-7B-Instruct_kivi_KVTuner6_0"),
+    "qwen25_7b_pertoken_4.00bit": (4.000, "Qwen2.5-7B-Instruct_pertoken_KVTuner4_0"),
+    "qwen25_7b_pertoken_5.00bit": (5.000, "Qwen2.5-7B-Instruct_pertoken_KVTuner6_1"),
+}
+"""Nominal bits as published and the reference implementation's file name."""
+CALIBRATED = (
+    "qwen25_coder_0.5b_3.00bit",
+    "qwen25_coder_0.5b_3.75bit",
+    "qwen25_coder_0.5b_4.75bit",
+    "qwen25_coder_1.5b_3.25bit",
+    "qwen25_coder_1.5b_4.00bit",
+    "qwen25_coder_1.5b_5.00bit",
+    "qwen25_coder_1.5b_window_2.75bit",
+    "qwen25_coder_1.5b_window_3.25bit",
+    "qwen25_coder_1.5b_window_4.00bit",
+    "smollm2_135m_3.00bit",
+    "smollm2_135m_3.73bit",
+    "smollm2_135m_4.73bit",
+    "smollm2_135m_window_3.00bit",
+    "smollm2_135m_window_4.00bit",
+    "smollm2_135m_window_5.00bit",
+)
+"""Found by ``kvtuner calibrate``, with statics."""
+WINDOWED = "qwen25_coder_1.5b_3.00bit"
+"""Uniform, with the statics of the calibrated ones, and a recent window."""
+DEMO = "smollm2_135m_4.20bit"
+
+
+def test_all_are_found():
+    assert set(shipped_profiles()) == {*PUBLISHED, *CALIBRATED, WINDOWED, DEMO}
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_bits_stated_are_bits_computed(name):
+    profile = load_profile(name)
+    assert (profile.statics is not None) == (name in (*CALIBRATED, WINDOWED))
+    resolved = profile.resolve(profile.model)
+    assert len(resolved.layers) == len(profile.model.layers)
+    assert profile.provenance["nominal_bits"] == round(resolved.nominal_bits, 4)
+    assert profile.provenance["stored_bits"] == round(resolved.stored_bits, 4)
+    assert float(name.rpartition("_")[2].removesuffix("bit")) == pytest.approx(resolved.nominal_bits, abs=0.00501)
+    assert profile.provenance["source"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_allocations(name):
+    nominal_bits, reference = PUBLISHED[name]
+    profile = load_profile(name)
+    assert profile.resolve(profile.model).nominal_bits == pytest.approx(nominal_bits, abs=0.00051)
+    provenance = profile.provenance
+    assert f"arXiv 2502.04420; its reference implementation's {reference}.yaml" == provenance["source"]
+    assert ("pertoken" in reference) == ("pertoken" in name) == provenance["mode"].startswith("per-token")
+    assert ("kivi" in reference) == provenance["mode"].startswith("KIVI")
+    assert "found without transforms" in provenance["note"]
+
+
+def test_llama_3_25_layer_by_layer():
+    # The reference implementation's Meta-Llama-3.1-8B-Instruct_kivi_KVTuner4_1.yaml, layers 0 to 31.
+    pairs = "22 44 44 44 22 42 42 44 42 42 42 42 42 84 42 42 42 84 42 42 42 42 42 42 42 22 42 22 42 44 42 44"
+    profile = load_profile("llama31_3.25bit")
+    assert " ".join(f"{pair.k_bits}{pair.v_bits}" for _, pair in sorted(profile.pairs.items())) == pairs
+
+
+def test_llama_3_25_in_bytes():
+    profile = load_profile("llama31_3.25bit")
+    resolved = profile.resolve(profile.model)
+    assert resolved.stored_bits == 3.5
+    assert resolved.bytes_per_token == 28_672
+    assert resolved.bf16_bytes_per_token == 131_072
+    assert resolved.bytes_per_token == sum(8 * content_bytes(layer.pair, 128) for layer in resolved.layers)
+
+
+@pytest.mark.parametrize("name", CALIBRATED)
+def test_calibrated_profiles_hold_what_they_promise(name):
+    """As good as each uniform setting of no more stored bits or better, and with the statics that layers read."""
+    profile = load_profile(name)
+    scores = profile.provenance["heldout_scores"]
+    ours = scores["this profile"]
+    resolved = profile.resolve(profile.model)
+    assert ours["stored_bits"] == round(resolved.stored_bits, 4)
+    uniform = [score for origin, score in scores.items() if origin.startswith("uniform")]
+    assert len(uniform) == len(QUANTIZED_PAIRS)
+    assert all(ours["kl_mean"] <= score["kl_mean"] for score in uniform if score["stored_bits"] <= ours["stored_bits"])
+    transforms = {layer: profile.transform_overrides.get(layer, profile.transforms) for layer in profile.pairs}
+    readers = {layer for layer, chosen in transforms.items() if chosen.key_offset or chosen.key_equalization}
+    assert set(load_statics(profile.statics, resolved)) == readers
+    assert profile.recent_window == (64 if "_window_" in name else 0)
+    assert profile.sink_tokens == (4 if name.startswith("smollm2_135m_window_") else 0)
+
+
+def test_the_profile_with_a_window_is_the_calibrated_one_otherwise():
+    profile, calibrated = load_profile(WINDOWED), load_profile("qwen25_coder_1.5b_4.00bit")
+    assert (profile.recent_window, profile.recent_window_bits) == (64, 16)
+    assert profile.transforms == calibrated.transforms
+    assert profile.transform_overrides == calibrated.transform_overrides
+    assert set(load_statics(profile.statics, profile.resolve(profile.model))) == set(profile.pairs)
+
+
+def test_demo_profile_needs_no_data():
+    transforms = load_profile(DEMO).transforms
+    assert transforms.names == ("key_hadamard", "value_hadamard", "range_search")
+    assert load_profile(DEMO).transform_overrides == {}
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("qwen")])
+def test_qwen_keys_are_not_rotated_without_an_offset(name):
+    profile = load_profile(name)
+    assert not profile.transforms.key_hadamard
+    assert not profile.transforms.key_offset
+
+
+def test_files_are_ascii_and_short():
+    for name, path in shipped_profiles().items():
+        text = path.read_text(encoding="ascii")
+        assert len(text) < (5000 if name in CALIBRATED else 2000)
+        assert max(map(len, text.splitlines())) <= 120
+        assert yaml.safe_load(text)["version"] == 1

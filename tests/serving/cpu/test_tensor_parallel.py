@@ -1,0 +1,79 @@
+"""Two ranks answer as one does: heads are split between them, or stand on both, and the statics with them."""
+
+import os
+from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.helpers.engine import cpu_only, fork_server
+from tests.helpers.tiny_model import make_tiny_model
+
+pytestmark = cpu_only
+
+LOGPROB = 0.02
+"""Summed over an answer, measured 0.002. Ranks add their halves in another order, which can move a code by one."""
+TRANSFORMS = ("key_offset", "key_hadamard", "value_hadamard", "range_search")
+
+
+def answers(keywords: Mapping[str, Any], prompts: list[list[int]]) -> list[tuple[tuple[int, ...], float]]:
+    """Each prompt's greedy tokens and the sum of their log-probabilities."""
+    # Each rank would bind itself to cores of its own, of which there may be too few.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**keywords)
+    sampling = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True, logprobs=1, detokenize=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = [output.outputs[0] for output in llm.generate(inputs, sampling, use_tqdm=False)]
+    return [
+        (tuple(out.token_ids), sum(at[token].logprob for at, token in zip(out.logprobs, out.token_ids, strict=True)))
+        for out in outputs
+    ]
+
+
+def run(model: Path, profile: Path, prompts: list[list[int]], ranks: int) -> list[tuple[tuple[int, ...], float]]:
+    keywords = {
+        "model": str(model),
+        "kv_cache_dtype": "kvtuner",
+        "additional_config": {"kvtuner_profile": str(profile), "kvtuner_attend_cached_prefill": True},
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 16 << 20,
+        "tensor_parallel_size": ranks,
+        "distributed_executor_backend": "mp",
+    }
+    with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:
+        return pool.submit(answers, keywords, prompts).result()
+
+
+@pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["split", "replicated"])
+def test_two_ranks_answer_as_one(tmp_path, num_kv_heads):
+    from kvtuner_tools.statics import key_offsets
+    from vllm_kvtuner.profile.statics import save_statics
+
+    model = make_tiny_model(tmp_path / "model", "qwen2", num_kv_heads=num_kv_heads)
+    save_statics(tmp_path / "statics.safetensors", key_offsets(str(model)), {})
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(
+        yaml.safe_dump(
+            {
+                "version": 1,
+                "layers": {0: "K8V4", "1-2": "K4V4", 3: "K4V2"},
+                "transforms": dict.fromkeys(TRANSFORMS, True),
+                "statics": "statics.safetensors",
+            }
+        )
+    )
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (5, 40, 200)]
+    one, two = (run(model, profile, prompts, ranks) for ranks in (1, 2))
+    for (tokens, logprob), (other_tokens, other_logprob) in zip(one, two, strict=True):
+        assert tokens == other_tokens
+        assert logprob == pytest.approx(other_logprob, abs=LOGPROB)

@@ -1,0 +1,244 @@
+"""``kvtuner bench serve``: arguments, what an engine's lines become, failures, resuming; no engine runs."""
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from kvtuner_tools import bench
+from kvtuner_tools.bench import decode_points
+from kvtuner_tools.bench.decode_points import assemble, new_entry, table
+from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.engines.serve import ServeJob, token_range
+from kvtuner_tools.settings import Setting
+from vllm_kvtuner.profile.model_shape import ModelShape
+
+ENGINE = {"startup_s": 70.0, "kv_tokens": 1000, "block_size": 16}
+POINT = {
+    "batch": 64,
+    "context": 1024,
+    "prefill_s": 1.5,
+    "warm_s": 0.1,
+    "decode_ms": 7.654,
+    "decode_tok_s": 8361.6,
+}
+THROUGHPUT = {
+    "prompt": 4096,
+    "output": 512,
+    "fitting": 180,
+    "concurrency": 180,
+    "fill_s": 18.0,
+    "decode_ms": 32.1,
+    "decode_tok_s": 5607.5,
+    "window_s": 20.0,
+    "prompts": 100,
+    "output_tok_s": 2800.0,
+    "total_tok_s": 25200.0,
+    "preemptions": 0,
+}
+LONG_PREFILL = {"prompt": 32768, "chunk": 8192, "seconds": 1.0, "seconds_min": 0.9, "seconds_max": 1.1}
+OPTIONS = ("--shape=llama31_8b", "--points=64x1024")
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    return parser.parse_args(["serve", *words])
+
+
+def test_arguments() -> None:
+    args = parse("--shape=llama31_8b", "--setting=auto", "--setting=kvtuner:K8V8")
+
+    assert args.setting == [Setting("auto"), Setting("kvtuner", "K8V8")]
+    assert (args.points, args.output_tokens, args.memory, args.max_model_len) == (
+        "64x1024,64x8192,8x32000",
+        64,
+        0.85,
+        33000,
+    )
+    assert (args.throughput, args.long_prefill, args.window) == ([], None, 20)
+    for words in (["--setting=auto"], ["--shape=llama31_8b"], ["--shape=llama31_8b", "--setting=kvtuner"]):
+        with pytest.raises(SystemExit):
+            parse(*words)
+
+
+def test_arguments_of_throughput_and_long_prefill() -> None:
+    args = parse(
+        *OPTIONS, "--setting=auto", "--throughput=4096x512", "--throughput=32768x64", "--long-prefill=32768:8192"
+    )
+
+    assert args.throughput == [ThroughputPoint(4096, 512), ThroughputPoint(32768, 64)]
+    assert args.long_prefill == LongPrefill(32768, 8192)
+    for words in (["--throughput=4096"], ["--long-prefill=8192:32768"]):
+        with pytest.raises(SystemExit):
+            parse(*OPTIONS, "--setting=auto", *words)
+
+
+def test_llama_shape() -> None:
+    shape = ModelShape.from_hf_config(json.loads((SHAPES / "llama31_8b" / "config.json").read_text()), "llama31_8b")
+
+    assert len(shape.layers) == 32
+    assert {(layer.num_kv_heads, layer.head_size) for layer in shape.layers} == {(8, 128)}
+
+
+def test_prompts_stay_comparable_and_inside_the_vocabulary() -> None:
+    assert token_range(128_256) == (1000, 100_000)
+    assert token_range(512) == (256, 512)
+
+
+def lines(engine: dict, *points: dict) -> list[dict]:
+    return [{"engine": engine}, *({"points": point} for point in points)]
+
+
+def test_assembled_result_and_table() -> None:
+    result = assemble(
+        {"model": "m"},
+        [
+            new_entry(Setting("auto"), (16.0, 16.0), lines(ENGINE, POINT, {**POINT, "context": 8192}), None),
+            new_entry(Setting("kvtuner", "K4V4"), (4.0, 4.25), lines({**ENGINE, "kv_tokens": 3700}, POINT), None),
+            new_entry(Setting("fp8"), (8.0, 8.0), [], "RuntimeError: no"),
+        ],
+    )
+
+    auto, packed, failed = result["settings"]
+    assert auto["kv_tokens_ratio"] == 1
+    assert packed["kv_tokens_ratio"] == 3.7
+    assert packed["points"] == [POINT]
+    assert failed["error"] == "RuntimeError: no"
+    assert "kv_tokens" not in failed
+    rows = table(result).splitlines()
+    assert [row.split("|")[1].strip() for row in rows[2:]] == ["auto", "auto", "kvtuner:K4V4", "fp8"]
+    assert [cell.strip() for cell in rows[4].split("|")[2:-1]] == [
+        "4.00", "4.25", "3,700", "3.700", "64x1024", "7.65", "8,362", "1.50",
+    ]  # fmt: skip
+    json.dumps(result, allow_nan=False)
+
+
+def test_throughput_and_long_prefill_are_compared_with_auto() -> None:
+    packed = {**THROUGHPUT, "concurrency": 800, "output_tok_s": 7000.0}
+    result = assemble(
+        {"model": "m"},
+        [
+            new_entry(Setting("kvtuner", "K4V4"), (4.0, 4.25),
+                      [{"engine": ENGINE}, {"throughput": packed}, {"throughput": {**packed, "prompt": 8}},
+                       {"long_prefill": {**LONG_PREFILL, "seconds": 1.04}}], None),
+            new_entry(Setting("auto"), (16.0, 16.0),
+                      [{"engine": ENGINE}, {"throughput": THROUGHPUT}, {"long_prefill": LONG_PREFILL}], None),
+        ],
+    )  # fmt: skip
+
+    entry = result["settings"][0]
+    assert entry["throughput"][0]["ratio"] == 2.5
+    assert "ratio" not in entry["throughput"][1], "auto has no such point"
+    assert entry["long_prefill"][0]["ratio"] == pytest.approx(1.04)
+    assert "4096x512 |      800" in table(result)
+    assert "32768:8192 |     1.040 |  1.040" in table(result)
+
+
+class Engines:
+    """Stands in for engines' processes: writes lines, and fails or is interrupted where told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, **failures: BaseException) -> None:
+        self.jobs: list[ServeJob] = []
+        self.failures = failures
+        monkeypatch.setattr(decode_points, "in_own_process", self)
+
+    def __call__(self, function: object, job: ServeJob) -> None:
+        assert function is decode_points.measure
+        self.jobs.append(job)
+        job.lines.write_text("".join(json.dumps(line) + "\n" for line in lines(ENGINE, POINT)))
+        if failure := self.failures.get(job.setting.label):
+            raise failure
+
+    @property
+    def labels(self) -> list[str]:
+        return [job.setting.label for job in self.jobs]
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Provenance asks for the card in a process of its own, which costs seconds."""
+    monkeypatch.setattr(decode_points, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
+
+
+def test_run_keeps_the_points_of_a_failed_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    engines = Engines(monkeypatch, fp8=RuntimeError("out of memory"))
+    out = tmp_path / "out.json"
+
+    status = bench.run(
+        parse(*OPTIONS, "--setting=fp8", "--setting=kvtuner:K8V8", "--kv-memory=0.5", f"--out={out}"),
+    )
+
+    result = json.loads(out.read_text())
+    assert status == 1
+    assert [(job.points, job.vocab_size, job.kv_memory_bytes, job.max_num_seqs) for job in engines.jobs] == [
+        ((Point(64, 1024),), 128_256, 1 << 29, 256)
+    ] * 2
+    assert [entry["points"] for entry in result["settings"]] == [[POINT]] * 2
+    assert [entry["error"] for entry in result["settings"]] == ["RuntimeError: out of memory", None]
+    assert result["settings"][1]["stored_bits"] == 8.25
+    assert "fp8: RuntimeError: out of memory" in capsys.readouterr().err
+
+
+def test_a_run_cut_short_goes_on_at_the_setting_it_was_cut_short_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (*OPTIONS, "--setting=auto", "--setting=fp8", "--setting=kvtuner:K4V4", f"--out={tmp_path / 'out.json'}")
+    Engines(monkeypatch, fp8=KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(parse(*words))
+
+    engines = Engines(monkeypatch, fp8=RuntimeError("again"))
+    assert bench.run(parse(*words)) == 1
+    assert engines.labels == ["fp8", "kvtuner:K4V4"]
+
+    engines = Engines(monkeypatch)
+    assert bench.run(parse(*words)) == 0
+    assert engines.labels == ["fp8"], "a failed setting is tried again, a finished one is not"
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(entry["label"], entry["error"]) for entry in result["settings"]] == [
+        ("auto", None), ("fp8", None), ("kvtuner:K4V4", None),
+    ]  # fmt: skip
+
+
+def test_another_profile_under_the_same_name_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = tmp_path / "mine.yaml"
+    words = (*OPTIONS, f"--setting=kvtuner:{profile}", f"--out={tmp_path / 'out.json'}")
+    for pair in ("K8V8", "K4V4"):
+        profile.write_text(f"version: 1\nlayers: {{0-31: {pair}}}\n")
+        engines = Engines(monkeypatch)
+        bench.run(parse(*words))
+        assert len(engines.jobs) == 1
+    assert json.loads((tmp_path / "out.json").read_text())["settings"][0]["nominal_bits"] == 4
+
+
+def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Engines(monkeypatch)
+    out = tmp_path / "out.json"
+    bench.run(parse(*OPTIONS, "--setting=auto", f"--out={out}"))
+    before = out.read_text()
+
+    with pytest.raises(ValueError, match="must be a new file or hold the same run, but got another output_tokens"):
+        bench.run(parse(*OPTIONS, "--setting=fp8", "--output-tokens=7", f"--out={out}"))
+    assert out.read_text() == before
+    out.write_text("{}")
+    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/5, but got None"):
+        bench.run(parse(*OPTIONS, "--setting=auto", f"--out={out}"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--points=1x40000"], "--max-model-len must be at least 40128 for these points, but got 33000"),
+        (["--throughput=32768x512"], "--max-model-len must be at least 33792 for these points, but got 33000"),
+        (["--long-prefill=33000:8192"], "--max-model-len must be at least 33001 for these points, but got 33000"),
+        (["--long-prefill=512:128"], "CHUNK must be at least --max-num-seqs, 256, as vLLM demands of a step"),
+        (["--points=none"], "needs --points, --throughput or --long-prefill, but got none"),
+    ],
+)
+def test_what_no_engine_could_serve_is_refused(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.run(parse("--shape=llama31_8b", "--setting=auto", *words))

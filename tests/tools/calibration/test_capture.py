@@ -1,0 +1,220 @@
+"""Capture inside vLLM: against transformers' queries, keys and values, and killed and resumed."""
+
+import os
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Glm4Config, Glm4ForCausalLM, PhiConfig, PhiForCausalLM
+
+from kvtuner_tools.calibration import capture as capture_module
+from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
+from kvtuner_tools.calibration.captured import Capture
+from kvtuner_tools.calibration.rotation import undo_rotary
+from tests.helpers.engine import cpu_only, fork_server
+from tests.helpers.tiny_model import SLIDING_WINDOW, WEIGHT_STD, make_tiny_model, make_tokenizer
+from vllm_kvtuner.profile.problems import ProfileError
+
+pytestmark = cpu_only
+
+TEXT = "".join(f"Line {number} of the text says what line {number * 7 % 100} does not. " for number in range(60))
+NUM_TOKENS = 160
+
+
+@pytest.fixture(autouse=True)
+def forked_engines(monkeypatch):
+    """Engines in processes that are forked with vLLM imported."""
+
+    def in_own_process(function, argument):
+        with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:
+            return pool.submit(function, argument).result()
+
+    monkeypatch.setattr(capture_module, "in_own_process", in_own_process)
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def make_rotary_model(folder, model_class, config_class, **options):
+    """A tiny model of a class that rotates a part of each head only."""
+    torch.manual_seed(0)
+    config = config_class(
+        num_hidden_layers=2,
+        hidden_size=256,
+        intermediate_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=512,
+        max_position_embeddings=4096,
+        partial_rotary_factor=0.5,
+        initializer_range=WEIGHT_STD,
+        bos_token_id=256,
+        eos_token_id=257,
+        pad_token_id=258,
+        **options,
+    )
+    model_class(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def request(model, data, **options):
+    defaults = {"tokens": 2 * NUM_TOKENS, "context": NUM_TOKENS, "queries": 20, "dtype": "float32"}
+    return CaptureRequest(model=str(model), data=data, **{**defaults, **options})
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "glm4"])
+def test_it_is_what_the_model_computes(tmp_path, data, kind):
+    model = tmp_path / "model"
+    if kind == "glm4":
+        make_rotary_model(model, Glm4ForCausalLM, Glm4Config, head_dim=64)
+    else:
+        make_tiny_model(model, kind, num_layers=2, dtype=torch.float32)
+    wanted = request(model, data)
+    capture = run_capture(wanted, tmp_path)
+    assert capture.windows == (NUM_TOKENS, NUM_TOKENS) and capture.dtype == "float32"
+    assert capture.data["source"] == str(data) and capture.data["tokens"] == 2 * NUM_TOKENS
+
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for window, ids in enumerate(tokens_of(wanted, capture)):
+        before, cached = run_reference(reference, ids)
+        for layer in capture.layers:
+            got, rotary = capture.load_layer(layer)[window], capture.load_rotary(layer)
+            (query, key), seen = before[layer.index], cached.layers[layer.index]
+            count = seen.keys.shape[2]  # transformers keeps what a sliding-window layer needs only
+            close(got.key[-count:], seen.keys[0].transpose(0, 1))
+            close(got.value[-count:], seen.values[0].transpose(0, 1))
+            positions = torch.arange(NUM_TOKENS)
+            close(undo_rotary(got.key, positions, rotary.near), key.view(got.key.shape))
+            rows = query.view(NUM_TOKENS, layer.num_heads, layer.head_size)[got.query_position]
+            close(undo_rotary(got.query, got.query_position, rotary.near), rows)
+            assert got.query_position.shape == (20,) and got.query_position.min() > 0
+            assert (got.query_position.diff() > 0).all()
+            assert rotary.near.is_neox == (kind != "glm4")
+            assert rotary.near.cos_sin.shape == (NUM_TOKENS, layer.head_size // (2 if kind == "glm4" else 1))
+            limit = reference.config.max_position_embeddings
+            assert rotary.far_position == limit - NUM_TOKENS
+    scales = {layer.scale for layer in capture.layers}
+    assert scales == {reference.model.layers[0].self_attn.scaling}
+    windows = [SLIDING_WINDOW, None] if kind == "gemma3" else [None, None]
+    assert [layer.sliding_window for layer in capture.layers] == windows
+    assert [layer.rotary for layer in capture.layers] == ([0, 1] if kind == "gemma3" else [0, 0])
+
+
+def tokens_of(wanted, capture):
+    tokenizer = make_tokenizer()
+    text = capture_module.load_text(
+        wanted.data, tokenizer, tokens=wanted.tokens, context=wanted.context, seed=wanted.seed
+    )
+    return text.windows
+
+
+def run_reference(model, ids):
+    """Queries and keys before RoPE per layer, and transformers' cache of keys after it and values."""
+    before = {}
+    hooks = []
+
+    def keep(index, place):
+        def hook(module, arguments, output):
+            rows = output[0]
+            if rows.dim() == 3:  # a norm gives heads first
+                rows = rows.transpose(0, 1).flatten(1)
+            before.setdefault(index, [None, None])[place] = rows
+
+        return hook
+
+    for index, layer in enumerate(model.model.layers):
+        attention = layer.self_attn
+        for place, name in enumerate("qk"):
+            source = getattr(attention, f"{name}_norm", None) or getattr(attention, f"{name}_proj")
+            hooks.append(source.register_forward_hook(keep(index, place)))
+    with torch.no_grad():
+        output = model(torch.tensor([ids]), use_cache=True)
+    for hook in hooks:
+        hook.remove()
+    return before, output.past_key_values
+
+
+def close(got, expected):
+    torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+
+
+def test_a_model_with_its_rotary_embedding_elsewhere_says_so(tmp_path, data):
+    model = make_rotary_model(tmp_path / "model", PhiForCausalLM, PhiConfig)  # runs on Transformers' modelling code
+    capture = run_capture(request(model, data, tokens=NUM_TOKENS), tmp_path)
+    for layer in capture.layers:
+        assert layer.rotary is None and capture.load_rotary(layer) is None
+        assert "needs the rotary embedding beside the attention layer" in layer.offset_unsupported
+        assert capture.load_layer(layer)[0].key.shape == (NUM_TOKENS, 2, 64)
+
+
+def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path, data, monkeypatch):
+    model = make_tiny_model(tmp_path / "model", num_layers=3)
+    wanted = request(model, data, tokens=34 * 64, context=64, dtype="bfloat16")
+
+    def killed(function, job):
+        engine = fork_server().Process(target=function, args=(job,))
+        engine.start()
+        while not (job.folder / "window-0002").exists():
+            time.sleep(0.001)
+            assert engine.is_alive()
+        os.kill(engine.pid, signal.SIGKILL)
+        engine.join()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_module, "in_own_process", killed)
+        with pytest.raises(ProfileError, match=r"must hold all 34 windows; run the capture again .* but got [1-9]"):
+            run_capture(wanted, tmp_path / "killed")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").rglob("window-0000/*")}
+    run_capture(wanted, tmp_path / "killed")
+    assert before == {path: path.stat().st_mtime_ns for path in before}, "a complete window is not captured again"
+
+    run_capture(wanted, tmp_path / "undisturbed")
+    files = contents(tmp_path / "undisturbed")
+    assert len(files) == 34 * 3 + 2
+    assert contents(tmp_path / "killed") == files
+
+    with monkeypatch.context() as patch:
+        patch.setattr(capture_module, "in_own_process", None)
+        assert run_capture(wanted, tmp_path / "killed") == Capture.read(tmp_path / "killed" / CAPTURE_FOLDER)
+
+
+def contents(folder):
+    folder = folder / CAPTURE_FOLDER
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_request_replaces_the_capture_and_nothing_else(tmp_path, data):
+    model = make_tiny_model(tmp_path / "model", num_layers=1)
+    run_capture(request(model, data), tmp_path)
+    kept = tmp_path / CAPTURE_FOLDER / "notes.txt"
+    kept.write_text("mine")
+    capture = run_capture(request(model, data, seed=1, tokens=NUM_TOKENS), tmp_path)
+    assert (len(capture.windows), capture.seed) == (1, 1)
+    assert sorted(path.name for path in (tmp_path / CAPTURE_FOLDER).iterdir()) == [
+        "capture.json",
+        "notes.txt",
+        "rotary-0.safetensors",
+        "window-0000",
+    ]
+    assert kept.read_text() == "mine"
+
+
+def test_bad_data_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr(capture_module, "in_own_process", None)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "?"}\n{"text": "fine"}\n[]\n')
+    with pytest.raises(ProfileError) as caught:
+        run_capture(request(make_tiny_model(tmp_path / "model", num_layers=1), data), tmp_path)
+    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{data}:1", f"{data}:3"]
+
+
+def test_folders_without_a_capture(tmp_path):
+    with pytest.raises(ProfileError, match=r"capture\.json: the file must be readable"):
+        Capture.read(tmp_path)

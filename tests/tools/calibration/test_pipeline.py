@@ -1,0 +1,500 @@
+"""From a sensitivity table to profile and report, with a made-up engine; and what the commands refuse."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import optuna
+import plotly.io
+import pytest
+import yaml
+
+from kvtuner_tools import cli
+from kvtuner_tools.calibration import pipeline
+from kvtuner_tools.calibration.calibration_text import CalibrationText
+from kvtuner_tools.calibration.options import Options, Texts
+from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, pareto_front, verdict
+from kvtuner_tools.calibration.pipeline import STAGES, Calibration
+from kvtuner_tools.calibration.study import EngineSettings
+from tests.helpers.calibration import FakeEvaluator, sensitivity_table
+from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.statics import LayerStatics, load_statics, save_statics
+
+AFTER_SENSITIVITY = STAGES[2:]
+OFFSETS = {layer: LayerStatics(key_offset=np.full((2, 64), layer, dtype=np.float32)) for layer in (0, 2, 3)}
+STATICS = TransformSettings(key_offset=True, key_hadamard=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quiet_optuna():
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+def texts():
+    return Texts(*(CalibrationText("bundled", "ab" * 32, ((1, 2, 3, number),)) for number in range(3)))
+
+
+def calibration(out, table, evaluators, monkeypatch, **options):
+    """A calibration whose first stages have run; every engine that it starts is added to ``evaluators``."""
+
+    def start(settings):
+        evaluators.append(FakeEvaluator(table))
+        return evaluators[-1]
+
+    monkeypatch.setattr(pipeline, "start_engine", start)
+    options = Options(model="fake", **({"max_bits": 4.0, "trials": 30} | options))
+    made = Calibration(out, options)
+    made.__dict__["texts"] = texts()
+    table.write(out / "sensitivity.json")
+    save_statics(out / "statics.safetensors", OFFSETS, {"data": "bundled", "method": "test", "model": "fake"})
+    return made
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder, table and engines of a calibration that has run."""
+    out = tmp_path_factory.mktemp("calibration")
+    table = sensitivity_table(10)
+    layers = [replace(layer, transforms=STATICS) if layer.index in (2, 3) else layer for layer in table.layers]
+    table = replace(table, layers=tuple(layers))
+    evaluators = []
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        made = calibration(out, table, evaluators, monkeypatch)
+        for stage in AFTER_SENSITIVITY:
+            made.run(stage)
+    return out, table, evaluators
+
+
+def test_profile_round_trip(finished):
+    out, table, _ = finished
+    profile = load_profile(str(out / "profile.yaml"))
+    result = SearchResult.read(out)
+    assert profile.pairs == result.chosen.pairs
+    assert {layer.index: profile.transforms_of(layer.index) for layer in table.layers} == {
+        layer.index: layer.transforms for layer in table.layers
+    }
+    assert profile.statics == out / "profile.statics.safetensors"
+    statics = load_statics(profile.statics, profile.resolve(profile.model))
+    assert {index: each.key_offset.tolist() for index, each in statics.items()} == {
+        index: OFFSETS[index].key_offset.tolist() for index in (2, 3)
+    }
+    assert profile.model is not None and profile.model.name == "fake"
+    provenance = profile.provenance
+    assert provenance["versions"] == table.versions
+    assert provenance["seeds"] == {"sampling": 0, "search": 0}
+    assert provenance["data"]["sensitivity"] == table.data
+    assert provenance["search"]["trials"]["scored"] == 30
+    scores = provenance["heldout_scores"]
+    assert scores["bf16"]["perplexity"] == 10.0
+    assert scores["this profile"]["kl_mean"] == pytest.approx(result.chosen.quality.kl_mean, rel=1e-4)
+    assert {name for name in scores if name.startswith("uniform ")} == {
+        f"uniform K{k}V{v}" for k in (2, 4, 8) for v in (2, 4, 8)
+    }
+    assert provenance["stored_bits"] == pytest.approx(result.chosen.stored_bits, abs=1e-3)
+
+
+def test_nothing_runs_twice(finished, monkeypatch, tmp_path):
+    out, table, evaluators = finished
+    before = {path.name: path.read_bytes() for path in out.iterdir() if path.name.startswith(("profile", "heldout"))}
+    again = calibration(out, table, evaluators, monkeypatch)
+    number = len(evaluators)
+    for stage in AFTER_SENSITIVITY:
+        again.run(stage)
+    assert len(evaluators) == number
+    assert before == {name: (out / name).read_bytes() for name in before}
+    # From nothing, the same options give the same profile, byte for byte.
+    anew = calibration(tmp_path, table, [], monkeypatch)
+    for stage in AFTER_SENSITIVITY:
+        anew.run(stage)
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_changed_inputs_run_again(finished, monkeypatch, tmp_path):
+    _, table, _ = finished
+    evaluators = []
+    for stage in AFTER_SENSITIVITY:
+        calibration(tmp_path, table, evaluators, monkeypatch, trials=12).run(stage)
+    first = len(evaluators)
+    worse = replace(table, layers=(replace(table.layers[0], transforms=STATICS), *table.layers[1:]))
+    for stage in AFTER_SENSITIVITY:
+        calibration(tmp_path, worse, evaluators, monkeypatch, trials=12).run(stage)
+    assert len(evaluators) == 2 * first
+    assert sum(len(each.scored) for each in evaluators[:first]) == sum(len(each.scored) for each in evaluators[first:])
+    assert load_profile(str(tmp_path / "profile.yaml")).transforms_of(0) == STATICS
+
+
+def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatch):
+    table = sensitivity_table(3)
+    measured = []
+
+    def measure(capture, choice, out, recent_window, sink_tokens):
+        measured.append((capture.inputs, choice, recent_window, sink_tokens))
+        table.write(out / "sensitivity.json")
+        return table
+
+    monkeypatch.setattr(pipeline, "measure_sensitivity", measure)
+    capture = SimpleNamespace(inputs="first")
+    monkeypatch.setattr("kvtuner_tools.calibration.captured.Capture.read", lambda folder: capture)
+    made = calibration(tmp_path, table, [], monkeypatch, transforms="none")
+    for inputs, number in (("first", 1), ("first", 1), ("second", 2)):
+        capture.inputs = inputs
+        made.run("sensitivity")
+        assert len(measured) == number
+    (tmp_path / "sensitivity.json").write_text("edited")
+    made.run("sensitivity")
+    assert len(measured) == 3
+    for unquantized in ({"recent_window": 64}, {"recent_window": 64, "sink_tokens": 4}):
+        made.options = replace(made.options, **unquantized)
+        made.run("sensitivity")
+        made.run("sensitivity")
+    assert measured[3:] == [("second", None, 64, 0), ("second", None, 64, 4)]
+
+
+def test_costs_of_stages_are_kept(finished):
+    out, _, _ = finished
+    costs = json.loads((out / "costs.json").read_text())["stages"]
+    assert set(costs) == set(AFTER_SENSITIVITY)
+    assert all(cost["seconds"] >= 0 for cost in costs.values())
+
+
+def report_figures(html):
+    """The figures of a report, parsed from the calls that draw them."""
+    decoder = json.JSONDecoder()
+    figures = []
+    for match in re.finditer(r"Plotly\.newPlot\(\s*\"[0-9a-f-]+\",\s*", html):
+        data, end = decoder.raw_decode(html, match.end())
+        layout, _ = decoder.raw_decode(html, re.compile(r"\s*,\s*").match(html, end).end())
+        figures.append(plotly.io.from_json(json.dumps({"data": data, "layout": layout}), skip_invalid=True))
+    return figures
+
+
+def test_report_holds_the_data_and_needs_nothing_else(finished):
+    out, table, _ = finished
+    html = (out / "report.html").read_text()
+    assert not re.search(r"<(?:script|link|img)[^>]+(?:src|href)=", html)
+    assert "Plotly.newPlot" in html and len(html) > 3_000_000  # plotly's script is inside
+    result, heldout = SearchResult.read(out), Heldout.read(out)
+    figures = report_figures(html)
+    named = {trace.name: trace for figure in figures for trace in figure.data if trace.name}
+    front = next(figure for figure in figures if any(trace.name == "Pareto front" for trace in figure.data))
+    points = {(x, y) for trace in front.data if trace.mode != "lines" for x, y in zip(trace.x, trace.y, strict=True)}
+    assert points == {(each.stored_bits, each.quality.kl_mean) for each in result.scored}
+    line = next(trace for trace in front.data if trace.name == "Pareto front")
+    assert list(line.y) == [each.quality.kl_mean for each in pareto_front(result.scored)]
+    assert list(named["chosen"].x) == [result.chosen.stored_bits]
+    heat = next(trace for figure in figures for trace in figure.data if trace.type == "heatmap")
+    errors = [[layer.output_error[pair] for layer in table.layers] for pair in heat.y]
+    assert list(map(list, heat.customdata)) == errors
+    bars = [trace for figure in figures for trace in figure.data if trace.type == "bar"]
+    pairs = [result.chosen.pairs[layer.index] for layer in table.layers]
+    assert list(bars[0].y) == [pair.k_bits for pair in pairs]
+    assert list(bars[1].y) == [pair.v_bits for pair in pairs]
+    assert verdict(heldout, result.max_bits) in html
+    for each in heldout.settings:
+        assert f"<td>{each.origin}</td><td>{each.nominal_bits:.3f}</td><td>{each.stored_bits:.3f}</td>" in html
+    assert "Optuna: " in html
+
+
+def test_report_can_be_made_again(finished, monkeypatch):
+    out, table, evaluators = finished
+    (out / "report.html").unlink()
+    calibration(out, table, evaluators, monkeypatch).run("report")
+    assert "Precision profile for fake" in (out / "report.html").read_text()
+
+
+def scored(origin, pair, kl, stderr, stored):
+    quality = FakeEvaluator(sensitivity_table(1)).score({0: PrecisionPair.parse(pair)})
+    quality = replace(quality, kl_mean=kl, kl_stderr=stderr)
+    return Scored(None, origin, {0: PrecisionPair.parse(pair)}, stored - 0.5, stored, quality)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (0.10, "The profile is better than uniform K4V2, the best uniform setting within the budget"),
+        (0.19, "Uniform K4V2 is as good as the profile, within the standard error"),
+        (0.21, "Uniform K4V2 is as good as the profile, within the standard error"),
+        (0.30, "The profile is WORSE than uniform K4V2 on held-out text"),
+    ],
+)
+def test_verdict(kl, expected):
+    uniform = (scored("uniform K4V2", "K4V2", 0.2, 0.01, 3.5), scored("uniform K8V8", "K8V8", 0.0, 0.0, 8.5))
+    ours = scored("this profile", "K4V4", kl, 0.01, 4.0)
+    sentence = verdict(Heldout("", {}, (ours, *uniform)), 4.0)
+    assert sentence.startswith(expected)
+    assert "3.500 (3.000 nominal)" in sentence and "4.000 stored bits (3.500 nominal)" in sentence
+
+
+def test_verdict_where_the_profile_is_uniform():
+    ours = scored("this profile", "K4V2", 0.2, 0.01, 3.5)
+    sentence = verdict(Heldout("", {}, (ours, replace(ours, origin="uniform K4V2"))), 4.0)
+    assert sentence.startswith("The profile is uniform K4V2: no mixed setting")
+    assert verdict(Heldout("", {}, (ours,)), 4.0) == "No uniform setting fits the budget."
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "hidden_size": 256,
+}
+
+
+TOO_MANY_SINKS = "sink-tokens must be an integer of 0-16 tokens"
+SINKS_ALONE = "sink-tokens must be 0 without a recent_window, whose cache holds them"
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problems"),
+    [
+        ([], ["the budget must be given as --max-bits, or as --memory with --context and --concurrency, but got none"]),
+        (["--max-bits", "4", "--memory", "1GiB"], ["but got --max-bits, --memory"]),
+        (["--memory", "1GiB", "--context", "100"], ["but got --memory, --context"]),
+        (["--max-bits", "2"], ["at least 2.500 stored bits (2.000 nominal)", "but got 2.000 stored bits"]),
+        (
+            ["--memory", "1MB", "--context", "1000", "--concurrency", "4"],
+            ["at least 2.500 stored bits", "got 1.938 stored bits"],
+        ),
+        (["--max-bits", "3", "--unquantized", "0"], ["at least 5.875 stored bits (5.500 nominal)"]),
+        (["--max-bits", "4", "--unquantized", "7"], ["--unquantized must name layers of", "but got 7"]),
+        (["--max-bits", "4", "--unquantized", "x"], ["--unquantized must be a layer, a range or a list"]),
+        (["--max-bits", "4", "--unquantized", "0-3"], ["--unquantized must leave a layer to choose pairs for"]),
+        (
+            ["--max-bits", "17", "--window", "3", "--trials", "0", "--cluster-factor", "0.5", "--data", "/none.txt"],
+            [
+                "--max-bits must be above 0 and at most 16, but got 17",
+                "--window must be at least 32, but got 3",
+                "--trials must be at least 1, but got 0",
+                "--cluster-factor must be at least 1, but got 0.5",
+                "/none.txt: the file must be readable",
+            ],
+        ),
+        (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "17"], [f"--{TOO_MANY_SINKS}, but got 17"]),
+        (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "-1"], [f"--{TOO_MANY_SINKS}, but got -1"]),
+        (["--max-bits", "4", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
+        (["--max-bits", "4", "--storage", "nonsense"], ["--storage must be a database that can be opened"]),
+    ],
+)
+def test_all_input_errors_at_once_before_a_model_loads(model, tmp_path, capsys, monkeypatch, arguments, problems):
+    monkeypatch.setattr(Calibration, "run", lambda *_: pytest.fail("a stage was run"))
+    out = tmp_path / "out"
+    assert cli.main(["calibrate", model, "--out", str(out), *arguments]) == 1
+    errors = capsys.readouterr().err
+    assert all(problem in errors for problem in problems), errors
+    assert len(errors.splitlines()) == max(1, len(problems) if len(arguments) > 8 else 1)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"), [("recent_window: 64\nsink_tokens: 17", TOO_MANY_SINKS), ("sink_tokens: 4", SINKS_ALONE)]
+)
+def test_sink_tokens_are_refused_as_a_profile_with_them_is(tmp_path, settings, rule):
+    path = tmp_path / "profile.yaml"
+    path.write_text(f"version: 1\nlayers: K4V4\n{settings}\n")
+    with pytest.raises(ValueError, match=rule.replace("sink-tokens", "sink_tokens")):
+        load_profile(str(path))
+
+
+def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Calibration, "run", lambda *_: None)
+    out = str(tmp_path / "out")
+    window = ["--recent-window", "64", "--sink-tokens", "4"]
+    assert cli.main(["calibrate", model, "--out", out, "--max-bits", "4", *window]) == 0
+    assert Options.read(tmp_path / "out").sink_tokens == 4
+    assert cli.main(["sensitivity", out, "--recent-window", "0"]) == 1
+    assert f"--{SINKS_ALONE}, but got 4" in capsys.readouterr().err
+    assert Options.read(tmp_path / "out").recent_window == 64
+    assert cli.main(["sensitivity", out, "--recent-window", "0", "--sink-tokens", "0"]) == 0
+
+
+def test_the_models_own_folder_is_no_output_folder(model, capsys, monkeypatch):
+    monkeypatch.setattr(Calibration, "run", lambda *_: pytest.fail("a stage was run"))
+    assert cli.main(["calibrate", model, "--out", model, "--max-bits", "4"]) == 1
+    assert "--out must not be in the model's folder" in capsys.readouterr().err
+
+
+def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatch, capsys):
+    ran = []
+    monkeypatch.setattr(Calibration, "run", lambda self, stage: ran.append((stage, self.options)))
+    out = tmp_path / "out"
+    assert cli.main(["capture", model, "--out", str(out), "--seed", "7"]) == 0
+    assert cli.main(["prune", str(out), "--keep-all-pairs"]) == 0
+    assert cli.main(["search", str(out), "--memory", "1MiB", "--context", "1000", "--concurrency", "2"]) == 0
+    assert cli.main(["search", str(out), "--max-bits", "4.25"]) == 0
+    assert [stage for stage, _ in ran] == ["capture", "prune", "search", "search"]
+    assert ran[2][1].memory == 1 << 20
+    assert ran[3][1] == Options(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
+    assert Options.read(out) == ran[3][1]
+    assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs"]) == 0
+    assert [stage for stage, _ in ran[4:]] == list(STAGES)
+    assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
+    assert cli.main(["report", str(tmp_path)]) == 1
+    assert "must be the output folder of kvtuner capture or kvtuner calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", ["before", "after"])
+def test_an_export_that_is_killed_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch, step):
+    """Killed at a renaming, run again and killed at a later one, until it is done."""
+    undisturbed, table, _ = finished
+    for name in ("candidates.json", "clusters.json", "search.json"):
+        shutil.copy(undisturbed / name, tmp_path)
+    made = calibration(tmp_path, table, [], monkeypatch)
+    codes = []
+    while not codes or codes[-1] != 0:
+        process = multiprocessing.get_context("fork").Process(
+            target=_export_and_be_killed, args=(made, len(codes) // 3 + 1, step)
+        )
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        assert codes[-1] in (0, -signal.SIGKILL) and len(codes) < 60
+    assert len(codes) > 6
+    for name in ("profile.yaml", "profile.statics.safetensors", "heldout.json"):
+        assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
+
+
+def _export_and_be_killed(made, renaming, step):
+    counter, replace_file = itertools.count(1), os.replace
+
+    def killing(*paths):
+        last = next(counter) == renaming
+        if last and step == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace_file(*paths)
+        if last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = killing
+    made.run("export")
+    os._exit(0)
+
+
+def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):
+    def interrupted(self, stage):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Calibration, "run", interrupted)
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["calibrate", model, "--out", str(tmp_path / "out"), "--max-bits", "4"])
+    assert caught.value.code == 130
+    assert "run the same command again to go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["search"], "must be given DIR, or --join"),
+        (["search", "DIR", "--study", "x"], "must be given DIR, or --join"),
+        (["search", "DIR", "--join", "DIR"], "--join takes the search as it was made"),
+        (["search", "--join", "DIR", "--trials", "3"], "--join takes the search as it was made"),
+        (["search", "--join", "DIR"], "must be the output folder"),
+        (["search", "--join", "sqlite:///DIR/none/x.db"], "--storage must be a database"),
+        (["search", "--join", "sqlite:///DIR/x.db"], "--study must name a search in this storage (none)"),
+    ],
+)
+def test_join_errors(tmp_path, capsys, arguments, problem):
+    assert cli.main([argument.replace("DIR", str(tmp_path)) for argument in arguments]) == 1
+    assert problem in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["calibrate", *STAGES])
+def test_every_command_has_its_help(command, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, "--help"])
+    assert caught.value.code == 0
+    assert f"kvtuner {command}" in capsys.readouterr().out
+
+
+def test_memory_budget_reaches_the_search(tmp_path, monkeypatch):
+    table = sensitivity_table(4)
+    shapes = 4 * 2 * 2 * 64  # numbers per token
+    memory = int(4.25 * shapes / 8) * 1008 * 3
+    made = calibration(
+        tmp_path, table, [], monkeypatch, max_bits=None, memory=memory, context=1000, concurrency=3, trials=8
+    )
+    for stage in ("prune", "cluster", "search"):
+        made.run(stage)
+    result = SearchResult.read(tmp_path)
+    assert result.max_bits == pytest.approx(4.25)
+    assert result.chosen.stored_bits <= 4.25
+    where = f"3 requests of 1,000 tokens in {memory:,} bytes"
+    assert result.budget == f"at most 4.250 stored bits (3.750 nominal): {where}"
+
+
+@pytest.mark.parametrize(("sinks", "blocks"), [(0, 3), (4, 4), (16, 4)])
+def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatch, sinks, blocks):
+    """And takes its share of a budget given as memory: three blocks of 16 tokens hold 20 wherever they lie, and one its
+    sink tokens."""
+    table = sensitivity_table(6)
+    numbers = sum(2 * layer.num_kv_heads * layer.head_size for layer in table.layers)
+    recent = sum(
+        blocks * 16 * layer.num_kv_heads * content_bytes(PrecisionPair(8, 8), layer.head_size) for layer in table.layers
+    )
+    memory = (int(4.25 * numbers / 8) * 1008 + recent) * 3
+    options = {"max_bits": None, "memory": memory, "context": 1000, "concurrency": 3, "trials": 8}
+    settings = []
+    window = {"recent_window": 20, "recent_window_bits": 8, "sink_tokens": sinks}
+    made = calibration(tmp_path, table, [], monkeypatch, **window, **options)
+    start = pipeline.start_engine
+    monkeypatch.setattr(pipeline, "start_engine", lambda engine: settings.append(engine) or start(engine))
+    for stage in AFTER_SENSITIVITY:
+        made.run(stage)
+    assert len(settings) == 2, "the search's engine and that of the held-out scores"
+    for each in settings:
+        assert (each.recent_window, each.recent_window_bits, each.sink_tokens) == (20, 8, sinks)
+    assert all(EngineSettings.from_plain(each.to_plain()) == each for each in settings)
+    result = SearchResult.read(tmp_path)
+    assert result.max_bits == pytest.approx(4.25)
+    beside = f"beside a recent window of 20 tokens{f' and the first {sinks}' if sinks else ''} in 8 bits"
+    assert beside in result.budget and beside in (tmp_path / "report.html").read_text()
+    profile = load_profile(str(tmp_path / "profile.yaml"))
+    assert (profile.recent_window, profile.recent_window_bits, profile.sink_tokens) == (20, 8, sinks)
+    assert ("sink_tokens" in (tmp_path / "profile.yaml").read_text()) == (sinks > 0)
+
+
+def test_another_number_of_sink_tokens_is_another_search(tmp_path, monkeypatch):
+    """What was scored with other sink tokens is scored again, and kept for the next run with these."""
+    table, evaluators = sensitivity_table(4), []
+    studies, started = [], []
+    for sinks in (0, 4, 4):
+        window = {"recent_window": 20, "sink_tokens": sinks, "trials": 8}
+        made = calibration(tmp_path, table, evaluators, monkeypatch, **window)
+        for stage in ("prune", "cluster", "search", "export"):
+            made.run(stage)
+        studies.append(SearchResult.read(tmp_path).study)
+        started.append(len(evaluators))
+    assert started == [2, 4, 4]
+    assert studies[0] != studies[1] == studies[2]
+
+
+def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):
+    from kvtuner_tools.calibration.export import write_profile
+
+    out, table, _ = finished
+    broken = replace(table, model={**table.model, "num_layers": 3})
+    with pytest.raises(ValueError, match="layers"):
+        write_profile(
+            tmp_path / "p.yaml", broken, out / "statics.safetensors", SearchResult.read(out), Heldout.read(out)
+        )
+    assert not list(tmp_path.glob("*.yaml"))
+    assert yaml.safe_load((out / "profile.yaml").read_text())["version"] == 1

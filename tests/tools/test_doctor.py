@@ -1,0 +1,389 @@
+"""``kvtuner doctor``: what it says of this environment, of what is wrong in it, and of kernels that err."""
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
+
+import numpy as np
+import pytest
+import torch
+import vllm
+
+from kvtuner_tools import cli, doctor, machine, self_test
+from tests.helpers.engine import cpu_only
+from vllm_kvtuner.kernels import choice
+from vllm_kvtuner.kernels.reference.attention import LayerTransforms
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.statics import LayerStatics, save_statics
+
+CPU = torch.device("cpu")
+ALL = TransformSettings(True, True, True, True, True)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 256,
+}
+PROFILE = """\
+version: 1
+layers: {0: K16V16, 1: K8V4, 2-3: K4V4}
+transforms: {key_hadamard: true, key_offset: true, overrides: {1: {key_offset: false}}}
+statics: statics.safetensors
+"""
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    for name in ("KVTUNER_PROFILE", "KVTUNER_DECODE_KERNEL", "KVTUNER_KERNEL_CACHE", "VLLM_PLUGINS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def profile(tmp_path):
+    offset = LayerStatics(key_offset=np.zeros((2, 64), np.float32))
+    save_statics(tmp_path / "statics.safetensors", {2: offset, 3: offset}, {})
+    path = tmp_path / "profile.yaml"
+    path.write_text(PROFILE)
+    return path
+
+
+@pytest.fixture
+def diagnose(capsys):
+    """Runs the command: exit status and report, with the problems as text alone."""
+
+    def run(*arguments):
+        status = cli.main(["doctor", *map(str, arguments), "--json"])
+        report = json.loads(capsys.readouterr().out)
+        assert report["serves"] == (status == 0) == (not report["problems"])
+        assert all(each["do"] for each in report["problems"])
+        return report | {"problems": [each["problem"] for each in report["problems"]]}
+
+    return run
+
+
+@cpu_only
+def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
+    report = diagnose()
+    assert report["problems"] == []
+    assert report["software"]["vLLM"] == vllm.__version__
+    assert report["software"]["vLLM serves"] == "cpu"
+    assert report["device"]["device"] == "cpu"
+    assert report["plugin"]["loaded by vLLM"]
+    assert [name.split()[0] for name in report["kernels"]] == ["K8V8", "K4V4", "K2V2"]
+    for fact in report["kernels"].values():
+        assert fact["decode"] == "reference, since the device is a CPU"
+        assert fact["self-test"] == "passed"
+        assert 0.4 < fact["errors"]["store"] <= 0.51
+
+
+@cpu_only
+def test_a_models_layers_are_grouped_by_what_serves_them(diagnose, model, profile):
+    (model / "model.safetensors").write_bytes(bytes(1000))
+    report = diagnose(model, "--profile", profile)
+    section = report[f"profile {profile}"]
+    # Layer 0 takes 2 heads x 4 x 64 bytes, layer 1 (64 + 32 + 8), layers 2 and 3 (32 + 32 + 8) per head.
+    assert section["bytes per token"] == 2 * (256 + 104 + 72 + 72)
+    assert section["stored bits"] == pytest.approx(16 * section["bytes per token"] / section["bytes per token in bf16"])
+    assert section["layers in vLLM's own cache"] == "0"
+    tokens = (report["device"]["free memory"] - 1000) // section["bytes per token"]
+    assert section["tokens in free memory without the weights"] == tokens // 16 * 16
+    assert {name: fact["layers"] for name, fact in report["kernels"].items()} == {
+        "K8V4 of head size 64 with key_hadamard": "1",
+        "K4V4 of head size 64 with key_offset, key_hadamard": "2-3",
+    }
+
+
+@cpu_only
+def test_text_says_the_same(capsys, model, profile):
+    assert cli.main(["doctor", str(model), "--profile", str(profile)]) == 0
+    captured = capsys.readouterr().out
+    assert captured.startswith("software\n  Python ")
+    assert "  bytes per token                            1,008\n" in captured
+    assert "  K4V4 of head size 64 with key_offset, key_hadamard\n    layers            2-3\n" in captured
+    assert captured.endswith("\nproblems: none\n")
+
+
+def test_the_profile_comes_from_the_environment_as_in_serving(diagnose, model, monkeypatch):
+    monkeypatch.setenv("KVTUNER_PROFILE", "K8V2")
+    assert list(diagnose(model)["kernels"]) == ["K8V2 of head size 64"]
+
+
+def test_all_problems_of_a_profile_and_text_of_them(diagnose, model, capsys):
+    problems = diagnose(model, "--profile", "smollm2_135m_4.20bit")["problems"]
+    assert any("model.num_layers must be 4" in problem for problem in problems)
+    assert cli.main(["doctor", str(model), "--profile", "smollm2_135m_4.20bit"]) == 1
+    captured = capsys.readouterr().out
+    assert "model.num_layers must be 4" in captured
+    assert "\n    do: kvtuner profile check" in captured
+
+
+def test_a_problem_of_three_default_profiles_is_said_once(diagnose, tmp_path):
+    (problem,) = diagnose(tmp_path)["problems"]
+    assert "folder with a config.json" in problem
+
+
+def test_broken_statics(diagnose, model, profile):
+    statics = profile.parent / "statics.safetensors"
+    statics.write_bytes(statics.read_bytes()[:-1])
+    (problem,) = diagnose(model, "--profile", profile)["problems"]
+    assert problem.startswith(f"{statics}: the file must be a complete safetensors file")
+
+
+@cpu_only
+def test_a_vllm_that_is_not_served(diagnose, monkeypatch):
+    monkeypatch.setattr(vllm, "__version__", "0.33.0+cpu")
+    (problem,) = diagnose("--profile", "K8V8")["problems"]
+    assert problem == "vLLM 0.33.0+cpu for cpu is not served, since the plugin fits 0.32.0's internals"
+
+
+def test_a_vllm_whose_internals_differ(diagnose, monkeypatch):
+    def changed():
+        raise AttributeError("no such seam")
+
+    monkeypatch.setattr("vllm_kvtuner.plugin.register", changed)
+    (problem,) = diagnose("--profile", "K8V8")["problems"]
+    assert problem == "the plugin does not fit this vLLM: AttributeError: no such seam"
+
+
+def test_no_vllm_and_no_torch():
+    absent = "sys.modules.update(dict.fromkeys(['cuda', 'torch', 'transformers', 'triton', 'vllm']))"
+    program = f"import sys; {absent}; from kvtuner_tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "doctor", "--profile", "llama31_3.25bit", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    report = json.loads(done.stdout)
+    assert done.returncode == 1
+    assert [each["problem"] for each in report["problems"]] == ["torch is not installed", "vLLM is not installed"]
+    assert report["profile llama31_3.25bit"]["stored bits"] == 3.5
+    assert "kernels" not in report
+
+
+def test_a_package_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "needs_a_library.py").write_text("raise OSError('libcudart.so: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert machine._missing("needs_a_library") == "cannot be imported: OSError: libcudart.so: cannot open"
+
+
+@cpu_only
+def test_no_device_that_vllm_can_use(diagnose, monkeypatch):
+    monkeypatch.setattr(machine, "vllm_device", lambda: "")
+    problems = diagnose("--profile", "K8V8")["problems"]
+    assert "finds no device that the plugin serves here, but none" in problems[0]
+    assert "finds no GPU" in problems[1]
+
+
+def test_the_plugin_is_left_out(diagnose, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    (problem,) = diagnose("--profile", "K8V8")["problems"]
+    assert problem == "VLLM_PLUGINS='other' leaves the plugin out"
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        pytest.param([], "no entry point kvtuner", id="not installed"),
+        pytest.param(
+            [EntryPoint("kvtuner", "vllm_kvtuner.gone:register", "vllm.general_plugins")],
+            "vLLM cannot import vllm_kvtuner.gone:register",
+            id="broken",
+        ),
+    ],
+)
+def test_the_entry_point_is_not_there(diagnose, monkeypatch, entries, message):
+    found = importlib.metadata.entry_points
+
+    def entry_points(**selection):
+        return EntryPoints(entries) if selection == {"group": "vllm.general_plugins"} else found(**selection)
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    (problem,) = diagnose("--profile", "K8V8")["problems"]
+    assert message in problem
+
+
+# The folder of compiled kernels
+
+
+def test_a_kernel_cache_is_a_problem_only_where_it_is_used(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels"
+    folder.mkdir()
+    folder.chmod(0o777)
+    monkeypatch.setenv("KVTUNER_KERNEL_CACHE", str(folder))
+    assert machine.kernel_cache(used=False).problems == []
+    ((problem, advice),) = machine.kernel_cache(used=True).problems
+    assert "must belong to user" in problem and "writable by no other" in problem
+    assert "KVTUNER_KERNEL_CACHE" in advice
+    folder.chmod(0o700)
+    section = machine.kernel_cache(used=True)
+    assert section.problems == []
+    assert section.facts["exists"] and section.facts["writable"] and section.facts["free space"] > 0
+
+
+def test_a_kernel_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KVTUNER_KERNEL_CACHE", str(tmp_path / "file" / "kernels"))
+    ((problem, _),) = machine.kernel_cache(used=True).problems
+    assert problem == f"{tmp_path}/file is no folder that you may write to"
+
+
+def test_a_kernel_cache_on_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVTUNER_KERNEL_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))
+    ((problem, _),) = machine.kernel_cache(used=True).problems
+    assert problem == f"the disk of {tmp_path} has less than 64 MiB left"
+
+
+# Which kernels
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "head_size", "decode", "rows"),
+    [
+        ((9, 0), None, 128, "cuda", "cuda"),
+        ((9, 0), None, 96, "triton, since head_size 96 with 2-bit values", "cuda"),
+        ((9, 0), "triton", 128, "triton, since KVTUNER_DECODE_KERNEL is 'triton'", "triton"),
+        ((7, 5), None, 128, "triton, since compute capability (7, 5)", "triton"),
+        ((10, 0), None, 128, "triton, since CUDA's is not the default", "triton"),
+    ],
+)
+def test_choices_are_the_engines(monkeypatch, capability, asked, head_size, decode, rows):
+    monkeypatch.setattr(choice, "device_capability", lambda device: capability)
+    if asked:
+        monkeypatch.setenv("KVTUNER_DECODE_KERNEL", asked)
+    group = doctor.Group("0", PrecisionPair(4, 2), head_size, TransformSettings())
+    choices = doctor._choices(group, torch.device("cuda", 0))
+    assert choices["decode"].startswith(decode)
+    assert choices["store and gather"].startswith(rows)
+
+
+def test_a_kernel_that_cannot_be_had_is_a_problem(monkeypatch):
+    monkeypatch.setenv("KVTUNER_DECODE_KERNEL", "cuda")
+    monkeypatch.setattr(choice, "device_capability", lambda device: (7, 5))
+    card = machine.Section("device", {"device": "a card"})
+    section = doctor._kernels([doctor.Group("0", PrecisionPair(4, 4), 128, TransformSettings())], card)
+    ((problem, _),) = section.problems
+    assert problem.startswith("KVTUNER_DECODE_KERNEL is 'cuda', but compute capability (7, 5)")
+    assert section.facts["K4V4 of head size 128"]["self-test"] == "not run"
+
+
+# The self-test
+
+
+@pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
+@pytest.mark.parametrize("transforms", [TransformSettings(), ALL], ids=["plain", "all transforms"])
+def test_the_reference_passes(pair, transforms):
+    assert self_test.measure(self_test.Case(pair, 64, transforms), CPU).passed
+
+
+@cpu_only
+def test_the_kernels_pass_interpreted(monkeypatch):
+    """The path of a GPU, with the portable kernels."""
+    monkeypatch.setattr(self_test, "_reference", lambda case: self_test._kernels(case, CPU))
+    for transforms in (TransformSettings(), ALL):
+        assert self_test.measure(self_test.Case(PrecisionPair(4, 4), 64, transforms), CPU).passed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["cuda", "triton"])
+def test_the_kernels_pass(diagnose, monkeypatch, kernel):
+    monkeypatch.setenv("KVTUNER_DECODE_KERNEL", kernel)
+    report = diagnose()
+    assert report["problems"] == []
+    assert report["device"]["compute capability"]
+    assert report["kernel cache"]["used"] == (kernel == "cuda")
+    assert all(fact["decode"].startswith(kernel) for fact in report["kernels"].values())
+    device = torch.device("cuda", 0)
+    for pair in QUANTIZED_PAIRS:
+        assert self_test.measure(self_test.Case(pair, 128, ALL), device).passed
+
+
+def test_it_leaves_random_numbers_as_they_were():
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    self_test.measure(self_test.Case(PrecisionPair(8, 8), 64, TransformSettings()), CPU)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def swap_codes(key, value, *rest):
+    ORIGINAL["reshape_and_cache_ref"](value, key, *rest)
+
+
+def miss_a_token(key, value, kv_cache, slots, *rest):
+    ORIGINAL["reshape_and_cache_ref"](key, value, kv_cache, slots[:-1], *rest)
+
+
+def forget_transforms(*arguments):
+    ORIGINAL["reshape_and_cache_ref"](*arguments[:-1], LayerTransforms())
+
+
+def gather_the_wrong_tokens(kv_cache, table, lens, starts, *rest, **options):
+    ORIGINAL["gather_cache_ref"](kv_cache, table.roll(1, 0), lens, starts, *rest, **options)
+
+
+def attend_to_one_token_less(query, kv_cache, table, lens, *rest):
+    ORIGINAL["paged_attention_ref"](query, kv_cache, table, (lens - 1).clamp(min=1), *rest)
+
+
+def write_nothing(*arguments, **options):
+    pass
+
+
+ORIGINAL = {
+    name: getattr(self_test, name) for name in ("reshape_and_cache_ref", "gather_cache_ref", "paged_attention_ref")
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "broken", "seen"),
+    [
+        ("reshape_and_cache_ref", swap_codes, "store"),
+        ("reshape_and_cache_ref", miss_a_token, "store"),
+        ("reshape_and_cache_ref", forget_transforms, "store"),
+        ("gather_cache_ref", gather_the_wrong_tokens, "gather"),
+        ("gather_cache_ref", write_nothing, "gather"),
+        ("paged_attention_ref", attend_to_one_token_less, "decode"),
+        ("paged_attention_ref", write_nothing, "decode"),
+    ],
+)
+def test_kernels_that_err_are_found_and_told(monkeypatch, function, broken, seen):
+    monkeypatch.setattr(self_test, function, broken)
+    group = doctor.Group("0-3", PrecisionPair(4, 4), 64, ALL)
+    section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))
+    (fact,) = section.facts.values()
+    assert fact["self-test"] == "failed"
+    limit = self_test.STORE_LIMIT if seen == "store" else self_test.READ_LIMIT
+    assert not fact["errors"][seen] <= 2 * limit
+    ((problem, _),) = section.problems
+    assert "the self-test's results are wrong" in problem
+
+
+@cpu_only
+def test_json_has_no_nan(diagnose, monkeypatch):
+    monkeypatch.setattr(self_test, "reshape_and_cache_ref", write_nothing)
+    report = diagnose("--profile", "K8V8")
+    (fact,) = report["kernels"].values()
+    assert fact["errors"]["store"] is None and fact["self-test"] == "failed"
+
+
+def test_a_kernel_that_does_not_run_is_told(monkeypatch):
+    def crash(*_):
+        raise RuntimeError("no such image")
+
+    monkeypatch.setattr(self_test, "reshape_and_cache_ref", crash)
+    group = doctor.Group(None, PrecisionPair(4, 4), 64, TransformSettings())
+    section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))
+    ((problem, _),) = section.problems
+    assert problem == "K4V4 of head size 64: the self-test stopped with RuntimeError: no such image"

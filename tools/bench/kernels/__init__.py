@@ -1,0 +1,1 @@
+"""Attention kernels under one interface: this project's and vLLM's."""

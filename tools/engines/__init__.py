@@ -1,0 +1,1 @@
+"""Engines that the tools run, each in a process of its own."""

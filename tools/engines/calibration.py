@@ -1,0 +1,234 @@
+"""Quality of any assignment of precision pairs in one engine, by switching its layers at run time.
+
+The unquantized reference runs once, in an engine and a process of its own. The calibration engine then lives in a
+second process; a trial switches every layer's pair (and transforms), empties the prefix cache, and scores.
+"""
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import yaml
+
+from kvtuner_tools.calibration.artifacts import Quality
+from kvtuner_tools.divergence import TokenScores
+from kvtuner_tools.engines.evaluate import (
+    TASK_MAX_NUM_SEQS,
+    EngineJob,
+    EngineOptions,
+    MeasuringEngine,
+    ReferenceLogits,
+    max_model_len_for,
+    run_engine,
+)
+from kvtuner_tools.model_files import load_model_shape, max_positions
+from kvtuner_tools.processes import OwnProcess, in_own_process
+from kvtuner_tools.settings import KVTUNER, Setting
+from kvtuner_tools.task_accuracy import Task, TaskScore
+from vllm_kvtuner.pages.layout import UNQUANTIZED, PrecisionPair
+from vllm_kvtuner.profile.profile import Profile, ResolvedProfile, TransformSettings
+from vllm_kvtuner.profile.statics import load_statics
+
+ROOM = PrecisionPair(8, 8)
+"""What every quantized layer's pages have room for."""
+NO_TRANSFORMS = TransformSettings()
+
+logger = logging.getLogger(__name__)
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+class CalibrationEngine:
+    """An Evaluator on vLLM itself. A context manager; ``close`` ends its process.
+
+    Args:
+        model: folder or model id.
+        windows: token ids, as ``kvtuner_tools.heldout.load_windows`` gives them.
+        transforms: transforms of every layer without an override, until :meth:`set_transforms`.
+        transform_overrides: transforms of single layers.
+        statics: safetensors file that key_offset and key_equalization read.
+        unquantized_layers: layers left to vLLM's own cache (K16V16) for this engine's whole life.
+        recent_window: tokens of every quantized layer's recent window, for this engine's whole life too.
+        recent_window_bits: its bits.
+        sink_tokens: tokens at a request's head that it holds too.
+        task: questions for :meth:`score_task`.
+        chunk: prompt tokens per engine step; by default the longest window.
+        kv_memory_bytes: memory of the KV cache.
+        dtype: of the model.
+
+    Attributes:
+        start_seconds: what the reference's pass and the calibration engine's start took together.
+        trial_seconds: what the latest score took.
+
+    Raises:
+        ValueError: windows, a task, layers or statics that do not fit the model, or a model that is not served.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        windows: Sequence[Sequence[int]],
+        *,
+        transforms: TransformSettings = NO_TRANSFORMS,
+        transform_overrides: Mapping[int, TransformSettings] | None = None,
+        statics: Path | None = None,
+        unquantized_layers: Collection[int] = (),
+        recent_window: int = 0,
+        recent_window_bits: int = 16,
+        sink_tokens: int = 0,
+        task: Task | None = None,
+        chunk: int | None = None,
+        kv_memory_bytes: int = 1 << 30,
+        dtype: str = "bfloat16",
+    ) -> None:
+        self.start_seconds = self.trial_seconds = 0.0
+        self._shape = load_model_shape(model)
+        self._windows = tuple(tuple(window) for window in windows)
+        self._recent_window, self._recent_window_bits = recent_window, recent_window_bits
+        self._sink_tokens = sink_tokens
+        self._task = task
+        self._base = {
+            layer: UNQUANTIZED if layer in unquantized_layers else ROOM for layer in self._shape.attention_layers
+        }
+        if unknown := sorted(set(unquantized_layers) - self._base.keys()):
+            raise ValueError(
+                f"unquantized_layers must be layers of {model} that cache keys and values, but got {unknown}"
+            )
+        self._profile = self._checked(transforms, transform_overrides or {}, statics)
+        longest = max(map(len, self._windows))
+        lengths = [longest] if task is None else [longest, task.max_model_len]
+        started = time.monotonic()
+        self._folder = Path(tempfile.mkdtemp(prefix="kvtuner-calibration-"))
+        self._process: OwnProcess | None = None
+        try:
+            room = self._folder / "room.yaml"
+            layers = {layer: str(pair) for layer, pair in self._base.items()}
+            recent = {"recent_window": recent_window, "recent_window_bits": recent_window_bits}
+            recent["sink_tokens"] = sink_tokens
+            room.write_text(yaml.safe_dump({"version": 1, "layers": layers, **recent}))
+
+            def options(label: str, setting: Setting, switchable: bool) -> EngineOptions:
+                return EngineOptions(
+                    label=label,
+                    model=model,
+                    dtype=dtype,
+                    setting=setting,
+                    max_model_len=max_model_len_for(max(lengths), max_positions(model)),
+                    chunk=chunk or longest,
+                    kv_memory_bytes=kv_memory_bytes,
+                    max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
+                    switchable=switchable,
+                )
+
+            job = EngineJob(options("reference", Setting("auto"), False), self._windows, self._folder / "logits")
+            reference = in_own_process(run_engine, job).reference
+            self._process = OwnProcess()
+            self._process.run(_build, options("calibration", Setting(KVTUNER, str(room)), True), reference)
+        except BaseException:
+            self.close()
+            raise
+        self.start_seconds = time.monotonic() - started
+        logger.info("calibration engine: started in %.1f s, reference included", self.start_seconds)
+
+    def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
+        """Quality with these pairs, one for every layer that caches keys and values.
+
+        Raises:
+            ValueError: pairs missing or for layers that do not exist, or K16V16 for a layer outside
+                ``unquantized_layers``, or another pair for a layer in it.
+        """
+        scores = self._trial(pairs, _score, self._windows)
+        return Quality(**scores.summary(), num_tokens=len(scores.kl))
+
+    def score_task(self, pairs: Mapping[int, PrecisionPair]) -> TaskScore:
+        """Accuracy on ``task`` with these pairs. Raises as :meth:`score`."""
+        assert self._task is not None, "score_task needs a task"
+        return self._trial(pairs, _answer, self._task)
+
+    def set_transforms(
+        self,
+        transforms: TransformSettings,
+        overrides: Mapping[int, TransformSettings] | None = None,
+        statics: Path | None = None,
+    ) -> None:
+        """Transforms of the scores from now on; the statics file is read at every score.
+
+        Raises:
+            ValueError: layers that do not exist, or statics that are missing or do not fit.
+        """
+        self._profile = self._checked(transforms, overrides or {}, statics)
+
+    def close(self) -> None:
+        """End the engine's process and delete the reference."""
+        if self._process is not None:
+            self._process.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def __enter__(self) -> "CalibrationEngine":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _checked(
+        self, transforms: TransformSettings, overrides: Mapping[int, TransformSettings], statics: Path | None
+    ) -> Profile:
+        profile = Profile(
+            name="calibration",
+            source=None,
+            pairs=self._base,
+            transforms=transforms,
+            transform_overrides=overrides,
+            attend_cached_prefill=True,
+            statics=statics,
+            recent_window=self._recent_window,
+            recent_window_bits=self._recent_window_bits,
+            sink_tokens=self._sink_tokens,
+        )
+        resolved = profile.resolve(self._shape)
+        if statics is not None:
+            load_statics(statics, resolved)
+        elif needing := [layer.index for layer in resolved.layers if layer.transforms.needs_statics]:
+            raise ValueError(f"statics must be given for the transforms of layers {needing}, but got none")
+        return profile
+
+    def _trial(
+        self,
+        pairs: Mapping[int, PrecisionPair],
+        function: Callable[[ResolvedProfile, Argument], Result],
+        argument: Argument,
+    ) -> Result:
+        assert self._process is not None
+        started = time.monotonic()
+        result = self._process.run(function, replace(self._profile, pairs=pairs).resolve(self._shape), argument)
+        self.trial_seconds = time.monotonic() - started
+        logger.info("trial: %.1f s", self.trial_seconds)
+        return result
+
+
+_engine: MeasuringEngine
+"""The engine of this process, where this module serves a CalibrationEngine elsewhere."""
+
+
+def _build(options: EngineOptions, reference: ReferenceLogits) -> None:
+    global _engine
+    _engine = MeasuringEngine(options, reference)
+
+
+def _score(resolved: ResolvedProfile, windows: tuple[tuple[int, ...], ...]) -> TokenScores:
+    _engine.switch(resolved)
+    return _engine.run_windows(windows, progress=False)[0]
+
+
+def _answer(resolved: ResolvedProfile, task: Task) -> TaskScore:
+    _engine.switch(resolved)
+    return _engine.answer(task, progress=False)

@@ -1,0 +1,352 @@
+"""An engine that measurements run: teacher-forced passes that see the full logits of every prompt position, and tasks.
+
+In a pass, prompts run one at a time with ``prompt_logprobs``, for which both model runners compute the logits of every
+prompt position. While they do, ``compute_logits`` is tapped in the worker. With one request, its rows come in prompt
+order however prefill is chunked, so the next row caught is always the next position.
+"""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from kvtuner_tools.divergence import TokenScores, compare
+from kvtuner_tools.settings import Setting
+from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
+from vllm_kvtuner.profile.profile import ResolvedProfile
+
+_LEN_MULTIPLE = 256
+"""max_model_len is rounded up to this many tokens, whole blocks of any block size in use, so that the capacity vLLM
+derives from it loses nothing to a part-filled last block."""
+_ROWS_AT_ONCE = 1024
+"""Rows of a reference that are copied to a device at a time."""
+TASK_MAX_NUM_SEQS = 256
+"""Questions of a task that run together, as far as the KV cache holds them: a step without CUDA graphs takes a GPU as
+long for a few as for many."""
+
+
+@dataclass(frozen=True)
+class ReferenceLogits:
+    """A file of raw logits, row after row in the order of the predicted positions.
+
+    The rows are kept in the dtype in which the engine gave them, so reading them back adds no rounding, and float32
+    log-softmax of them is what the reference engine itself would compute.
+
+    Attributes:
+        dtype: name of a torch dtype.
+        rows: predicted positions.
+    """
+
+    path: Path
+    dtype: str
+    vocab_size: int
+    rows: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.vocab_size * self._torch_dtype.itemsize
+
+    @property
+    def _torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows start to stop as a [stop - start, vocab_size] tensor."""
+        row_bytes = self.vocab_size * self._torch_dtype.itemsize
+        mapped = np.memmap(self.path, np.uint8, "r", start * row_bytes, (stop - start, row_bytes))
+        return torch.from_numpy(np.array(mapped)).view(self._torch_dtype)
+
+    def load(self, device: torch.device) -> torch.Tensor:
+        """All rows, [rows, vocab_size], on a device."""
+        rows = torch.empty(self.rows, self.vocab_size, dtype=self._torch_dtype, device=device)
+        for start in range(0, self.rows, _ROWS_AT_ONCE):
+            part = slice(start, min(start + _ROWS_AT_ONCE, self.rows))
+            rows[part] = self.read(part.start, part.stop)
+        return rows
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How to build an engine.
+
+    Attributes:
+        label: what progress bars call it.
+        max_model_len: tokens the longest prompt and its answer need.
+        chunk: most prompt tokens per step (``max_num_batched_tokens``).
+        kv_memory_bytes: memory of the KV cache.
+        max_num_seqs: requests of a task that run together.
+        switchable: calibration mode (``kvtuner`` settings only).
+    """
+
+    label: str
+    model: str
+    dtype: str
+    setting: Setting
+    max_model_len: int
+    chunk: int
+    kv_memory_bytes: int
+    max_num_seqs: int = 1
+    switchable: bool = False
+
+
+@dataclass(frozen=True)
+class EngineJob:
+    """One engine to build and what to run in it.
+
+    Attributes:
+        windows: token ids; each window gives one prediction fewer than it has tokens.
+        reference: logits to compare with, or a path to record this engine's own to.
+        task: questions to answer after that.
+    """
+
+    options: EngineOptions
+    windows: tuple[tuple[int, ...], ...]
+    reference: ReferenceLogits | Path
+    task: Task | None = None
+
+
+@dataclass(frozen=True)
+class EngineResult:
+    """What one job gave; where it recorded the reference, ``scores`` compare that with itself."""
+
+    reference: ReferenceLogits
+    scores: TokenScores
+    task: TaskScore | None
+    kv_tokens: int
+    block_size: int
+    seconds: float
+
+
+@dataclass
+class _Tap:
+    """Receives logits in the worker: appends them to a file, or compares them with the file's."""
+
+    reference: ReferenceLogits | Path
+    loaded: torch.Tensor | None = None
+    targets: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    start: int = 0
+    position: int = 0
+    scores: list[TokenScores] = field(default_factory=list)
+    dtype: str = ""
+    vocab_size: int = 0
+
+    def begin(self, start: int, window: tuple[int, ...]) -> None:
+        """Expect a window whose first prediction is row ``start`` of the reference."""
+        self.start, self.position = start, 0
+        self.targets = torch.tensor(window[1:])
+
+    def take(self, logits: torch.Tensor) -> None:
+        """The next rows of the window, [n, vocabulary]; the last position predicts nothing known and is dropped."""
+        logits = logits[: len(self.targets) - self.position]
+        if not len(logits):
+            return
+        first, self.position = self.position, self.position + len(logits)
+        if isinstance(self.reference, Path):
+            self.dtype, self.vocab_size = str(logits.dtype).removeprefix("torch."), logits.shape[1]
+            with open(self.reference, "ab") as file:
+                file.write(logits.contiguous().cpu().view(torch.uint8).numpy().data)
+            reference = logits
+        else:
+            rows = slice(self.start + first, self.start + self.position)
+            reference = self.reference.read(rows.start, rows.stop) if self.loaded is None else self.loaded[rows]
+            reference = reference.to(logits.device)
+        self.scores.append(compare(reference, logits, self.targets[first : self.position].to(logits.device)))
+
+    def end(self) -> None:
+        if self.position != len(self.targets):
+            raise RuntimeError(
+                f"the model runner must give logits at all {len(self.targets)} predicted positions of a prompt, "
+                f"but gave {self.position}"
+            )
+
+
+def _install(worker: Any, reference: ReferenceLogits | Path) -> None:
+    """Tap the worker's prompt logits. Runs in the worker.
+
+    The V1 runner computes them in ``_get_prompt_logprobs_dict``, the V2 runner in its prompt_logprobs_worker; outside
+    of these calls compute_logits serves sampling, whose rows are not wanted.
+    """
+    runner = worker.model_runner
+    tap = runner.kvtuner_tap = _Tap(reference)
+    owner, name = (
+        (runner.prompt_logprobs_worker, "compute_prompt_logprobs")
+        if hasattr(runner, "prompt_logprobs_worker")
+        else (runner, "_get_prompt_logprobs_dict")
+    )
+    compute_prompt_logprobs: Callable[..., Any] = getattr(owner, name)
+    model = runner.get_model()
+    compute_logits: Callable[..., torch.Tensor] = model.compute_logits
+    active = False
+
+    def tapped_compute_logits(*args: Any, **kwargs: Any) -> torch.Tensor:
+        logits = compute_logits(*args, **kwargs)
+        if active:
+            tap.take(logits)
+        return logits
+
+    def tapped_compute_prompt_logprobs(*args: Any, **kwargs: Any) -> Any:
+        nonlocal active
+        active = True
+        try:
+            return compute_prompt_logprobs(*args, **kwargs)
+        finally:
+            active = False
+
+    model.compute_logits = tapped_compute_logits
+    setattr(owner, name, tapped_compute_prompt_logprobs)
+
+
+def _load_reference(worker: Any) -> None:
+    """Keep the reference on the worker's GPU, if it takes no more than half of what is free there: passes that repeat
+    would wait for the file longer than for the model."""
+    tap = worker.model_runner.kvtuner_tap
+    device = next(worker.model_runner.get_model().parameters()).device
+    if device.type == "cuda" and 2 * tap.reference.num_bytes <= torch.cuda.mem_get_info(device)[0]:
+        tap.loaded = tap.reference.load(device)
+
+
+def _begin(worker: Any, start: int, window: tuple[int, ...]) -> None:
+    worker.model_runner.kvtuner_tap.begin(start, window)
+
+
+def _end(worker: Any) -> None:
+    worker.model_runner.kvtuner_tap.end()
+
+
+def _collect(worker: Any) -> tuple[list[TokenScores], str, int]:
+    tap = worker.model_runner.kvtuner_tap
+    scores, tap.scores = tap.scores, []
+    return scores, tap.dtype, tap.vocab_size
+
+
+class MeasuringEngine:
+    """An engine in this process, which should be one of its own; ``close`` ends the engine.
+
+    Args:
+        options: how to build it.
+        reference: logits that passes are compared with, or a path to record this engine's own to.
+    """
+
+    def __init__(self, options: EngineOptions, reference: ReferenceLogits | Path) -> None:
+        # In-process, so that the tap needs no pickling and the memory is this process's; read when vLLM is imported.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        from vllm import LLM
+
+        self._options, self._reference = options, reference
+        self._llm = LLM(
+            model=options.model,
+            dtype=options.dtype,
+            kv_cache_dtype=options.setting.kv_cache_dtype,
+            additional_config=options.setting.additional_config(
+                attend_cached_prefill=True, calibration=options.switchable
+            ),
+            # Rounding the logits to bf16 alone is a KL of 0.0002 and 1.6% of top-1 (SmolLM2): as much as an 8-bit
+            # cache.
+            hf_overrides={"head_dtype": "float32"},
+            max_model_len=options.max_model_len,
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=max(options.chunk, options.max_num_seqs),
+            **cache_memory(options.kv_memory_bytes),
+            # Prompts whose log-probabilities are wanted do not read the prefix cache; questions share their shots.
+            enable_prefix_caching=True,
+            # Settings must differ in the cache alone, not in what the compiler fuses around it.
+            enforce_eager=True,
+        )
+        self._llm.collective_rpc(_install, args=(reference,))
+        if options.switchable:
+            self._llm.collective_rpc(_load_reference)
+
+    @property
+    def kv_tokens(self) -> int:
+        return self._llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+
+    @property
+    def block_size(self) -> int:
+        return self._llm.llm_engine.vllm_config.cache_config.block_size
+
+    def run_windows(self, windows: Sequence[Sequence[int]], *, progress: bool) -> tuple[TokenScores, ReferenceLogits]:
+        """Run the windows and compare their logits with the reference's, or record them; the reference either way."""
+        from vllm import SamplingParams
+
+        # The least for which both runners compute the logits of every prompt position.
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
+        start = 0
+        for window in tqdm(windows, desc=self._options.label, unit="window", disable=not progress):
+            self._llm.collective_rpc(_begin, args=(start, tuple(window)))
+            self._llm.generate([{"prompt_token_ids": list(window)}], params, use_tqdm=False)
+            self._llm.collective_rpc(_end)
+            start += len(window) - 1
+        scores, dtype, vocab_size = self._llm.collective_rpc(_collect)[0]
+        reference = self._reference
+        if isinstance(reference, Path):
+            reference = ReferenceLogits(reference, dtype, vocab_size, start)
+        return TokenScores.join(scores), reference
+
+    def answer(self, task: Task, *, progress: bool) -> TaskScore:
+        """Answer all questions, greedily."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=task.max_tokens, temperature=0.0)
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in task.prompts]
+        outputs = [output.outputs[0] for output in self._llm.generate(prompts, params, use_tqdm=progress)]
+        return task.score([Completion(output.text, output.finish_reason == "stop") for output in outputs])
+
+    def switch(self, resolved: ResolvedProfile) -> None:
+        """Store what ``resolved`` says from now on (calibration mode), and forget what is stored.
+
+        Raises:
+            ValueError: the pages have no room for it (see vllm_kvtuner.attention.switchable.switch).
+        """
+        from vllm_kvtuner.attention.switchable import switch
+
+        self._llm.collective_rpc(switch, args=(resolved,))
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("the prefix cache must be empty after a switch, but blocks are still in use")
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+
+
+def cache_memory(num_bytes: int) -> dict[str, float]:
+    """vLLM's keywords for a KV cache of this size, in an engine that may start beside others on one GPU.
+
+    Even where the cache's size is given, vLLM refuses to start unless the share of the GPU named by
+    ``gpu_memory_utilization`` is free; the share has no other use then, so it is as good as none.
+    """
+    return {"kv_cache_memory_bytes": num_bytes, "gpu_memory_utilization": 0.01}
+
+
+def run_engine(job: EngineJob) -> EngineResult:
+    """Build the engine in this process, run the job, and return what it gave. Meant for a process of its own."""
+    started = time.monotonic()
+    engine = MeasuringEngine(job.options, job.reference)
+    try:
+        scores, reference = engine.run_windows(job.windows, progress=True)
+        return EngineResult(
+            reference=reference,
+            scores=scores,
+            task=None if job.task is None else engine.answer(job.task, progress=True),
+            kv_tokens=engine.kv_tokens,
+            block_size=engine.block_size,
+            seconds=time.monotonic() - started,
+        )
+    finally:
+        engine.close()
+
+
+def max_model_len_for(context: int, model_limit: int) -> int:
+    """max_model_len for windows of ``context`` tokens and one generated one, in whole blocks where the model allows.
+
+    Raises:
+        ValueError: the model cannot hold them.
+    """
+    if context + 1 > model_limit:
+        raise ValueError(f"context must be below the model's {model_limit} positions, but got {context}")
+    return min(-(-(context + 1) // _LEN_MULTIPLE) * _LEN_MULTIPLE, model_limit)

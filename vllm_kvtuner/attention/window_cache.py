@@ -1,0 +1,343 @@
+"""The recent window: a second cache of a layer, which holds its newest tokens in 16 or 8 bits.
+
+Every token is stored packed at once, and in the window too; attention reads the newest ``tokens`` of each query from
+there, and those of the request's first ``sinks`` tokens that the layer's own sliding window leaves visible. The window
+is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward context under the attention layer's
+name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both model runners (and 0.32.0 and
+0.33.0) do with every ``AttentionLayerBase`` there, this uses
+
+- ``get_kv_cache_spec`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/attn_utils.py): a spec per name, so that the
+  window becomes a KV cache group, with blocks from the pool of the packed pages;
+- ``_get_packed_kv_cache_groups`` (v1/core/kv_cache_utils.py, in 0.33.0 kv_cache_planning.py): under a block-outermost
+  layout unequal pages share a pool without padding, and the layers of a sliding window are spread over as many groups
+  as a block of the full layers' pages makes necessary;
+- ``SlidingWindowManager`` (v1/core/single_type_kv_cache_manager.py): freeing of what has left the window, preemption,
+  speculation and the hybrid prefix cache, whose hits end where both caches have what they need: all packed pages before
+  that point, and the window's last ``tokens - 1`` tokens. Of a chunk, blocks/window_manager.py stores no more than is needed;
+- block tables, slot mappings and metadata by layer name (``_build_attention_metadata``, ``_get_slot_mappings``), in
+  the forward context, where the attention layer's implementation finds them;
+- ``bind_kv_cache``: two layers of one index are allowed on CPUs and CUDA (``check_runner_kv_caches_multi_layer``).
+
+The manager keeps the ``tokens - 1`` before a step's fresh tokens, and a chunk's own are at hand while it is computed,
+so that each query of a chunk sees exactly what it would see if tokens were served one by one; what a chunk has pushed
+out of the window is free before the next. (Blocks whose tokens a prompt's hit could need stay findable by the prefix
+cache until the pool takes them.)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImplBase,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+    MultipleOf,
+    max_decode_query_len,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
+
+from vllm_kvtuner.attention.metadata import KVTunerMetadata
+from vllm_kvtuner.blocks.window_manager import RecentSpec
+from vllm_kvtuner.engine.config import RECENT_SUFFIX, recent_block_size
+from vllm_kvtuner.kernels.reference.attention import attention_ref
+from vllm_kvtuner.kernels.reference.rows import (
+    gather_cache_ref,
+    gather_rows_ref,
+    read_back_ref,
+    reshape_and_cache_ref,
+    store_rows_ref,
+)
+from vllm_kvtuner.kernels.reference.window_attention import recent_attention_ref
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes
+from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.profile.profile import RecentWindow
+
+
+@dataclass
+class RecentMetadata(AttentionMetadata):
+    """What of a batch differs from the packed pages' metadata.
+
+    Args:
+        block_table: [num_reqs, max_blocks] int32; blocks that have left the window may be any.
+        slot_mapping: [num_tokens] int64, -1 for tokens that are not stored.
+    """
+
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
+    """Says where a window's tokens are."""
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+
+    def __init__(
+        self, kv_cache_spec: KVCacheSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        assert isinstance(kv_cache_spec, RecentSpec)
+        self._block_size = kv_cache_spec.block_size
+        self._decode_query_len = max_decode_query_len(vllm_config)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> RecentMetadata:
+        common = common_attn_metadata
+        if common.max_query_len > self._decode_query_len:
+            # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well.
+            # In place, since vLLM's buffer is where CUDA graphs look for it.
+            common.slot_mapping.masked_fill_(common.slot_mapping < self._block_size, -1)
+        return RecentMetadata(common.block_table_tensor[: common.num_reqs], common.slot_mapping)
+
+
+class RecentBackend(AttentionBackend):
+    """What vLLM asks of a cache: its metadata and its layout. It computes nothing."""
+
+    @staticmethod
+    def get_name() -> str:
+        return "CUSTOM"
+
+    @classmethod
+    def get_impl_cls(cls) -> type[AttentionImplBase]:
+        raise NotImplementedError("the attention layer beside a recent window computes its attention")
+
+    @staticmethod
+    def get_builder_cls() -> type[RecentMetadataBuilder]:
+        return RecentMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: KVCacheSpec | None = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return spec
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.BLHNC, KVCacheLayout.LBHNC)
+
+
+class RecentCache(AttentionLayerBase):
+    """The recent window of one attention layer.
+
+    Args:
+        layer_name: where vLLM finds it.
+        window: length and bits.
+        num_kv_heads: KV heads of this rank.
+        head_size: numbers per row.
+        dtype: the model's.
+    """
+
+    def __init__(
+        self, layer_name: str, window: RecentWindow, num_kv_heads: int, head_size: int, dtype: torch.dtype
+    ) -> None:
+        self.layer_name = layer_name
+        self.window = window
+        self.num_kv_heads = num_kv_heads
+        self.head_size = head_size
+        self.dtype = dtype
+        self.kv_cache = torch.tensor([])
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return RecentBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        packed = self.window.pair.is_quantized
+        return RecentSpec(
+            block_size=recent_block_size(vllm_config, self.window),
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=torch.uint8 if packed else self.dtype,
+            state_content_bytes=content_bytes(self.window.pair, self.head_size) if packed else None,
+            sliding_window=self.window.tokens,
+            # Drafts of a step, and blocks that are taken ahead for those of the next.
+            step_tokens=1 + 2 * vllm_config.num_speculative_tokens,
+            num_steps=vllm_config.max_concurrent_batches,
+            sinks=self.window.sinks,
+        )
+
+    def store(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
+    ) -> None:
+        """Store the new tokens of the batch in flight; arguments as the reference has them."""
+        if get_forward_context().attn_metadata is None:  # warm-up, in which no token has a slot
+            return
+        slots = recent_metadata(self.layer_name).slot_mapping
+        if self.window.pair.is_quantized:
+            reshape_and_cache_ref(key, value, self.kv_cache, slots, positions, self.layout, transforms)
+        else:
+            store_rows_ref(key, value, self.kv_cache, slots)
+
+    def merge(
+        self,
+        query: torch.Tensor,
+        metadata: KVTunerMetadata,
+        transforms: LayerTransforms,
+        scale: float,
+        logits_soft_cap: float,
+        sliding_window: int | None,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attention of the batch's decodes over the window, merged into that over all other tokens, in place.
+
+        Args:
+            query: [num_decode_tokens, num_heads, head_size].
+            metadata: of the batch, that of the packed pages.
+            transforms: of the layer.
+            scale: factor on the logits.
+            logits_soft_cap: as the reference has it.
+            sliding_window: the layer's own.
+            output: as query, fp32.
+            lse: [num_heads, num_decode_tokens] fp32.
+        """
+        recent_attention_ref(
+            query,
+            self.kv_cache,
+            recent_metadata(self.layer_name).block_table[: metadata.num_decodes],
+            *metadata.decodes[1:],
+            metadata.max_decode_query_len,
+            scale,
+            self.window.tokens,
+            self.window.sinks,
+            output,
+            lse,
+            sliding_window,
+            logits_soft_cap,
+            gather=self._gather(transforms),
+        )
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        request: int,
+        length: int,
+        transforms: LayerTransforms,
+        scale: float,
+        logits_soft_cap: float,
+        fresh: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attention of a prefill's queries over the newest tokens of each. Sink tokens are left to :meth:`put_sinks`.
+
+        Args:
+            query: [num_queries, num_heads, head_size] of one request.
+            request: its index in the batch.
+            length: its tokens, the queries' included.
+            transforms: of the layer.
+            scale: factor on the logits.
+            logits_soft_cap: as the reference has it.
+            fresh: keys and values of the queries' tokens, which need not be stored.
+
+        Returns:
+            output as query, fp32, and log-sum-exp [num_heads, num_queries].
+        """
+        num_queries = query.shape[0]
+        begin = max(0, length - num_queries - self.window.tokens + 1)
+        held = length - num_queries - begin
+        keys, values = (torch.empty(held + num_queries, *rows.shape[1:], device=query.device) for rows in fresh)
+        self._read(request, begin, keys[:held], values[:held], transforms)
+        keys[held:], values[held:] = fresh
+        output = torch.empty(query.shape, device=query.device)
+        lse = torch.empty(query.shape[1], num_queries, device=query.device)
+        attention_ref(query, keys, values, scale, output, self.window.tokens, logits_soft_cap, lse=lse)
+        return output, lse
+
+    def put_sinks(
+        self, keys: torch.Tensor, values: torch.Tensor, request: int, first: int, end: int, transforms: LayerTransforms
+    ) -> None:
+        """Put a request's sink tokens in place of those that were read packed.
+
+        Args:
+            keys: [num_tokens, num_kv_heads, head_size] of the request's tokens from ``first`` on.
+            values: as keys.
+            request: its index in the batch.
+            first: the first of the tokens.
+            end: the first token that was not read packed.
+            transforms: of the layer.
+        """
+        count = max(0, min(self.window.sinks, end) - first)
+        self._read(request, first, keys[:count], values[:count], transforms)
+
+    def _read(
+        self, request: int, first: int, keys: torch.Tensor, values: torch.Tensor, transforms: LayerTransforms
+    ) -> None:
+        """As many of a request's tokens from ``first`` on as ``keys`` and ``values`` have rows."""
+        table = recent_metadata(self.layer_name).block_table[request : request + 1]
+        bounds, begin = torch.tensor([0, len(keys)]), torch.tensor([first])
+        self._gather(transforms)(self.kv_cache, table, bounds, begin, keys, values, num_tokens=len(keys))
+
+    def _gather(self, transforms: LayerTransforms) -> Callable[..., None]:
+        """What reads this cache, with the arguments of the reference's gather_rows_ref."""
+        if not self.window.pair.is_quantized:
+            return gather_rows_ref
+
+        def gather(
+            kv_cache: torch.Tensor,
+            block_table: torch.Tensor,
+            ends: torch.Tensor,
+            begins: torch.Tensor,
+            keys: torch.Tensor,
+            values: torch.Tensor,
+            *,
+            num_tokens: int,
+        ) -> None:
+            place = (kv_cache, block_table, ends, begins)
+            gather_cache_ref(*place, keys, values, self.layout, transforms, num_tokens=num_tokens)
+
+        return gather
+
+    def read_back(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of new tokens as the window would give them; arguments as the reference has them."""
+        if not self.window.pair.is_quantized:
+            return key, value
+        return read_back_ref(key, value, positions, self.window.pair, transforms)
+
+    @property
+    def layout(self) -> PageLayout:
+        """Of the pages of an 8-bit window."""
+        return PageLayout(self.window.pair, self.head_size, self.kv_cache.shape[2])
+
+
+def give_window(layer: torch.nn.Module, window: RecentWindow, cache_owner: str | None) -> None:
+    """Give a constructed attention layer its recent window.
+
+    Args:
+        layer: vLLM's Attention.
+        window: length and bits.
+        cache_owner: name of the layer whose cache this one reads, if it has none of its own.
+
+    Raises:
+        ValueError: the layer's own sliding window is no longer than the recent one.
+    """
+    impl = layer.impl
+    if impl.sliding_window is not None and impl.sliding_window <= window.tokens:
+        index = impl.settings.precision.index
+        raise ValueError(
+            f"layer {index}: recent_window must be less than the layer's sliding window of {impl.sliding_window} "
+            f"tokens (recent_window_overrides: {{{index}: 0}} leaves it out), but got {window.tokens}"
+        )
+    config = get_current_vllm_config()
+    layers = config.compilation_config.static_forward_context
+    if cache_owner is not None:
+        impl.take_window(layers[f"{cache_owner}{RECENT_SUFFIX}"])
+        return
+    name = f"{layer.layer_name}{RECENT_SUFFIX}"
+    layers[name] = RecentCache(name, window, impl.num_kv_heads, impl.head_size, impl.dtype)
+    impl.take_window(layers[name])
+
+
+def recent_metadata(layer_name: str) -> RecentMetadata:
+    """The metadata of the batch in flight for a window."""
+    metadata = get_forward_context().attn_metadata
+    return (metadata[0] if isinstance(metadata, list) else metadata)[layer_name]

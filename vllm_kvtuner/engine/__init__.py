@@ -1,0 +1,1 @@
+"""One run of an engine: its configuration, checks, statics and metrics."""

@@ -1,0 +1,203 @@
+"""Refuse, before any weight is loaded, an engine configuration that packed pages do not work with.
+
+``check_config`` asks every check; each problem is one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from vllm_kvtuner import envs
+from vllm_kvtuner.engine.config import (
+    CALIBRATION_KEY,
+    DIGEST_KEY,
+    KV_CACHE_DTYPE,
+    PROFILE_KEY,
+    is_calibration,
+    needs_packed_blocks,
+    resolved_profile,
+)
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
+from vllm_kvtuner.profile.load import shipped_profiles
+from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.statics import load_statics
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_kvtuner.profile.profile import ResolvedProfile
+
+
+def check_config(config: VllmConfig) -> None:
+    """Resolve the profile of a new engine configuration, or refuse, before any weight is loaded.
+
+    Raises:
+        ValueError: ``kvtuner`` without a profile, a profile without ``kvtuner``, or (ProfileError) a profile that
+            cannot be read or does not fit the model, with all problems.
+    """
+    additional = config.additional_config if isinstance(config.additional_config, dict) else {}
+    wanted = config.cache_config.cache_dtype == KV_CACHE_DTYPE
+    if not wanted:
+        if additional.get(PROFILE_KEY):
+            raise ValueError(
+                f"a precision profile ({additional[PROFILE_KEY]!r}) takes effect with --kv-cache-dtype "
+                f"{KV_CACHE_DTYPE} only, but got --kv-cache-dtype {config.cache_config.cache_dtype}"
+            )
+        return
+    spec = additional.get(PROFILE_KEY) or envs.profile()
+    if not spec:
+        raise ValueError(
+            f"--kv-cache-dtype {KV_CACHE_DTYPE} needs a precision profile: --kvtuner-profile FILE, NAME or pair such "
+            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE). "
+            f"Shipped profiles: {', '.join(shipped_profiles())}"
+        )
+    if not isinstance(config.additional_config, dict):
+        raise ValueError(f"additional_config must be a dict to carry {PROFILE_KEY!r}, but got a custom object")
+    additional[PROFILE_KEY] = str(spec)
+    if problems := settings(config):
+        raise ProfileError(problems)
+    resolved = resolved_profile(config)
+    problems = draft_model(config)
+    if resolved.recent_windows:
+        problems += recent_windows(config, resolved)
+    if problems:
+        raise ProfileError(problems)
+    additional[DIGEST_KEY] = _digest(resolved)
+
+
+def _digest(resolved: ResolvedProfile) -> str:
+    """Digest of the layers' settings and the statics' bytes; also reads the statics, so that errors come early."""
+    digest = hashlib.sha256(repr(resolved.layers).encode())
+    if resolved.profile.statics is not None:
+        load_statics(resolved.profile.statics, resolved)
+        digest.update(resolved.profile.statics.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def settings(config: VllmConfig) -> tuple[str, ...]:
+    """What can be checked before the profile is read."""
+    problems = []
+    parallel = config.parallel_config
+    if parallel.decode_context_parallel_size > 1:
+        problems.append(
+            "decode_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
+            f"{parallel.decode_context_parallel_size}"
+        )
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        problems.append(
+            "prefill_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
+            f"{parallel.prefill_context_parallel_size}"
+        )
+    if config.cache_config.user_specified_block_size and config.cache_config.block_size % BLOCK_SIZE_MULTIPLE:
+        problems.append(
+            f"block_size must be a multiple of {BLOCK_SIZE_MULTIPLE} with --kv-cache-dtype kvtuner, but got "
+            f"{config.cache_config.block_size}"
+        )
+    if config.cache_config.kv_cache_dtype_skip_layers:
+        problems.append(
+            "kv_cache_dtype_skip_layers must be empty with --kv-cache-dtype kvtuner, where the profile's K16V16 layers "
+            f"are skipped, but got {config.cache_config.kv_cache_dtype_skip_layers}"
+        )
+    if is_calibration(config) and config.compilation_config.cudagraph_mode.name != "NONE":
+        problems.append(
+            f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph "
+            f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
+        )
+    problems += speculation(config) + mamba2_on_cpu(config)
+    if config.model_config.is_mm_prefix_lm:
+        problems.append(
+            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
+            "other in both directions; serve its text part alone (--language-model-only)"
+        )
+    return tuple(problems)
+
+
+def mamba2_on_cpu(config: VllmConfig) -> list[str]:
+    """vLLM 0.32.0's CPU kernel returns a state per prompt where its prefix cache asks for one per chunk.
+
+    The first batch then ends the engine in an IndexError, with any cache.
+    """
+    from vllm.platforms import current_platform
+
+    text = config.model_config.hf_text_config
+    has_mamba2 = any(getattr(text, key, None) for key in ("mamba_n_heads", "n_mamba_heads", "mamba_num_heads"))
+    if not current_platform.is_cpu() or not has_mamba2 or not config.cache_config.enable_prefix_caching:
+        return []
+    return [
+        "enable_prefix_caching must be false on a CPU (--no-enable-prefix-caching) for a model with Mamba-2 layers, "
+        "whose states vLLM's CPU kernels do not keep, but got true"
+    ]
+
+
+def speculation(config: VllmConfig) -> list[str]:
+    """Of speculative decoding, whatever drafts."""
+    from vllm.v1.attention.backend import max_decode_query_len
+
+    speculative = config.speculative_config
+    if speculative is None:
+        return []
+    problems = []
+    # Longer verifications would be planned on the host, which under asynchronous scheduling does not know how many
+    # drafted tokens were accepted, and would be frozen in a CUDA graph.
+    if (tokens := max_decode_query_len(config)) > MAX_DECODE_QUERY_LEN:
+        most = (MAX_DECODE_QUERY_LEN - 1) * speculative.num_speculative_tokens // (tokens - 1)
+        problems.append(
+            f"num_speculative_tokens must be at most {most} with --kv-cache-dtype kvtuner, whose decode kernel takes "
+            f"{MAX_DECODE_QUERY_LEN} tokens of a request at once, but got {speculative.num_speculative_tokens}"
+        )
+    if speculative.kv_cache_dtype == KV_CACHE_DTYPE:
+        problems.append(
+            "kv_cache_dtype of the speculative configuration must be one of vLLM's own, since the profile is the "
+            f"target's, whose draft model is not quantized, but got {KV_CACHE_DTYPE}"
+        )
+    return problems
+
+
+def draft_model(config: VllmConfig) -> tuple[str, ...]:
+    """vLLM's model runner V1 hands a draft model the block table of the first KV cache group, whichever its own is.
+
+    It then writes its keys into other requests' blocks, with any cache: ``spec_decode_common_attn_metadata`` in
+    ``_build_attention_metadata`` asks for the drafter's own group (kv_cache_gid) for other kinds of drafters only.
+    """
+    speculative = config.speculative_config
+    if speculative is None or not speculative.uses_draft_model() or config.use_v2_model_runner:
+        return ()
+    if not needs_packed_blocks(config):
+        return ()
+    return (
+        "speculative decoding must do without a draft model (n-gram and EAGLE serve) where the model mixes kinds of "
+        "layers or the profile has a recent_window, since vLLM's model runner V1 then mixes up their blocks, but got "
+        f"{speculative.model}",
+    )
+
+
+def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """What a profile with recent windows does not work with."""
+    from vllm.platforms import current_platform
+
+    problems = []
+    source = resolved.profile.source or resolved.profile.name
+    bits, sinks = resolved.profile.recent_window_bits, resolved.profile.sink_tokens
+    if sinks and bits != UNQUANTIZED.k_bits and not current_platform.is_cpu():
+        problems.append(
+            f"{source}: sink_tokens must be 0 on a GPU with recent_window_bits: {bits}, which serves them in "
+            f"{UNQUANTIZED.k_bits} bits, but got {sinks}"
+        )
+    if sinks and config.kv_transfer_config is not None:
+        problems.append(
+            f"{source}: sink_tokens must be 0 with a KV connector, which brings back a window's newest tokens alone, "
+            f"but got {sinks}"
+        )
+    if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
+        problems.append(
+            f"{source}: recent_window_bits must be {UNQUANTIZED.k_bits} with attend_cached_prefill on a GPU, where a "
+            f"chunk's own newest tokens are read as they are, but got {bits}"
+        )
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        problems.append(
+            "disable_hybrid_kv_cache_manager must be false with a recent_window, which would be kept of all tokens, "
+            "but got true (a KV connector without support for it sets it too)"
+        )
+    return tuple(problems)

@@ -1,0 +1,129 @@
+"""The settings' path: from vLLM's configuration to the resolved profile, and what follows from it for blocks."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvtuner.pages import layout
+from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.model_shape import ModelShape
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_kvtuner.profile.profile import LayerPrecision, RecentWindow, ResolvedProfile
+
+KV_CACHE_DTYPE = "kvtuner"
+PROFILE_KEY = "kvtuner_profile"
+"""Key of additional_config that holds the profile: a path, a shipped name, or a pair."""
+ATTEND_KEY = "kvtuner_attend_cached_prefill"
+"""Key of additional_config that overrides the profile's attend_cached_prefill."""
+CALIBRATION_KEY = "kvtuner_calibration"
+"""Key of additional_config that, when true, makes a calibration engine: the profile's pairs are the room of the pages,
+and attention.switchable.switch changes what the layers store in them while the engine runs."""
+DIGEST_KEY = "kvtuner_digest"
+"""Key of additional_config that holds a digest of the files, so that vLLM's compile cache sees them change."""
+RECENT_SUFFIX = ".recent"
+"""What follows an attention layer's name in that of its recent window."""
+DRAFT_PREFIXES = ("draft_model.", "mtp.")
+"""How names of a draft model's layers begin, where their numbers are no others than the target's."""
+
+
+def resolved_profile(config: VllmConfig) -> ResolvedProfile:
+    """The profile of a checked configuration, resolved against its model."""
+    additional = config.additional_config
+    attend = additional.get(ATTEND_KEY)
+    return _resolve(
+        additional[PROFILE_KEY], config.model_config.model, attend, _HfConfig(config.model_config.hf_config)
+    )
+
+
+def uses_kvtuner(config: VllmConfig) -> bool:
+    """Whether the run's cache is ours."""
+    return config.cache_config is not None and config.cache_config.cache_dtype == KV_CACHE_DTYPE
+
+
+def is_calibration(config: VllmConfig) -> bool:
+    """Whether the run's layers can be switched to other pairs and transforms."""
+    return bool(config.additional_config.get(CALIBRATION_KEY))
+
+
+def layer_precision(config: VllmConfig, layer_name: str) -> LayerPrecision | None:
+    """What the profile says of a decoder attention layer, or None for one that it does not know (an EAGLE head's)."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    index = extract_layer_index(layer_name)
+    for layer in resolved_profile(config).layers:
+        if layer.index == index:
+            return layer
+    return None
+
+
+def mixes_attention_kinds(config: VllmConfig) -> bool:
+    """Whether the model has sliding-window layers beside full ones, whose pages cannot share one group."""
+    return len(set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())) > 1
+
+
+def needs_packed_blocks(config: VllmConfig) -> bool:
+    """Whether pages of unequal size lie in different KV cache groups, which only a block-outermost layout packs."""
+    return (
+        mixes_attention_kinds(config) or config.model_config.is_hybrid or bool(resolved_profile(config).recent_windows)
+    )
+
+
+def mean_token_bytes(config: VllmConfig) -> int:
+    """Bytes of one token in the mean attention layer of a rank, rounded down. The same for all pipeline stages."""
+    layers = resolved_profile(config).layers
+    return sum(_token_bytes(config, layer) for layer in layers) // len(layers)
+
+
+def _token_bytes(config: VllmConfig, layer: LayerPrecision) -> int:
+    """Bytes of one token in the pages of a layer of one rank."""
+    heads = max(1, layer.shape.num_kv_heads // config.parallel_config.tensor_parallel_size)
+    return heads * content_bytes(layer.pair, layer.shape.head_size) * _widen(config, layer.pair)
+
+
+def _widen(config: VllmConfig, pair: PrecisionPair) -> int:
+    """What a profile calls 16 bits is the model's dtype."""
+    return 1 if pair.is_quantized else config.model_config.dtype.itemsize // 2
+
+
+def recent_block_size(config: VllmConfig, window: RecentWindow) -> int:
+    """Tokens per block of a recent window, the same for all layers that have this one."""
+    resolved, model = resolved_profile(config), config.model_config
+    ranks = config.parallel_config.tensor_parallel_size
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
+    sliding = [mixes_attention_kinds(config) and kinds[layer.index] == "sliding_attention" for layer in resolved.layers]
+    pool = windows = 0
+    for layer, is_sliding in zip(resolved.layers, sliding, strict=True):
+        # Groups of sliding-window layers share the blocks that the full layers' pages make.
+        pool += 0 if is_sliding else _token_bytes(config, layer)
+        if layer.recent == window:
+            heads = max(1, layer.shape.num_kv_heads // ranks)
+            windows += heads * layer.recent_content_bytes * _widen(config, window.pair)
+    block_size = config.cache_config.block_size
+    return layout.recent_block_size(block_size, pool * block_size, windows)
+
+
+class _HfConfig:
+    """A model's configuration as part of a cache key: compared by identity."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _HfConfig) and self.config is other.config
+
+    def __hash__(self) -> int:
+        return id(self.config)
+
+
+@functools.lru_cache(maxsize=8)
+def _resolve(spec: str, model: str, attend_cached_prefill: bool | None, config: _HfConfig) -> ResolvedProfile:
+    profile = load_profile(spec)
+    if attend_cached_prefill is not None:
+        profile = dataclasses.replace(profile, attend_cached_prefill=bool(attend_cached_prefill))
+    return profile.resolve(ModelShape.from_hf_config(config.config, model))

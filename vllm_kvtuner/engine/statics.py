@@ -1,0 +1,134 @@
+"""Give layers their static tensors and the model's own rotary table once the model is loaded."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_kvtuner.engine.config import resolved_profile
+from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
+from vllm_kvtuner.profile.statics import load_statics
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_kvtuner.profile.profile import ResolvedProfile
+
+
+def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedProfile | None = None) -> None:
+    """Give every layer whose transforms need statics its tensors and the model's own rotary table.
+
+    Under tensor parallelism a rank takes the rows of its own KV heads.
+
+    Args:
+        model: the loaded model.
+        config: of the engine.
+        resolved: what the layers were switched to in calibration mode; by default the profile of ``config``.
+
+    Raises:
+        ValueError: the statics file is missing, unreadable or does not fit, or a layer's rotary embedding is of a
+            kind whose table is not one row per position.
+    """
+    layers = {
+        name: layer
+        for name, layer in config.compilation_config.static_forward_context.items()
+        if getattr(getattr(layer, "impl", None), "needs_statics", False)
+    }
+    if not layers:
+        return
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    resolved = resolved or resolved_profile(config)
+    assert resolved.profile.statics is not None, "a profile whose transforms need statics names them"
+    statics = load_statics(resolved.profile.statics, resolved)
+    modules = dict(model.named_modules())
+    names = {id(module): name for name, module in modules.items()}
+    rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    for layer in layers.values():
+        precision = layer.impl.settings.precision
+        device = next(model.parameters()).device
+        heads = _heads_of_rank(precision.shape.num_kv_heads, layer.num_kv_heads, rank, world_size)
+
+        def tensor(array: Any, heads: slice = heads, device: torch.device = device) -> torch.Tensor | None:
+            return None if array is None else torch.from_numpy(array[heads].copy()).to(device)
+
+        chosen, static = precision.transforms, statics[precision.index]
+        rotary = None
+        if chosen.key_offset:
+            parent = modules[names[id(layer)].rpartition(".")[0]]
+            rotary = layer_rotary(parent, config, precision.index)
+        layer.impl.bind_statics(
+            LayerTransforms(
+                key_offset=tensor(static.key_offset) if chosen.key_offset else None,
+                rotary=rotary,
+                key_equalization=tensor(static.key_equalization) if chosen.key_equalization else None,
+                key_hadamard=chosen.key_hadamard,
+                value_hadamard=chosen.value_hadamard,
+                range_search=chosen.range_search,
+            )
+        )
+
+
+def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:
+    """The KV heads of a tensor-parallel rank; with fewer heads than ranks, each is on several."""
+    first = rank * local if total >= world_size else rank * total // world_size
+    return slice(first, first + local)
+
+
+def layer_rotary(parent: torch.nn.Module, config: VllmConfig, layer: int) -> RotaryTable | None:
+    """The table of the rotary embedding beside an attention layer, None if the layer rotates nothing.
+
+    Args:
+        parent: the module that holds the attention layer.
+        config: of the engine.
+        layer: its index.
+
+    Raises:
+        ValueError: the model has RoPE, but keeps it elsewhere (Transformers' own modelling code does), or as
+            :func:`rotary_table`.
+    """
+    if not hasattr(parent, "rotary_emb") and getattr(config.model_config.hf_text_config, "rope_parameters", None):
+        raise ValueError(
+            f"layer {layer}: key_offset needs the rotary embedding beside the attention layer, but the model's "
+            f"{type(parent).__name__} has none"
+        )
+    return rotary_table(getattr(parent, "rotary_emb", None), config, layer)
+
+
+def rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int) -> RotaryTable | None:
+    """The table of a model's rotary embedding, None if the layer has none."""
+    if module is None:
+        return None
+    dtype = config.model_config.dtype
+    if hasattr(module, "long_short_cos_sin_cache"):  # Phi-3 keeps the tables of short and long contexts in one
+        table, split = module.long_short_cos_sin_cache, module.original_max_position_embeddings
+        table = table[split:] if module.use_long_rope else table[:split]
+    elif hasattr(module, "mrope_section"):
+        raise ValueError(f"layer {layer}: key_offset needs one position per token, but the model uses M-RoPE")
+    else:
+        table = getattr(module, "cos_sin_cache", None)
+    if table is None or table.ndim != 2 or table.is_complex():
+        raise ValueError(
+            f"layer {layer}: key_offset needs a rotary table with one row per position, but the model's "
+            f"{type(module).__name__} has none"
+        )
+    is_neox = getattr(module, "is_neox_style", True)
+    # Phi-3 computes its tables from arguments, and has no cos_sin_cache.
+    if hasattr(module, "cos_sin_cache") and hasattr(module, "_compute_cos_sin_cache"):
+        linear = _linear_rotary(module)
+        if linear is not None:
+            return linear
+    # In the dtype the model rotates in, so that exactly what it added is subtracted.
+    return RotaryTable(cos_sin=table.to(dtype), is_neox=is_neox)
+
+
+@functools.cache
+def _linear_rotary(module: torch.nn.Module) -> RotaryTable | None:
+    """Computed once for all layers that share the module, from its table before any rounding to the model's dtype."""
+    with torch.device("cpu"):
+        table = module._compute_cos_sin_cache().float().cpu()
+    if table.shape != module.cos_sin_cache.shape:
+        return None
+    return linear_rotary(table, getattr(module, "is_neox_style", True), module.cos_sin_cache.device)

@@ -1,0 +1,138 @@
+"""Which kernels serve a layer: CUDA's where the card and the layer allow it, else Triton's, the portable ones.
+
+Decided before the first request and never by failure: KVTUNER_DECODE_KERNEL=cuda on a layer whose decode it does not
+serve is an error. Store and gather follow the same variable, each layer by what its rows allow.
+"""
+
+import functools
+import importlib.util
+import logging
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from vllm_kvtuner import envs
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import LayerTransforms
+
+logger = logging.getLogger(f"vllm.{__name__}")
+
+CUDA = "cuda"
+TRITON = "triton"
+MIN_CAPABILITY = (8, 0)
+DEFAULT_MAJORS = (8, 9)
+"""Architectures that take the CUDA kernel unless told otherwise; newer ones only by KVTUNER_DECODE_KERNEL=cuda."""
+
+
+class Choice(NamedTuple):
+    """A kernel and why.
+
+    Args:
+        kernel: ``cuda`` or ``triton``.
+        reason: "" where the CUDA kernel is simply the default.
+    """
+
+    kernel: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.kernel}{self.reason and f', since {self.reason}'}"
+
+
+def device_capability(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of a GPU, None where torch is built without CUDA."""
+    return None if torch.version.cuda is None else torch.cuda.get_device_capability(device)
+
+
+def choose_decode(
+    layout: PageLayout,
+    transforms: LayerTransforms,
+    logits_soft_cap: float,
+    capability: tuple[int, int] | None,
+    write_lse: bool = False,
+) -> Choice:
+    """The decode kernel of a layer on cards of a compute capability; ``write_lse`` for one with a recent window.
+
+    Raises:
+        ValueError: KVTUNER_DECODE_KERNEL asks for the CUDA kernel where it cannot run.
+    """
+
+    def unsupported() -> str | None:
+        from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
+
+        assert capability is not None
+        return unsupported(layout, transforms, logits_soft_cap, capability, write_lse)
+
+    choice = _choose(unsupported, capability)
+    if envs.decode_kernel() == CUDA and choice.kernel != CUDA:
+        raise ValueError(f"KVTUNER_DECODE_KERNEL is {CUDA!r}, but {choice.reason}; leave it unset or give {TRITON!r}")
+    return choice
+
+
+def choose_rows(layout: PageLayout, capability: tuple[int, int] | None) -> Choice:
+    """The store and gather kernels of a layer on cards of a compute capability."""
+
+    def unsupported() -> str | None:
+        from vllm_kvtuner.kernels.cuda.rows import unsupported
+
+        return unsupported(layout)
+
+    return _choose(unsupported, capability)
+
+
+def decode_kernel(
+    layout: PageLayout,
+    transforms: LayerTransforms,
+    logits_soft_cap: float,
+    device: torch.device,
+    write_lse: bool = False,
+) -> str:
+    """``cuda`` or ``triton`` for a layer's decode; the choice and its reason are logged once.
+
+    Raises:
+        ValueError: as :func:`choose_decode`.
+    """
+    choice = choose_decode(layout, transforms, logits_soft_cap, device_capability(device), write_lse)
+    _log(f"decode kernel: {choice}")
+    return choice.kernel
+
+
+def row_kernels(layout: PageLayout, device: torch.device) -> str:
+    """``cuda`` or ``triton`` for a layer's store and gather; the choice and its reason are logged once."""
+    choice = choose_rows(layout, device_capability(device))
+    _log(f"store and gather kernels: {choice}")
+    return choice.kernel
+
+
+def _choose(unsupported: Callable[[], str | None], capability: tuple[int, int] | None) -> Choice:
+    asked = envs.decode_kernel()
+    if asked == TRITON:
+        return Choice(TRITON, f"KVTUNER_DECODE_KERNEL is {TRITON!r}")
+    if reason := _no_cuda_kernel(capability) or unsupported():
+        return Choice(TRITON, reason)
+    assert capability is not None
+    if asked == CUDA:
+        return Choice(CUDA, f"KVTUNER_DECODE_KERNEL is {CUDA!r}")
+    if capability[0] not in DEFAULT_MAJORS:
+        return Choice(
+            TRITON, f"CUDA's is not the default on this architecture (KVTUNER_DECODE_KERNEL={CUDA} asks for it)"
+        )
+    return Choice(CUDA, "")
+
+
+@functools.cache
+def _no_cuda_kernel(capability: tuple[int, int] | None) -> str | None:
+    """Why no CUDA source can run on cards of a compute capability, or None."""
+    if capability is None:
+        return "torch is built without CUDA"
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability} is below {MIN_CAPABILITY}"
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        return "the package cuda-core is not installed"
+    return None
+
+
+@functools.cache
+def _log(message: str) -> None:
+    logger.info(message)

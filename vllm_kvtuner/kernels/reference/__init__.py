@@ -1,0 +1,1 @@
+"""Reference of every kernel in torch; on a CPU, the implementation itself."""

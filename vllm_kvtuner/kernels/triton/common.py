@@ -1,0 +1,121 @@
+"""What several kernels share: the numbers inside a packed page, the key offset and the Hadamard rotation."""
+
+import triton
+import triton.language as tl
+
+
+def row_warps(head_size: int) -> int:
+    """Warps of a program on whole rows of ``head_size``, the Hadamard matrix in registers included."""
+    return 8 if head_size > 128 else 4
+
+
+@triton.jit
+def load_meta(pointers, mask):
+    """Scale and minimum, both fp32, of rows whose meta stands at ``pointers`` (uint32); 0 where masked out."""
+    word = tl.load(pointers, mask=mask, other=0)
+    scale = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    return scale, minimum
+
+
+@triton.jit
+def byte_columns(HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
+    """Columns of a tile that splits into the slices a packed byte holds, each padded to a power of two.
+
+    Returns:
+        dim: int32 [columns], the dimension a column holds; column field * width + j is dimension
+            field * head_size / n + j, byte j's code number ``field``.
+        valid: bool [columns], False for padding.
+    """
+    SLICE: tl.constexpr = HEAD_SIZE * BITS // 8
+    WIDTH: tl.constexpr = triton.next_power_of_2(SLICE)
+    column = tl.arange(0, 8 // BITS * WIDTH)
+    return column // WIDTH * SLICE + column % WIDTH, column % WIDTH < SLICE
+
+
+@triton.jit
+def hadamard_rows(x, dim, HEAD_SIZE: tl.constexpr):
+    """``x`` [rows, columns] fp32 times transforms.py's Hadamard matrix, with nearly fp32's accuracy.
+
+    The matrix is made of +1, -1 and 0, exact in fp16; each row of x goes in as two fp16 terms, scaled by a power of
+    two so that they hold 22 bits of every number that is within 2^-14 of the row's largest.
+
+    Args:
+        x: column c holds dimension dim[c]; padding columns hold 0.
+        dim: int32 [columns], any order. What comes out in padding columns has no meaning.
+        HEAD_SIZE: columns without padding.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    COLUMNS: tl.constexpr = x.shape[1]
+    unit = fp16_unit(x)
+    scaled = tl.div_rn(x, unit[:, None])
+    high = scaled.to(tl.float16)
+    low = (scaled - high.to(tl.float32)).to(tl.float16)
+    if COLUMNS > 128:
+        # Half of the columns at a time, so that the matrix fits any card's shared memory.
+        left, right = tl.split(tl.trans(tl.reshape(dim, [2, COLUMNS // 2])))
+        y = tl.join(_times_signs(high, low, dim, left, HEAD_SIZE), _times_signs(high, low, dim, right, HEAD_SIZE))
+        y = tl.reshape(tl.permute(y, [0, 2, 1]), [ROWS, COLUMNS])
+    else:
+        y = _times_signs(high, low, dim, dim, HEAD_SIZE)
+    return y * (unit * (HEAD_SIZE & -HEAD_SIZE) ** -0.5)[:, None]
+
+
+@triton.jit
+def _times_signs(high, low, dim, out_dim, HEAD_SIZE: tl.constexpr):
+    """(high + low) [rows, columns] times the signs of the Hadamard matrix for dimensions dim and out_dim."""
+    BLOCK: tl.constexpr = HEAD_SIZE & -HEAD_SIZE
+    shared = dim[:, None] & out_dim[None, :] & (BLOCK - 1)
+    # Sylvester's matrix: the sign is the parity of the bits that both indices share.
+    shared ^= shared >> 4
+    shared ^= shared >> 2
+    shared ^= shared >> 1
+    sign = tl.where((shared & 1) == 0, 1.0, -1.0)
+    if BLOCK != HEAD_SIZE:
+        sign = tl.where(dim[:, None] // BLOCK == out_dim[None, :] // BLOCK, sign, 0.0)
+    sign = sign.to(tl.float16)
+    return tl.dot(high, sign, tl.dot(low, sign))
+
+
+@triton.jit
+def fp16_unit(x):
+    """A power of two [rows] by which rows ``x`` [rows, columns] fp32 can be divided to fill fp16's range."""
+    bits = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) & 0x7F800000
+    return tl.maximum(bits.to(tl.float32, bitcast=True), 2.0**-100) * 2.0**-14
+
+
+@triton.jit
+def rotated_offset(
+    offset_ptr,
+    partner_ptr,
+    cos_sin_ptr,
+    head,
+    position,
+    dim,
+    valid,
+    HEAD_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    IS_NEOX: tl.constexpr,
+):
+    """R_t m = m cos + partner sin: fp32 [rows, columns] for each row's KV head and position; 0 where not valid.
+
+    Args:
+        offset_ptr: [num_kv_heads, head_size] fp32, before RoPE.
+        partner_ptr: as offset_ptr, what the sines multiply.
+        cos_sin_ptr: [max_position, rotary_dim], unread if ROTARY_DIM is 0.
+        head: int32 [rows].
+        position: int64 [rows].
+        dim: int32 [columns].
+        valid: bool [rows, columns].
+    """
+    index = head[:, None] * HEAD_SIZE + dim[None, :]
+    offset = tl.load(offset_ptr + index, mask=valid, other=0.0)
+    if ROTARY_DIM > 0:
+        HALF: tl.constexpr = ROTARY_DIM // 2
+        pair = dim % HALF if IS_NEOX else dim // 2
+        row = cos_sin_ptr + position[:, None] * ROTARY_DIM + pair[None, :]
+        rotated = valid & (dim < ROTARY_DIM)[None, :]
+        cos = tl.load(row, mask=rotated, other=1.0).to(tl.float32)
+        sin = tl.load(row + HALF, mask=rotated, other=0.0).to(tl.float32)
+        offset = offset * cos + tl.load(partner_ptr + index, mask=rotated, other=0.0) * sin
+    return offset

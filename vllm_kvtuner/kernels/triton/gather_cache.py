@@ -1,0 +1,133 @@
+"""Gather: dequantize a slice of each request's cached tokens back to model space."""
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_kvtuner.kernels.contract import check_cache
+from vllm_kvtuner.kernels.triton.common import byte_columns, hadamard_rows, load_meta, rotated_offset, row_warps
+from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.transforms import LayerTransforms
+
+TOKENS_PER_PROGRAM = 32
+
+
+@triton.jit
+def _load_rows(
+    chunk_ptr, offset, keep,
+    HEAD_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Dequantized rows fp32 [rows, columns], columns as byte_columns has them, padding and rows not kept 0.
+
+    Args:
+        chunk_ptr: uint8 pointers [rows], the chunk that holds each row.
+        offset: int32 [rows], the row's place within its block.
+        keep: bool [rows].
+    """
+    ROWS: tl.constexpr = offset.shape[0]
+    FIELDS: tl.constexpr = 8 // BITS
+    WIDTH: tl.constexpr = triton.next_power_of_2(ROW_BYTES)
+    byte = tl.arange(0, WIDTH)
+    valid = keep[:, None] & (byte < ROW_BYTES)[None, :]
+    codes = tl.load(chunk_ptr[:, None] + (CODES + offset * ROW_BYTES)[:, None] + byte[None, :], mask=valid, other=0)
+    if FIELDS > 1:
+        shift = (tl.arange(0, FIELDS) * BITS).to(tl.uint8)
+        codes = (codes[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
+        codes = tl.reshape(codes, [ROWS, FIELDS * WIDTH])
+    scale, minimum = load_meta((chunk_ptr + (META + offset * 4)).to(tl.pointer_type(tl.uint32)), keep)
+    _, in_row = byte_columns(HEAD_SIZE, BITS)
+    return tl.where(in_row[None, :], codes.to(tl.float32) * scale[:, None] + minimum[:, None], 0.0)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_reqs", "search_steps", "table_stride"])
+def _gather_cache_kernel(
+    kv_cache_ptr, block_table_ptr, cu_seq_lens_ptr, seq_starts_ptr, key_ptr, value_ptr,
+    offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr, num_tokens, num_reqs, search_steps,
+    block_stride, head_stride, table_stride, key_stride, value_stride,
+    HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr, K_META: tl.constexpr, V_META: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, KEY_HADAMARD: tl.constexpr, VALUE_HADAMARD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    keep = token < num_tokens
+    # The request of a token: the first whose slice ends beyond it.
+    first = tl.zeros([TOKENS], tl.int32)
+    last = first + num_reqs - 1
+    for _ in range(search_steps):
+        middle = (first + last) // 2
+        beyond = tl.load(cu_seq_lens_ptr + middle + 1, mask=keep, other=0) > token
+        last = tl.where(beyond, middle, last)
+        first = tl.where(beyond, first, tl.minimum(middle + 1, last))
+    start = tl.load(seq_starts_ptr + first, mask=keep, other=0) - tl.load(cu_seq_lens_ptr + first, mask=keep, other=0)
+    position = token + start
+    entry = block_table_ptr + first.to(tl.int64) * table_stride + position // BLOCK_SIZE
+    block = tl.load(entry, mask=keep, other=0).to(tl.int64)
+    head = tl.program_id(1)
+    chunk_ptr = kv_cache_ptr + head.to(tl.int64) * head_stride + block * block_stride
+    offset = position % BLOCK_SIZE
+    if tl.program_id(2) == 0:
+        dim, in_row = byte_columns(HEAD_SIZE, K_BITS)
+        valid = keep[:, None] & in_row[None, :]
+        x = _load_rows(chunk_ptr, offset, keep, HEAD_SIZE, K_ROW, 0, K_META, K_BITS)
+        if KEY_HADAMARD:
+            x = hadamard_rows(x, dim, HEAD_SIZE)
+        if equalization_ptr is not None:
+            x *= tl.load(equalization_ptr + head * HEAD_SIZE + dim, mask=in_row, other=1.0)[None, :]
+        if offset_ptr is not None:
+            heads = tl.zeros([TOKENS], tl.int32) + head
+            x += rotated_offset(
+                offset_ptr, partner_ptr, cos_sin_ptr, heads, position.to(tl.int64), dim, valid,
+                HEAD_SIZE, ROTARY_DIM, IS_NEOX,
+            )  # fmt: skip
+        out = key_ptr + token.to(tl.int64)[:, None] * key_stride + head * HEAD_SIZE + dim[None, :]
+        tl.store(out, x.to(key_ptr.dtype.element_ty), mask=valid)
+    else:
+        dim, in_row = byte_columns(HEAD_SIZE, V_BITS)
+        x = _load_rows(chunk_ptr, offset, keep, HEAD_SIZE, V_ROW, V_CODES, V_META, V_BITS)
+        if VALUE_HADAMARD:
+            x = hadamard_rows(x, dim, HEAD_SIZE)
+        out = value_ptr + token.to(tl.int64)[:, None] * value_stride + head * HEAD_SIZE + dim[None, :]
+        tl.store(out, x.to(value_ptr.dtype.element_ty), mask=keep[:, None] & in_row[None, :])
+
+
+def gather_cache(
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    seq_starts: torch.Tensor,
+    key_out: torch.Tensor,
+    value_out: torch.Tensor,
+    layout: PageLayout,
+    transforms: LayerTransforms,
+    *,
+    num_tokens: int,
+) -> None:
+    """Dequantize a slice of each request's cached tokens back to model space, in place.
+
+    As :func:`gather_cache_ref`, which has the arguments' shapes.
+    """
+    num_reqs = block_table.shape[0]
+    num_kv_heads = kv_cache.shape[1]
+    check_cache(kv_cache, layout)
+    for rows in (key_out, value_out):
+        assert rows.shape[0] >= num_tokens and rows.shape[1:] == (num_kv_heads, layout.head_size), rows.shape
+        assert rows.stride(2) == 1 and rows.stride(1) == layout.head_size, "a token's heads must be contiguous"
+    assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
+    assert cu_seq_lens.shape == (num_reqs + 1,) and cu_seq_lens.dtype == torch.int32 and cu_seq_lens.is_contiguous()
+    assert seq_starts.shape == (num_reqs,) and seq_starts.dtype == torch.int32 and seq_starts.is_contiguous()
+    if num_tokens == 0:
+        return
+    rotary = transforms.rotary if transforms.key_offset is not None else None
+    _gather_cache_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), num_kv_heads, 2)](
+        kv_cache, block_table, cu_seq_lens, seq_starts, key_out, value_out,
+        transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
+        num_tokens, num_reqs, num_reqs.bit_length(),
+        kv_cache.stride(0), kv_cache.stride(1), block_table.stride(0), key_out.stride(0), value_out.stride(0),
+        HEAD_SIZE=layout.head_size, BLOCK_SIZE=layout.block_size, K_BITS=layout.k_bits, V_BITS=layout.v_bits,
+        K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes, V_CODES=layout.v_codes_offset,
+        K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
+        ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
+        KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,
+        TOKENS=TOKENS_PER_PROGRAM, num_warps=row_warps(layout.head_size),
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Precision profiles: reading, checking, and meeting a model."""
