@@ -59,7 +59,7 @@ class Published:
         return hashlib.sha256(self._files[name].read_bytes()).hexdigest()
 
     def source(self, page: Path, *names: str) -> str:
-        """One line on where a table's numbers come from: card, vLLM's version, date and file, linked from ``page``."""
+        """Where a table's numbers come from: card, vLLM's version, date and files, linked from ``page``."""
         parts: dict[str, list[str]] = {}
         for name in names:
             result = self.result(name)
@@ -68,7 +68,8 @@ class Published:
             # Several evaluations in one file: its name's date is that of the newest.
             text = f"{head['device']}, vLLM {head['versions']['vllm']}, {path.name[:10]}"
             parts.setdefault(text, []).append(f"[{path.name}]({os.path.relpath(path, page.parent)})")
-        return "; ".join(f"{text}: {', '.join(links)}" for text, links in parts.items()) + "."
+        # A link a line, which keeps lines narrow.
+        return "\n".join(f"{text}:\n" + ",\n".join(links) + "." for text, links in parts.items())
 
     def setting(self, name: str, label: str) -> dict[str, Any]:
         """A setting of an engine benchmark by its label."""

