@@ -168,7 +168,7 @@ def _layers(profile: Profile, resolved: ResolvedProfile | None) -> list[dict[str
             "transforms": list(transforms.names if pair.is_quantized else ()),
             "recent_window": recent.tokens if recent is not None and pair.is_quantized else 0,
             "recent_window_bits": recent.bits if recent is not None and pair.is_quantized else None,
-            "sink_tokens": recent.sinks if recent is not None and pair.is_quantized else 0,
+            "sink_tokens": recent.sink_tokens if recent is not None and pair.is_quantized else 0,
         }
         for layer, pair, transforms, recent in entries
     ]
@@ -201,8 +201,8 @@ def _format(summary: Mapping[str, Any]) -> str:
     lines = [f"{name:16} {value}" for name, value in rows if value is not None]
     groups: dict[tuple[str, ...], list[int]] = {}
     for entry in summary["layers"]:
-        tokens, bits, sinks = entry["recent_window"], entry["recent_window_bits"], entry["sink_tokens"]
-        recent = str(RecentWindow(tokens, bits, sinks)) if tokens else "none"
+        tokens, bits, sink_tokens = entry["recent_window"], entry["recent_window_bits"], entry["sink_tokens"]
+        recent = str(RecentWindow(tokens, bits, sink_tokens)) if tokens else "none"
         groups.setdefault((entry["pair"], ", ".join(entry["transforms"]) or "none", recent), []).append(entry["layer"])
     table: list[tuple[str, ...]] = [("layers", "pair  ", "transforms", "recent window")]
     for cells, layers in groups.items():

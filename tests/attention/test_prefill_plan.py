@@ -24,7 +24,7 @@ class Batch:
     window: int | None
     attend_cached: bool
     recent: int | None = None
-    sinks: int = 0
+    sink_tokens: int = 0
 
     @property
     def starts(self) -> list[int]:
@@ -49,12 +49,12 @@ class Batch:
             sliding_window=self.window,
             recent=self.recent,
             device=CPU,
-            sinks=self.sinks,
+            sink_tokens=self.sink_tokens,
         )
 
 
 def random_batch(
-    seed: int, window: int | None, attend_cached: bool, recent: int | None = None, sinks: int = 0
+    seed: int, window: int | None, attend_cached: bool, recent: int | None = None, sink_tokens: int = 0
 ) -> Batch:
     numbers = random.Random(seed)
     num_decodes, num_prefills = numbers.randrange(3), numbers.randrange(1, 6)
@@ -68,7 +68,9 @@ def random_batch(
     # From the least that fits to more than everything.
     workspace = workspace_rows(numbers.choice([0, 64, 200, 5000]), fresh, window or recent)
     # One block per request with a context is the least a context slice holds.
-    return Batch(requests, num_decodes, max(workspace, BLOCK * num_prefills), window, attend_cached, recent, sinks)
+    return Batch(
+        requests, num_decodes, max(workspace, BLOCK * num_prefills), window, attend_cached, recent, sink_tokens
+    )
 
 
 CASES = [(window, attend_cached) for window in (None, 1, 24, 1000) for attend_cached in (False, True)]
@@ -211,7 +213,7 @@ def by_plan(batch, query, cached, fresh, held=None):
             if part.fresh_rows is not None:
                 keys[part.fresh_rows] = torch.cat([fresh[request][0] for request in span])
                 values[part.fresh_rows] = torch.cat([fresh[request][1] for request in span])
-            for taken, places in ((part.recent, part.recent_rows), (part.sinks, part.sink_rows)):
+            for taken, places in ((part.recent, part.recent_rows), (part.sink_tokens, part.sink_rows)):
                 if taken is None:
                     continue
                 for row, (request, position) in zip(places.tolist(), tokens_read(taken), strict=True):
@@ -262,10 +264,12 @@ def test_attention_by_the_plan_is_plain_attention(window, attend_cached):
 RECENT_CASES = [(None, 1), (None, 10), (None, 1000), (24, 10), (60, 59), (1000, 30)]
 
 
-@pytest.mark.parametrize("sinks", [0, 4, 16])
+@pytest.mark.parametrize("sink_tokens", [0, 4, 16])
 @pytest.mark.parametrize("attend_cached", [False, True])
 @pytest.mark.parametrize(("window", "recent"), RECENT_CASES)
-def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(window, recent, attend_cached, sinks):
+def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(
+    window, recent, attend_cached, sink_tokens
+):
     """Under attend_cached each query its own newest; else all of a request's queries those before the fresh ones. Sink
     tokens that are not fresh are all read from there."""
     generator = torch.Generator().manual_seed(0)
@@ -274,7 +278,7 @@ def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(wi
         return [torch.randn(count, HEAD_SIZE, dtype=torch.float64, generator=generator) for _ in range(2)]
 
     for seed in SEEDS:
-        batch = random_batch(seed, window, attend_cached, recent, sinks)
+        batch = random_batch(seed, window, attend_cached, recent, sink_tokens)
         query = rows(batch.starts[-1])[0]
         cached = [rows(context + new) for context, new in batch.requests]
         fresh = [rows(new) for _, new in batch.requests]
@@ -282,8 +286,8 @@ def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(wi
         # What the window's cache does not hold may be anything.
         for (keys, values), (context, _) in zip(held, batch.requests, strict=True):
             for rows_of in (keys, values):
-                rows_of[sinks : max(0, context - recent + 1)] = torch.nan
-                rows_of[max(context, sinks if attend_cached else 0) :] = torch.nan
+                rows_of[sink_tokens : max(0, context - recent + 1)] = torch.nan
+                rows_of[max(context, sink_tokens if attend_cached else 0) :] = torch.nan
         expected = []
         for request in batch.prefills:
             context, new = batch.requests[request]
@@ -292,7 +296,9 @@ def test_attention_by_the_plan_reads_the_newest_tokens_from_the_recent_window(wi
             mine = slice(batch.starts[request], batch.starts[request + 1])
             for row, position in enumerate(range(context, context + new)):
                 near = token > (position if attend_cached else context) - recent
-                older = [torch.where((token < sinks)[:, None], held[request][i], cached[request][i]) for i in (0, 1)]
+                older = [
+                    torch.where((token < sink_tokens)[:, None], held[request][i], cached[request][i]) for i in (0, 1)
+                ]
                 keys, values = (torch.where(near[:, None], newest[i], older[i]) for i in (0, 1))
                 seen = (token <= position) & (token > position - (window or context + new))
                 expected.append(attend(query[mine][row : row + 1], keys[seen], values[seen], torch.ones(1, 1) > 0)[0])

@@ -154,7 +154,7 @@ class Request:
         row = [OTHERS_BLOCK] * first + self.recent[first:]
         for block in range(-(-self.length // RECENT_BLOCK), stored_from // RECENT_BLOCK):
             row[block] = self.recent[block] = NULL_BLOCK
-        if window.sinks:
+        if window.sink_tokens:
             row[0] = self.recent[0] = self.head
         return row
 
@@ -166,8 +166,8 @@ class Request:
         (RecentWindow(24), False),
         (RecentWindow(70), True),
         (RecentWindow(24, 8), False),
-        (RecentWindow(24, sinks=4), False),
-        (RecentWindow(24, sinks=16), True),
+        (RecentWindow(24, sink_tokens=4), False),
+        (RecentWindow(24, sink_tokens=16), True),
     ],
     ids=str,
 )
@@ -196,7 +196,7 @@ def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, re
                 query_start_loc=starts, seq_lens=lens, first_request=decodes, num_reqs=len(counts),
                 workspace_tokens=MAX_TOKENS + 128, block_size=BLOCK, attend_cached=attend_cached,
                 sliding_window=sliding_window, recent=window.tokens, device=CPU,
-                sinks=window.sinks,
+                sink_tokens=window.sink_tokens,
             )  # fmt: skip
         total = int(starts[-1])
         metadata = backend.KVTunerMetadata(

@@ -55,9 +55,14 @@ def sliding(block_size, window):
     return SlidingWindowSpec(block_size=block_size, sliding_window=window, **SHAPE)
 
 
-def recent(block_size, window, drafts, sinks=0):
+def recent(block_size, window, drafts, sink_tokens=0):
     return RecentSpec(
-        block_size=block_size, sliding_window=window, step_tokens=1 + 2 * drafts, num_steps=1, sinks=sinks, **SHAPE
+        block_size=block_size,
+        sliding_window=window,
+        step_tokens=1 + 2 * drafts,
+        num_steps=1,
+        sink_tokens=sink_tokens,
+        **SHAPE,
     )
 
 
@@ -66,9 +71,9 @@ CACHES = {
     "long blocks": lambda drafts: [full(128)],
     "sliding window": lambda drafts: [full(32), sliding(32, 100)],
     "recent window": lambda drafts: [full(128), recent(16, 24, drafts)],
-    "recent window with sinks": lambda drafts: [full(128), recent(32, 200, drafts, sinks=4)],
+    "recent window with sink tokens": lambda drafts: [full(128), recent(32, 200, drafts, sink_tokens=4)],
     "recent window, long blocks": lambda drafts: [full(128), recent(128, 64, drafts)],
-    "all": lambda drafts: [full(128), sliding(128, 300), recent(16, 64, drafts, sinks=4)],
+    "all": lambda drafts: [full(128), sliding(128, 300), recent(16, 64, drafts, sink_tokens=4)],
 }
 """Groups of a cache by what drafts a step has."""
 

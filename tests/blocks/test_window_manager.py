@@ -25,13 +25,13 @@ def plugin_loaded():
     init_none_hash(sha256)
 
 
-def recent_spec(window, block_size, num_steps=1, drafts=0, sinks=0):
+def recent_spec(window, block_size, num_steps=1, drafts=0, sink_tokens=0):
     return RecentSpec(
         block_size=block_size,
         sliding_window=window,
         step_tokens=1 + 2 * drafts,
         num_steps=num_steps,
-        sinks=sinks,
+        sink_tokens=sink_tokens,
         **SHAPE,
     )
 
@@ -65,11 +65,11 @@ def is_held(manager, request, first, last):
     return all(not blocks[token // window.block_size].is_null for token in range(max(first, 0), last))
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("sink_tokens", [0, 4])
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("num_steps", [1, 2])
 @pytest.mark.parametrize("seed", range(8))
-def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts, sinks):
+def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts, sink_tokens):
     """Chunks and decodes of any size, in a pool that start-up lets pass for one request; rejected drafts roll back."""
     numbers = random.Random(seed)
     window, block_size, chunk = (
@@ -77,7 +77,7 @@ def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts,
         numbers.choice([16, 32, 128]),
         numbers.choice([48, 700]),
     )
-    spec = recent_spec(window, block_size, num_steps, drafts, sinks)
+    spec = recent_spec(window, block_size, num_steps, drafts, sink_tokens)
     in_flight_tokens = num_steps * chunk
     most = spec.max_admission_blocks_per_request(in_flight_tokens, MAX_LEN)
     length = 1500
@@ -101,7 +101,7 @@ def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts,
         for begin, end in flying:
             assert is_held(manager, request, begin - window + 1, begin)
             assert is_held(manager, request, end - window, end)
-            assert is_held(manager, request, 0, min(sinks, end))
+            assert is_held(manager, request, 0, min(sink_tokens, end))
         decoding = [end - begin for begin, end in flying] == [1 + drafts] * num_steps
         own = sum(not block.is_null for block in held.req_to_blocks["a"])
         assert own <= (spec.decode_blocks + num_steps - 1 if decoding and done > prompt + 250 else most)
@@ -113,12 +113,12 @@ def test_steps_find_what_they_read_in_the_smallest_pool(seed, num_steps, drafts,
     assert pool.get_num_free_blocks() == everything
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("sink_tokens", [0, 4])
 @pytest.mark.parametrize("chunk", [MAX_LEN, 512, 100])
 @pytest.mark.parametrize("length", [129, 256, 1000])
-def test_a_prompt_is_found_again(length, chunk, sinks):
+def test_a_prompt_is_found_again(length, chunk, sink_tokens):
     """Up to the last whole block before its end, and a longer one up to its last whole block."""
-    manager = make_manager(recent_spec(64, 32, sinks=sinks), 200, chunk)
+    manager = make_manager(recent_spec(64, 32, sink_tokens=sink_tokens), 200, chunk)
     prompt = random.Random(length).choices(range(1000), k=length)
     for name, tokens, expected in (
         ("first", prompt, 0),
@@ -127,13 +127,13 @@ def test_a_prompt_is_found_again(length, chunk, sinks):
     ):
         request = make_request(name, tokens, 32)
         assert prefill(manager, request, chunk) == expected
-        assert is_held(manager, request, 0, sinks)
+        assert is_held(manager, request, 0, sink_tokens)
         manager.free(request)
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_a_shared_prefix_is_found_once_two_have_shown_it(sinks):
-    manager = make_manager(recent_spec(64, 32, sinks=sinks), 400, MAX_LEN)
+@pytest.mark.parametrize("sink_tokens", [0, 4])
+def test_a_shared_prefix_is_found_once_two_have_shown_it(sink_tokens):
+    manager = make_manager(recent_spec(64, 32, sink_tokens=sink_tokens), 400, MAX_LEN)
     numbers = random.Random(0)
     shared = numbers.choices(range(1000), k=1100)
     hits = []
@@ -160,7 +160,7 @@ def test_a_hit_ends_where_the_window_has_what_it_needs():
 
 def test_a_hit_needs_the_sink_tokens():
     """The block that holds them is the request's from its first step to its end, shared by those that hit it."""
-    manager = make_manager(recent_spec(64, 32, sinks=4), 400, MAX_LEN)
+    manager = make_manager(recent_spec(64, 32, sink_tokens=4), 400, MAX_LEN)
     everything = manager.block_pool.get_num_free_blocks()
     prompt = list(range(1000))
     first, again = (make_request(name, prompt, 32) for name in ("first", "again"))
@@ -184,13 +184,13 @@ def test_a_hit_needs_the_sink_tokens():
 def test_no_block_of_a_window_with_sink_tokens_is_taken_out_of_block_tables():
     """As model runner V2 would do by this number, with all that lies before the window."""
     assert recent_spec(64, 32).num_retained_tokens == 63
-    assert recent_spec(64, 32, sinks=4).num_retained_tokens == 0
+    assert recent_spec(64, 32, sink_tokens=4).num_retained_tokens == 0
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_what_a_hit_takes_is_what_is_counted(sinks):
+@pytest.mark.parametrize("sink_tokens", [0, 4])
+def test_what_a_hit_takes_is_what_is_counted(sink_tokens):
     """Else allocation would fail with requests running: blocks that are found leave the free ones."""
-    manager = make_manager(recent_spec(64, 32, sinks=sinks), 400, MAX_LEN)
+    manager = make_manager(recent_spec(64, 32, sink_tokens=sink_tokens), 400, MAX_LEN)
     prompt = list(range(1000))
     first, again = (make_request(name, prompt, 32) for name in ("first", "again"))
     prefill(manager, first, MAX_LEN)
@@ -207,7 +207,7 @@ def test_what_a_hit_takes_is_what_is_counted(sinks):
 
 
 def test_a_chunk_holds_no_more_than_what_is_read_later():
-    spec = recent_spec(64, 32, sinks=4)
+    spec = recent_spec(64, 32, sink_tokens=4)
     manager = make_manager(spec, 400, MAX_LEN, enable_caching=False)
     request = make_request("a", range(3000), 32)
     free = manager.block_pool.get_num_free_blocks()

@@ -167,9 +167,9 @@ class AttentionMeter:
 
     def _is_unquantized(self, window: Window) -> torch.Tensor:
         """[group * num_queries, num_tokens], whether a token is a sink token or in the query's recent window."""
-        recent, sinks = self._unquantized
+        recent, sink_tokens = self._unquantized
         distance = self._distance(window)
-        is_sink = torch.arange(distance.shape[1], device=distance.device) < sinks
+        is_sink = torch.arange(distance.shape[1], device=distance.device) < sink_tokens
         group = window.query.shape[1] // self._layer.num_kv_heads
         return ((distance >= 0) & ((distance < recent) | is_sink)).repeat(group, 1)
 

@@ -28,7 +28,7 @@ from vllm_kvtuner.pages.layout import (
 )
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, parse_layers
-from vllm_kvtuner.profile.profile import MAX_RECENT_WINDOW, MAX_SINK_TOKENS, SINKS_WITHOUT_WINDOW, RecentWindow
+from vllm_kvtuner.profile.profile import MAX_RECENT_WINDOW, MAX_SINK_TOKENS, SINK_TOKENS_WITHOUT_WINDOW, RecentWindow
 
 OPTIONS_SCHEMA = "kvtuner-calibration/1"
 OPTIONS_FILE = "calibration.json"
@@ -339,7 +339,7 @@ def _numbers(options: Options) -> list[str]:
         rule = f"must be an integer of 0-{MAX_SINK_TOKENS} tokens"
         problems.append(f"--sink-tokens {rule}, but got {options.sink_tokens}")
     elif options.sink_tokens and not options.recent_window:
-        problems.append(f"--sink-tokens {SINKS_WITHOUT_WINDOW}, but got {options.sink_tokens}")
+        problems.append(f"--sink-tokens {SINK_TOKENS_WITHOUT_WINDOW}, but got {options.sink_tokens}")
     if options.max_bits is not None and not 0 < options.max_bits <= 16:
         problems.append(f"--max-bits must be above 0 and at most 16, but got {options.max_bits:g}")
     return problems

@@ -48,7 +48,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self._sliding_window: int | None = implementation.sliding_window
         window = None if implementation.recent is None else implementation.recent.window
         self._recent: int | None = None if window is None else window.tokens
-        self._sinks: int = 0 if window is None else window.sinks
+        self._sink_tokens: int = 0 if window is None else window.sink_tokens
         self._attend_cached_prefill: bool = implementation.attend_cached_prefill
         self._workspace_tokens: int = implementation.prefill_workspace_tokens
         # A window keeps all of a step's tokens only if it is as long as they are many; and a prefill that reads back
@@ -88,7 +88,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
                 sliding_window=self._sliding_window,
                 recent=self._recent,
                 device=self.device,
-                sinks=self._sinks,
+                sink_tokens=self._sink_tokens,
             )
         return KVTunerMetadata(
             num_actual_tokens=common.num_actual_tokens,
@@ -171,7 +171,7 @@ def backend_for(
         switchable: calibration mode, in which a layer may store a smaller pair in these pages (switchable.py).
         recent: the layers' recent window; those with another have other metadata.
     """
-    window = f"Recent{recent.tokens}Sinks{recent.sinks}" if recent else ""
+    window = f"Recent{recent.tokens}SinkTokens{recent.sink_tokens}" if recent else ""
     name = f"KVTuner{pair}{window}{'Switchable' if switchable else ''}Backend"
     attributes = {
         "pair": pair,

@@ -115,8 +115,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             envs.prefill_workspace_tokens(), self.max_num_batched_tokens, self.sliding_window or tokens
         )
         if self.prefill is not None:
-            sinks = recent.window.sinks
-            self.kernels = self._layer_kernels(self.sliding_window, tokens, write_lse=True, skip_first=sinks)
+            sink_tokens = recent.window.sink_tokens
+            self.kernels = self._layer_kernels(self.sliding_window, tokens, write_lse=True, skip_first=sink_tokens)
             newest = self._layer_kernels(tokens, write_lse=True)
             self.recent_kernels = RecentKernels(recent, newest, self.sliding_window)
             self.prefill = self._gpu_prefill(self.kernels, self.recent_kernels)
@@ -261,9 +261,11 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         arguments = (query, kv_cache, block_table, seq_lens, query_start_loc, max_query_len)
         layout = self._layout(kv_cache)
         if self.kernels is None:
-            skip, sinks = (0, 0) if self.recent is None else (self.recent.window.tokens, self.recent.window.sinks)
+            skip, sink_tokens = (
+                (0, 0) if self.recent is None else (self.recent.window.tokens, self.recent.window.sink_tokens)
+            )
             limits = (self.sliding_window, self.logits_soft_cap, skip)
-            paged_attention_ref(*arguments, self.scale, layout, self.transforms, output, *limits, lse, sinks)
+            paged_attention_ref(*arguments, self.scale, layout, self.transforms, output, *limits, lse, sink_tokens)
         else:
             self.kernels.attend(*arguments, layout, self.transforms, output, lse)
 
@@ -306,7 +308,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             if self.recent is None:
                 attention_ref(*arguments, output[begin:end], *limits)
                 continue
-            self.recent.put_sinks(keys, values, request, first, cached_end, self.transforms)
+            self.recent.put_sink_tokens(keys, values, request, first, cached_end, self.transforms)
             older = torch.empty(query[begin:end].shape, device=query.device)
             lse = torch.empty(query.shape[1], num_queries, device=query.device)
             attention_ref(*arguments, older, *limits, self.recent.window.tokens, lse)

@@ -44,8 +44,8 @@ class CacheSlice:
             holds them and they are to be taken unquantized; else None.
         recent: context tokens among these that the recent window's cache has; None if they are to be read packed.
         recent_rows: [recent.num_tokens] int64 on the device, the workspace rows of those.
-        sinks: sink tokens among those that would be read packed, which the recent window's cache has; None for none.
-        sink_rows: [sinks.num_tokens] int64 on the device, the workspace rows of those.
+        sink_tokens: those among what would be read packed, which the recent window's cache has; None for none.
+        sink_rows: [sink_tokens.num_tokens] int64 on the device, the workspace rows of those.
     """
 
     first_request: int
@@ -60,7 +60,7 @@ class CacheSlice:
     fresh_rows: torch.Tensor | None = None
     recent: "CacheSlice | None" = None
     recent_rows: torch.Tensor | None = None
-    sinks: "CacheSlice | None" = None
+    sink_tokens: "CacheSlice | None" = None
     sink_rows: torch.Tensor | None = None
 
     @property
@@ -112,7 +112,7 @@ def plan(
     sliding_window: int | None,
     recent: int | None,
     device: torch.device,
-    sinks: int = 0,
+    sink_tokens: int = 0,
 ) -> PrefillPlan:
     """Plan the prefills ``first_request .. num_reqs`` of a batch.
 
@@ -127,14 +127,14 @@ def plan(
         sliding_window: tokens a query sees, itself included, or None for all.
         recent: tokens of the recent window, less than the sliding window's, or None.
         device: where the kernels read the plan.
-        sinks: tokens at a request's head that the recent window's cache has.
+        sink_tokens: tokens at a request's head that the recent window's cache has.
     """
     starts = query_start_loc[first_request : num_reqs + 1].tolist()
     queries = [end - begin for begin, end in itertools.pairwise(starts)]
     contexts = [
         length - query for length, query in zip(seq_lens[first_request:num_reqs].tolist(), queries, strict=True)
     ]
-    maker = _SliceMaker(starts, queries, first_request, device, sinks)
+    maker = _SliceMaker(starts, queries, first_request, device, sink_tokens)
     context: list[CacheSlice] = []
     causal: list[CacheSlice] = []
     newest: list[CacheSlice] = []
@@ -207,13 +207,13 @@ def workspace_rows(requested: int, max_num_batched_tokens: int, window: int | No
 
 
 class _SliceMaker:
-    """Builds slices of requests whose query tokens begin at ``starts`` and count ``queries``, with ``sinks`` each."""
+    """Builds slices of requests whose query tokens begin at ``starts`` and count ``queries``."""
 
     def __init__(
-        self, starts: list[int], queries: list[int], first_request: int, device: torch.device, sinks: int
+        self, starts: list[int], queries: list[int], first_request: int, device: torch.device, sink_tokens: int
     ) -> None:
         self.starts, self.queries, self.first_request, self.device = starts, queries, first_request, device
-        self.sinks = sinks
+        self.sink_tokens = sink_tokens
 
     def slice(
         self, first: int, last: int, begins: list[int], lengths: list[int], fresh: bool, recent: list[int] | None = None
@@ -232,7 +232,7 @@ class _SliceMaker:
             window = self._slice(first, queries, firsts, counts)
             recent_rows = self._rows(ends - torch.tensor(queries), counts)
         held = sink_rows = None
-        heads = [max(0, min(self.sinks - begin, length)) for begin, length in zip(begins, packed, strict=True)]
+        heads = [max(0, min(self.sink_tokens - begin, length)) for begin, length in zip(begins, packed, strict=True)]
         if any(heads):
             held = self._slice(first, queries, begins, heads)
             sink_rows = self._rows(ends - torch.tensor(lengths) + torch.tensor(heads), heads)
@@ -253,7 +253,7 @@ class _SliceMaker:
         fresh_rows: torch.Tensor | None = None,
         recent: CacheSlice | None = None,
         recent_rows: torch.Tensor | None = None,
-        sinks: CacheSlice | None = None,
+        sink_tokens: CacheSlice | None = None,
         sink_rows: torch.Tensor | None = None,
     ) -> CacheSlice:
         return CacheSlice(
@@ -269,7 +269,7 @@ class _SliceMaker:
             fresh_rows=fresh_rows,
             recent=recent,
             recent_rows=recent_rows,
-            sinks=sinks,
+            sink_tokens=sink_tokens,
             sink_rows=sink_rows,
         )
 

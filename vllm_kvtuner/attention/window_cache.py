@@ -1,7 +1,7 @@
 """The recent window: a second cache of a layer, which holds its newest tokens in 16 or 8 bits.
 
-Every token is stored packed at once, and in the window too; attention reads the newest ``tokens`` of each query from
-there, and those of the request's first ``sinks`` tokens that the layer's own sliding window leaves visible. The window
+Every token is stored packed at once, and in the window too. Attention reads the newest ``tokens`` of each query from
+there, and those of the request's first ``sink_tokens`` that the layer's own sliding window leaves visible. The window
 is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward context under the attention layer's
 name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both model runners (and 0.32.0 and
 0.33.0) do with every ``AttentionLayerBase`` there, this uses
@@ -13,7 +13,7 @@ name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what b
   as a block of the full layers' pages makes necessary;
 - ``SlidingWindowManager`` (v1/core/single_type_kv_cache_manager.py): freeing of what has left the window, preemption,
   speculation and the hybrid prefix cache, whose hits end where both caches have what they need: all packed pages before
-  that point, and the window's last ``tokens - 1`` tokens. Of a chunk, blocks/window_manager.py stores no more than is needed;
+  that point, and the window's last ``tokens - 1`` tokens. blocks/window_manager.py stores no more of a chunk than that;
 - block tables, slot mappings and metadata by layer name (``_build_attention_metadata``, ``_get_slot_mappings``), in
   the forward context, where the attention layer's implementation finds them;
 - ``bind_kv_cache``: two layers of one index are allowed on CPUs and CUDA (``check_runner_kv_caches_multi_layer``).
@@ -162,7 +162,7 @@ class RecentCache(AttentionLayerBase):
             # Drafts of a step, and blocks that are taken ahead for those of the next.
             step_tokens=1 + 2 * vllm_config.num_speculative_tokens,
             num_steps=vllm_config.max_concurrent_batches,
-            sinks=self.window.sinks,
+            sink_tokens=self.window.sink_tokens,
         )
 
     def store(
@@ -208,7 +208,7 @@ class RecentCache(AttentionLayerBase):
             metadata.max_decode_query_len,
             scale,
             self.window.tokens,
-            self.window.sinks,
+            self.window.sink_tokens,
             output,
             lse,
             sliding_window,
@@ -226,7 +226,7 @@ class RecentCache(AttentionLayerBase):
         logits_soft_cap: float,
         fresh: tuple[torch.Tensor, torch.Tensor],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of a prefill's queries over the newest tokens of each. Sink tokens are left to :meth:`put_sinks`.
+        """Attention of a prefill's queries over the newest tokens of each; sink tokens: :meth:`put_sink_tokens`.
 
         Args:
             query: [num_queries, num_heads, head_size] of one request.
@@ -251,7 +251,7 @@ class RecentCache(AttentionLayerBase):
         attention_ref(query, keys, values, scale, output, self.window.tokens, logits_soft_cap, lse=lse)
         return output, lse
 
-    def put_sinks(
+    def put_sink_tokens(
         self, keys: torch.Tensor, values: torch.Tensor, request: int, first: int, end: int, transforms: LayerTransforms
     ) -> None:
         """Put a request's sink tokens in place of those that were read packed.
@@ -264,7 +264,7 @@ class RecentCache(AttentionLayerBase):
             end: the first token that was not read packed.
             transforms: of the layer.
         """
-        count = max(0, min(self.window.sinks, end) - first)
+        count = max(0, min(self.window.sink_tokens, end) - first)
         self._read(request, first, keys[:count], values[:count], transforms)
 
     def _read(

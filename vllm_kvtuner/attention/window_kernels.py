@@ -122,7 +122,7 @@ class RecentKernels:
         window = self.recent.window
         recent_attention(
             query, self.recent.kv_cache, block_table, seq_lens, query_start_loc, max_query_len, self.kernels.scale,
-            window.tokens, window.sinks, output, lse, self.sliding_window, self.kernels.logits_soft_cap,
+            window.tokens, window.sink_tokens, output, lse, self.sliding_window, self.kernels.logits_soft_cap,
             dependent=self._is_dependent,
             # Short prefills are few among decodes.
             pass_query_len=min(max_query_len, self.kernels.max_decode_query_len),
@@ -130,7 +130,7 @@ class RecentKernels:
 
     def put(self, keys: torch.Tensor, values: torch.Tensor, part: CacheSlice, transforms: LayerTransforms) -> None:
         """Put what the window holds of a slice where it belongs in the slice's keys and values."""
-        for held, places in ((part.recent, part.recent_rows), (part.sinks, part.sink_rows)):
+        for held, places in ((part.recent, part.recent_rows), (part.sink_tokens, part.sink_rows)):
             if held is not None and held.num_tokens:
                 assert places is not None
                 self._put(keys, values, held, places, transforms)

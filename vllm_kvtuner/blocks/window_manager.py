@@ -38,22 +38,22 @@ class RecentSpec(SlidingWindowSpec):
     Args:
         step_tokens: tokens that a decode step computes, or has blocks for, at most.
         num_steps: steps that are scheduled before the first of them is done.
-        sinks: tokens at the head of a request that are held with the newest.
+        sink_tokens: tokens at the head of a request that are held with the newest.
     """
 
     step_tokens: int
     num_steps: int
-    sinks: int = 0
+    sink_tokens: int = 0
 
     @property
     def sink_blocks(self) -> int:
-        return cdiv(self.sinks, self.block_size)
+        return cdiv(self.sink_tokens, self.block_size)
 
     @property
     def num_retained_tokens(self) -> int:
         # Model runner V2 of 0.33.0 takes blocks that lie further back out of its block tables, that of the sink tokens
         # included, unless this is 0.
-        return 0 if self.sinks else self.sliding_window - 1 + self.extra_retained_tokens
+        return 0 if self.sink_tokens else self.sliding_window - 1 + self.extra_retained_tokens
 
     @property
     def kept_tokens(self) -> int:
@@ -119,7 +119,7 @@ class RecentManager(SlidingWindowManager):
             block_hashes, max_length, kv_cache_group_ids, block_pool, kv_cache_spec, drop_eagle_block, alignment_tokens,
             *args, **kwargs,
         )  # fmt: skip
-        if length == 0 or not kv_cache_spec.sinks:
+        if length == 0 or not kv_cache_spec.sink_tokens:
             return found, length
         hashes = resolve_block_hashes(
             block_hashes,

@@ -179,16 +179,16 @@ def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, 
 
     problems = []
     source = resolved.profile.source or resolved.profile.name
-    bits, sinks = resolved.profile.recent_window_bits, resolved.profile.sink_tokens
-    if sinks and bits != UNQUANTIZED.k_bits and not current_platform.is_cpu():
+    bits, sink_tokens = resolved.profile.recent_window_bits, resolved.profile.sink_tokens
+    if sink_tokens and bits != UNQUANTIZED.k_bits and not current_platform.is_cpu():
         problems.append(
             f"{source}: sink_tokens must be 0 on a GPU with recent_window_bits: {bits}, which serves them in "
-            f"{UNQUANTIZED.k_bits} bits, but got {sinks}"
+            f"{UNQUANTIZED.k_bits} bits, but got {sink_tokens}"
         )
-    if sinks and config.kv_transfer_config is not None:
+    if sink_tokens and config.kv_transfer_config is not None:
         problems.append(
             f"{source}: sink_tokens must be 0 with a KV connector, which brings back a window's newest tokens alone, "
-            f"but got {sinks}"
+            f"but got {sink_tokens}"
         )
     if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
         problems.append(

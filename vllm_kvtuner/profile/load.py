@@ -51,7 +51,7 @@ from vllm_kvtuner.profile.profile import (
     MAX_RECENT_WINDOW,
     MAX_SINK_TOKENS,
     SCHEMA_VERSION,
-    SINKS_WITHOUT_WINDOW,
+    SINK_TOKENS_WITHOUT_WINDOW,
     TRANSFORM_KEYS,
     LayerPrecision,
     Profile,
@@ -141,7 +141,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
     num_layers = None if model is None else len(model.layers) or None
     pairs = _parse_pairs(problems, document.get("layers"), model)
     transforms, overrides = _parse_transforms(problems, document.get("transforms", {}), num_layers)
-    window, window_bits, window_overrides, sinks = _parse_recent(problems, document, num_layers)
+    window, window_bits, window_overrides, sink_tokens = _parse_recent(problems, document, num_layers)
 
     statics = document.get("statics")
     if statics is not None:
@@ -169,7 +169,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
         recent_window=window,
         recent_window_bits=window_bits,
         recent_window_overrides=window_overrides,
-        sink_tokens=sinks,
+        sink_tokens=sink_tokens,
         attend_cached_prefill=attend,
         statics=path.parent / statics if isinstance(statics, str) else None,
         provenance=provenance,
@@ -293,10 +293,10 @@ def _parse_recent(
         overrides = {}
     counts = {str(written): tokens(f"{key}.{written}", value) for written, value in overrides.items()}
     expanded = expand_layers(problems, key, overrides, num_layers)
-    sinks = tokens("sink_tokens", document.get("sink_tokens", 0), MAX_SINK_TOKENS)
-    if sinks and not document.get("recent_window") and not any(counts.values()):
-        problems.add("sink_tokens", SINKS_WITHOUT_WINDOW, str(sinks))
-    return window, bits, {layer: counts[written] for layer, (written, _) in expanded.items()}, sinks
+    sink_tokens = tokens("sink_tokens", document.get("sink_tokens", 0), MAX_SINK_TOKENS)
+    if sink_tokens and not document.get("recent_window") and not any(counts.values()):
+        problems.add("sink_tokens", SINK_TOKENS_WITHOUT_WINDOW, str(sink_tokens))
+    return window, bits, {layer: counts[written] for layer, (written, _) in expanded.items()}, sink_tokens
 
 
 def _layers_needing_statics(

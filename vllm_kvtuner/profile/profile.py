@@ -57,7 +57,7 @@ MAX_RECENT_WINDOW = 4096
 """Longest recent window, in tokens."""
 MAX_SINK_TOKENS = BLOCK_SIZE_MULTIPLE
 """Most sink tokens: what one block of a recent window holds, however small its blocks are."""
-SINKS_WITHOUT_WINDOW = "must be 0 without a recent_window, whose cache holds them"
+SINK_TOKENS_WITHOUT_WINDOW = "must be 0 without a recent_window, whose cache holds them"
 """The rule that sink tokens alone break."""
 
 
@@ -68,23 +68,23 @@ class RecentWindow:
     Args:
         tokens: how many, the query itself included.
         bits: 16, rows of the model's dtype without transforms, or 8, K8V8 with the layer's transforms.
-        sinks: tokens at the request's head that are read from there too.
+        sink_tokens: tokens at the request's head that are read from there too.
     """
 
     tokens: int
     bits: int = 16
-    sinks: int = 0
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
-        assert self.tokens > 0 and self.bits in RECENT_BITS and 0 <= self.sinks <= MAX_SINK_TOKENS, self
+        assert self.tokens > 0 and self.bits in RECENT_BITS and 0 <= self.sink_tokens <= MAX_SINK_TOKENS, self
 
     @property
     def pair(self) -> PrecisionPair:
         return PrecisionPair(self.bits, self.bits)
 
     def __str__(self) -> str:
-        sinks = f" and the first {self.sinks}" if self.sinks else ""
-        return f"{self.tokens} tokens{sinks} in {self.bits} bits"
+        sink_tokens = f" and the first {self.sink_tokens}" if self.sink_tokens else ""
+        return f"{self.tokens} tokens{sink_tokens} in {self.bits} bits"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class LayerPrecision:
     @property
     def recent_bytes(self) -> int:
         """Bytes the recent window of one request takes over all KV heads, sink tokens included."""
-        tokens = 0 if self.recent is None else self.recent.tokens + self.recent.sinks
+        tokens = 0 if self.recent is None else self.recent.tokens + self.recent.sink_tokens
         return tokens * self.shape.num_kv_heads * self.recent_content_bytes
 
 

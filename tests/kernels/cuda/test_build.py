@@ -37,7 +37,7 @@ class Variant:
     window: int | None = None
     soft_cap: bool = False
     recent: int | None = None
-    sinks: int = 0
+    sink_tokens: int = 0
     few: bool = False
     dtype: torch.dtype = torch.bfloat16
 
@@ -52,7 +52,7 @@ class Variant:
         config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch], self.few)
         return cuda._defines(
             layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap,
-            self.recent or 0, self.recent is not None, self.sinks,
+            self.recent or 0, self.recent is not None, self.sink_tokens,
         )  # fmt: skip
 
     @property
@@ -76,7 +76,7 @@ class Variant:
         Variant("K2V4", 96),
         Variant("K2V2", 128),
         Variant("K4V4", 128, transformed=True, recent=64),
-        Variant("K2V2", 128, window=100, recent=64, sinks=4),
+        Variant("K2V2", 128, window=100, recent=64, sink_tokens=4),
         Variant("K8V8", 128, window=64, recent=0),
         Variant("K4V4", 128, few=True),
         Variant("K2V2", 128, transformed=True, offset_pairs=8, few=True),

@@ -15,7 +15,7 @@ TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 class Case:
     """Requests whose window holds what their queries see of it; all else is another's, whose bits are NaN."""
 
-    def __init__(self, recent, sinks, query_lens, device, dtype=torch.float32, head_size=64, group=3):
+    def __init__(self, recent, sink_tokens, query_lens, device, dtype=torch.float32, head_size=64, group=3):
         torch.manual_seed(0)
         self.seq_lens = torch.tensor(SEQ_LENS, dtype=torch.int32, device=device)
         starts = torch.tensor(query_lens).cumsum(0)
@@ -30,7 +30,7 @@ class Case:
         self.kv_cache = torch.full(shape, torch.nan, dtype=dtype, device=device)
         for request, (length, queries) in enumerate(zip(SEQ_LENS, query_lens, strict=True)):
             begin = max(length - queries - recent + 1, 0)
-            for token in [*range(min(sinks, begin)), *range(begin, length)]:
+            for token in [*range(min(sink_tokens, begin)), *range(begin, length)]:
                 row = torch.cat([self.keys[request][token], self.values[request][token]], -1)
                 self.kv_cache[self.block_table[request, token // BLOCK_SIZE], :, token % BLOCK_SIZE] = row
         total = int(self.starts[-1]) + 2  # rows beyond the last query
@@ -40,11 +40,11 @@ class Case:
         self.lse[:, ::3] = -torch.inf
         self.output[::3] = 0
 
-    def run(self, function, recent, sinks, **options):
+    def run(self, function, recent, sink_tokens, **options):
         output = self.output.clone()
         function(
             self.query, self.kv_cache, self.block_table, self.seq_lens, self.starts, int(self.starts.diff().max()),
-            0.125, recent, sinks, output, self.lse, **options,
+            0.125, recent, sink_tokens, output, self.lse, **options,
         )  # fmt: skip
         return output
 
@@ -52,13 +52,13 @@ class Case:
 @pytest.mark.parametrize("query_lens", [[1] * len(SEQ_LENS), QUERY_LENS], ids=["one_query", "several_queries"])
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize(
-    ("recent", "sinks", "window"),
+    ("recent", "sink_tokens", "window"),
     [(1, 0, None), (24, 4, None), (64, 16, None), (24, 4, 68), (70, 4, 90), (200, 4, 300)],
 )
-def test_limits(recent, sinks, window, soft_cap, query_lens, device):
-    case = Case(recent, sinks, query_lens, device, torch.float16)
+def test_limits(recent, sink_tokens, window, soft_cap, query_lens, device):
+    case = Case(recent, sink_tokens, query_lens, device, torch.float16)
     options = {"sliding_window": window, "logits_soft_cap": soft_cap}
-    want, got = (case.run(each, recent, sinks, **options) for each in (recent_attention_ref, recent_attention))
+    want, got = (case.run(each, recent, sink_tokens, **options) for each in (recent_attention_ref, recent_attention))
     assert not want.isnan().any()
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCES[torch.float16])
     assert torch.equal(got[-2:], case.output[-2:]), "rows beyond the last query"
@@ -94,16 +94,16 @@ def test_bf16(device):
 @pytest.mark.parametrize("window", [None, 68])
 def test_the_reference_sees_what_the_layer_sees(window, device):
     """Sink tokens and newest ones, each once, and what lies between comes from the other segment."""
-    recent, sinks = 24, 4
-    case = Case(recent, sinks, QUERY_LENS, device)
-    got = case.run(recent_attention_ref, recent, sinks, sliding_window=window)
+    recent, sink_tokens = 24, 4
+    case = Case(recent, sink_tokens, QUERY_LENS, device)
+    got = case.run(recent_attention_ref, recent, sink_tokens, sliding_window=window)
     for request, length in enumerate(SEQ_LENS):
         first, last = case.starts[request : request + 2].tolist()
         for row in range(first, last) if length else ():
             position = length - (last - row)
             seen = [
                 t for t in range(position + 1)
-                if (t < sinks or position - t < recent) and (window is None or position - t < window)
+                if (t < sink_tokens or position - t < recent) and (window is None or position - t < window)
             ]  # fmt: skip
             keys, values = (x[request][seen].repeat_interleave(3, 1) for x in (case.keys, case.values))
             scores = torch.einsum("hd,thd->ht", case.query[row], keys) * 0.125

@@ -49,12 +49,12 @@ def write(folder, text):
     return path
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(512, 0), (304, 12)])
+@pytest.mark.parametrize(("window", "sink_tokens"), [(512, 0), (304, 12)])
 @pytest.mark.parametrize("attend", [True, False])
-def test_a_window_of_the_whole_context_is_the_unquantized_cache(llama, prompts, tmp_path, attend, window, sinks):
+def test_a_window_of_the_whole_context_is_the_unquantized_cache(llama, prompts, tmp_path, attend, window, sink_tokens):
     """Cold, and from the prefix cache. Sink tokens make up for what the longest request is longer than the window."""
-    profile = write(tmp_path, f"layers: K2V2\nrecent_window: {window}\nsink_tokens: {sinks}\n")
-    assert max(map(len, prompts)) + TOKENS <= window + sinks
+    profile = write(tmp_path, f"layers: K2V2\nrecent_window: {window}\nsink_tokens: {sink_tokens}\n")
+    assert max(map(len, prompts)) + TOKENS <= window + sink_tokens
     calls = [Call(prompts, GREEDY, together=False), Call(prompts, GREEDY)]
     auto = run_engine(llama, calls, max_model_len=512)
     run = run_engine(llama, calls, profile=profile, attend_cached_prefill=attend, max_model_len=512)
@@ -64,10 +64,10 @@ def test_a_window_of_the_whole_context_is_the_unquantized_cache(llama, prompts, 
         assert max_difference(mine.logprobs, expected.logprobs) < EXACT
 
 
-@pytest.mark.parametrize(("window", "sinks"), [(512, 0), (304, 12)])
-def test_short_prefills_read_the_window(llama, prompts, tmp_path, window, sinks):
+@pytest.mark.parametrize(("window", "sink_tokens"), [(512, 0), (304, 12)])
+def test_short_prefills_read_the_window(llama, prompts, tmp_path, window, sink_tokens):
     """Prompts in chunks of at most 16 tokens, which are decoded once they have a context."""
-    profile = write(tmp_path, f"layers: K2V2\nrecent_window: {window}\nsink_tokens: {sinks}\n")
+    profile = write(tmp_path, f"layers: K2V2\nrecent_window: {window}\nsink_tokens: {sink_tokens}\n")
     options = {"max_model_len": 512, "enable_prefix_caching": False}
     auto = run_engine(llama, [Call(prompts, GREEDY)], **options)
     run = run_engine(
@@ -198,10 +198,10 @@ def test_preemption(llama, prompts, profile, alone):
     check(run.answers[0], alone.answers[-1] * 6)
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_sliding_window_layers(gemma3, prompts, tmp_path, sinks):
+@pytest.mark.parametrize("sink_tokens", [0, 4])
+def test_sliding_window_layers(gemma3, prompts, tmp_path, sink_tokens):
     """Recent windows within the sliding windows of Gemma's layers, which sink tokens leave; chunks that cross both."""
-    profile = write(tmp_path, f"layers: K4V4\nrecent_window: 24\nsink_tokens: {sinks}\n{HADAMARD}")
+    profile = write(tmp_path, f"layers: K4V4\nrecent_window: 24\nsink_tokens: {sink_tokens}\n{HADAMARD}")
     calls = [Call(prompts, GREEDY)]
     whole = run_engine(gemma3, calls, profile=profile)
     warm = run_engine(gemma3, [*calls, *calls], profile=profile, block_size=32)
@@ -213,11 +213,11 @@ def test_sliding_window_layers(gemma3, prompts, tmp_path, sinks):
 
 
 @pytest.mark.parametrize(
-    ("pair", "window", "bits", "sinks"), [("K4V4", 64, 16, 0), ("K4V2", 40, 8, 4), ("K2V2", 200, 16, 4)]
+    ("pair", "window", "bits", "sink_tokens"), [("K4V4", 64, 16, 0), ("K4V2", 40, 8, 4), ("K2V2", 200, 16, 4)]
 )
-def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits, sinks):
+def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits, sink_tokens):
     """The packed pages set the size of a block; a request takes packed blocks and those of its recent windows."""
-    settings = f"recent_window: {window}\nrecent_window_bits: {bits}\nsink_tokens: {sinks}\n"
+    settings = f"recent_window: {window}\nrecent_window_bits: {bits}\nsink_tokens: {sink_tokens}\n"
     profile = write(tmp_path, f"layers: {pair}\n{settings}")
     length = 1024
     run = run_engine(llama, profile=profile, dtype="bfloat16", max_model_len=length, max_num_batched_tokens=8192)
@@ -233,16 +233,16 @@ def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits, s
     assert len(run.groups) == 1 + groups
     assert run.managers == ("FullAttentionManager", *["RecentManager"] * groups)
     assert {block_size for _, block_size in run.groups[1:]} == {size}
-    held = groups * (recent_blocks(window, size) + (sinks > 0))
+    held = groups * (recent_blocks(window, size) + (sink_tokens > 0))
     assert run.kv_cache_size_tokens == int(run.num_gpu_blocks / (length // BLOCK_SIZE + held) * length)
-    tokens = f"{window} tokens and the first {sinks}" if sinks else f"{window} tokens"
+    tokens = f"{window} tokens and the first {sink_tokens}" if sink_tokens else f"{window} tokens"
     assert f"up to {held * block_bytes:,} more per request for recent windows of {tokens} in {bits} bits" in run.log
 
 
-@pytest.mark.parametrize(("sinks", "blocks"), [(0, 100), (4, 118)])
-def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path, sinks, blocks):
+@pytest.mark.parametrize(("sink_tokens", "blocks"), [(0, 100), (4, 118)])
+def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path, sink_tokens, blocks):
     """All prompts arrive at once, in chunks that are much longer than the window, and none is preempted."""
-    profile = write(tmp_path, f"layers: K4V4\nrecent_window: 24\nsink_tokens: {sinks}\n")
+    profile = write(tmp_path, f"layers: K4V4\nrecent_window: 24\nsink_tokens: {sink_tokens}\n")
     length = 384
     run = run_engine(
         llama,
@@ -254,7 +254,7 @@ def test_as_many_requests_run_as_the_capacity_says(llama, prompts, tmp_path, sin
         num_gpu_blocks_override=blocks,
     )
     (_, block_size) = run.groups[1]
-    each = length // BLOCK_SIZE + recent_blocks(24, block_size) + (sinks > 0)
+    each = length // BLOCK_SIZE + recent_blocks(24, block_size) + (sink_tokens > 0)
     assert run.kv_cache_size_tokens // length == blocks // each == len(run.answers[0])
     assert run.preemptions == 0
 

@@ -123,9 +123,9 @@ def windows(tmp_path_factory):
     return write(tmp_path_factory.mktemp("profile"), WINDOWS)
 
 
-@pytest.mark.parametrize("sinks", [0, 4])
-def test_recent_windows(llama, eagle, calls, tmp_path, sinks):
-    windows = write(tmp_path, f"{WINDOWS}sink_tokens: {sinks}\n")
+@pytest.mark.parametrize("sink_tokens", [0, 4])
+def test_recent_windows(llama, eagle, calls, tmp_path, sink_tokens):
+    windows = write(tmp_path, f"{WINDOWS}sink_tokens: {sink_tokens}\n")
     plain, looked_up, headed = (
         run_engine(llama, calls, profile=windows, speculative_config=each) for each in (None, N_GRAM, headed_by(eagle))
     )

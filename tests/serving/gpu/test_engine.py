@@ -117,15 +117,17 @@ def window_profiles(tmp_path_factory):
         "short": "layers: K8V8\nrecent_window: 40\nrecent_window_overrides: {1: 100}\n",
         "gemma": "layers: K8V8\nrecent_window: 24\nsink_tokens: 4\n",
         "short, attend": "layers: K8V8\nrecent_window: 40\nattend_cached_prefill: true\n",
-        "sinks": "layers: K8V8\nrecent_window: 40\nsink_tokens: 4\n",
-        "sinks, attend": "layers: K8V8\nrecent_window: 40\nsink_tokens: 16\nattend_cached_prefill: true\n",
+        "sink_tokens": "layers: K8V8\nrecent_window: 40\nsink_tokens: 4\n",
+        "sink_tokens, attend": "layers: K8V8\nrecent_window: 40\nsink_tokens: 16\nattend_cached_prefill: true\n",
     }
     for name, text in texts.items():
         (folder / f"{name}.yaml").write_text(f"version: 1\n{text}")
     return {name: str(folder / f"{name}.yaml") for name in texts}
 
 
-@pytest.mark.parametrize("profile", ["16 bits", "8 bits", "short", "short, attend", "sinks", "sinks, attend"])
+@pytest.mark.parametrize(
+    "profile", ["16 bits", "8 bits", "short", "short, attend", "sink_tokens", "sink_tokens, attend"]
+)
 @pytest.mark.parametrize("options", MODES)
 def test_recent_windows_decode_like_the_unquantized_cache(models, window_profiles, profile, options):
     """Also where the packed pages are of 2 bits, since no query reads them."""
@@ -163,7 +165,7 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
 
 
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
-@pytest.mark.parametrize("profile", ["K4V2", "short", "sinks"])
+@pytest.mark.parametrize("profile", ["K4V2", "short", "sink_tokens"])
 def test_nothing_is_compiled_under_a_request(models, window_profiles, profile, decode_kernel, monkeypatch):
     """Prefills, decodes, and decodes beside what the prefix cache leaves of prompts: 1, 2, 4, 7, 11 and 16 tokens."""
     from triton.runtime import JITFunction

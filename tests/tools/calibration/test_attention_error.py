@@ -36,14 +36,14 @@ def meter_of(capture, layer=LAYER, *unquantized):
 
 @pytest.mark.parametrize("pair", ["K4V2", "K2V8"])
 @pytest.mark.parametrize(
-    ("sliding_window", "recent_window", "sinks"),
+    ("sliding_window", "recent_window", "sink_tokens"),
     [(None, 0, 0), (50, 0, 0), (None, 20, 0), (50, 20, 0), (None, 20, 4), (50, 20, 4)],
 )
-def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_window, recent_window, sinks):
+def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_window, recent_window, sink_tokens):
     layer = replace(LAYER, sliding_window=sliding_window, logits_soft_cap=20.0)
     capture = make_capture(tmp_path, offset=OFFSET, layer=layer, num_windows=2)
     transforms = LayerTransforms(OFFSET, TABLE, FACTORS, True, True, True)
-    errors = meter_of(capture, layer, recent_window, sinks).pair_errors(transforms)
+    errors = meter_of(capture, layer, recent_window, sink_tokens).pair_errors(transforms)
 
     layout, num_blocks = PageLayout(PrecisionPair.parse(pair), HEAD_SIZE, 16), 12
     square, norm = torch.zeros(2, NUM_KV_HEADS)
@@ -58,7 +58,7 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
         lens, starts = (window.query_position + 1).int(), torch.arange(count + 1, dtype=torch.int32)
         paged_attention_ref(
             window.query, cache, table, lens, starts, 1, layer.scale, layout, transforms, output, sliding_window, 20.0,
-            recent_window, lse, sinks,
+            recent_window, lse, sink_tokens,
         )  # fmt: skip
         for row, position in enumerate(window.query_position.tolist()):
             begin = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
@@ -67,7 +67,7 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
                 logits = 20 * torch.tanh(window.key[seen, kv_head] @ window.query[row, head] * layer.scale / 20)
                 exact = logits.softmax(0) @ window.value[seen, kv_head]
                 token = torch.arange(begin, position + 1)
-                held = (token > position - recent_window) | (token < sinks)
+                held = (token > position - recent_window) | (token < sink_tokens)
                 packed, unpacked = lse[head, row].exp(), logits[held].exp()
                 total = packed + unpacked.sum()
                 got = output[row, head].nan_to_num() * packed / total

@@ -441,8 +441,8 @@ def test_memory_budget_reaches_the_search(tmp_path, monkeypatch):
     assert result.budget == f"at most 4.250 stored bits (3.750 nominal): {where}"
 
 
-@pytest.mark.parametrize(("sinks", "blocks"), [(0, 3), (4, 4), (16, 4)])
-def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatch, sinks, blocks):
+@pytest.mark.parametrize(("sink_tokens", "blocks"), [(0, 3), (4, 4), (16, 4)])
+def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatch, sink_tokens, blocks):
     """And takes its share of a budget given as memory: three blocks of 16 tokens hold 20 wherever they lie, and one its
     sink tokens."""
     table = sensitivity_table(6)
@@ -453,7 +453,7 @@ def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatc
     memory = (int(4.25 * numbers / 8) * 1008 + recent) * 3
     options = {"max_bits": None, "memory": memory, "context": 1000, "concurrency": 3, "trials": 8}
     settings = []
-    window = {"recent_window": 20, "recent_window_bits": 8, "sink_tokens": sinks}
+    window = {"recent_window": 20, "recent_window_bits": 8, "sink_tokens": sink_tokens}
     made = calibration(tmp_path, table, [], monkeypatch, **window, **options)
     start = pipeline.start_engine
     monkeypatch.setattr(pipeline, "start_engine", lambda engine: settings.append(engine) or start(engine))
@@ -461,23 +461,23 @@ def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatc
         made.run(stage)
     assert len(settings) == 2, "the search's engine and that of the held-out scores"
     for each in settings:
-        assert (each.recent_window, each.recent_window_bits, each.sink_tokens) == (20, 8, sinks)
+        assert (each.recent_window, each.recent_window_bits, each.sink_tokens) == (20, 8, sink_tokens)
     assert all(EngineSettings.from_plain(each.to_plain()) == each for each in settings)
     result = SearchResult.read(tmp_path)
     assert result.max_bits == pytest.approx(4.25)
-    beside = f"beside a recent window of 20 tokens{f' and the first {sinks}' if sinks else ''} in 8 bits"
+    beside = f"beside a recent window of 20 tokens{f' and the first {sink_tokens}' if sink_tokens else ''} in 8 bits"
     assert beside in result.budget and beside in (tmp_path / "report.html").read_text()
     profile = load_profile(str(tmp_path / "profile.yaml"))
-    assert (profile.recent_window, profile.recent_window_bits, profile.sink_tokens) == (20, 8, sinks)
-    assert ("sink_tokens" in (tmp_path / "profile.yaml").read_text()) == (sinks > 0)
+    assert (profile.recent_window, profile.recent_window_bits, profile.sink_tokens) == (20, 8, sink_tokens)
+    assert ("sink_tokens" in (tmp_path / "profile.yaml").read_text()) == (sink_tokens > 0)
 
 
 def test_another_number_of_sink_tokens_is_another_search(tmp_path, monkeypatch):
     """What was scored with other sink tokens is scored again, and kept for the next run with these."""
     table, evaluators = sensitivity_table(4), []
     studies, started = [], []
-    for sinks in (0, 4, 4):
-        window = {"recent_window": 20, "sink_tokens": sinks, "trials": 8}
+    for sink_tokens in (0, 4, 4):
+        window = {"recent_window": 20, "sink_tokens": sink_tokens, "trials": 8}
         made = calibration(tmp_path, table, evaluators, monkeypatch, **window)
         for stage in ("prune", "cluster", "search", "export"):
             made.run(stage)

@@ -60,7 +60,7 @@ def _recent_attention_kernel(
     query_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_loc_ptr, output_ptr, lse_ptr,
     query_stride, output_stride, block_stride, head_stride, place_stride, table_stride, num_tokens, scale_log2,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, RECENT: tl.constexpr, SINKS: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, RECENT: tl.constexpr, SINK_TOKENS: tl.constexpr, WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, SINK_TILE: tl.constexpr,
 ):  # fmt: skip
@@ -93,10 +93,10 @@ def _recent_attention_kernel(
     begin = tl.maximum(seq_len - num_queries + 1 - RECENT, 0)
     table = block_table_ptr + request.to(tl.int64) * table_stride
     rows_ptr = cache_ptr + kv_head * head_stride
-    if SINKS > 0:
+    if SINK_TOKENS > 0:
         # Asked for before the window and needed after it: another turn to memory would take as long as a tile.
         sink = tl.arange(0, SINK_TILE)
-        is_sink = sink < tl.minimum(begin, SINKS)
+        is_sink = sink < tl.minimum(begin, SINK_TOKENS)
         sink_keys, sink_values = _load_rows(
             rows_ptr, table, sink, is_sink, dim, block_stride, place_stride, HEAD_SIZE, BLOCK_SIZE
         )
@@ -107,11 +107,11 @@ def _recent_attention_kernel(
             rows_ptr, table, token, present, dim, block_stride, place_stride, HEAD_SIZE, BLOCK_SIZE
         )
         distance = position[None, :] - token[:, None]
-        visible = present[:, None] & (distance >= 0) & ((distance < RECENT) | (token < SINKS)[:, None])
+        visible = present[:, None] & (distance >= 0) & ((distance < RECENT) | (token < SINK_TOKENS)[:, None])
         if WINDOW > 0:
             visible &= distance < WINDOW
         top, total, output = _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP)
-    if SINKS > 0:
+    if SINK_TOKENS > 0:
         visible = is_sink[:, None] & is_row[None, :]
         if WINDOW > 0:
             visible &= position[None, :] - sink[:, None] < WINDOW
@@ -141,7 +141,7 @@ def recent_attention(
     max_query_len: int,
     scale: float,
     recent: int,
-    sinks: int,
+    sink_tokens: int,
     output: torch.Tensor,
     lse: torch.Tensor,
     sliding_window: int | None = None,
@@ -172,7 +172,7 @@ def recent_attention(
     for lengths in (block_table, seq_lens, query_start_loc):
         assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
     assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
-    assert sinks <= SINK_TILE, sinks
+    assert sink_tokens <= SINK_TILE, sink_tokens
     block_m = min(max(triton.next_power_of_2(group * (pass_query_len or max_query_len)), 16), MAX_BLOCK_M)
     row_tiles = triton.cdiv(group * max_query_len, block_m)
     _recent_attention_kernel[(num_reqs, num_kv_heads * row_tiles)](
@@ -180,7 +180,8 @@ def recent_attention(
         query.stride(0), output.stride(0), *kv_cache.stride()[:3], block_table.stride(0), num_tokens,
         scale * math.log2(math.e),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
-        BLOCK_SIZE=block_size, RECENT=recent, SINKS=sinks, WINDOW=sliding_window or 0, SOFT_CAP=logits_soft_cap,
+        BLOCK_SIZE=block_size, RECENT=recent, SINK_TOKENS=sink_tokens, WINDOW=sliding_window or 0,
+        SOFT_CAP=logits_soft_cap,
         ROW_TILES=row_tiles, DEPENDENT=dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
         SINK_TILE=SINK_TILE, num_warps=NUM_WARPS, num_stages=2,
         **({"launch_pdl": True} if dependent else {}),
