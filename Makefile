@@ -2,7 +2,7 @@ VENV ?= .venv
 SERVE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint tables clean
 
 serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9000" and the like go to `kvtuner demo`
 	@tools/setup_env.sh $(VENV)
@@ -17,6 +17,10 @@ lint:
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
+
+tables:  ## Tables, figures and pictures of the documentation, from docs/benchmarks/data
+	@tools/setup_env.sh $(VENV)
+	$(VENV)/bin/python -m kvtuner_tools.bench.tables
 
 clean:
 	rm -rf $(VENV) .models build *.egg-info

@@ -17,7 +17,7 @@ NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _BLOCK = re.compile(r"^<!-- generated: (?P<name>\S+) -->\n.*?^<!-- end -->$", re.DOTALL | re.MULTILINE)
 _CLAIM = re.compile(rf"(?P<number>{NUMBER})(?P<marker><!-- claim: (?P<name>\S+) -->)")
 _CODE = re.compile(r"^( *)```.*?^\1```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
-_UNCLAIMED = re.compile(rf"(?<![\w.,]){NUMBER}(?: times\b|%| percent\b| us\b| ms\b| tokens/s\b| points\b)")
+_UNCLAIMED = re.compile(rf"(?<![\w.,]){NUMBER}(?:%|\s(?:times|percent|us|ms|tokens/s|points)\b)")
 
 
 def pages(root: Path) -> list[Path]:
@@ -53,7 +53,7 @@ def rewrite(text: str, published: Published, page: Path) -> str:
     if (begun := len(re.findall(r"^<!-- generated: ", text, re.MULTILINE))) != whole:
         raise ValueError(f"{page}: every block must end with <!-- end -->, but got {begun} beginnings and {whole} ends")
     text = _CLAIM.sub(claim, _BLOCK.sub(block, text))
-    if (markers := text.count("<!-- claim: ")) != (filled := len(_CLAIM.findall(text))):
+    if (markers := text.count("<!-- claim:")) != (filled := len(_CLAIM.findall(text))):
         raise ValueError(f"{page}: a number must stand before every claim, but got {filled} for {markers} claims")
     return text
 

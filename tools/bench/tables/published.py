@@ -54,6 +54,10 @@ class Published:
         """
         return self._results[name]
 
+    def file(self, name: str) -> Path:
+        """A result's file."""
+        return self._files[name]
+
     def sha256(self, name: str) -> str:
         """Hash of a result's file, in hexadecimal."""
         return hashlib.sha256(self._files[name].read_bytes()).hexdigest()
@@ -63,10 +67,11 @@ class Published:
         parts: dict[str, list[str]] = {}
         for name in names:
             result = self.result(name)
-            head = result["evaluations"][0] if "evaluations" in result else result
+            evaluations = result.get("evaluations", [result])
+            dates = sorted({entry["created"][:10] for entry in evaluations})
+            date = " to ".join(dict.fromkeys((dates[0], dates[-1])))
             path = self._files[name]
-            # Several evaluations in one file: its name's date is that of the newest.
-            text = f"{head['device']}, vLLM {head['versions']['vllm']}, {path.name[:10]}"
+            text = f"{evaluations[0]['device']}, vLLM {evaluations[0]['versions']['vllm']}, {date}"
             parts.setdefault(text, []).append(f"[{path.name}]({os.path.relpath(path, page.parent)})")
         # A link a line, which keeps lines narrow.
         return "\n".join(f"{text}:\n" + ",\n".join(links) + "." for text, links in parts.items())
@@ -134,6 +139,8 @@ def loss(value: float | None) -> str:
     """A KL divergence in nats per token, to about three digits; a dash where it was not measured."""
     if value is None:
         return "-"
+    if value == 0:
+        return "0"
     return fixed(value, 4 if value < 0.1 else 3 if value < 1 else 2)
 
 
