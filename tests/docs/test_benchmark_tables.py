@@ -116,6 +116,7 @@ def test_wrong_markers_are_errors(text, message, published):
         ("It is 2.2 times faster, 16,316 tokens/s and 3%.", ["2.2 times", "16,316 tokens/s", "3%"]),
         ("It takes 77 us or\n8.34 ms.", ["77 us", "8.34 ms"]),
         ("It breaks after 77\nus.", ["77\nus"]),
+        ("GSM8K is 0.586, and 0.600<!-- claim: gsm8k-bf16 --> with bf16.", ["0.586"]),
         ("It is 2.2<!-- claim: cached-vs-fp8 --> times, of 64 requests.", []),
         ("`2 times` and\n\n```\n3%\n```\n\n| 4% |\n", []),
         ("<!-- generated: readme -->\n5%\n<!-- end -->\n", []),

@@ -130,6 +130,18 @@ def _noise(model: str) -> Claim:
     return lambda published: loss(published.score(model, "vllm fp8", "(noise floor)")["kl_mean"])
 
 
+def _gsm8k(key: str, evaluation: str | None = None) -> Claim:
+    """Accuracy of Qwen2.5-Coder-1.5B on GSM8K, or its standard error; bf16's without an evaluation."""
+
+    def claim(published: Published) -> str:
+        model = "qwen25_coder_1.5b"
+        reference = published.evaluation(model, "vllm fp8")["reference"]
+        score = published.score(model, evaluation) if evaluation else reference
+        return fixed(score[key], 3)
+
+    return claim
+
+
 CLAIMS: dict[str, Claim] = {
     "decode-vs-fp8": _step(FP8),
     "decode-vs-auto": _step(AUTO),
@@ -180,5 +192,8 @@ CLAIMS: dict[str, Claim] = {
     "read-layer-run": _read("kernel_layer_h200"),
     "noise-1.5b": _noise("qwen25_coder_1.5b"),
     "noise-0.5b": _noise("qwen25_coder_0.5b"),
+    "gsm8k-bf16": _gsm8k("task_accuracy"),
+    "gsm8k-stderr": _gsm8k("task_stderr"),
+    "gsm8k-window-3.25": _gsm8k("task_accuracy", "searched beside a window, at most 3.5 stored bits"),
 }
 """Claims by name. Each gives the bare number."""
