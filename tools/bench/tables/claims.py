@@ -60,13 +60,6 @@ def _kernel_us(form: str) -> Claim:
     return claim
 
 
-def _kernel_share(form: str) -> Claim:
-    """Percent of the card's bandwidth that decode attention reads stored bytes with at 64 x 8192."""
-    return lambda published: fixed(
-        100 * published.kernel("kernel_h200", format=form, point="64x8192")["fraction_given"]
-    )
-
-
 def _kernel(form: str, other: str, part: str = "decode") -> Claim:
     """How many times as long the other format's attention takes at 64 x 8192."""
     name = "kernel_h200" if part == "decode" else "kernel_layer_h200"
@@ -110,11 +103,6 @@ def _offset(form: str, kind: str) -> Claim:
     return claim
 
 
-def _read(name: str) -> Claim:
-    """Terabytes a second that the plain kernel read in a run."""
-    return lambda published: fixed(published.result(name)["bandwidth"]["measured_bytes_s"] / 1e12, 2)
-
-
 def _prefill_rate(per: int) -> Claim:
     """Prompt tokens a second that an engine prefills, of 64 prompts of 8,192, over ``per``; to the nearest hundred."""
 
@@ -151,45 +139,27 @@ CLAIMS: dict[str, Claim] = {
     "new-vs-auto": _loop(AUTO, "output_tok_s"),
     "cached-vs-fp8": _loop(FP8, "repeat_tok_s"),
     "cached-vs-auto": _loop(AUTO, "repeat_tok_s"),
-    "alone-vs-fp8": _loop(FP8, "decode_tok_s"),
-    "alone-vs-auto": _loop(AUTO, "decode_tok_s"),
     "cached-16k-vs-fp8": _loop(FP8, "repeat_tok_s", 16384),
-    "cached-16k-vs-auto": _loop(AUTO, "repeat_tok_s", 16384),
     "cached-loss": _loss_of_prompts(KVTUNER),
     "cached-loss-fp8": _loss_of_prompts(FP8),
-    "cached-loss-auto": _loss_of_prompts(AUTO),
     "prefill-rate": _prefill_rate(1),
     "prefill-bound": _prefill_rate(8),
     "kernel-k8v8-us": _kernel_us("K8V8"),
-    "kernel-k4v4-us": _kernel_us("K4V4"),
-    "kernel-k4v2-us": _kernel_us("K4V2"),
     "kernel-k2v2-us": _kernel_us("K2V2"),
-    "kernel-bf16-us": _kernel_us("bf16"),
     "kernel-fp8-us": _kernel_us("fp8"),
     "kernel-int4-us": _kernel_us("int4"),
-    "kernel-k8v8-share": _kernel_share("K8V8"),
-    "kernel-k4v4-share": _kernel_share("K4V4"),
-    "kernel-k4v2-share": _kernel_share("K4V2"),
-    "kernel-k2v2-share": _kernel_share("K2V2"),
     "kernel-k8v8-vs-auto": _kernel("K8V8", "bf16"),
     "kernel-k4v4-vs-auto": _kernel("K4V4", "bf16"),
-    "kernel-k4v2-vs-auto": _kernel("K4V2", "bf16"),
     "kernel-k4v4-vs-fp8": _kernel("K4V4", "fp8"),
-    "kernel-k4v2-vs-fp8": _kernel("K4V2", "fp8"),
     "layer-k8v8-vs-auto": _kernel("K8V8", "bf16", "layer"),
     "layer-k4v4-vs-auto": _kernel("K4V4", "bf16", "layer"),
     "layer-k4v4-vs-fp8": _kernel("K4V4", "fp8", "layer"),
     "window-step-1k": _window_step(1024),
     "window-step-8k": _window_step(8192),
     "window-tokens": _window_tokens,
-    "offset-8-k8v8": _offset("K8V8", "offset"),
-    "offset-8-k4v4": _offset("K4V4", "offset"),
     "offset-8-k2v2": _offset("K2V2", "offset"),
     "offset-64-k8v8": _offset("K8V8", "all"),
-    "offset-64-k4v4": _offset("K4V4", "all"),
     "offset-64-k2v2": _offset("K2V2", "all"),
-    "read-kernel-run": _read("kernel_h200"),
-    "read-layer-run": _read("kernel_layer_h200"),
     "noise-1.5b": _noise("qwen25_coder_1.5b"),
     "noise-0.5b": _noise("qwen25_coder_0.5b"),
     "gsm8k-bf16": _gsm8k("task_accuracy"),

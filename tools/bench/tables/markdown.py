@@ -17,7 +17,9 @@ NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _BLOCK = re.compile(r"^<!-- generated: (?P<name>\S+) -->\n.*?^<!-- end -->$", re.DOTALL | re.MULTILINE)
 _CLAIM = re.compile(rf"(?P<number>{NUMBER})(?P<marker><!-- claim: (?P<name>\S+) -->)")
 _CODE = re.compile(r"^( *)```.*?^\1```$|`[^`\n]*`", re.DOTALL | re.MULTILINE)
-_UNCLAIMED = re.compile(rf"(?<![\w.,])(?:{NUMBER}(?:%|\s(?:times|percent|us|ms|tokens/s|points)\b)|0\.\d{{3,}}(?![\d<]))")
+_UNCLAIMED = re.compile(
+    rf"(?<![\w.,])(?:{NUMBER}(?:%|\s(?:times|percent|us|ms|tokens/s|points)\b)|0\.\d{{3,}}(?![\d<]))"
+)
 
 
 def pages(root: Path) -> list[Path]:
