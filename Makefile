@@ -2,7 +2,7 @@ VENV ?= .venv
 SERVE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: serve test lint tables clean
+.PHONY: serve test lint clean
 
 serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9000" and the like go to `kvtuner demo`
 	@tools/setup_env.sh $(VENV)
@@ -11,16 +11,17 @@ serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9
 test: lint  ## All CPU tests; TEST_ARGS="-m gpu" runs the GPU's
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
+.PHONY: tables
+tables:  ## Tables, figures and pictures of the documentation, from docs/benchmarks/data
+	@tools/setup_env.sh $(VENV)
+	$(VENV)/bin/python -m kvtuner_tools.bench.tables
+
 lint:
 	@tools/setup_env.sh $(VENV)
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
-
-tables:  ## Tables, figures and pictures of the documentation, from docs/benchmarks/data
-	@tools/setup_env.sh $(VENV)
-	$(VENV)/bin/python -m kvtuner_tools.bench.tables
 
 clean:
 	rm -rf $(VENV) .models build *.egg-info
