@@ -11,6 +11,11 @@ serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9
 test: lint  ## All CPU tests; TEST_ARGS="-m gpu" runs the GPU's
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
+.PHONY: tables
+tables:  ## Tables, figures and pictures of the documentation, from docs/benchmarks/data
+	@tools/setup_env.sh $(VENV)
+	$(VENV)/bin/python -m kvtuner_tools.bench.tables
+
 lint:
 	@tools/setup_env.sh $(VENV)
 	$(VENV)/bin/ruff check
