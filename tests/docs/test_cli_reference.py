@@ -10,7 +10,7 @@ from kvtuner_tools import cli_reference
 from tests.helpers import markdown
 
 PARSERS = dict(cli_reference.commands())
-_COMMAND = re.compile(r"(?:^|[\s/])(kvtuner [a-z][^#|;]*)")
+_COMMAND = re.compile(r"^\s*(?:\S*/)?(kvtuner [a-z][^#|;]*)")
 
 
 def test_page_is_up_to_date():
@@ -27,7 +27,7 @@ def commands(text: str) -> Iterator[str]:
     """Commands of ``kvtuner`` in a page's code, one line each."""
     code = [block.replace("\\\n", " ") for block in markdown.fences(text)]
     for line in [*markdown.inline_code(text), *(line for block in code for line in block.splitlines())]:
-        if match := _COMMAND.search(line):
+        if match := _COMMAND.match(line):
             yield " ".join(match[1].split())
 
 

@@ -12,6 +12,7 @@ GENERATED = DOCS / "reference" / "cli.md"
 
 _FENCE = re.compile(r"^( *)(`{3,}).*?^\1\2 *$\n?", re.MULTILINE | re.DOTALL)
 _CODE = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _HEADING = re.compile(r"^#{1,6} +(.+?) *$", re.MULTILINE)
 _LINK = re.compile(r"\[((?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*)\]\(([^)\s]+)\)")
 _ITEM = re.compile(r" *(?:[-*]|[0-9]+\.) +")
@@ -65,7 +66,7 @@ def anchors(text: str) -> set[str]:
 
 def sentences(text: str) -> Iterator[str]:
     """Sentences of a page's prose: no headings, tables, fenced code and pictures; inline code counts as one word."""
-    for block in _blocks(without_fences(text)):
+    for block in _blocks(_COMMENT.sub("", without_fences(text))):
         plain = _CODE.sub("CODE", block)
         plain = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", plain)
         plain = _LINK.sub(r"\1", plain)
