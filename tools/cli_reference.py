@@ -122,6 +122,9 @@ def _wrapped(text: str) -> list[str]:
 
 
 def main() -> int:
+    if not PAGE.parent.is_dir():
+        print(f"{PAGE.parent} must be a folder: the page is written in a checkout of the repository", file=sys.stderr)
+        return 1
     PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
     return 0
