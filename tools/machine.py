@@ -18,6 +18,7 @@ import psutil
 from vllm_kvtuner import envs
 from vllm_kvtuner.compat.seams import broken_seams
 from vllm_kvtuner.compat.versions import SERVED_VERSIONS
+from vllm_kvtuner.kernels.cuda import cache_folder
 from vllm_kvtuner.plugin import register
 
 _PLUGIN_GROUP = "vllm.general_plugins"
@@ -137,8 +138,6 @@ def kernel_cache(used: bool) -> Section:
     Args:
         used: whether CUDA's kernels serve here, so that a folder that cannot be used is a problem.
     """
-    from vllm_kvtuner.kernels.cuda import cache_folder
-
     folder = envs.kernel_cache()
     section = Section("kernel cache", {"folder": str(folder), "used": used, "exists": folder.is_dir()})
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())

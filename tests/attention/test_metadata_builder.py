@@ -14,7 +14,7 @@ REQUESTS = ((50, 1), (48, 3), (64, 16), (0, 5), (32, 200))
 def build(window=None, attend_cached_prefill=False, speculative=None, requests=REQUESTS):
     implementation = SimpleNamespace(
         sliding_window=None,
-        recent=None if window is None else SimpleNamespace(window=SimpleNamespace(tokens=window, sink_tokens=0)),
+        recent_window=None if window is None else SimpleNamespace(window=SimpleNamespace(tokens=window, sink_tokens=0)),
         attend_cached_prefill=attend_cached_prefill,
         prefill_workspace_tokens=4096,
     )

@@ -7,18 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from tests.helpers.paged_cache import PackedCache, make_layout, random_cache, rotary_table
-from vllm_kvtuner.pages.codes import unpack_codes
+from tests.helpers.paged_cache import PackedCache, make_layout, random_cache, rotary_table, starts_of
+from vllm_kvtuner.kernels.contract import Launch, Queries, Span
+from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary, rotated_offset
-from vllm_kvtuner.pages.views import page_parts
 
 HEAD_SIZES = (64, 96, 128, 256)
 SEQ_LENS = [70, 1, 15, 16, 17, 129]
-
-
-def starts_of(query_lens: Sequence[int], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device=device)
 
 
 def attend(
@@ -27,34 +23,55 @@ def attend(
     query: torch.Tensor,
     query_lens: Sequence[int],
     transforms: LayerTransforms,
+    lse: torch.Tensor | None = None,
     **options: object,
 ) -> torch.Tensor:
-    """Output of an implementation of paged_attention, NaN where it wrote nothing."""
+    """Output of an implementation of paged_attention, NaN where it wrote nothing.
+
+    Args:
+        options: fields of Span, of Launch (none for the reference), and logits_soft_cap.
+    """
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=query.device)
-    function(
-        query, cache.kv_cache, cache.block_table, cache.seq_lens, starts_of(query_lens, query.device),
-        max(query_lens), cache.layout.head_size**-0.5, cache.layout, transforms, output, **options,
-    )  # fmt: skip
+    run(function, cache, query, cache.queries(query_lens), transforms, output, lse, **options)
     return output
+
+
+def run(
+    function: Callable[..., None],
+    cache: PackedCache,
+    query: torch.Tensor,
+    queries: Queries,
+    transforms: LayerTransforms,
+    output: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    **options: object,
+) -> None:
+    """Call an implementation of paged_attention; options as :func:`attend`."""
+    span = Span(**{name: options.pop(name) for name in Span._fields if name in options})
+    shape = cache.shape(query.shape[1], options.pop("logits_soft_cap", 0.0))
+    arguments = {} if function is paged_attention_ref else {"launch": Launch(**options)}
+    assert arguments or not options, options
+    function(query, queries, cache.pages(transforms), shape, span, output, lse, **arguments)
 
 
 def largest_value(cache: PackedCache) -> float:
     """Largest magnitude of a cached value."""
-    scale, minimum = page_parts(cache.kv_cache, cache.layout)[3].float().nan_to_num(0).unbind(-1)
-    maximum = minimum + scale * (2**cache.layout.v_bits - 1)
+    values = cache.sides[1]
+    scale, minimum = values.meta.float().nan_to_num(0).unbind(-1)
+    maximum = minimum + scale * values.format.levels
     return max(minimum.abs().max().item(), maximum.abs().max().item())
 
 
 def scale_values(cache: PackedCache, factor: float) -> None:
     """Multiply all cached values, up to what fp16 holds."""
-    meta = page_parts(cache.kv_cache, cache.layout)[3]
+    meta = cache.sides[1].meta
     meta.copy_((meta.float() * factor).clamp(-65000, 65000))
 
 
 def changing_value_scales(device: torch.device) -> PackedCache:
     """Values that grow, that shrink, and that alternate by 2^20 between tokens; each row's share must survive."""
     cache = random_cache(make_layout("K4V4", 64), [200, 200, 200], 1, device)
-    meta = page_parts(cache.kv_cache, cache.layout)[3]
+    meta = cache.sides[1].meta
     token = torch.arange(200, device=device)
     for request, factor in enumerate(
         (10.0 ** (token / 50 - 3), 10.0 ** (1 - token / 50), 2.0 ** (10 - 20 * (token % 2)))
@@ -67,7 +84,7 @@ def changing_value_scales(device: torch.device) -> PackedCache:
 def flat_rows_beside_steep_ones(device: torch.device) -> PackedCache:
     """Every other value row is one large number, all of which is in its minimum."""
     cache = random_cache(make_layout("K4V4", 64), [60], 1, device)
-    _, codes, _, meta = page_parts(cache.kv_cache, cache.layout)
+    _, codes, meta = cache.sides[1]
     for token in range(0, 60, 2):
         block = int(cache.block_table[0, token // 16])
         meta[block, :, token % 16] = torch.tensor([0.0 if token % 4 else 2.0**-20, 50.0], dtype=torch.float16)
@@ -83,7 +100,7 @@ def values_near_the_middle(device: torch.device) -> tuple[PackedCache, float]:
         2.5 steps; rounded apart, the two would err by 2^-12 of 128 steps each.
     """
     cache = random_cache(make_layout("K4V8", 64), [400, 30], 1, device)
-    _, codes, _, meta = page_parts(cache.kv_cache, cache.layout)
+    _, codes, meta = cache.sides[1]
     codes.copy_(torch.randint(126, 131, codes.shape))
     scale = meta[..., 0].float()
     meta[..., 1] = torch.where(scale.isnan(), torch.nan, -128 * scale)
@@ -138,10 +155,8 @@ class PaddedBatch:
 
     def attend(self, function: Callable[..., None], **options: object) -> torch.Tensor:
         output = torch.full(self.query.shape, torch.nan, dtype=self.query.dtype, device=self.query.device)
-        function(
-            self.query, self.cache.kv_cache, self.cache.block_table, self.cache.seq_lens, self.starts, 2, 0.125,
-            self.cache.layout, LayerTransforms(), output, **options,
-        )  # fmt: skip
+        queries = Queries(self.cache.block_table, self.cache.seq_lens, self.starts, 2)
+        run(function, self.cache, self.query, queries, LayerTransforms(), output, **options)
         return output
 
 
@@ -240,11 +255,10 @@ def dequantized(cache: PackedCache, request: int) -> tuple[torch.Tensor, torch.T
     length = int(cache.seq_lens[request])
     token = torch.arange(length, device=cache.kv_cache.device)
     block, offset = cache.block_table[request, token // cache.layout.block_size].long(), token % cache.layout.block_size
-    parts = page_parts(cache.kv_cache, cache.layout)
     rows = []
-    for codes, meta, bits in ((parts[0], parts[2], cache.layout.k_bits), (parts[1], parts[3], cache.layout.v_bits)):
-        scale, minimum = meta[block, :, offset].double()[..., None].unbind(-2)
-        rows.append(unpack_codes(codes[block, :, offset], bits) * scale + minimum)
+    for side in cache.sides:
+        scale, minimum = side.meta[block, :, offset].double()[..., None].unbind(-2)
+        rows.append(side.format.unpack(side.codes[block, :, offset]) * scale + minimum)
     return rows[0], rows[1]
 
 

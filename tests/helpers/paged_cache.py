@@ -1,12 +1,14 @@
 """Packed caches of random bytes: permuted blocks, poisoned tails and stale table entries, blocks apart in memory."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from vllm_kvtuner.kernels.contract import AttentionShape, Pages, Queries
 from vllm_kvtuner.pages.layout import PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable
-from vllm_kvtuner.pages.views import page_parts
+from vllm_kvtuner.pages.views import Side, page_sides
 
 POISON_BYTE = 255
 """Fills what no token occupies: scale and minimum read as NaN, codes as the largest."""
@@ -28,6 +30,29 @@ class PackedCache:
     kv_cache: torch.Tensor
     block_table: torch.Tensor
     seq_lens: torch.Tensor
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """Keys and values of all chunks."""
+        return page_sides(self.kv_cache, self.layout)
+
+    def pages(self, transforms: LayerTransforms | None = None) -> Pages:
+        return Pages(self.kv_cache, self.layout, transforms or LayerTransforms())
+
+    def queries(self, query_lens: Sequence[int]) -> Queries:
+        """Of as many query tokens of each request."""
+        starts = starts_of(query_lens, self.kv_cache.device)
+        return Queries(self.block_table, self.seq_lens, starts, max(query_lens))
+
+    def shape(self, num_heads: int, logits_soft_cap: float = 0.0) -> AttentionShape:
+        """Of a layer of ``num_heads`` query heads, scale 1 / sqrt."""
+        size = self.layout.head_size
+        return AttentionShape(num_heads, self.kv_cache.shape[1], size, size**-0.5, logits_soft_cap)
+
+
+def starts_of(query_lens: Sequence[int], device: torch.device) -> torch.Tensor:
+    """query_start_loc of a batch."""
+    return torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32, device=device)
 
 
 def empty_cache(layout: PageLayout, num_blocks: int, num_kv_heads: int, device: torch.device) -> torch.Tensor:
@@ -68,13 +93,13 @@ def random_cache(
     kv_cache = empty_cache(layout, num_blocks, num_kv_heads, device)
     slots = slots_of(table, seq_lens, layout.block_size)
     block, offset = slots // layout.block_size, slots % layout.block_size
-    k_codes, v_codes, k_meta, v_meta = page_parts(kv_cache, layout)
-    for codes, meta, bits in ((k_codes, k_meta, layout.k_bits), (v_codes, v_meta, layout.v_bits)):
+    for side in page_sides(kv_cache, layout):
         rows = (slots.shape[0], num_kv_heads)
-        codes[block, :, offset] = torch.randint(0, 256, (*rows, codes.shape[-1]), dtype=torch.uint8, device=device)
+        width = side.codes.shape[-1]
+        side.codes[block, :, offset] = torch.randint(0, 256, (*rows, width), dtype=torch.uint8, device=device)
         span = 6 * spread * (0.75 + 0.5 * torch.rand(rows, device=device))
         minimum = -span * (0.4 + 0.2 * torch.rand(rows, device=device))
-        meta[block, :, offset] = torch.stack([span / (2**bits - 1), minimum], dim=-1).half()
+        side.meta[block, :, offset] = torch.stack([span / side.format.levels, minimum], dim=-1).half()
     return PackedCache(layout, kv_cache, table, torch.tensor(seq_lens, dtype=torch.int32, device=device))
 
 

@@ -15,8 +15,11 @@ import vllm
 from kvtuner_tools import cli, doctor, machine, self_test
 from tests.helpers.engine import cpu_only
 from vllm_kvtuner.kernels import choice
-from vllm_kvtuner.kernels.reference.attention import LayerTransforms
+from vllm_kvtuner.kernels.contract import Span
+from vllm_kvtuner.kernels.gpu import BatchLimits, GpuKernels
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import TransformSettings
 from vllm_kvtuner.profile.statics import LayerStatics, save_statics
 
@@ -300,7 +303,8 @@ def test_the_reference_passes(pair, transforms):
 @cpu_only
 def test_the_kernels_pass_interpreted(monkeypatch):
     """The path of a GPU, with the portable kernels."""
-    monkeypatch.setattr(self_test, "_reference", lambda case: self_test._kernels(case, CPU))
+    limits = BatchLimits(len(self_test.SEQ_LENS), 1)
+    monkeypatch.setattr(self_test, "_kernel_set", lambda case, device: GpuKernels(case.shape, Span(), limits, device))
     for transforms in (TransformSettings(), ALL):
         assert self_test.measure(self_test.Case(PrecisionPair(4, 4), 64, transforms), CPU).passed
 
@@ -327,49 +331,47 @@ def test_it_leaves_random_numbers_as_they_were():
     assert torch.equal(torch.rand(3), expected)
 
 
-def swap_codes(key, value, *rest):
-    ORIGINAL["reshape_and_cache_ref"](value, key, *rest)
+def swap_codes(self, key, value, *rest):
+    STORE(self, value, key, *rest)
 
 
-def miss_a_token(key, value, kv_cache, slots, *rest):
-    ORIGINAL["reshape_and_cache_ref"](key, value, kv_cache, slots[:-1], *rest)
+def miss_a_token(self, key, value, slots, *rest):
+    STORE(self, key, value, slots[:-1], *rest)
 
 
-def forget_transforms(*arguments):
-    ORIGINAL["reshape_and_cache_ref"](*arguments[:-1], LayerTransforms())
+def forget_transforms(self, key, value, slots, positions, pages):
+    STORE(self, key, value, slots, positions, pages._replace(transforms=LayerTransforms()))
 
 
-def gather_the_wrong_tokens(kv_cache, table, lens, starts, *rest, **options):
-    ORIGINAL["gather_cache_ref"](kv_cache, table.roll(1, 0), lens, starts, *rest, **options)
+def gather_the_wrong_tokens(self, pages, tokens, *outputs):
+    GATHER(self, pages, tokens._replace(block_table=tokens.block_table.roll(1, 0)), *outputs)
 
 
-def attend_to_one_token_less(query, kv_cache, table, lens, *rest):
-    ORIGINAL["paged_attention_ref"](query, kv_cache, table, (lens - 1).clamp(min=1), *rest)
+def attend_to_one_token_less(self, query, queries, *rest):
+    ATTEND(self, query, queries._replace(seq_lens=(queries.seq_lens - 1).clamp(min=1)), *rest)
 
 
-def write_nothing(*arguments, **options):
+def write_nothing(*_):
     pass
 
 
-ORIGINAL = {
-    name: getattr(self_test, name) for name in ("reshape_and_cache_ref", "gather_cache_ref", "paged_attention_ref")
-}
+STORE, GATHER, ATTEND = ReferenceKernels.store, ReferenceKernels.gather, ReferenceKernels.attend
 
 
 @pytest.mark.parametrize(
-    ("function", "broken", "seen"),
+    ("method", "broken", "seen"),
     [
-        ("reshape_and_cache_ref", swap_codes, "store"),
-        ("reshape_and_cache_ref", miss_a_token, "store"),
-        ("reshape_and_cache_ref", forget_transforms, "store"),
-        ("gather_cache_ref", gather_the_wrong_tokens, "gather"),
-        ("gather_cache_ref", write_nothing, "gather"),
-        ("paged_attention_ref", attend_to_one_token_less, "decode"),
-        ("paged_attention_ref", write_nothing, "decode"),
+        ("store", swap_codes, "store"),
+        ("store", miss_a_token, "store"),
+        ("store", forget_transforms, "store"),
+        ("gather", gather_the_wrong_tokens, "gather"),
+        ("gather", write_nothing, "gather"),
+        ("attend", attend_to_one_token_less, "decode"),
+        ("attend", write_nothing, "decode"),
     ],
 )
-def test_kernels_that_err_are_found_and_told(monkeypatch, function, broken, seen):
-    monkeypatch.setattr(self_test, function, broken)
+def test_kernels_that_err_are_found_and_told(monkeypatch, method, broken, seen):
+    monkeypatch.setattr(ReferenceKernels, method, broken)
     group = doctor.Group("0-3", PrecisionPair(4, 4), 64, ALL)
     section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))
     (fact,) = section.facts.values()
@@ -382,7 +384,7 @@ def test_kernels_that_err_are_found_and_told(monkeypatch, function, broken, seen
 
 @cpu_only
 def test_json_has_no_nan(diagnose, monkeypatch):
-    monkeypatch.setattr(self_test, "reshape_and_cache_ref", write_nothing)
+    monkeypatch.setattr(ReferenceKernels, "store", write_nothing)
     report = diagnose("--profile", "K8V8")
     (fact,) = report["kernels"].values()
     assert fact["errors"]["store"] is None and fact["self-test"] == "failed"
@@ -392,7 +394,7 @@ def test_a_kernel_that_does_not_run_is_told(monkeypatch):
     def crash(*_):
         raise RuntimeError("no such image")
 
-    monkeypatch.setattr(self_test, "reshape_and_cache_ref", crash)
+    monkeypatch.setattr(ReferenceKernels, "store", crash)
     group = doctor.Group(None, PrecisionPair(4, 4), 64, TransformSettings())
     section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))
     ((problem, _),) = section.problems

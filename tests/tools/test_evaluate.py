@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from kvtuner_tools import evaluate, heldout
+from kvtuner_tools.cache_setting import CacheSetting, cache_bits
 from kvtuner_tools.divergence import ROWS, TokenScores, compare
 from kvtuner_tools.engines import evaluate as evaluate_engine
 from kvtuner_tools.engines.capture import run_capture_engine
 from kvtuner_tools.engines.evaluate import EngineJob, EngineOptions, EngineResult, ReferenceLogits, max_model_len_for
 from kvtuner_tools.results import format_table, write_json
-from kvtuner_tools.settings import Setting, cache_bits
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
 
@@ -137,22 +137,22 @@ def test_unusable_data_is_refused(tmp_path: Path, name: str, content: str, messa
 
 
 def test_settings() -> None:
-    assert Setting.parse("fp8") == Setting("fp8")
-    assert Setting.parse("kvtuner:a:b.yaml") == Setting("kvtuner", "a:b.yaml")
-    assert Setting.parse("kvtuner:K8V4").label == "kvtuner:K8V4"
+    assert CacheSetting.parse("fp8") == CacheSetting("fp8")
+    assert CacheSetting.parse("kvtuner:a:b.yaml") == CacheSetting("kvtuner", "a:b.yaml")
+    assert CacheSetting.parse("kvtuner:K8V4").label == "kvtuner:K8V4"
     for text in ("kvtuner", "kvtuner:", "fp8:K8V4", ""):
         with pytest.raises(ValueError, match="a setting"):
-            Setting.parse(text)
+            CacheSetting.parse(text)
 
 
 def test_evaluation_makes_prefill_read_the_quantized_cache() -> None:
     """Without the override a prompt in one chunk would attend to fresh keys and every profile would look lossless."""
-    assert Setting("kvtuner", "K4V4").additional_config(attend_cached_prefill=True) == {
+    assert CacheSetting("kvtuner", "K4V4").additional_config(attend_cached_prefill=True) == {
         "kvtuner_profile": "K4V4",
         "kvtuner_attend_cached_prefill": True,
     }
-    assert Setting("kvtuner", "K4V4").additional_config() == {"kvtuner_profile": "K4V4"}
-    assert Setting("fp8").additional_config(attend_cached_prefill=True) == {}
+    assert CacheSetting("kvtuner", "K4V4").additional_config() == {"kvtuner_profile": "K4V4"}
+    assert CacheSetting("fp8").additional_config(attend_cached_prefill=True) == {}
 
 
 def test_bits() -> None:
@@ -164,10 +164,10 @@ def test_bits() -> None:
         "head_dim": 64,
         "hidden_size": 256,
     }
-    assert cache_bits(Setting("kvtuner", "K8V4"), config, "m", 16) == (6.0, 6.5)
-    assert cache_bits(Setting("auto"), config, "m", 32) == (32.0, 32.0)
-    assert cache_bits(Setting("fp8"), config, "m", 16) == (8.0, 8.0)
-    assert cache_bits(Setting("int4_per_token_head"), config, "m", 16) is None
+    assert cache_bits(CacheSetting("kvtuner", "K8V4"), config, "m", 16) == (6.0, 6.5)
+    assert cache_bits(CacheSetting("auto"), config, "m", 32) == (32.0, 32.0)
+    assert cache_bits(CacheSetting("fp8"), config, "m", 16) == (8.0, 8.0)
+    assert cache_bits(CacheSetting("int4_per_token_head"), config, "m", 16) is None
 
 
 def test_max_model_len() -> None:
@@ -191,7 +191,8 @@ def test_an_engine_starts_beside_others_on_one_gpu(tmp_path: Path, monkeypatch: 
         monkeypatch.setenv(name, "")  # both set them; this puts them back
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=start, SamplingParams=None))
     model = str(make_tiny_model(tmp_path / "model"))
-    options = EngineOptions("test", model, "bfloat16", Setting("auto"), max_model_len=256, chunk=64, kv_memory_bytes=99)
+    sizes = {"max_model_len": 256, "chunk": 64, "kv_memory_bytes": 99}
+    options = EngineOptions("test", model, "bfloat16", CacheSetting("auto"), **sizes)
     job = SimpleNamespace(shape=SimpleNamespace(name=model), context=64, dtype="auto")
 
     with pytest.raises(Started) as measuring:
@@ -400,7 +401,7 @@ def request_of(tmp_path: Path):
     profile.write_text("version: 1\nlayers: K4V2\n")
 
     def make(**changes: Any) -> evaluate.EvaluationRequest:
-        settings = tuple(map(Setting.parse, ("kvtuner:K8V8", f"kvtuner:{profile}", "kvtuner:K2V2")))
+        settings = tuple(map(CacheSetting.parse, ("kvtuner:K8V8", f"kvtuner:{profile}", "kvtuner:K2V2")))
         values = {"settings": settings, "tokens": 60, "context": 30, "task": task, **changes}
         return evaluate.EvaluationRequest(model=str(model), data=data, **values)
 

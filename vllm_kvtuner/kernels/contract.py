@@ -1,13 +1,134 @@
-"""Records that every kernel takes, whichever implements it."""
+"""What kernels on packed pages take and do, written once.
 
-from typing import NamedTuple
+Records that are built once per layer or once per step, the contract of each operation, and the checks that every
+implementation on a GPU makes. reference/ defines each operation in torch; triton/ and cuda/ implement them. Operations
+have the same name and arguments everywhere (with ``_ref`` behind it in the reference).
+"""
+
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from vllm_kvtuner.pages.layout import ALIGNMENT, PageLayout
+from vllm_kvtuner.pages.layout import ALIGNMENT, PageLayout, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 
-class RecentRows(NamedTuple):
+class AttentionShape(NamedTuple):
+    """What of a layer's attention is the same for all its calls.
+
+    Args:
+        num_heads: query heads.
+        num_kv_heads: KV heads, of which each serves num_heads / num_kv_heads query heads.
+        head_size: numbers per row.
+        scale: factor on the logits, 1 / sqrt(head_size) as a rule.
+        logits_soft_cap: c > 0 replaces each logit x by c tanh(x / c).
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    logits_soft_cap: float = 0.0
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
+
+class Span(NamedTuple):
+    """Which cached tokens a segment of attention serves.
+
+    Args:
+        sliding_window: tokens a query sees, itself included, or None for all.
+        skip_newest: tokens, the newest of those a query sees and itself the first, that another segment serves. They
+            count as part of the sliding window.
+        skip_first: tokens of a request, from its first on, that another segment serves likewise.
+    """
+
+    sliding_window: int | None = None
+    skip_newest: int = 0
+    skip_first: int = 0
+
+
+class Pages(NamedTuple):
+    """A layer's packed pages.
+
+    Args:
+        kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] uint8, chunks contiguous.
+        layout: of each chunk.
+        transforms: of keys and values before they are packed.
+    """
+
+    kv_cache: torch.Tensor
+    layout: PageLayout
+    transforms: LayerTransforms
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_cache.shape[1]
+
+    def check(self) -> None:
+        """Kernels move 16 bytes at a time."""
+        cache, layout = self.kv_cache, self.layout
+        assert cache.dtype == torch.uint8 and cache.dim() == 4, (cache.dtype, cache.shape)
+        assert cache.shape[2:] == (layout.block_size, layout.content_bytes), (cache.shape, layout)
+        assert cache.stride(3) == 1 and cache.stride(2) == layout.content_bytes, "a chunk must be contiguous"
+        assert cache.stride(0) % ALIGNMENT == 0 and cache.stride(1) % ALIGNMENT == 0, cache.stride()
+        assert cache.data_ptr() % ALIGNMENT == 0, "chunks must be aligned"
+
+
+class Queries(NamedTuple):
+    """The requests whose newest tokens attend in one step.
+
+    Args:
+        block_table: [num_reqs, max_blocks] int32; entries beyond a request's tokens may be stale.
+        seq_lens: [num_reqs] int32, tokens in the cache, the queries' included; 0 for padding.
+        query_start_loc: [num_reqs + 1] int32.
+        max_query_len: query tokens that a request has at most.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    max_query_len: int
+
+    @property
+    def num_reqs(self) -> int:
+        return self.block_table.shape[0]
+
+    def check(self) -> None:
+        """Kernels read int32 rows."""
+        num_reqs = self.num_reqs
+        assert self.seq_lens.shape == (num_reqs,) and self.query_start_loc.shape == (num_reqs + 1,)
+        for lengths in (self.block_table, self.seq_lens, self.query_start_loc):
+            assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
+
+
+class CachedTokens(NamedTuple):
+    """A slice of each request's cached tokens.
+
+    Args:
+        block_table: [num_reqs, max_blocks] int32.
+        cu_seq_lens: [num_reqs + 1] int32, rows of the output where each request's slice begins, and the end.
+        seq_starts: [num_reqs] int32, the first token of each request's slice.
+        num_tokens: of all slices, cu_seq_lens[-1], known to the host.
+    """
+
+    block_table: torch.Tensor
+    cu_seq_lens: torch.Tensor
+    seq_starts: torch.Tensor
+    num_tokens: int
+
+    def check(self) -> None:
+        """Kernels read int32 rows."""
+        num_reqs = self.block_table.shape[0]
+        assert self.block_table.dtype == torch.int32 and self.block_table.stride(1) == 1
+        for lengths, count in ((self.cu_seq_lens, num_reqs + 1), (self.seq_starts, num_reqs)):
+            assert lengths.shape == (count,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
+
+
+class WindowRows(NamedTuple):
     """Where the recent window of a layer keeps new tokens as they are.
 
     Args:
@@ -19,7 +140,7 @@ class RecentRows(NamedTuple):
     slot_mapping: torch.Tensor
 
     def check(self, key: torch.Tensor, num_slots: int) -> None:
-        """The contract of every kernel that stores ``num_slots`` tokens of ``key`` [..., num_kv_heads, head_size]."""
+        """For ``num_slots`` tokens of ``key`` [..., num_kv_heads, head_size]."""
         cache = self.kv_cache
         assert cache.dtype == key.dtype and cache.dim() == 4, (cache.dtype, cache.shape)
         assert (cache.shape[1], cache.shape[3]) == (key.shape[1], 2 * key.shape[2]), (cache.shape, key.shape)
@@ -29,10 +150,256 @@ class RecentRows(NamedTuple):
         assert slots.shape[0] >= num_slots and slots.is_contiguous() and slots.dtype == torch.int64, slots.shape
 
 
-def check_cache(kv_cache: torch.Tensor, layout: PageLayout) -> None:
-    """The contract of every kernel on a layer's cache: contiguous, aligned chunks of ``layout``."""
-    assert kv_cache.dtype == torch.uint8 and kv_cache.dim() == 4, (kv_cache.dtype, kv_cache.shape)
-    assert kv_cache.shape[2:] == (layout.block_size, layout.content_bytes), (kv_cache.shape, layout)
-    assert kv_cache.stride(3) == 1 and kv_cache.stride(2) == layout.content_bytes, "a chunk must be contiguous"
-    assert kv_cache.stride(0) % ALIGNMENT == 0 and kv_cache.stride(1) % ALIGNMENT == 0, kv_cache.stride()
-    assert kv_cache.data_ptr() % ALIGNMENT == 0, "chunks must be aligned"
+class Segment(NamedTuple):
+    """Attention over a part of the tokens that queries see; segments merge by log-sum-exp.
+
+    Args:
+        output: [num_tokens, num_heads, head_size], normalized.
+        lse: [num_heads, num_tokens] fp32, log-sum-exp of the logits; -inf where a query sees nothing of this part.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+
+
+class Launch(NamedTuple):
+    """How a GPU kernel is launched, besides what it computes.
+
+    Args:
+        workspace: the scratch of the implementation; launches that run one after the other may share it.
+        pass_query_len: query tokens of a request that a pass over its tokens has room for, max_query_len if None; less
+            where few requests have as many as that.
+        dependent: begin before the kernel before on the stream has ended, if both the card and that kernel allow it.
+            That kernel must not write what says where tokens are (Queries).
+        config: knobs of the implementation, or None for its own choice.
+    """
+
+    workspace: Any = None
+    pass_query_len: int | None = None
+    dependent: bool = False
+    config: Any = None
+
+
+class ReshapeAndCache(Protocol):
+    """Store: transform, quantize, pack and scatter new tokens to their slots, in place."""
+
+    def __call__(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None,
+        pages: Pages,
+        window: WindowRows | None = None,
+    ) -> None:
+        """Store tokens.
+
+        Args:
+            key: [num_tokens, num_kv_heads, head_size], after RoPE.
+            value: as key.
+            slot_mapping: [num_slots] int64, num_slots <= num_tokens; block * block_size + offset, or -1 for a token
+                that is not stored. Tokens beyond num_slots are padding.
+            positions: [>= num_slots] int64, the tokens' positions; needed with a key offset only.
+            pages: where they are packed.
+            window: where a recent window keeps them too, as they are.
+        """
+
+
+class GatherCache(Protocol):
+    """Gather: dequantize a slice of each request's cached tokens back to model space, in place."""
+
+    def __call__(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
+        """Read tokens back.
+
+        Args:
+            pages: where they are packed.
+            tokens: which.
+            key_out: [>= num_tokens, num_kv_heads, head_size], any float dtype.
+            value_out: as key_out.
+        """
+
+
+class PagedAttention(Protocol):
+    """Decode: attention of each request's newest tokens over its cached ones, themselves included, on packed pages."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        queries: Queries,
+        pages: Pages,
+        shape: AttentionShape,
+        span: Span,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """Attend.
+
+        Token i of the n query tokens of a request stands at position seq_len - n + i and sees the tokens up to itself
+        that ``span`` serves. A request of seq_len 0 is padding: its rows of output become 0.
+
+        GPU kernels take a :class:`Launch` besides, at most MAX_DECODE_QUERY_LEN query tokens of a request, and
+        skip_newest less than a sliding window. They read nothing back to the host and allocate nothing: a launch
+        depends on shapes alone, so a CUDA graph may hold it. Rows of output beyond the last query become 0, their
+        log-sum-exp -inf.
+
+        Args:
+            query: [num_tokens, num_heads, head_size].
+            queries: whose they are.
+            pages: that they read.
+            shape: of the layer.
+            span: tokens that are served.
+            output: [num_tokens, num_heads, head_size], written in place.
+            lse: [num_heads, num_tokens] fp32, contiguous, written in place: log-sum-exp of each row's logits, by which
+                segments merge; -inf where a query sees nothing (its output is 0).
+        """
+
+
+class WindowAttention(Protocol):
+    """Decode beside a recent window: attention over what the window holds, merged into that over all other tokens."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        queries: Queries,
+        rows: torch.Tensor,
+        shape: AttentionShape,
+        span: Span,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Attend and merge, in place.
+
+        A query sees what ``span`` leaves to others: its newest skip_newest tokens, itself the first, and the skip_first
+        first of its request, as far as its sliding window reaches. Rows of output beyond the last query are left as
+        they are.
+
+        Args:
+            query: [num_tokens, num_heads, head_size].
+            queries: whose they are; the block table is the window's, of which only blocks of tokens that some query
+                sees are read.
+            rows: [num_blocks, num_kv_heads, block_size, 2 * head_size], each key beside its value.
+            shape: of the layer.
+            span: of the segment that ``output`` holds.
+            output: as query, on entry attention over the tokens that span serves.
+            lse: [num_heads, num_tokens] fp32, contiguous: log-sum-exp of that; -inf where there are none.
+        """
+
+
+class KernelSet(Protocol):
+    """All operations on the packed pages of one layer: the reference on a CPU, GPU kernels on a card."""
+
+    shape: AttentionShape
+    span: Span
+
+    def forget(self) -> None:
+        """Choose anew at the next call: the layer's pair or transforms have changed."""
+
+    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, has_offset: bool) -> None:
+        """Take the scratch of decoding, so that it is counted before the cache is sized.
+
+        Args:
+            pair: of the layer.
+            transforms: of the layer, without statics that are bound later.
+            has_offset: whether a key offset is, which may leave the layer to another kernel.
+        """
+
+    def wake_up(self) -> None:
+        """Make the scratch ready again after a sleep of level 2, which discards what lies beside the weights."""
+
+    def store(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None,
+        pages: Pages,
+        window: WindowRows | None = None,
+    ) -> None:
+        """As :class:`ReshapeAndCache`."""
+
+    def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
+        """As :class:`GatherCache`."""
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        queries: Queries,
+        pages: Pages,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """As :class:`PagedAttention`, with the layer's shape and span."""
+
+    def merge_window(
+        self,
+        query: torch.Tensor,
+        queries: Queries,
+        rows: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """As :class:`WindowAttention`, beside what :meth:`attend` has given."""
+
+    def warm_up(
+        self, pages: Pages, workspace: tuple[torch.Tensor, torch.Tensor], window_rows: torch.Tensor | None = None
+    ) -> None:
+        """Compile what the first requests would wait for, without storing anything.
+
+        Args:
+            pages: of the layer.
+            workspace: [tokens, num_kv_heads, head_size] of the model's dtype, twice, to gather into.
+            window_rows: cache of a recent window that keeps new tokens as they are, if the layer has one.
+        """
+
+    def warm_up_window(self, window_rows: torch.Tensor) -> None:
+        """The same of :meth:`merge_window`, with the window's cache."""
+
+
+def check_store(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    positions: torch.Tensor | None,
+    pages: Pages,
+    window: WindowRows | None,
+) -> None:
+    """What every GPU kernel asks of a store's arguments."""
+    num_tokens, num_kv_heads, head_size = key.shape
+    assert head_size == pages.layout.head_size and value.shape == key.shape, (key.shape, value.shape, pages.layout)
+    check_rows(key)
+    check_rows(value)
+    pages.check()
+    assert pages.num_kv_heads == num_kv_heads and slot_mapping.shape[0] <= num_tokens
+    assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
+    if pages.transforms.key_offset is not None:
+        assert positions is not None and positions.is_contiguous() and positions.dtype == torch.int64
+    if window is not None:
+        window.check(key, slot_mapping.shape[0])
+
+
+def check_gather(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
+    """What every GPU kernel asks of a gather's arguments."""
+    pages.check()
+    for rows in (key_out, value_out):
+        assert rows.shape[0] >= tokens.num_tokens and rows.dtype == key_out.dtype, (rows.shape, rows.dtype)
+        assert rows.shape[1:] == (pages.num_kv_heads, pages.layout.head_size), rows.shape
+        check_rows(rows)
+    tokens.check()
+
+
+def check_attention(
+    query: torch.Tensor, queries: Queries, shape: AttentionShape, output: torch.Tensor, lse: torch.Tensor | None
+) -> None:
+    """What every GPU kernel asks of queries and outputs, on packed pages or on a window's rows."""
+    assert query.shape[1:] == (shape.num_heads, shape.head_size), (query.shape, shape)
+    for tokens in (query, output):
+        assert tokens.shape == query.shape, (tokens.shape, query.shape)
+        check_rows(tokens)
+    queries.check()
+    if lse is not None:
+        assert lse.shape == (shape.num_heads, query.shape[0]) and lse.is_contiguous() and lse.dtype == torch.float32
+
+
+def check_rows(rows: torch.Tensor) -> None:
+    """[num_tokens, heads, head_size] in which a token's heads are contiguous, and tokens need not be."""
+    assert rows.stride(2) == 1 and rows.stride(1) == rows.shape[2], "a token's heads must be contiguous"

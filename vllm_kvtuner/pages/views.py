@@ -1,19 +1,29 @@
 """Views of a layer's cache, chunk by chunk."""
 
+from typing import NamedTuple
+
 import torch
 
+from vllm_kvtuner.pages.codes import UniformCodes, code_format
 from vllm_kvtuner.pages.layout import META_BYTES, PageLayout
 
 
-def page_parts(
-    kv_cache: torch.Tensor, layout: PageLayout
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of a layer's cache [num_blocks, num_kv_heads, block_size, content_bytes] uint8, chunk by chunk.
+class Side(NamedTuple):
+    """The keys or the values of all chunks of a cache.
 
-    Returns:
-        key codes [num_blocks, num_kv_heads, block_size, k_row_bytes] uint8, value codes likewise, key meta and value
-        meta [num_blocks, num_kv_heads, block_size, 2] fp16 (scale, minimum).
+    Args:
+        format: of the codes.
+        codes: [num_blocks, num_kv_heads, block_size, row bytes] uint8.
+        meta: [num_blocks, num_kv_heads, block_size, 2] fp16, scale and minimum.
     """
+
+    format: UniformCodes
+    codes: torch.Tensor
+    meta: torch.Tensor
+
+
+def page_sides(kv_cache: torch.Tensor, layout: PageLayout) -> tuple[Side, Side]:
+    """Keys and values of a layer's cache [num_blocks, num_kv_heads, block_size, content_bytes] uint8, as views."""
     num_blocks, num_kv_heads, block_size, content = kv_cache.shape
     assert block_size == layout.block_size and content == layout.content_bytes, (kv_cache.shape, layout)
     assert kv_cache.stride(3) == 1 and kv_cache.stride(2) == content, "a chunk must be contiguous"
@@ -26,10 +36,16 @@ def page_parts(
         )
 
     return (
-        part(layout.k_codes_offset, layout.k_row_bytes),
-        part(layout.v_codes_offset, layout.v_row_bytes),
-        part(layout.k_meta_offset, META_BYTES).view(torch.float16),
-        part(layout.v_meta_offset, META_BYTES).view(torch.float16),
+        Side(
+            code_format(layout.k_bits),
+            part(layout.k_codes_offset, layout.k_row_bytes),
+            part(layout.k_meta_offset, META_BYTES).view(torch.float16),
+        ),
+        Side(
+            code_format(layout.v_bits),
+            part(layout.v_codes_offset, layout.v_row_bytes),
+            part(layout.v_meta_offset, META_BYTES).view(torch.float16),
+        ),
     )
 
 

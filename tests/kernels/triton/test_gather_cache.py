@@ -1,4 +1,7 @@
-"""gather_cache against the reference on the same packed bytes."""
+"""gather_cache against the reference on the same packed bytes.
+
+Tests call this module's ``gather_cache``, so that another implementation can take its place.
+"""
 
 import itertools
 
@@ -6,6 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.paged_cache import make_layout, random_cache, random_transforms, rotary_table
+from vllm_kvtuner.kernels.contract import CachedTokens
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref
 from vllm_kvtuner.kernels.triton.gather_cache import gather_cache
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
@@ -25,20 +29,20 @@ def seed():
 
 
 def gathered(function, cache, slices, transforms, dtype):
-    """Keys and values of all slices, followed by two rows that stay NaN."""
+    """Keys and values of all slices by an implementation of gather_cache, followed by two rows that stay NaN."""
     device = cache.kv_cache.device
     starts, counts = zip(*slices, strict=True)
     cu_seq_lens = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32, device=device)
     shape = (sum(counts) + 2, cache.kv_cache.shape[1], cache.layout.head_size)
     keys, values = (torch.full(shape, torch.nan, dtype=dtype, device=device) for _ in range(2))
-    function(
-        cache.kv_cache, cache.block_table, cu_seq_lens, torch.tensor(starts, dtype=torch.int32, device=device),
-        keys, values, cache.layout, transforms, num_tokens=sum(counts),
-    )  # fmt: skip
+    seq_starts = torch.tensor(starts, dtype=torch.int32, device=device)
+    tokens = CachedTokens(cache.block_table, cu_seq_lens, seq_starts, sum(counts))
+    function(cache.pages(transforms), tokens, keys, values)
     return keys, values
 
 
 def check(cache, slices, transforms, dtype):
+    """This module's gather_cache, whichever stands there, gives what the reference gives."""
     got = gathered(gather_cache, cache, slices, transforms, dtype)
     want = gathered(gather_cache_ref, cache, slices, transforms, dtype)
     for ours, theirs in zip(got, want, strict=True):

@@ -1,16 +1,18 @@
-"""reshape_and_cache: the bytes it writes against the reference, and the bytes it must not touch."""
+"""reshape_and_cache: the bytes it writes against the reference, and the bytes it must not touch.
+
+Tests call this module's ``reshape_and_cache``, so that another implementation can take its place.
+"""
 
 import pytest
 import torch
 
 from tests.helpers.paged_cache import empty_cache, make_layout, random_transforms, rotary_table
-from vllm_kvtuner.kernels.contract import RecentRows
+from vllm_kvtuner.kernels.contract import Pages, WindowRows
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref, store_rows_ref
 from vllm_kvtuner.kernels.triton.reshape_and_cache import reshape_and_cache
-from vllm_kvtuner.pages.codes import dequantize, unpack_codes
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms, rotate_values, transform_keys
-from vllm_kvtuner.pages.views import page_parts
+from vllm_kvtuner.pages.views import page_sides
 
 HEAD_SIZES = (64, 96, 128, 256)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,24 +36,35 @@ def random_slots(num_tokens, num_slots, device):
     return torch.randperm(num_slots)[:num_tokens].to(device)
 
 
-def stored(kv_cache, layout, slots):
-    """Codes bytes and meta of keys and values at ``slots``: (k_codes, v_codes, k_meta, v_meta), each [tokens, ...]."""
-    block, offset = slots // layout.block_size, slots % layout.block_size
-    return [part[block, :, offset] for part in page_parts(kv_cache, layout)]
+def empty_pages(layout, num_blocks, num_kv_heads, device, transforms=None):
+    """Poisoned pages, whose neighbours in memory are another layer's."""
+    return Pages(empty_cache(layout, num_blocks, num_kv_heads, device), layout, transforms or LayerTransforms())
 
 
-def check_rows(codes, meta, rows, bits):
+def stored(pages, slots):
+    """Keys and values at ``slots``: two sides, codes [tokens, num_kv_heads, row bytes] and meta [tokens, ..., 2]."""
+    block, offset = slots // pages.layout.block_size, slots % pages.layout.block_size
+    sides = page_sides(pages.kv_cache, pages.layout)
+    return [side._replace(codes=side.codes[block, :, offset], meta=side.meta[block, :, offset]) for side in sides]
+
+
+def parts_of(kv_cache, layout):
+    """Codes and meta of keys and of values, of every chunk."""
+    return [part for side in page_sides(kv_cache, layout) for part in (side.codes, side.meta)]
+
+
+def check_rows(side, rows):
     """Dequantized rows lie within half a step of what was stored, and their meta spans the row.
 
     Beyond half a step, the fp16 rounding of the scale moves the last code by up to levels steps * 2^-11, that of the
     minimum moves all by 2^-11 |minimum|.
     """
-    scale, minimum = meta.float().unbind(-1)
-    levels = 2**bits - 1
+    scale, minimum = side.meta.float().unbind(-1)
+    levels = side.format.levels
     torch.testing.assert_close(minimum, rows.amin(-1), rtol=2**-10, atol=1e-6)
     torch.testing.assert_close(scale, (rows.amax(-1) - rows.amin(-1)) / levels, rtol=2**-10, atol=1e-6)
     bound = scale * (0.5 + levels * 2**-11) + minimum.abs() * 2**-11 + 1e-5
-    error = (dequantize(codes, meta, bits) - rows).abs()
+    error = (side.format.dequantize(side.codes, side.meta) - rows).abs()
     assert (error <= bound[..., None]).all(), (error / bound[..., None]).max()
 
 
@@ -60,17 +73,15 @@ def test_every_pair_stores_what_the_reference_stores(index, device):
     layout = make_layout(QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 48)[index % 3])
     key, value = tokens(11, 3, layout.head_size, DTYPES[index % 3], device)
     slots = random_slots(11, 4 * layout.block_size, device)
-    got, want = (empty_cache(layout, 4, 3, device) for _ in range(2))
-    reshape_and_cache(key, value, got, slots, None, layout, LayerTransforms())
-    reshape_and_cache_ref(key, value, want, slots, None, layout, LayerTransforms())
+    got, want = (empty_pages(layout, 4, 3, device) for _ in range(2))
+    reshape_and_cache(key, value, slots, None, got)
+    reshape_and_cache_ref(key, value, slots, None, want)
 
-    got_parts, want_parts = stored(got, layout, slots), stored(want, layout, slots)
-    check_rows(got_parts[0], got_parts[2], key.float(), layout.k_bits)
-    check_rows(got_parts[1], got_parts[3], value.float(), layout.v_bits)
-    for part, bits in ((0, layout.k_bits), (1, layout.v_bits)):
-        assert torch.equal(got_parts[part + 2], want_parts[part + 2]), "scale and minimum take no rounding but fp16's"
+    for ours, theirs, rows in zip(stored(got, slots), stored(want, slots), (key, value), strict=True):
+        check_rows(ours, rows.float())
+        assert torch.equal(ours.meta, theirs.meta), "scale and minimum take no rounding but fp16's"
         # A compiler may fuse a multiply and an add, which moves a number that lies between two codes.
-        apart = unpack_codes(got_parts[part], bits).int() - unpack_codes(want_parts[part], bits).int()
+        apart = ours.format.unpack(ours.codes).int() - theirs.format.unpack(theirs.codes).int()
         assert apart.abs().max() <= 1
         assert (apart != 0).float().mean() < 0.01
 
@@ -82,61 +93,60 @@ def test_a_recent_window_keeps_the_rows(pair, head_size, dtype, device):
     layout = make_layout(pair, head_size)
     key, value = tokens(13, 3, head_size, dtype, device)
     slots = random_slots(13, 4 * layout.block_size, device)
-    recent_slots = random_slots(15, 4 * 32, device)  # one for each of what a CUDA graph pads the batch to
-    slots[[2, 5]] = recent_slots[[5, 7]] = -1
+    window_slots = random_slots(15, 4 * 32, device)  # one for each of what a CUDA graph pads the batch to
+    slots[[2, 5]] = window_slots[[5, 7]] = -1
     transforms = LayerTransforms(key_hadamard=True, value_hadamard=True)
-    pages, plain = (empty_cache(layout, 4, 3, device) for _ in range(2))
+    pages, plain = (empty_pages(layout, 4, 3, device, transforms) for _ in range(2))
     # Neighbours in memory are another layer's.
     memory = torch.full((4, 5, 32, 2 * head_size), 7.0, device=device).to(dtype)
-    recent, want = memory[:, 1:4], memory.clone()
-    reshape_and_cache(key, value, pages, slots, None, layout, transforms, RecentRows(recent, recent_slots))
-    store_rows_ref(key, value, want[:, 1:4], recent_slots[:13])
+    rows, want = memory[:, 1:4], memory.clone()
+    reshape_and_cache(key, value, slots, None, pages, WindowRows(rows, window_slots))
+    store_rows_ref(key, value, WindowRows(want[:, 1:4], window_slots[:13]))
     assert torch.equal(memory, want)
-    reshape_and_cache(key, value, plain, slots, None, layout, transforms)
-    assert torch.equal(pages, plain)
+    reshape_and_cache(key, value, slots, None, plain)
+    assert torch.equal(pages.kv_cache, plain.kv_cache)
 
 
 def test_untouched_bytes_stay(device):
     layout = make_layout("K4V2", 64)
     key, value = tokens(9, 2, 64, torch.bfloat16, device)
     slots = torch.tensor([5, -1, 17, 16, 63, -1, 40], device=device)  # tokens 7 and 8 are padding
-    kv_cache = empty_cache(layout, 5, 2, device)
-    storage = kv_cache._base
+    pages = empty_pages(layout, 5, 2, device)
+    storage = pages.kv_cache._base
     before = storage.clone()
-    reshape_and_cache(key, value, kv_cache, slots, None, layout, LayerTransforms())
+    reshape_and_cache(key, value, slots, None, pages)
 
     kept = slots >= 0
+    block, offset = slots[kept] // 16, slots[kept] % 16
     want = before.clone()
-    reshape_and_cache_ref(key[:7], value[:7], want[:, :2], slots, None, layout, LayerTransforms())
-    for part in page_parts(want[:, :2], layout):
-        part[slots[kept] // 16, :, slots[kept] % 16] = 0
+    reshape_and_cache_ref(key[:7], value[:7], slots, None, pages._replace(kv_cache=want[:, :2]))
+    for part in parts_of(want[:, :2], layout):
+        part[block, :, offset] = 0
     after = storage.clone()
-    for part in page_parts(after[:, :2], layout):
-        assert part[slots[kept] // 16, :, slots[kept] % 16].any(), "the kept tokens are written"
-        part[slots[kept] // 16, :, slots[kept] % 16] = 0
+    for part in parts_of(after[:, :2], layout):
+        assert part[block, :, offset].any(), "the kept tokens are written"
+        part[block, :, offset] = 0
     assert torch.equal(after, want)
 
 
 def test_nothing_to_store(device):
-    layout = make_layout("K8V8", 64)
     key, value = tokens(3, 2, 64, torch.bfloat16, device)
-    kv_cache = empty_cache(layout, 2, 2, device)
-    before = kv_cache.clone()
+    pages = empty_pages(make_layout("K8V8", 64), 2, 2, device)
+    before = pages.kv_cache.clone()
     for slots in (torch.empty(0, dtype=torch.int64), torch.full((3,), -1)):
-        reshape_and_cache(key, value, kv_cache, slots.to(device), None, layout, LayerTransforms())
-    assert torch.equal(kv_cache, before)
+        reshape_and_cache(key, value, slots.to(device), None, pages)
+    assert torch.equal(pages.kv_cache, before)
 
 
 def test_constant_rows_get_scale_0(device):
-    layout = make_layout("K4V8", 64)
     key, value = (torch.full((2, 1, 64), number, device=device) for number in (3.0, 0.0))
-    kv_cache = empty_cache(layout, 1, 1, device)
+    pages = empty_pages(make_layout("K4V8", 64), 1, 1, device)
     slots = torch.tensor([3, 8], device=device)
-    reshape_and_cache(key, value, kv_cache, slots, None, layout, LayerTransforms())
-    k_codes, v_codes, k_meta, v_meta = stored(kv_cache, layout, slots)
-    assert not k_codes.any() and not v_codes.any()
-    assert torch.equal(k_meta, torch.tensor([0.0, 3.0], dtype=torch.float16, device=device).expand_as(k_meta))
-    assert not v_meta.any()
+    reshape_and_cache(key, value, slots, None, pages)
+    keys, values = stored(pages, slots)
+    assert not keys.codes.any() and not values.codes.any()
+    assert torch.equal(keys.meta, torch.tensor([0.0, 3.0], dtype=torch.float16, device=device).expand_as(keys.meta))
+    assert not values.meta.any()
 
 
 @pytest.mark.parametrize("range_search", [False, True], ids=["min_max", "range_search"])
@@ -146,7 +156,6 @@ def test_constant_rows_get_scale_0(device):
     ids=["neox", "partial", "interleaved", "unrotated"],
 )
 def test_transforms(pair, head_size, rotary_dim, is_neox, range_search, device):
-    layout = make_layout(pair, head_size)
     rotary = None if rotary_dim is None else rotary_table(rotary_dim, is_neox, MAX_POSITION, device)
     transforms = random_transforms(
         2, head_size, device, rotary, offset=5.0, equalization=True,
@@ -155,25 +164,18 @@ def test_transforms(pair, head_size, rotary_dim, is_neox, range_search, device):
     key, value = tokens(7, 2, head_size, torch.float32, device)
     slots = random_slots(7, 32, device)
     positions = torch.tensor([0, 1, 4095, 3000, 17, 2048, 999], device=device)
-    kv_cache = empty_cache(layout, 2, 2, device)
-    reshape_and_cache(key, value, kv_cache, slots, positions, layout, transforms)
+    got, want = (empty_pages(make_layout(pair, head_size), 2, 2, device, transforms) for _ in range(2))
+    reshape_and_cache(key, value, slots, positions, got)
 
-    parts = stored(kv_cache, layout, slots)
-    rows = {0: transform_keys(key, positions, transforms), 1: rotate_values(value, transforms)}
-    bits = {0: layout.k_bits, 1: layout.v_bits}
+    transformed = (transform_keys(key, positions, transforms), rotate_values(value, transforms))
     if not range_search:
-        for part in (0, 1):
-            check_rows(parts[part], parts[part + 2], rows[part], bits[part])
+        for side, rows in zip(stored(got, slots), transformed, strict=True):
+            check_rows(side, rows)
         return
-    want = empty_cache(layout, 2, 2, device)
-    reshape_and_cache_ref(key, value, want, slots, positions, layout, transforms)
-    want_parts = stored(want, layout, slots)
-    for part in (0, 1):
+    reshape_and_cache_ref(key, value, slots, positions, want)
+    for *sides, rows in zip(stored(got, slots), stored(want, slots), transformed, strict=True):
         # Two ranges may be equally good but for rounding, so errors are compared, not bytes.
-        errors = [
-            (dequantize(side[part], side[part + 2], bits[part]) - rows[part]).square().sum(-1)
-            for side in (parts, want_parts)
-        ]
+        errors = [(side.format.dequantize(side.codes, side.meta) - rows).square().sum(-1) for side in sides]
         torch.testing.assert_close(errors[0], errors[1], rtol=1e-3, atol=1e-6)
 
 
@@ -183,10 +185,10 @@ def test_range_search_beats_min_max_at_2_bits(device):
     slots = random_slots(8, 16, device)
     errors = []
     for range_search in (False, True):
-        kv_cache = empty_cache(layout, 1, 2, device)
-        reshape_and_cache(key, value, kv_cache, slots, None, layout, LayerTransforms(range_search=range_search))
-        _, v_codes, _, v_meta = stored(kv_cache, layout, slots)
-        errors.append((dequantize(v_codes, v_meta, 2) - value).square().sum(-1))
+        pages = empty_pages(layout, 1, 2, device, LayerTransforms(range_search=range_search))
+        reshape_and_cache(key, value, slots, None, pages)
+        _, values = stored(pages, slots)
+        errors.append((values.format.dequantize(values.codes, values.meta) - value).square().sum(-1))
     assert (errors[1] <= errors[0]).all()
     assert errors[1].sum() < 0.7 * errors[0].sum()  # measured: 0.5 for Gaussian rows
 
@@ -196,27 +198,26 @@ def test_offsets_beyond_32_bits(device):
     layout = make_layout("K8V8", 128, 256)
     num_blocks = (5 << 30) // (9 * layout.chunk_bytes)
     kv_cache = torch.empty(num_blocks, 9, 256, layout.content_bytes, dtype=torch.uint8, device=device)[:, :8]
+    pages = Pages(kv_cache, layout, LayerTransforms())
     key, value = tokens(40, 8, 128, torch.bfloat16, device)
     slots = torch.arange(num_blocks * 256 - 40, num_blocks * 256, device=device)
-    reshape_and_cache(key, value, kv_cache, slots, None, layout, LayerTransforms())
-    k_codes, v_codes, k_meta, v_meta = stored(kv_cache, layout, slots)
-    check_rows(k_codes, k_meta, key.float(), 8)
-    check_rows(v_codes, v_meta, value.float(), 8)
+    reshape_and_cache(key, value, slots, None, pages)
+    for side, rows in zip(stored(pages, slots), (key, value), strict=True):
+        check_rows(side, rows.float())
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
 def test_a_long_prefill(index, device):
     pair, head_size = QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4]
-    layout = make_layout(pair, head_size)
     rotary = rotary_table(head_size, True, 8192, device)
     transforms = random_transforms(
         8, head_size, device, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True
     )
     key, value = tokens(3001, 8, head_size, torch.bfloat16, device)
     slots, positions = random_slots(3001, 3200, device), torch.randint(0, 8192, (3001,), device=device)
-    kv_cache = empty_cache(layout, 200, 8, device)
-    reshape_and_cache(key, value, kv_cache, slots, positions, layout, transforms)
-    k_codes, v_codes, k_meta, v_meta = stored(kv_cache, layout, slots)
-    check_rows(k_codes, k_meta, transform_keys(key, positions, transforms), layout.k_bits)
-    check_rows(v_codes, v_meta, rotate_values(value, transforms), layout.v_bits)
+    pages = empty_pages(make_layout(pair, head_size), 200, 8, device, transforms)
+    reshape_and_cache(key, value, slots, positions, pages)
+    keys, values = stored(pages, slots)
+    check_rows(keys, transform_keys(key, positions, transforms))
+    check_rows(values, rotate_values(value, transforms))

@@ -12,13 +12,14 @@ from kvtuner_tools.bench.closed_loop import (
     DECODE_STEPS,
     FILL_STEPS,
     SETTLE_STEPS,
+    ClosedLoop,
     fitting_requests,
     measure_decode,
     measure_throughput,
 )
 from kvtuner_tools.bench.points import Point, ThroughputPoint
+from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engines.serve import ServeJob, decode_point, throughput_point, token_range
-from kvtuner_tools.settings import Setting
 from tests.helpers.engine import VOCABULARY, cpu_only, fork_server
 from tests.helpers.tiny_model import make_tiny_model
 
@@ -99,10 +100,8 @@ def run(engine: FakeEngine, point: ThroughputPoint, concurrency: int, window_s: 
         return 5 * preemptions["asked"]
 
     numbers = itertools.count()
-    return measure_throughput(
-        engine, point, concurrency, window_s, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, preempted,
-        clock=lambda: engine.now,
-    )  # fmt: skip
+    loop = ClosedLoop(engine, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, clock=lambda: engine.now)
+    return measure_throughput(loop, point, concurrency, window_s, preempted)
 
 
 def test_rates_are_those_of_the_engine():
@@ -195,7 +194,7 @@ def _real(model: Path, lines: Path) -> tuple[dict, dict]:
         kv_cache_memory_bytes=4 << 20, disable_log_stats=False,
     )  # fmt: skip
     job = ServeJob(
-        model=model, vocab_size=VOCABULARY, setting=Setting("kvtuner", "K4V4"), points=(), output_tokens=1,
+        model=model, vocab_size=VOCABULARY, setting=CacheSetting("kvtuner", "K4V4"), points=(), output_tokens=1,
         throughput=(), window_s=1.0, long_prefill=None, memory=0.0, kv_memory_bytes=None, max_model_len=512,
         max_num_seqs=4, lines=lines,
     )  # fmt: skip

@@ -10,20 +10,30 @@ import pytest
 import torch
 
 from kvtuner_tools import bench
-from kvtuner_tools.bench import kernel_measure, kernel_points
-from kvtuner_tools.bench.kernel_inputs import attention_float64, copies_for, make_batch, newest_tokens, token_places
-from kvtuner_tools.bench.kernel_measure import ErrorInputs, KernelMeter, relative_error
-from kvtuner_tools.bench.kernel_points import KernelRequest, parse_request, report, table
+from kvtuner_tools.bench import kernel, kernel_measure
+from kvtuner_tools.bench.kernel import report, table
+from kvtuner_tools.bench.kernel_inputs import (
+    attention_float64,
+    copies_for,
+    make_batch,
+    new_tokens,
+    newest_tokens,
+    token_places,
+)
+from kvtuner_tools.bench.kernel_measure import ErrorCase, ErrorInputs, KernelMeter
+from kvtuner_tools.bench.kernel_request import KernelRequest, parse_request
 from kvtuner_tools.bench.kernels import vllm
-from kvtuner_tools.bench.kernels.packed import CacheFormat, Unsupported, decode_kernels, packed_format
-from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, AttentionShape
+from kvtuner_tools.bench.kernels.base import CacheFormat, Unsupported
+from kvtuner_tools.bench.kernels.implementations import DECODE
+from kvtuner_tools.bench.kernels.packed import TritonKernel, packed_format
+from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, LayerHeads
 from kvtuner_tools.bench.read_bandwidth import BYTES, CONFIGS, STEPS, read_sums
-from kvtuner_tools.bench.store_kernels import new_tokens
 from kvtuner_tools.bench.timing import Timing
+from vllm_kvtuner.kernels.contract import Span
 from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 
-SHAPE = AttentionShape(4, 2, 64)
+HEADS = LayerHeads(4, 2, 64)
 FEW = ErrorInputs((70, 1, 17))
 BF16_ERROR = 8e-3
 """Over the largest output: twice what bf16 rounds it by, with the interpreter's truncation."""
@@ -43,7 +53,7 @@ def request_of(*words: str) -> KernelRequest:
 def test_defaults():
     request = request_of()
 
-    assert request.shapes == (AttentionShape(32, 8, 128),)
+    assert request.shapes == (LayerHeads(32, 8, 128),)
     assert request.pairs == QUANTIZED_PAIRS
     assert [str(point) for point in request.points] == ["64x8192", "8x32000", "1x131072", "mixed:64:256-16128"]
     assert (request.implementations, request.block_sizes, request.transforms) == (IMPLEMENTATIONS, (16,), ("none",))
@@ -56,7 +66,7 @@ def test_every_option():
         "--query-tokens=4", "--bandwidth=4.37e12",
     )  # fmt: skip
 
-    assert request.shapes == (AttentionShape(7, 1, 64), AttentionShape(32, 8, 128))
+    assert request.shapes == (LayerHeads(7, 1, 64), LayerHeads(32, 8, 128))
     assert request.block_sizes == (16, 64)
     assert request.pairs == (PrecisionPair(4, 2), PrecisionPair(8, 8))
     assert request.implementations == ("cuda", "fa3_fp8")
@@ -90,17 +100,17 @@ def test_queries_longer_than_a_context_are_refused():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(ValueError, match="bench kernel must run on a GPU"):
-        kernel_points.run(argparse.Namespace(**vars(_arguments())))
+        kernel.run(argparse.Namespace(**vars(_arguments())))
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    kernel_points.add_arguments(parser)
+    kernel.add_arguments(parser)
     return parser.parse_args([])
 
 
 def test_copies_share_no_block_and_leave_out_block_0(device):
-    batch = make_batch(SHAPE, 16, [1, 16, 17, 100], 1, 3, device)
+    batch = make_batch(HEADS, 16, [1, 16, 17, 100], 1, 3, device)
 
     used = [table[table > 0] for table in batch.block_tables]
     assert [len(blocks) for blocks in used] == [1 + 1 + 2 + 7] * 3
@@ -119,15 +129,15 @@ def test_copies_together_exceed_the_l2_cache():
 
 
 def test_float64_attention_is_the_reference(device):
-    batch = make_batch(SHAPE, 16, [40, 3], 3, 1, device)
+    batch = make_batch(HEADS, 16, [40, 3], 3, 1, device)
     keys, values = torch.randn(2, 43, 2, 64, device=device)
     query = batch.query.float()
 
-    got = attention_float64(batch, query, keys, values, 0.3)
+    got = attention_float64(batch, query, keys, values)
 
     want = torch.empty_like(query)
-    attention_ref(query[:3], keys[:40], values[:40], 0.3, want[:3])
-    attention_ref(query[3:], keys[40:], values[40:], 0.3, want[3:])
+    attention_ref(query[:3], keys[:40], values[:40], batch.attention_shape, Span(), want[:3])
+    attention_ref(query[3:], keys[40:], values[40:], batch.attention_shape, Span(), want[3:])
     assert got.dtype == torch.float64
     torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
 
@@ -136,7 +146,7 @@ def test_float64_attention_is_the_reference(device):
 @pytest.mark.parametrize("transforms", TRANSFORMS)
 def test_error_of_the_triton_kernel(transforms, query_tokens, device):
     cache_format = packed_format(PrecisionPair(4, 2), 64)
-    error = relative_error(decode_kernels()["triton"], SHAPE, 16, cache_format, transforms, query_tokens, FEW, device)
+    error = ErrorCase("triton", HEADS, 16, cache_format, transforms, query_tokens, device).error(FEW)
     assert 1e-4 < error.largest < BF16_ERROR
     assert 1e-4 < error.rounding < 2**-8
     assert error.largest < 2 * error.rounding + 1e-3, "little but rounding, for which the interpreter truncates"
@@ -144,16 +154,16 @@ def test_error_of_the_triton_kernel(transforms, query_tokens, device):
 
 def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
     """Here one that leaves a row out, and one that reads another request's blocks."""
-    kernel, cache_format = decode_kernels()["triton"], packed_format(PrecisionPair(8, 8), 64)
-    build = type(kernel).build
+    case = ErrorCase("triton", HEADS, 16, packed_format(PrecisionPair(8, 8), 64), "none", 1, device)
+    build = TritonKernel.build
 
     def partial(self, *arguments):
         launches = build(self, *arguments)
         return replace(launches, calls=(lambda: launches.output[1:].zero_(),))
 
-    monkeypatch.setattr(type(kernel), "build", partial)
+    monkeypatch.setattr(TritonKernel, "build", partial)
     with pytest.raises(ArithmeticError, match="not finite"):
-        relative_error(kernel, SHAPE, 16, cache_format, "none", 1, FEW, device)
+        case.error(FEW)
 
     def misled(self, batch, *arguments):
         launches = build(self, batch, *arguments)
@@ -161,14 +171,13 @@ def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
         batch.block_tables[0][:] = batch.block_tables[0].flip(0)
         return replace(launches, rows=lambda: rows)
 
-    monkeypatch.setattr(type(kernel), "build", misled)
-    assert relative_error(kernel, SHAPE, 16, cache_format, "none", 1, FEW, device).largest > 0.05
+    monkeypatch.setattr(TritonKernel, "build", misled)
+    assert case.error(FEW).largest > 0.05
 
 
 def test_formats_count_every_stored_byte():
     formats = {
-        name: {kind.name: kind for kind in kernel.formats(QUANTIZED_PAIRS, 128)}
-        for name, kernel in decode_kernels().items()
+        name: {kind.name: kind for kind in kernel.formats(QUANTIZED_PAIRS, 128)} for name, kernel in DECODE.items()
     }
 
     assert formats["fa3_bf16"] == {"bf16": CacheFormat("bf16", 16.0, 512)}
@@ -182,13 +191,13 @@ def test_formats_count_every_stored_byte():
 
 
 def test_stores_move_their_input_and_what_they_store(device):
-    tokens = new_tokens(SHAPE, 16, 20, False, device)
+    tokens = new_tokens(HEADS, 16, 20, False, device)
 
-    assert tokens.moved_bytes(packed_format(PrecisionPair(4, 4), 64)) == 20 * 2 * (2 * 64 * 2 + 72)
+    assert tokens.moved_bytes(72) == 20 * 2 * (2 * 64 * 2 + 72)
     assert all(slots.unique().numel() == 20 for slots in tokens.slot_mappings)
     first = tokens.slot_mappings[0]
     assert torch.equal(first[:16] // 16, first[:1].expand(16) // 16) and first[16] // 16 != first[0] // 16
-    decode = new_tokens(SHAPE, 16, 20, True, device)
+    decode = new_tokens(HEADS, 16, 20, True, device)
     assert (decode.slot_mappings[0] // 16).unique().numel() == 20, "every request has a block of its own"
     assert max(int(slots.max()) for slots in decode.slot_mappings) < 16 * decode.num_blocks
 
@@ -201,7 +210,7 @@ def test_the_read_kernel_reads_everything(device):
 
 
 def test_names_are_those_of_the_arguments():
-    assert tuple(decode_kernels()) == IMPLEMENTATIONS
+    assert tuple(DECODE) == IMPLEMENTATIONS
 
 
 def test_what_cannot_run_here_is_skipped_with_the_reason(device, monkeypatch):
@@ -289,15 +298,14 @@ def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(query_toke
     """In every copy of the cache, the newest tokens and no others, before attention."""
     request = request_of("--shape=4/2/64", "--points=mixed:3:4-40", "--pairs=K8V8", "--implementations=triton",
                          "--parts=decode,layer", f"--query-tokens={query_tokens}")  # fmt: skip
-    kernel = type(decode_kernels()["triton"])
-    build, made = kernel.build, []
+    build, made = TritonKernel.build, []
 
     def keeping(self, batch, cache_format, transforms):
         launches = build(self, batch, cache_format, transforms)
         made.append((batch, launches, [rows.clone() for rows in launches.rows()]))
         return launches
 
-    monkeypatch.setattr(kernel, "build", keeping)
+    monkeypatch.setattr(TritonKernel, "build", keeping)
     meter = KernelMeter(request, device, l2_bytes=1, read_bandwidth=4e9)
     alone, layer = meter.plan()[0]
     assert [meter.measure(case)["failure"] for case in (alone, layer)] == [None, None]
@@ -315,7 +323,7 @@ def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(query_toke
 
 
 def test_newest_tokens_have_slots_in_every_copy(device):
-    batch = make_batch(SHAPE, 16, [5, 16, 33], 2, 3, device)
+    batch = make_batch(HEADS, 16, [5, 16, 33], 2, 3, device)
 
     newest = newest_tokens(batch)
 
@@ -329,15 +337,14 @@ def test_a_kernel_that_fails_costs_no_other_its_entry(device, fixed_time, monkey
     request = request_of("--shape=4/2/64", "--points=1x40", "--pairs=K4V4,K2V2", "--implementations=triton",
                          "--parts=decode")  # fmt: skip
     meter = KernelMeter(request, device, 1, 1.0)
-    kernel = type(decode_kernels()["triton"])
-    build = kernel.build
+    build = TritonKernel.build
 
     def broken(self, batch, cache_format, transforms):
         if cache_format.name == "K4V4":
             raise RuntimeError("no such kernel")
         return build(self, batch, cache_format, transforms)
 
-    monkeypatch.setattr(kernel, "build", broken)
+    monkeypatch.setattr(TritonKernel, "build", broken)
     failed, measured = (meter.measure(case) for case in meter.plan()[0])
     assert failed["failure"] == "RuntimeError: no such kernel"
     assert "us" not in failed
@@ -352,7 +359,7 @@ def test_what_a_kernel_says_it_does_not_serve_is_no_failure(device, fixed_time, 
     def refuse(self, *arguments):
         raise Unsupported("head_size 64 is too small")
 
-    monkeypatch.setattr(type(decode_kernels()["triton"]), "build", refuse)
+    monkeypatch.setattr(TritonKernel, "build", refuse)
     entry = meter.measure(meter.plan()[0][0])
     assert (entry["failure"], entry["unsupported"]) == (None, "head_size 64 is too small")
 
@@ -409,9 +416,9 @@ def test_on_a_card(tmp_path):
         picture = tmp_path / "picture.png"
         words.append(f"--picture={picture}")
     parser = argparse.ArgumentParser()
-    kernel_points.add_arguments(parser)
+    kernel.add_arguments(parser)
 
-    status = kernel_points.run(
+    status = kernel.run(
         parser.parse_args(
             [
                 "--points=64x4096,mixed:8:256-4096", "--pairs=K8V8,K4V2", "--store-pairs=K4V4", "--gather-tokens=8192",

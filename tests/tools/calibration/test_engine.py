@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 
-from kvtuner_tools.engines.calibration import CalibrationEngine
+from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 from kvtuner_tools.task_accuracy import load_task
 from tests.helpers.engine import cpu_only
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
@@ -46,7 +46,7 @@ def test_trials(model, windows, tmp_path, monkeypatch):
     task = load_task(path, make_tokenizer(), max_tokens=4)
 
     with CalibrationEngine(
-        model, windows, unquantized_layers=[2], task=task, kv_memory_bytes=1 << 24, dtype="float32"
+        model, windows, room=CacheRoom([2]), task=task, kv_memory_bytes=1 << 24, dtype="float32"
     ) as engine:
         high, low = engine.score(uniform("K8V8", _2="K16V16")), engine.score(uniform("K2V2", _2="K16V16"))
         assert engine.trial_seconds < engine.start_seconds / 4
@@ -54,9 +54,9 @@ def test_trials(model, windows, tmp_path, monkeypatch):
         assert high.kl_mean < low.kl_mean / 100
         assert high.perplexity_reference == low.perplexity_reference
 
-        engine.set_transforms(ROTATED)
+        engine.set_transforms(ModelTransforms(ROTATED))
         rotated = engine.score(uniform("K2V2", _2="K16V16"))
-        engine.set_transforms(TransformSettings(), {0: ROTATED})
+        engine.set_transforms(ModelTransforms(overrides={0: ROTATED}))
         assert len({low.kl_mean, rotated.kl_mean, engine.score(uniform("K2V2", _2="K16V16")).kl_mean}) == 3
 
         for wrong, message in (
@@ -67,9 +67,9 @@ def test_trials(model, windows, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=message):
                 engine.score(wrong)
         with pytest.raises(ValueError, match="statics must be given for the transforms of layers"):
-            engine.set_transforms(TransformSettings(key_offset=True))
+            engine.set_transforms(ModelTransforms(TransformSettings(key_offset=True)))
 
-        engine.set_transforms(TransformSettings())
+        engine.set_transforms(ModelTransforms())
         assert asdict(engine.score(uniform("K2V2", _2="K16V16"))) == asdict(low)
         assert engine.score_task(uniform("K2V2", _2="K16V16")).num_questions == 1
     assert [item.name for item in tmp_path.iterdir()] == ["task.jsonl"], "the reference's logits are deleted"
@@ -77,4 +77,4 @@ def test_trials(model, windows, tmp_path, monkeypatch):
 
 def test_layers_that_do_not_exist_are_refused(model, windows):
     with pytest.raises(ValueError, match=r"unquantized_layers must be layers .*, but got \[7\]"):
-        CalibrationEngine(model, windows, unquantized_layers=[1, 7])
+        CalibrationEngine(model, windows, room=CacheRoom([1, 7]))

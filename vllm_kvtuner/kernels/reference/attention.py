@@ -6,15 +6,9 @@ fp32; there is no Python loop over tokens.
 
 import torch
 
-from vllm_kvtuner.pages.codes import dequantize
-from vllm_kvtuner.pages.layout import PageLayout
-from vllm_kvtuner.pages.transforms import (
-    LayerTransforms,
-    fold_query,
-    rotate_values,
-    rotated_offset,
-)
-from vllm_kvtuner.pages.views import page_parts
+from vllm_kvtuner.kernels.contract import AttentionShape, Pages, Queries, Segment, Span
+from vllm_kvtuner.pages.transforms import fold_query, rotate_values, rotated_offset
+from vllm_kvtuner.pages.views import page_sides
 
 BATCH_TOKENS = 1 << 15
 """Cached tokens of several requests that paged attention dequantizes at a time; one longer request goes alone."""
@@ -24,117 +18,97 @@ SCORES_PER_SLICE = 1 << 24
 
 def paged_attention_ref(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-    layout: PageLayout,
-    transforms: LayerTransforms,
+    queries: Queries,
+    pages: Pages,
+    shape: AttentionShape,
+    span: Span,
     output: torch.Tensor,
-    sliding_window: int | None = None,
-    logits_soft_cap: float = 0.0,
-    skip_newest: int = 0,
     lse: torch.Tensor | None = None,
-    skip_first: int = 0,
 ) -> None:
-    """Attention of each request's newest tokens over its cached tokens, themselves included, on packed pages.
-
-    Token i of the n query tokens of a request stands at position seq_len - n + i and sees the tokens up to itself
-    (with a sliding window, the newest ``sliding_window`` of them). A request of seq_len 0 is padding: its rows of
-    output become 0.
-
-    Args:
-        query: [num_tokens, num_heads, head_size].
-        kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] uint8.
-        block_table: [num_reqs, max_blocks] int32.
-        seq_lens: [num_reqs] int32, tokens in the cache, the query's included.
-        query_start_loc: [num_reqs + 1] int32.
-        max_query_len: the longest query, at most 16 in the kernel; no limit here.
-        scale: factor on the logits, 1 / sqrt(head_size) as a rule.
-        layout: the layer's page.
-        transforms: the layer's transforms.
-        output: [num_tokens, num_heads, head_size], written in place.
-        sliding_window: tokens a query sees, itself included, or None for all.
-        logits_soft_cap: c > 0 replaces each logit x by c tanh(x / c).
-        skip_newest: tokens, the newest of those a query sees and itself the first, that are left out: another segment
-            holds them. With a sliding window they count as part of it.
-        lse: [num_heads, num_tokens] fp32, written in place: log-sum-exp of each row's logits, by which segments
-            merge; -inf where a query sees nothing (its output is 0).
-        skip_first: tokens of a request, from its first on, that are left out likewise.
-    """
-    num_heads, head_size = query.shape[1:]
-    num_kv_heads = kv_cache.shape[1]
-    folded = fold_query(query, transforms, num_kv_heads) * scale
-    parts = page_parts(kv_cache, layout)
-    lens, starts = seq_lens.tolist(), query_start_loc.tolist()
+    """As :class:`vllm_kvtuner.kernels.contract.PagedAttention`, queries of any length."""
+    folded = fold_query(query, pages.transforms, shape.num_kv_heads) * shape.scale
+    lens, starts = queries.seq_lens.tolist(), queries.query_start_loc.tolist()
     for begin, end in _request_batches(lens):
-        num_reqs, max_len = end - begin, max(lens[begin:end])
         first, last = starts[begin], starts[end]
-        if max_len == 0:
+        if max(lens[begin:end]) == 0:
             output[first:last] = 0
             if lse is not None:
                 lse[:, first:last] = -torch.inf
             continue
-        blocks = block_table[begin:end, : -(-max_len // layout.block_size)].long()
-        # Table entries beyond a request's length are stale: point them at a block that exists; the mask drops them.
-        needed = torch.arange(blocks.shape[1], device=blocks.device) * layout.block_size
-        blocks = torch.where(needed < seq_lens[begin:end, None], blocks, 0)
-        query_lens = torch.tensor([starts[r + 1] - starts[r] for r in range(begin, end)], device=query.device)
-        # [num_reqs, max_blocks, num_kv_heads, block_size, ...] to [num_reqs, num_kv_heads, tokens, head_size]. Bytes
-        # beyond a request's length, and in blocks that have left its sliding window (which may be another request's,
-        # in another format), may be anything, NaN included, which a probability of 0 would not silence.
-        tokens = torch.arange(blocks.shape[1] * layout.block_size, device=blocks.device)
-        filled = tokens < seq_lens[begin:end, None]
-        if sliding_window is not None:
-            filled &= tokens > (seq_lens[begin:end] - query_lens - sliding_window)[:, None]
-        filled = filled.view(num_reqs, blocks.shape[1], 1, layout.block_size, 1)
-        keys, values = (
-            dequantize(codes[blocks], meta[blocks].where(filled, 0), bits)
-            .permute(0, 2, 1, 3, 4)
-            .reshape(num_reqs, num_kv_heads, -1, head_size)
-            for codes, meta, bits in ((parts[0], parts[2], layout.k_bits), (parts[1], parts[3], layout.v_bits))
-        )
-        rows = int(query_lens.max())
-        index = torch.arange(rows, device=query.device)
-        present = index < query_lens[:, None]
-        token = (query_start_loc[begin:end, None].long() + index)[present]
-
-        padded = torch.zeros(num_reqs, rows, num_heads, head_size, device=query.device)
-        padded[present] = folded[token]
-        group = num_heads // num_kv_heads
-        heads = padded.view(num_reqs, rows, num_kv_heads, group, head_size).permute(0, 2, 3, 1, 4)
-        scores = heads.reshape(num_reqs, num_kv_heads, group * rows, head_size) @ keys.transpose(-1, -2)
-        scores = scores.view(num_reqs, num_kv_heads, group, rows, -1)
-        if transforms.key_offset is not None:
-            raw = torch.zeros_like(padded)
-            raw[present] = query[token].float() * scale
-            raw = raw.view(num_reqs, rows, num_kv_heads, group, head_size)
-            offset = rotated_offset(transforms, torch.arange(max_len, device=query.device))
-            scores[..., :max_len] += torch.einsum("rnkgd,tkd->rkgnt", raw, offset)
-        position = seq_lens[begin:end, None].long() - query_lens[:, None] + index
-        visible = _visible(position, tokens, sliding_window, skip_newest) & (tokens >= skip_first)
-        probabilities, sums = _softmax(scores, visible[:, None, None], logits_soft_cap)
-        result = probabilities.view(num_reqs, num_kv_heads, group * rows, -1) @ values
-        result = result.view(num_reqs, num_kv_heads, group, rows, head_size).permute(0, 3, 1, 2, 4)
-        result = result.reshape(num_reqs, rows, num_heads, head_size)
-        output[token] = rotate_values(result[present], transforms).to(output.dtype)
+        batch = _Batch(queries, begin, end, pages.layout.block_size)
+        token = batch.query_tokens
+        keys, values = batch.dequantize(pages, span)
+        padded = batch.pad(folded[token], shape)
+        scores = padded.flatten(2, 3) @ keys.transpose(-1, -2)
+        scores = scores.view(*padded.shape[:4], -1)
+        if pages.transforms.key_offset is not None:
+            raw = batch.pad(query[token].float() * shape.scale, shape)
+            offset = rotated_offset(pages.transforms, torch.arange(batch.max_len, device=query.device))
+            scores[..., : batch.max_len] += torch.einsum("rkgnd,tkd->rkgnt", raw, offset)
+        visible = _visible(batch.positions, batch.tokens, span)
+        probabilities, sums = _softmax(scores, visible[:, None, None], shape.logits_soft_cap)
+        result = (probabilities.flatten(2, 3) @ values).view(padded.shape)
+        output[token] = rotate_values(batch.unpad(result), pages.transforms).to(output.dtype)
         if lse is not None:
-            lse[:, token] = sums.reshape(num_reqs, num_heads, rows).transpose(1, 2)[present].T
+            lse[:, token] = batch.unpad(sums[..., None])[..., 0].T
+
+
+class _Batch:
+    """Requests ``begin .. end - 1`` of a step, padded to the longest: [request, KV head, group, query, ...]."""
+
+    def __init__(self, queries: Queries, begin: int, end: int, block_size: int) -> None:
+        device = queries.block_table.device
+        self.seq_lens = queries.seq_lens[begin:end]
+        starts = queries.query_start_loc[begin : end + 1].long()
+        self.query_lens = starts.diff()
+        self.max_len = int(self.seq_lens.max())
+        blocks = queries.block_table[begin:end, : -(-self.max_len // block_size)].long()
+        # Table entries beyond a request's length are stale: point them at a block that exists; the mask drops them.
+        needed = torch.arange(blocks.shape[1], device=device) * block_size
+        self.blocks = torch.where(needed < self.seq_lens[:, None], blocks, 0)
+        self.tokens = torch.arange(blocks.shape[1] * block_size, device=device)
+        index = torch.arange(int(self.query_lens.max()), device=device)
+        self.present = index < self.query_lens[:, None]
+        self.query_tokens = (starts[:-1, None] + index)[self.present]
+        self.positions = self.seq_lens[:, None].long() - self.query_lens[:, None] + index
+
+    def dequantize(self, pages: Pages, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each [requests, num_kv_heads, tokens, head_size] fp32.
+
+        Bytes beyond a request's length, and in blocks that have left its sliding window (which may be another
+        request's, in another format), may be anything, NaN included, which a probability of 0 would not silence.
+        """
+        filled = self.tokens < self.seq_lens[:, None]
+        if span.sliding_window is not None:
+            filled &= self.tokens > (self.seq_lens - self.query_lens - span.sliding_window)[:, None]
+        filled = filled.view(*self.blocks.shape, 1, pages.layout.block_size, 1)
+        keys, values = (
+            side.format.dequantize(side.codes[self.blocks], side.meta[self.blocks].where(filled, 0))
+            .permute(0, 2, 1, 3, 4)
+            .flatten(2, 3)
+            for side in page_sides(pages.kv_cache, pages.layout)
+        )
+        return keys, values
+
+    def pad(self, rows: torch.Tensor, shape: AttentionShape) -> torch.Tensor:
+        """[requests, num_kv_heads, group, queries, head_size] of rows [query tokens, num_heads, head_size]."""
+        padded = torch.zeros(*self.present.shape, *rows.shape[1:], device=rows.device)
+        padded[self.present] = rows
+        return padded.unflatten(2, (shape.num_kv_heads, shape.group)).permute(0, 2, 3, 1, 4)
+
+    def unpad(self, padded: torch.Tensor) -> torch.Tensor:
+        """Inverse of :meth:`pad`, for any last dimension."""
+        return padded.permute(0, 3, 1, 2, 4).flatten(2, 3)[self.present]
 
 
 def attention_ref(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float,
+    shape: AttentionShape,
+    visible: Span | torch.Tensor,
     output: torch.Tensor,
-    sliding_window: int | None = None,
-    logits_soft_cap: float = 0.0,
-    skip_newest: int = 0,
     lse: torch.Tensor | None = None,
-    visible: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of one request's newest tokens over contiguous keys and values, in model space.
 
@@ -142,50 +116,49 @@ def attention_ref(
         query: [num_queries, num_heads, head_size], the newest tokens of the request.
         key: [num_keys, num_kv_heads, head_size], num_keys >= num_queries, the last num_queries being the queries' own.
         value: as key.
-        scale: factor on the logits.
+        shape: of the layer.
+        visible: what each query sees: a span of consecutive tokens, or [num_queries, num_keys] bool where keys are not
+            consecutive tokens.
         output: [num_queries, num_heads, head_size], written in place.
-        sliding_window: as in :func:`paged_attention_ref`.
-        logits_soft_cap: as in :func:`paged_attention_ref`.
-        skip_newest: as in :func:`paged_attention_ref`.
         lse: [num_heads, num_queries], as in :func:`paged_attention_ref`.
-        visible: [num_queries, num_keys] bool, which keys each query sees, where these are not consecutive tokens; the
-            windows do not count then.
     """
-    num_queries, num_heads, head_size = query.shape
-    num_keys, num_kv_heads = key.shape[:2]
-    group = num_heads // num_kv_heads
-    heads = query.float().view(num_queries, num_kv_heads, group, head_size).permute(1, 2, 0, 3) * scale
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    heads = query.float().unflatten(1, (shape.num_kv_heads, shape.group)).permute(1, 2, 0, 3) * shape.scale
     keys = key.float().permute(1, 2, 0)[:, None]
     values = value.float().transpose(0, 1)[:, None]
-    step = max(1, SCORES_PER_SLICE // (num_heads * num_keys))
+    step = max(1, SCORES_PER_SLICE // (shape.num_heads * num_keys))
     for begin in range(0, num_queries, step):
         rows = heads[:, :, begin : begin + step]
         end = begin + rows.shape[2]
         stop = num_keys - num_queries + end
-        position = torch.arange(stop, device=query.device)
-        if visible is None:
-            seen = _visible(position[stop - rows.shape[2] :], position, sliding_window, skip_newest)
+        if isinstance(visible, Span):
+            position = torch.arange(stop, device=query.device)
+            seen = _visible(position[stop - rows.shape[2] :], position, visible)
         else:
             seen = visible[begin:end, :stop]
-        probabilities, sums = _softmax(rows @ keys[..., :stop], seen, logits_soft_cap)
+        probabilities, sums = _softmax(rows @ keys[..., :stop], seen, shape.logits_soft_cap)
         result = (probabilities @ values[:, :, :stop]).permute(2, 0, 1, 3)
-        output[begin:end] = result.reshape(end - begin, num_heads, head_size).to(output.dtype)
+        output[begin:end] = result.flatten(1, 2).to(output.dtype)
         if lse is not None:
-            lse[:, begin:end] = sums.reshape(num_heads, end - begin)
+            lse[:, begin:end] = sums.flatten(0, 1)
 
 
-def merge_segments_ref(
-    outputs: tuple[torch.Tensor, torch.Tensor], lses: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor
-) -> None:
-    """Attention over the tokens of two segments from that over each, in place.
+def merge_segments_ref(first: Segment, second: Segment, output: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+    """Attention over the tokens of two segments from that over each, by log-sum-exp, in place.
 
     Args:
-        outputs: two of [num_tokens, num_heads, head_size].
-        lses: two of [num_heads, num_tokens] fp32; a row may be -inf in one or (padding) in both.
-        output: as the outputs.
+        first: a segment; a row's log-sum-exp may be -inf in one or (padding) in both. +inf counts as -inf.
+        second: another.
+        output: as the segments' outputs.
+        lse: as the segments', of both together, if wanted.
     """
-    weights = torch.softmax(torch.stack(lses), dim=0).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
-    output.copy_(weights[0] * outputs[0].float() + weights[1] * outputs[1].float())
+    sums = torch.stack([first.lse, second.lse])
+    sums = torch.where(sums.isposinf(), -torch.inf, sums)
+    weights = torch.softmax(sums, dim=0).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
+    merged = weights[0] * first.output.float() + weights[1] * second.output.float()
+    if lse is not None:
+        lse.copy_(sums.logsumexp(0))
+    output.copy_(merged)
 
 
 def _request_batches(lens: list[int]) -> list[tuple[int, int]]:
@@ -201,13 +174,11 @@ def _request_batches(lens: list[int]) -> list[tuple[int, int]]:
     return batches
 
 
-def _visible(
-    position: torch.Tensor, key_position: torch.Tensor, sliding_window: int | None, skip_newest: int
-) -> torch.Tensor:
+def _visible(position: torch.Tensor, key_position: torch.Tensor, span: Span) -> torch.Tensor:
     """[..., num_keys] bool: which keys a query at ``position`` [...] sees."""
     distance = position[..., None] - key_position
-    visible = distance >= skip_newest
-    return visible if sliding_window is None else visible & (distance < sliding_window)
+    visible = (distance >= span.skip_newest) & (key_position >= span.skip_first)
+    return visible if span.sliding_window is None else visible & (distance < span.sliding_window)
 
 
 def _softmax(scores: torch.Tensor, visible: torch.Tensor, soft_cap: float) -> tuple[torch.Tensor, torch.Tensor]:

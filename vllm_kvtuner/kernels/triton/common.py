@@ -1,4 +1,4 @@
-"""What several kernels share: the numbers inside a packed page, the key offset and the Hadamard rotation."""
+"""What several kernels share beside codes: the key offset and the Hadamard rotation."""
 
 import triton
 import triton.language as tl
@@ -7,30 +7,6 @@ import triton.language as tl
 def row_warps(head_size: int) -> int:
     """Warps of a program on whole rows of ``head_size``, the Hadamard matrix in registers included."""
     return 8 if head_size > 128 else 4
-
-
-@triton.jit
-def load_meta(pointers, mask):
-    """Scale and minimum, both fp32, of rows whose meta stands at ``pointers`` (uint32); 0 where masked out."""
-    word = tl.load(pointers, mask=mask, other=0)
-    scale = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-    return scale, minimum
-
-
-@triton.jit
-def byte_columns(HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
-    """Columns of a tile that splits into the slices a packed byte holds, each padded to a power of two.
-
-    Returns:
-        dim: int32 [columns], the dimension a column holds; column field * width + j is dimension
-            field * head_size / n + j, byte j's code number ``field``.
-        valid: bool [columns], False for padding.
-    """
-    SLICE: tl.constexpr = HEAD_SIZE * BITS // 8
-    WIDTH: tl.constexpr = triton.next_power_of_2(SLICE)
-    column = tl.arange(0, 8 // BITS * WIDTH)
-    return column // WIDTH * SLICE + column % WIDTH, column % WIDTH < SLICE
 
 
 @triton.jit

@@ -4,39 +4,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import check_cache
-from vllm_kvtuner.kernels.triton.common import byte_columns, hadamard_rows, load_meta, rotated_offset, row_warps
-from vllm_kvtuner.pages.layout import PageLayout
-from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages, check_gather
+from vllm_kvtuner.kernels.triton.codes import byte_columns, load_rows
+from vllm_kvtuner.kernels.triton.common import hadamard_rows, rotated_offset, row_warps
 
 TOKENS_PER_PROGRAM = 32
-
-
-@triton.jit
-def _load_rows(
-    chunk_ptr, offset, keep,
-    HEAD_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr,
-):  # fmt: skip
-    """Dequantized rows fp32 [rows, columns], columns as byte_columns has them, padding and rows not kept 0.
-
-    Args:
-        chunk_ptr: uint8 pointers [rows], the chunk that holds each row.
-        offset: int32 [rows], the row's place within its block.
-        keep: bool [rows].
-    """
-    ROWS: tl.constexpr = offset.shape[0]
-    FIELDS: tl.constexpr = 8 // BITS
-    WIDTH: tl.constexpr = triton.next_power_of_2(ROW_BYTES)
-    byte = tl.arange(0, WIDTH)
-    valid = keep[:, None] & (byte < ROW_BYTES)[None, :]
-    codes = tl.load(chunk_ptr[:, None] + (CODES + offset * ROW_BYTES)[:, None] + byte[None, :], mask=valid, other=0)
-    if FIELDS > 1:
-        shift = (tl.arange(0, FIELDS) * BITS).to(tl.uint8)
-        codes = (codes[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
-        codes = tl.reshape(codes, [ROWS, FIELDS * WIDTH])
-    scale, minimum = load_meta((chunk_ptr + (META + offset * 4)).to(tl.pointer_type(tl.uint32)), keep)
-    _, in_row = byte_columns(HEAD_SIZE, BITS)
-    return tl.where(in_row[None, :], codes.to(tl.float32) * scale[:, None] + minimum[:, None], 0.0)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_reqs", "search_steps", "table_stride"])
@@ -69,7 +41,7 @@ def _gather_cache_kernel(
     if tl.program_id(2) == 0:
         dim, in_row = byte_columns(HEAD_SIZE, K_BITS)
         valid = keep[:, None] & in_row[None, :]
-        x = _load_rows(chunk_ptr, offset, keep, HEAD_SIZE, K_ROW, 0, K_META, K_BITS)
+        x = load_rows(chunk_ptr, offset, keep, HEAD_SIZE, K_ROW, 0, K_META, K_BITS)
         if KEY_HADAMARD:
             x = hadamard_rows(x, dim, HEAD_SIZE)
         if equalization_ptr is not None:
@@ -84,46 +56,27 @@ def _gather_cache_kernel(
         tl.store(out, x.to(key_ptr.dtype.element_ty), mask=valid)
     else:
         dim, in_row = byte_columns(HEAD_SIZE, V_BITS)
-        x = _load_rows(chunk_ptr, offset, keep, HEAD_SIZE, V_ROW, V_CODES, V_META, V_BITS)
+        x = load_rows(chunk_ptr, offset, keep, HEAD_SIZE, V_ROW, V_CODES, V_META, V_BITS)
         if VALUE_HADAMARD:
             x = hadamard_rows(x, dim, HEAD_SIZE)
         out = value_ptr + token.to(tl.int64)[:, None] * value_stride + head * HEAD_SIZE + dim[None, :]
         tl.store(out, x.to(value_ptr.dtype.element_ty), mask=keep[:, None] & in_row[None, :])
 
 
-def gather_cache(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    seq_starts: torch.Tensor,
-    key_out: torch.Tensor,
-    value_out: torch.Tensor,
-    layout: PageLayout,
-    transforms: LayerTransforms,
-    *,
-    num_tokens: int,
-) -> None:
-    """Dequantize a slice of each request's cached tokens back to model space, in place.
-
-    As :func:`gather_cache_ref`, which has the arguments' shapes.
-    """
-    num_reqs = block_table.shape[0]
-    num_kv_heads = kv_cache.shape[1]
-    check_cache(kv_cache, layout)
-    for rows in (key_out, value_out):
-        assert rows.shape[0] >= num_tokens and rows.shape[1:] == (num_kv_heads, layout.head_size), rows.shape
-        assert rows.stride(2) == 1 and rows.stride(1) == layout.head_size, "a token's heads must be contiguous"
-    assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
-    assert cu_seq_lens.shape == (num_reqs + 1,) and cu_seq_lens.dtype == torch.int32 and cu_seq_lens.is_contiguous()
-    assert seq_starts.shape == (num_reqs,) and seq_starts.dtype == torch.int32 and seq_starts.is_contiguous()
+def gather_cache(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
+    """As :class:`vllm_kvtuner.kernels.contract.GatherCache`."""
+    check_gather(pages, tokens, key_out, value_out)
+    num_tokens = tokens.num_tokens
     if num_tokens == 0:
         return
+    kv_cache, layout, transforms = pages
+    num_reqs = tokens.block_table.shape[0]
     rotary = transforms.rotary if transforms.key_offset is not None else None
-    _gather_cache_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), num_kv_heads, 2)](
-        kv_cache, block_table, cu_seq_lens, seq_starts, key_out, value_out,
+    _gather_cache_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), pages.num_kv_heads, 2)](
+        kv_cache, tokens.block_table, tokens.cu_seq_lens, tokens.seq_starts, key_out, value_out,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
         num_tokens, num_reqs, num_reqs.bit_length(),
-        kv_cache.stride(0), kv_cache.stride(1), block_table.stride(0), key_out.stride(0), value_out.stride(0),
+        kv_cache.stride(0), kv_cache.stride(1), tokens.block_table.stride(0), key_out.stride(0), value_out.stride(0),
         HEAD_SIZE=layout.head_size, BLOCK_SIZE=layout.block_size, K_BITS=layout.k_bits, V_BITS=layout.v_bits,
         K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes, V_CODES=layout.v_codes_offset,
         K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,

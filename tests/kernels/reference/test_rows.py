@@ -1,0 +1,88 @@
+"""Store and gather in torch: what is stored comes back."""
+
+import itertools
+
+import pytest
+import torch
+
+from tests.helpers.paged_cache import empty_cache, make_layout, random_table, random_transforms, rotary_table, slots_of
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages, WindowRows
+from vllm_kvtuner.kernels.reference.rows import (
+    gather_cache_ref,
+    gather_rows_ref,
+    read_back_ref,
+    reshape_and_cache_ref,
+    store_rows_ref,
+)
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
+from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.pages.views import page_sides
+
+CPU = torch.device("cpu")
+SEQ_LENS = [37, 1, 0, 16, 130]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_rows_come_back_as_they_were_stored():
+    table, num_blocks = random_table(make_layout("K8V8", 64), SEQ_LENS, CPU)
+    kv_cache = torch.full((num_blocks, 3, 16, 128), torch.nan, dtype=torch.bfloat16)
+    key, value = torch.randn(2, sum(SEQ_LENS), 3, 64).bfloat16()
+    slots = slots_of(table, SEQ_LENS, 16)
+    store_rows_ref(key, value, WindowRows(kv_cache, slots))
+    bounds = torch.tensor([0, *itertools.accumulate(SEQ_LENS)], dtype=torch.int32)
+    keys, values = torch.empty(2, *key.shape)
+    starts = torch.zeros(len(SEQ_LENS), dtype=torch.int32)
+    gather_rows_ref(kv_cache, CachedTokens(table, bounds, starts, sum(SEQ_LENS)), keys, values)
+    assert torch.equal(keys, key.float())
+    assert torch.equal(values, value.float())
+    before = kv_cache.clone()
+    store_rows_ref(key, value, WindowRows(kv_cache, torch.full_like(slots, -1)))
+    assert torch.equal(before.nan_to_num(), kv_cache.nan_to_num())
+
+
+@pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
+def test_what_is_stored_comes_back(pair):
+    """Store, then gather, through every transform: within half a step of each row, rotated back."""
+    layout = make_layout(pair, 64)
+    rotary = rotary_table(64, False, 200, CPU)
+    transforms = random_transforms(
+        3, 64, CPU, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True
+    )
+    table, num_blocks = random_table(layout, SEQ_LENS, CPU)
+    kv_cache = empty_cache(layout, num_blocks, 3, CPU)
+    key, value = torch.randn(2, sum(SEQ_LENS), 3, 64)
+    positions = torch.cat([torch.arange(length) for length in SEQ_LENS])
+    slots = slots_of(table, SEQ_LENS, 16)
+    pages = Pages(kv_cache, layout, transforms)
+    reshape_and_cache_ref(key, value, slots, positions, pages)
+    keys, values = torch.empty_like(key), torch.empty_like(value)
+    bounds = torch.tensor([0, *itertools.accumulate(SEQ_LENS)], dtype=torch.int32)
+    starts = torch.zeros(len(SEQ_LENS), dtype=torch.int32)
+    gather_cache_ref(pages, CachedTokens(table, bounds, starts, sum(SEQ_LENS)), keys, values)
+    at_once = read_back_ref(key, value, positions, layout.pair, transforms)
+    for got, read_back in zip((keys, values), at_once, strict=True):
+        torch.testing.assert_close(read_back, got, rtol=0, atol=1e-5)
+    k_meta, v_meta = (side.meta for side in page_sides(kv_cache, layout))
+    stretch = transforms.key_equalization.max()
+    for got, want, meta, factor in ((keys, key, k_meta, stretch), (values, value, v_meta, 1.0)):
+        # Half a step in each stored number is sqrt(64) / 2 steps at most in one number rotated back.
+        step = meta[slots // 16, :, slots % 16, 0].float().max()
+        assert (got - want).abs().max() <= 4.2 * factor * step
+        assert (got - want).square().mean().sqrt() <= 0.35 * factor * step
+
+
+def test_empty_slots_store_nothing():
+    layout = make_layout("K4V4", 64)
+    kv_cache = empty_cache(layout, 2, 1, CPU)
+    before = kv_cache.clone()
+    rows = torch.randn(3, 1, 64)
+    pages = Pages(kv_cache, layout, LayerTransforms())
+    reshape_and_cache_ref(rows, rows, torch.tensor([-1, -1]), None, pages)
+    assert torch.equal(kv_cache, before)
+    reshape_and_cache_ref(rows, rows, torch.tensor([-1, 20]), None, pages)
+    changed = (kv_cache != before).any(-1).nonzero()
+    assert set(changed[:, 0].tolist()) == {1}, "slot 20 lies in block 1"
