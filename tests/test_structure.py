@@ -22,31 +22,16 @@ MAX_PARAMETERS = 8
 WIDE = {
     "vllm_kvtuner/attention/impl.py KVTunerImpl.__init__": "vLLM's AttentionImpl",
     "vllm_kvtuner/attention/impl.py KVTunerImpl.forward": "vLLM's AttentionImpl",
-    "vllm_kvtuner/attention/switchable.py SwitchableImpl.forward": "vLLM's AttentionImpl",
     "vllm_kvtuner/blocks/window_manager.py RecentManager.find_longest_cache_hit": "vLLM's SingleTypeKVCacheManager",
 }
 """Functions with more parameters, whose signatures others dictate."""
 
 # TODO: empty, once records have replaced these lists.
 STILL_WIDE = {
-    "tools/bench/closed_loop.py measure_throughput",
-    "tools/engines/calibration.py CalibrationEngine.__init__",
-    "vllm_kvtuner/attention/prefill.py GpuPrefill.__call__",
-    "vllm_kvtuner/attention/prefill_plan.py _SliceMaker._slice",
-    "vllm_kvtuner/attention/prefill_plan.py plan",
     "vllm_kvtuner/kernels/cuda/gather_cache.py gather_cache",
     "vllm_kvtuner/kernels/cuda/paged_attention.py _build",
     "vllm_kvtuner/kernels/cuda/paged_attention.py _defines",
     "vllm_kvtuner/kernels/cuda/paged_attention.py paged_attention",
-    "vllm_kvtuner/kernels/layer.py LayerKernels.__init__",
-    "vllm_kvtuner/kernels/layer.py LayerKernels.attend",
-    "vllm_kvtuner/kernels/reference/attention.py attention_ref",
-    "vllm_kvtuner/kernels/reference/attention.py paged_attention_ref",
-    "vllm_kvtuner/kernels/reference/rows.py gather_cache_ref",
-    "vllm_kvtuner/kernels/reference/window_attention.py recent_attention_ref",
-    "vllm_kvtuner/kernels/triton/gather_cache.py gather_cache",
-    "vllm_kvtuner/kernels/triton/paged_attention.py paged_attention",
-    "vllm_kvtuner/kernels/triton/window_attention.py recent_attention",
 }
 
 WITHOUT_VLLM = "the module is imported where neither torch nor vLLM may be installed"
@@ -54,6 +39,7 @@ EXTRAS = "what it imports needs an extra, which whoever asks for help or results
 LATE_IMPORTS = {
     "vllm_kvtuner/plugin.py register": "vLLM imports the module in every process, wanted or not",
     "vllm_kvtuner/compat/__init__.py apply": WITHOUT_VLLM,
+    "tools/bench/kernel.py run": WITHOUT_VLLM,
     "tools/calibration/commands.py _run": EXTRAS,
     "tools/calibration/commands.py _search": EXTRAS,
     "tools/doctor.py _choices": WITHOUT_VLLM,
@@ -64,26 +50,13 @@ LATE_IMPORTS = {
 
 # TODO: empty, once these are at the top of their files.
 STILL_LATE = {
-    "tools/bench/kernel_points.py run",
-    "tools/bench/kernels/packed.py decode_kernels",
-    "tools/calibration/commands.py _calibrate",
-    "tools/calibration/pipeline.py Calibration.capture",
-    "tools/calibration/pipeline.py Calibration.sensitivity",
-    "tools/calibration/pipeline.py _Engine.__init__",
-    "tools/engines/capture.py _install",
-    "tools/machine.py kernel_cache",
-    "tools/profile_commands.py resolve",
-    "tools/settings.py cache_bits",
-    "tools/settings.py profile_sha256",
-    "vllm_kvtuner/attention/window_kernels.py RecentKernels._merge",
-    "vllm_kvtuner/attention/window_kernels.py RecentKernels.rows",
     "vllm_kvtuner/kernels/choice.py choose_decode.unsupported",
     "vllm_kvtuner/kernels/choice.py choose_rows.unsupported",
-    "vllm_kvtuner/kernels/layer.py _cuda_workspace",
-    "vllm_kvtuner/kernels/layer.py _decode_module",
-    "vllm_kvtuner/kernels/layer.py _row_kernels",
-    "vllm_kvtuner/kernels/layer.py _rows_of",
-    "vllm_kvtuner/kernels/layer.py _triton_workspace",
+    "vllm_kvtuner/kernels/gpu.py _cuda_workspace",
+    "vllm_kvtuner/kernels/gpu.py _decode_module",
+    "vllm_kvtuner/kernels/gpu.py _row_kernels",
+    "vllm_kvtuner/kernels/gpu.py _triton_workspace",
+    "vllm_kvtuner/kernels/gpu.py _window_attention",
 }
 
 structure = cache(read_structure)
@@ -159,12 +132,7 @@ def test_rooms_know_only_what_lies_below():
 
 
 def test_no_module_imports_itself_by_others():
-    # TODO: none, once bench's kernels are apart from vLLM's, and points from their measurement.
-    known = {
-        ("kvtuner_tools.bench.kernel_measure", "kvtuner_tools.bench.kernel_points"),
-        ("kvtuner_tools.bench.kernels.packed", "kvtuner_tools.bench.kernels.vllm"),
-    }
-    assert set(structure().circles) <= known
+    assert structure().circles == ()
 
 
 def test_the_picture_of_the_rooms_is_the_newest():

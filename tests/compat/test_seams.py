@@ -113,7 +113,7 @@ def test_every_step_of_apply_is_a_seam():
 
 def test_every_private_name_of_vllms_is_a_seam():
     """Private names that the package uses and does not define itself."""
-    used, defined = set(), set()
+    used, defined = set(), {"_replace"}  # of a NamedTuple
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

@@ -1,24 +1,12 @@
-"""What the tools' modules import: no circles, and nothing heavy for light commands."""
+"""What light commands import: nothing heavy. tests/test_structure.py looks for circles."""
 
 import subprocess
 import sys
-from graphlib import CycleError, TopologicalSorter
 
-import grimp
 import pytest
 
 HEAVY = ("lm_eval", "optuna", "torch", "transformers", "vllm")
 """Packages that take seconds to import, or that are an extra."""
-
-
-def test_no_module_imports_itself_by_way_of_others():
-    """Imports inside functions and those for type checkers included."""
-    graph = grimp.build_graph("kvtuner_tools")
-    imports = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
-    try:
-        TopologicalSorter(imports).prepare()
-    except CycleError as error:
-        pytest.fail(f"a circle: {' <- '.join(error.args[1])}")
 
 
 @pytest.mark.parametrize(
