@@ -3,14 +3,20 @@ DOCS_VENV ?= .venv-docs
 SERVE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: serve test lint docs clean
+.PHONY: serve check test test-gpu lint docs clean
 
 serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9000" and the like go to `kvtuner demo`
 	@tools/setup_env.sh $(VENV)
 	@$(VENV)/bin/kvtuner demo $(SERVE_ARGS)
 
-test: lint  ## All CPU tests; TEST_ARGS="-m gpu" runs the GPU's
+check: lint  ## In under a minute on two cores: linters, types, and the quick tests, which start no engine
+	$(VENV)/bin/python -m pytest -q -n 2 -m "not gpu and not engine and not slow" $(TEST_ARGS)
+
+test: lint  ## All CPU tests, which is what CI runs; TEST_ARGS="tests/profile -k layers" runs some
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
+
+test-gpu: lint  ## All tests that need an NVIDIA GPU
+	$(VENV)/bin/python -m pytest -m gpu $(TEST_ARGS)
 
 .PHONY: tables
 tables:  ## Tables, figures and pictures of the documentation, from docs/benchmarks/data

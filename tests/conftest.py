@@ -1,6 +1,8 @@
 """Switches and fixtures that tests of several folders share."""
 
 import os
+from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,12 +11,28 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before anything that imports it
 
 
+ENGINE_FOLDERS = ("e2e", "serving")
+"""All of their tests start engines or servers; others that do are marked where they stand."""
+
+
+# Before pytest's own, which deselects by marker.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    here = Path(__file__).parent
+    cases = defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu"):
+        if item.path.relative_to(here).parts[0] in ENGINE_FOLDERS:
+            item.add_marker(pytest.mark.engine)
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+        if item.get_closest_marker("quick"):
+            cases[item.nodeid.partition("[")[0]].append(item)
+    for same in cases.values():
+        (count,) = same[0].get_closest_marker("quick").args
+        kept = {index * len(same) // count for index in range(count)}
+        for index, item in enumerate(same):
+            if index not in kept:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from tests.helpers.engine import cpu_only
 from tests.soak import REQUESTS
 
-pytestmark = cpu_only
+pytestmark = [cpu_only, pytest.mark.engine]
 
 ROUNDS = 3
 

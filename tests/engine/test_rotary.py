@@ -97,6 +97,7 @@ def test_other_rotations_are_rejected(change):
     assert linear_rotary(change(table), True, CPU) is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("head_size", "rotary_dim", "is_neox", "count"),
     [(64, 64, True, 32), (64, 64, False, 8), (96, 48, True, 5), (64, 16, False, 1)],

@@ -294,12 +294,14 @@ def test_a_kernel_that_cannot_be_had_is_a_problem(monkeypatch):
 # The self-test
 
 
+@pytest.mark.quick(4)
 @pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
 @pytest.mark.parametrize("transforms", [TransformSettings(), ALL], ids=["plain", "all transforms"])
 def test_the_reference_passes(pair, transforms):
     assert self_test.measure(self_test.Case(pair, 64, transforms), CPU).passed
 
 
+@pytest.mark.slow
 @cpu_only
 def test_the_kernels_pass_interpreted(monkeypatch):
     """The path of a GPU, with the portable kernels."""
@@ -358,6 +360,7 @@ def write_nothing(*_):
 STORE, GATHER, ATTEND = ReferenceKernels.store, ReferenceKernels.gather, ReferenceKernels.attend
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("method", "broken", "seen"),
     [

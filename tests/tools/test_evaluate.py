@@ -327,6 +327,7 @@ def test_run_without_anything_to_evaluate_is_refused() -> None:
         evaluate.run(parser.parse_args(["model", "--data", "text.txt"]))
 
 
+@pytest.mark.engine
 def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The whole command: auto against itself in chunks, a profile, a task; perplexity as transformers has it."""
     model = make_tiny_model(tmp_path / "model")

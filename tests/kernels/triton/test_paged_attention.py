@@ -70,6 +70,7 @@ def check(
     return got
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
 def test_every_pair(index, device):
     layout = make_layout(QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 128, 48)[index % 4])
@@ -84,6 +85,7 @@ def test_every_head_size(pair, head_size, device):
     check(random_cache(make_layout(pair, head_size), [33, 80], 1, device), 2)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("block_n", [16, 32, 64, 128])
 @pytest.mark.parametrize("block_size", [16, 64, 80, 256])
 def test_tiles_and_blocks_of_any_ratio(block_n, block_size, device):
@@ -91,18 +93,21 @@ def test_tiles_and_blocks_of_any_ratio(block_n, block_size, device):
     check(cache, 2, config=DecodeConfig(8, block_n, 2, 1, 2))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 20])
 def test_splits_even_more_than_tiles(num_splits, device):
     cache = random_cache(make_layout("K8V4", 64), [70, 1, 17], 2, device)
     check(cache, 2, config=DecodeConfig(8, 16, num_splits, 1, 2))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("block_m", [8, 16, 32])
 def test_more_heads_than_a_program_holds(block_m, device):
     cache = random_cache(make_layout("K4V4", 64), [40, 7], 1, device)
     check(cache, 71, torch.bfloat16, config=DecodeConfig(block_m, 32, 2, 1, 2))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("window", [None, 1, 9, 64], ids=["full", "window1", "window9", "window64"])
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [5, 1, 16, 2]], ids=["one_query", "several_queries"])
@@ -111,6 +116,7 @@ def test_masks(query_lens, window, soft_cap, device):
     check(cache, 3, query_lens=query_lens, sliding_window=window, logits_soft_cap=soft_cap)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize(
     ("window", "skip", "first"),
@@ -140,12 +146,14 @@ def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, 
     assert not got[-1].any() and (got_lse[:, -1] == -torch.inf).all(), "rows beyond the last query"
 
 
+@pytest.mark.slow
 def test_many_counts_of_queries(device):
     query_lens = [1, 2, 3, 7, 8, 9, 15, 16]
     cache = random_cache(make_layout("K8V2", 64), [30 + 3 * length for length in query_lens], 1, device)
     check(cache, 4, torch.float16, query_lens=query_lens, config=DecodeConfig(32, 32, 2, 1, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group", [1, 4])
 def test_short_prefills_among_decodes(group, device):
     cache = random_cache(make_layout("K4V2", 64), [70, 40, 129, 16, 1], 2, device)
@@ -191,6 +199,7 @@ def test_a_window_reads_no_tile_outside(device):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("spread", [1e-6, 1e-4, 300.0, 9000.0])
 @pytest.mark.parametrize("pair", ["K4V2", "K4V8"])
 def test_value_scales_of_any_size(pair, spread, device):
@@ -222,6 +231,7 @@ def test_rounding_of_probabilities_cancels(block_n, device):
     check(cache, 4, tolerance=limit / largest_value(cache), config=DecodeConfig(8, block_n, 2, 1, 2))
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("query_lens", [[1, 1], [4, 2]], ids=["one_query", "several_queries"])
 @pytest.mark.parametrize(
     ("head_size", "rotary_dim", "is_neox", "dtype"),
@@ -257,6 +267,7 @@ def test_a_constant_offset_counts_under_a_soft_cap(device):
     check(cache, 4, transforms=transforms, logits_soft_cap=3.0, tolerance=2e-3)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("pair", "head_size"), [("K8V8", 64), ("K2V4", 96), ("K4V2", 128), ("K2V2", 256), ("K8V2", 96)]
 )

@@ -206,6 +206,7 @@ def _real(model: Path, lines: Path) -> tuple[dict, dict]:
 
 
 @cpu_only
+@pytest.mark.engine
 def test_a_real_engine(tmp_path):
     model = make_tiny_model(tmp_path / "llama", "llama")
     with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:

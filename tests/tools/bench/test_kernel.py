@@ -142,6 +142,7 @@ def test_float64_attention_is_the_reference(device):
     torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("query_tokens", [1, 3])
 @pytest.mark.parametrize("transforms", TRANSFORMS)
 def test_error_of_the_triton_kernel(transforms, query_tokens, device):
@@ -293,6 +294,7 @@ def test_entries(device, fixed_time):
     json.dumps([decode, layer, store, gather], allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("query_tokens", [1, 3])
 def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(query_tokens, device, fixed_time, monkeypatch):
     """In every copy of the cache, the newest tokens and no others, before attention."""
@@ -364,6 +366,7 @@ def test_what_a_kernel_says_it_does_not_serve_is_no_failure(device, fixed_time, 
     assert (entry["failure"], entry["unsupported"]) == (None, "head_size 64 is too small")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_errors_are_found_in_other_processes(device, fixed_time):
     """Here a failure, which costs the kernel its entries and no other kernel anything."""

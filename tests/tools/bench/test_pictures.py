@@ -96,6 +96,7 @@ def bars(axis) -> dict[str, float]:
     return found
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 @pytest.mark.parametrize("result", [kernel_result(), serve_result()], ids=["kernel", "serve"])
 def test_written_whole(result, suffix, start, tmp_path):

@@ -17,7 +17,7 @@ from tests.helpers.engine import cpu_only, fork_server
 from tests.helpers.tiny_model import SLIDING_WINDOW, WEIGHT_STD, make_tiny_model, make_tokenizer
 from vllm_kvtuner.profile.problems import ProfileError
 
-pytestmark = cpu_only
+pytestmark = [cpu_only, pytest.mark.engine]
 
 TEXT = "".join(f"Line {number} of the text says what line {number * 7 % 100} does not. " for number in range(60))
 NUM_TOKENS = 160

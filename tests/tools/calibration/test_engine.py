@@ -15,6 +15,8 @@ from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.profile import TransformSettings
 
+pytestmark = pytest.mark.engine
+
 LAYERS = 4
 ROTATED = TransformSettings(key_hadamard=True, value_hadamard=True, range_search=True)
 

@@ -10,7 +10,7 @@ from kvtuner_tools.calibration.sensitivity import measure_sensitivity
 from kvtuner_tools.calibration.transform_choice import choose_transforms
 from tests.helpers.tiny_model import make_tiny_model
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.engine, pytest.mark.gpu]
 
 TOKENS, CONTEXT = 600, 256
 BF16_ERROR = 0.02

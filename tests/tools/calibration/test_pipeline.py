@@ -102,6 +102,7 @@ def test_profile_round_trip(finished):
     assert provenance["stored_bits"] == pytest.approx(result.chosen.stored_bits, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_nothing_runs_twice(finished, monkeypatch, tmp_path):
     out, table, evaluators = finished
     before = {path.name: path.read_bytes() for path in out.iterdir() if path.name.startswith(("profile", "heldout"))}
@@ -118,6 +119,7 @@ def test_nothing_runs_twice(finished, monkeypatch, tmp_path):
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
+@pytest.mark.slow
 def test_changed_inputs_run_again(finished, monkeypatch, tmp_path):
     _, table, _ = finished
     evaluators = []
@@ -352,6 +354,7 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert "must be the output folder of kvtuner capture or kvtuner calibrate" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["before", "after"])
 def test_an_export_that_is_killed_ends_as_an_undisturbed_one(finished, tmp_path, monkeypatch, step):
     """Killed at a renaming, run again and killed at a later one, until it is done."""
@@ -441,6 +444,7 @@ def test_memory_budget_reaches_the_search(tmp_path, monkeypatch):
     assert result.budget == f"at most 4.250 stored bits (3.750 nominal): {where}"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("sink_tokens", "blocks"), [(0, 3), (4, 4), (16, 4)])
 def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatch, sink_tokens, blocks):
     """And takes its share of a budget given as memory: three blocks of 16 tokens hold 20 wherever they lie, and one its

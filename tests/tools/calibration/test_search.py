@@ -75,6 +75,7 @@ def searched(plan, trials=TRIALS, storage=None, evaluator=None, table=TABLE):
     return study, evaluator
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
 @pytest.mark.parametrize("max_bits", [3.5, 4.0, 5.25])
 def test_never_worse_than_its_seeds_and_within_the_budget(sampler, max_bits):
@@ -196,6 +197,7 @@ def _killed_after(writes, url, plan, trials, table):
     searched(plan, trials, storage, table=table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sampler", "writes"), [("nsga2", 31), ("nsga2", 60), ("tpe", 53)])
 def test_killed_and_resumed_equals_undisturbed(tmp_path, monkeypatch, sampler, writes):
     monkeypatch.setattr(sampling, "POPULATION", 8)  # more generations in few trials
@@ -240,6 +242,7 @@ def test_interrupted_trial_is_put_back():
     assert history(study) == history(undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The constraint value is ignored")  # of a trial that two workers took (SQLite)
 def test_several_workers_share_the_trials(tmp_path, monkeypatch):
     monkeypatch.setattr(search_module, "_POLL_SECONDS", 0.05)
