@@ -30,7 +30,7 @@ from vllm_kvtuner.kernels.triton.codes import (
 )
 from vllm_kvtuner.kernels.triton.common import hadamard_rows, row_warps
 from vllm_kvtuner.kernels.triton.fold_query import ROW_CONSTANTS, fold_query, folded_size
-from vllm_kvtuner.kernels.triton.merge import finite_reference, normalized, weighted_segment
+from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config, num_multiprocessors
 
 MIN_PARTIAL_ROWS = 1 << 15
@@ -316,13 +316,13 @@ def _combine_kernel(
         present = used[:, None] & (begin + step < num_splits)[None, :]
         split = first[:, None] + (begin + step)[None, :]
         lse = tl.load(lse_ptr + split, mask=present, other=float("-inf"))
+        weight = segment_weight(lse, top[:, None])
+        total += tl.sum(weight, 1)
         # A split that saw nothing wrote no output.
         wanted = (lse > float("-inf"))[:, :, None] & (dim < HEAD_SIZE)[None, None, :]
         part = tl.load(partial_ptr + split[:, :, None] * HEAD_SIZE + dim[None, None, :], mask=wanted, other=0.0)
-        part_total, part_output = weighted_segment(lse, 1.0, part, top[:, None], AXIS=2)
-        total += tl.sum(part_total, 1)
-        output += tl.sum(part_output, 1)
-    output = normalized(output, total, AXIS=1)
+        output += tl.sum(part * weight[:, :, None], 1)
+    output = output / divisor(total)[:, None]
     if HAS_LSE:
         # From base 2.
         sums = (top + tl.log2(total)) * 0.6931471805599453

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Queries, Span, check_attention
-from vllm_kvtuner.kernels.triton.merge import finite_reference, normalized, weighted_segment
+from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 
 BLOCK_N = 32
 """Tokens of a tile: a window of 64 tokens is two."""
@@ -128,9 +128,9 @@ def _window_attention_kernel(
     packed = tl.load(target, mask=in_row, other=0.0)
     # Rows of padding see nothing in either.
     reference = finite_reference(tl.maximum(top, older))
-    total, output = weighted_segment(top, total, output, reference, AXIS=0)
-    older_total, older_output = weighted_segment(older, 1.0, packed.to(tl.float32), reference, AXIS=0)
-    merged = normalized(output + older_output, total + older_total, AXIS=0)
+    weight, older_weight = segment_weight(top, reference), segment_weight(older, reference)
+    total = divisor(total * weight + older_weight)
+    merged = (output * weight[None, :] + packed.to(tl.float32) * older_weight[None, :]) / total[None, :]
     tl.store(target, merged.to(output_ptr.dtype.element_ty), mask=in_row)
 
 
