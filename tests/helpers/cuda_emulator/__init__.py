@@ -18,8 +18,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_kvtuner.kernels.cuda import build as cuda_build
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda.build import Source
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
 COMPILER = shutil.which("g++")
@@ -73,9 +73,9 @@ def available() -> str | None:
     return None
 
 
-def emulated_source(stem: str) -> str:
+def emulated_source(source: Source) -> str:
     """The kernel's source with the bodies of :data:`BODIES` and without inline PTX."""
-    text = cuda_build.source(stem)
+    text = source.text()
     for name, body in BODIES.items():
         match = re.search(rf"__forceinline__ [\w ]*\b{re.escape(name)}[^{{]*\{{", text)
         assert match, f"device.cuh has no function {name}...)"
@@ -88,26 +88,24 @@ def emulated_source(stem: str) -> str:
 
 
 @functools.cache
-def _library(stem: str, defines: tuple[tuple[str, int], ...], shared_bytes: int) -> ctypes.CDLL:
-    source = emulated_source(stem)
-    signature = re.search(rf'extern "C" __global__.*?\b{stem}\(([^)]*)\)', source[source.rindex('extern "C"') :], re.S)
-    parameters = [" ".join(parameter.split()) for parameter in signature[1].split(",")]
-    names = [re.findall(r"\w+", parameter)[-1] for parameter in parameters]
-    statics = "\n".join("static " + re.sub(r"(\w+)$", r"arg_\1", parameter) + ";" for parameter in parameters)
-    arguments = ", ".join(f"arg_{name}" for name in names)
+def _library(source: Source, shared_bytes: int) -> ctypes.CDLL:
+    kernel = emulated_source(source)
+    names = re.search(r"^#define ARGUMENT_NAMES (.*)$", kernel, re.M)
+    assert names, "a kernel's arguments are generated"
+    given = ", ".join(f"given.{name}" for name in names[1].split(", "))
     text = "\n".join(
         [
             f'#include "{HEADER}"',
             f"alignas(128) static unsigned char memory[{max(shared_bytes, 16)}];",
-            *(f"#define {name} {value}" for name, value in defines),
-            source,
-            statics,
-            f'extern "C" void emulate(unsigned ctas, int threads, {", ".join(parameters)}) {{',
-            *(f"arg_{name} = {name};" for name in names),
+            *(f"#define {name} {value}" for name, value in source.macros),
+            kernel,
+            "static Arguments given;",
+            'extern "C" void emulate(unsigned ctas, int threads, const Arguments* arguments) {',
+            "given = *arguments;",
             "for (unsigned cta = 0; cta < ctas; cta++) {",
             # As a CTA finds it: what an earlier one may have left there.
             "std::fill_n((int*)memory, sizeof(memory) / 4, 1);",
-            f"run_cta(cta, ctas, threads, [] {{ {stem}({arguments}); }});",
+            f"run_cta(cta, ctas, threads, [] {{ {source.stem}({given}); }});",
             "}",
             "}",
         ]
@@ -130,20 +128,19 @@ class EmulatedKernel:
 
     max_ctas = CTAS
 
-    def __init__(self, stem: str, defines: tuple[tuple[str, int], ...], block: int, shared_bytes: int) -> None:
-        self._function = _library(stem, defines, shared_bytes).emulate
+    def __init__(self, source: Source, block: int, shared_bytes: int) -> None:
+        self._function = _library(source, shared_bytes).emulate
         self._block = block
 
-    def launch(self, grid: int, *arguments: object, dependent: bool = False) -> None:
-        values = [ctypes.c_uint64(value) if isinstance(value, int) else value for value in arguments]
-        self._function(ctypes.c_uint(grid), ctypes.c_int(self._block), *values)
+    def launch(self, grid: int, arguments: ctypes.Structure, dependent: bool = False) -> None:
+        self._function(ctypes.c_uint(grid), ctypes.c_int(self._block), ctypes.byref(arguments))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the emulated kernels under the launchers, on tensors in the CPU's memory."""
 
-    def build(stem, defines, block, shared_bytes, device):
-        return EmulatedKernel(stem, defines, block, shared_bytes)
+    def build(source: Source, block: int, shared_bytes: int, device: torch.device) -> EmulatedKernel:
+        return EmulatedKernel(source, block, shared_bytes)
 
     for launcher in (gather_cache, paged_attention, reshape_and_cache):
         monkeypatch.setattr(launcher, "build", build)

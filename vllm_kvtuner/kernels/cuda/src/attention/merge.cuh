@@ -161,8 +161,8 @@ __device__ __forceinline__ void announce_part(const Arguments& a, Shared& shared
     int arrived = 0;
     if (lane == 0) arrived = arrive(arrivals);
     // While it is on its way.
-    const int first = shares.owner(cursor.begin + a.visit);
-    const int last = shares.owner(cursor.begin + a.visit + request.stages - 1);
+    const int first = shares.owner(cursor.begin + shares.visit);
+    const int last = shares.owner(cursor.begin + shares.visit + request.stages - 1);
     if (lane == 0) {
       shared.parts.first = first;
       shared.parts.last = last;

@@ -152,7 +152,7 @@ struct ValueBytes {
 
   static __device__ __forceinline__ const u8* value_row(const u8* stage, int group, int token) {
     const int place = group * 16;
-    return stage + place / PIECE_TOKENS * PIECE_BYTES + V_CODES + (place % PIECE_TOKENS + token) * V_ROW;
+    return stage + place / PIECE_TOKENS * Piece::BYTES + Piece::V_CODES + (place % PIECE_TOKENS + token) * V_ROW;
   }
 };
 

@@ -51,15 +51,15 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
     const int place = group * 16;
-    const u8* piece = stage + place / PIECE_TOKENS * PIECE_BYTES;
+    const u8* piece = stage + place / PIECE_TOKENS * Piece::BYTES;
     const int within = place % PIECE_TOKENS;
     int dots[TILES][2];
     key_products(piece + within * K_ROW, rows, lane, dots);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = token_of_row(g) + 8 * half;
-      const float2 k_meta = unpack_fp16(*(const u32*)(piece + K_META + (within + row) * 4));
-      const float2 v_meta = unpack_fp16(*(const u32*)(piece + V_META + (within + row) * 4));
+      const float2 k_meta = unpack_fp16(*(const u32*)(piece + Piece::K_META + (within + row) * Piece::META_ROW));
+      const float2 v_meta = unpack_fp16(*(const u32*)(piece + Piece::V_META + (within + row) * Piece::META_ROW));
       scale[group][half] = v_meta.x;
       minimum[group][half] = v_meta.y;
 #pragma unroll
