@@ -24,6 +24,7 @@ from tests.helpers.decode_cases import (
     values_near_the_middle,
 )
 from tests.helpers.paged_cache import make_layout, random_cache, random_transforms, rotary_table
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.triton.paged_attention import decode_workspace, decode_workspace_bytes, paged_attention
 from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config
@@ -360,17 +361,18 @@ def test_offsets_beyond_32_bits(device):
 @pytest.mark.parametrize("max_query_len", [1, 4])
 def test_a_cuda_graph_replays_what_eager_computes(max_query_len, device):
     """Captured once; then lengths, blocks, queries and bytes change, some requests become padding."""
-    batch = GraphBatch(make_layout("K4V2", 128), max_query_len, device)
+    layout = make_layout("K4V2", 128)
+    batch = GraphBatch(layout, max_query_len, device)
     rotary = rotary_table(128, True, batch.MAX_POSITION, device)
     transforms = random_transforms(
         8, 128, device, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True
     )
-    workspace = decode_workspace(batch.query.shape[0], batch.NUM_HEADS, 128, device)
+    launch = Launch(decode_workspace(batch.query.shape[0], batch.NUM_HEADS, 128, device))
+    queries = Queries(batch.block_table, batch.seq_lens, batch.query_start_loc, max_query_len)
+    pages = Pages(batch.kv_cache, layout, transforms)
+    shape = AttentionShape(batch.NUM_HEADS, batch.NUM_KV_HEADS, 128, 128**-0.5)
 
     def run():
-        paged_attention(
-            batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, max_query_len,
-            128**-0.5, make_layout("K4V2", 128), transforms, batch.output, workspace=workspace,
-        )  # fmt: skip
+        paged_attention(batch.query, queries, pages, shape, Span(), batch.output, launch=launch)
 
     batch.check_replay(run)

@@ -126,6 +126,18 @@ def load_meta(pointers, mask):
     return scale, minimum
 
 
+@triton.constexpr_function
+def num_slices(bits):
+    """Slices of a row: codes of a 16-bit word."""
+    return 16 // bits
+
+
+@triton.constexpr_function
+def slice_width(row_bytes):
+    """Words of a slice, padding included: as many as a product of matrices takes at least."""
+    return max(triton.next_power_of_2(row_bytes // 2), 16)
+
+
 @triton.jit
 def slice_dim(index, word, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
     """The dimension that slice ``index`` holds at ``word``."""

@@ -1,8 +1,4 @@
-"""Fold queries into the frame of the stored keys, in the order of their packed codes.
-
-A 16-bit word of a packed row holds 16 / bits codes. Slice i of a row is code i of every word (bits i * bits and up):
-word w of slice i is dimension 2 w + i // n + (i % n) head_size / n, with n = 8 / bits codes per byte.
-"""
+"""Fold queries into the frame of the stored keys, in the order of their packed codes: slice by slice (codes.py)."""
 
 import math
 
@@ -10,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvtuner.kernels.contract import AttentionShape
+from vllm_kvtuner.kernels.triton.codes import num_slices, slice_dim, slice_shift, slice_width
 from vllm_kvtuner.kernels.triton.common import fp16_unit, hadamard_rows, row_warps
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -23,20 +21,6 @@ ROWS_PER_PROGRAM = 16
 def folded_size(head_size: int) -> int:
     """Numbers of a folded query row, padding of the slices included: at most 8 slices of at least 16."""
     return max(MIN_FOLDED_SIZE, triton.next_power_of_2(head_size))
-
-
-@triton.jit
-def slice_dim(index, word, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
-    """The dimension that slice ``index`` holds at ``word``."""
-    FIELDS: tl.constexpr = 8 // BITS
-    return 2 * word + index // FIELDS + index % FIELDS * (HEAD_SIZE // FIELDS)
-
-
-@triton.jit
-def slice_shift(index, BITS: tl.constexpr):
-    """The bit at which paged_attention leaves the codes of slice ``index``: their value is code * 2^(shift - 24)."""
-    low = index * BITS
-    return tl.where(low + BITS <= 10, low, low - 8)
 
 
 @triton.jit
@@ -61,13 +45,13 @@ def _fold_query_kernel(
     dot being the product of the folded row with the codes as subnormals.
     """
     WORDS: tl.constexpr = HEAD_SIZE * BITS // 16
-    WIDTH: tl.constexpr = triton.next_power_of_2(WORDS) if WORDS > 16 else 16
+    WIDTH: tl.constexpr = slice_width(2 * WORDS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = row < num_rows
     head = row % NUM_HEADS
     source = query_ptr + (row // NUM_HEADS).to(tl.int64) * token_stride + head * HEAD_SIZE
     statics = head // GROUP * HEAD_SIZE
-    column = tl.arange(0, 16 // BITS * WIDTH)
+    column = tl.arange(0, num_slices(BITS) * WIDTH)
     dim = slice_dim(column // WIDTH, column % WIDTH, HEAD_SIZE, BITS)
     in_row = column % WIDTH < WORDS
     valid = keep[:, None] & in_row[None, :]
@@ -113,8 +97,7 @@ def _fold_query_kernel(
 
 def fold_query(
     query: torch.Tensor,
-    num_kv_heads: int,
-    scale: float,
+    shape: AttentionShape,
     layout: PageLayout,
     transforms: LayerTransforms,
     folded: torch.Tensor,
@@ -125,20 +108,21 @@ def fold_query(
 
     Args:
         query: [num_tokens, num_heads, head_size], a token's heads contiguous.
-        scale: factor on the logits.
+        shape: of the layer.
+        layout: of its pages.
+        transforms: of its keys.
         folded: [>= num_tokens * num_heads, folded_size(head_size)] fp16, each slice padded with zeros to at least 16.
         constants: [>= num_tokens * num_heads, ROW_CONSTANTS] fp32.
         coefficients: [>= num_tokens * num_heads * 2 * rotary_dim] fp16 or bf16: each row's factors on the cosines and
             sines of a position, in two terms; unwritten without a key offset.
     """
-    num_tokens, num_heads, head_size = query.shape
-    num_rows = num_tokens * num_heads
+    num_rows = query.shape[0] * shape.num_heads
     rotary = transforms.rotary if transforms.key_offset is not None else None
     _fold_query_kernel[(triton.cdiv(num_rows, ROWS_PER_PROGRAM),)](
         query, transforms.key_equalization, transforms.key_offset, folded, constants, coefficients,
-        num_rows, scale * math.log2(math.e), query.stride(0),
-        NUM_HEADS=num_heads, GROUP=num_heads // num_kv_heads, HEAD_SIZE=head_size, BITS=layout.k_bits,
+        num_rows, shape.scale * math.log2(math.e), query.stride(0),
+        NUM_HEADS=shape.num_heads, GROUP=shape.group, HEAD_SIZE=shape.head_size, BITS=layout.k_bits,
         FOLDED_SIZE=folded.shape[1], HADAMARD=transforms.key_hadamard,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
-        ROWS=ROWS_PER_PROGRAM, num_warps=row_warps(head_size),
+        ROWS=ROWS_PER_PROGRAM, num_warps=row_warps(shape.head_size),
     )  # fmt: skip

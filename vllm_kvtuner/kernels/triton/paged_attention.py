@@ -17,17 +17,21 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import check_cache
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, load_meta, row_warps
-from vllm_kvtuner.kernels.triton.fold_query import ROW_CONSTANTS, fold_query, folded_size, slice_dim, slice_shift
-from vllm_kvtuner.kernels.triton.paged_attention_config import (
-    MAX_QUERY_LEN,
-    DecodeConfig,
-    decode_config,
-    num_multiprocessors,
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.kernels.triton.codes import (
+    code_slice,
+    load_meta,
+    num_slices,
+    pair_columns,
+    slice_dim,
+    slice_shift,
+    slice_width,
 )
-from vllm_kvtuner.pages.layout import PageLayout
-from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.kernels.triton.common import hadamard_rows, row_warps
+from vllm_kvtuner.kernels.triton.fold_query import ROW_CONSTANTS, fold_query, folded_size
+from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
+from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config, num_multiprocessors
 
 MIN_PARTIAL_ROWS = 1 << 15
 """(token, head, split) rows a workspace holds at least, so that small batches split finely."""
@@ -81,30 +85,6 @@ def decode_workspace_bytes(max_num_tokens: int, num_heads: int, head_size: int) 
 
 
 @triton.jit
-def _slice(words, INDEX: tl.constexpr, BITS: tl.constexpr):
-    """Slice INDEX as fp16 subnormals [rows, 2 columns] of uint32 ``words`` [rows, columns], two 16-bit words in each.
-
-    Both 16-bit words are masked by one 32-bit operation. A code must end up within fp16's ten mantissa bits.
-    """
-    LOW: tl.constexpr = INDEX * BITS
-    ONES: tl.constexpr = 0x10001 * ((1 << BITS) - 1)
-    if LOW + BITS <= 10:
-        codes = words & (ONES << LOW)
-    else:
-        codes = (words >> 8) & (ONES << (LOW - 8))
-    even = codes.to(tl.uint16).to(tl.float16, bitcast=True)
-    odd = (codes >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    return tl.join(even, odd).reshape(words.shape[0], 2 * words.shape[1])
-
-
-@triton.jit
-def _pair_columns(words):
-    """uint32 [rows, columns / 2] of uint16 ``words`` [rows, columns], the even column in the low half."""
-    even, odd = tl.split(words.reshape(words.shape[0], words.shape[1] // 2, 2))
-    return even.to(tl.uint32) | (odd.to(tl.uint32) << 16)
-
-
-@triton.jit
 def _load_block(table_ptr, start, index, seq_len, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr):
     """The block of every token of the tile at ``start``, or of the whole tile if it lies within one block.
 
@@ -134,19 +114,19 @@ def _attend_kernel(
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr,
     K_META: tl.constexpr, V_META: tl.constexpr, FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
     ROTARY_DIM: tl.constexpr, SPLIT_ANGLES: tl.constexpr, ONE_QUERY: tl.constexpr,
-    WINDOW: tl.constexpr, SKIP: tl.constexpr, SKIP_FIRST: tl.constexpr, SOFT_CAP: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr, SKIP_NEWEST: tl.constexpr, SKIP_FIRST: tl.constexpr, SOFT_CAP: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One split of one request for up to BLOCK_M of the query rows that share a KV head.
 
     Tokens are the rows of every tile and query rows its columns, so that a group of 4 or 8 heads fills the narrow
-    side of the matrix instruction. WINDOW 0 and SOFT_CAP 0 mean none; a query leaves out its SKIP newest tokens, and
-    its request's SKIP_FIRST first.
+    side of the matrix instruction. SLIDING_WINDOW 0 and SOFT_CAP 0 mean none; a query leaves out its SKIP_NEWEST newest
+    tokens, and its request's SKIP_FIRST first.
     """
-    K_SLICES: tl.constexpr = 16 // K_BITS
-    V_SLICES: tl.constexpr = 16 // V_BITS
-    K_WIDTH: tl.constexpr = triton.next_power_of_2(K_ROW // 2) if K_ROW > 32 else 16
-    V_WIDTH: tl.constexpr = triton.next_power_of_2(V_ROW // 2) if V_ROW > 32 else 16
+    K_SLICES: tl.constexpr = num_slices(K_BITS)
+    V_SLICES: tl.constexpr = num_slices(V_BITS)
+    K_WIDTH: tl.constexpr = slice_width(K_ROW)
+    V_WIDTH: tl.constexpr = slice_width(V_ROW)
     request = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_TILES
     split, num_splits = tl.program_id(2), tl.num_programs(2)
@@ -163,9 +143,9 @@ def _attend_kernel(
 
     # Whole tiles are shared out, from the first that any query sees to the last.
     first_token = 0
-    if WINDOW > 0:
-        first_token = tl.maximum(seq_len - num_queries + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
-    seen_len = seq_len - SKIP
+    if SLIDING_WINDOW > 0:
+        first_token = tl.maximum(seq_len - num_queries + 1 - SLIDING_WINDOW, 0) // BLOCK_N * BLOCK_N
+    seen_len = seq_len - SKIP_NEWEST
     tiles = tl.cdiv(tl.cdiv(tl.maximum(seen_len - first_token, 0), BLOCK_N), num_splits)
     begin = first_token + split * tiles * BLOCK_N
     end = tl.minimum(begin + tiles * BLOCK_N, seen_len)
@@ -212,9 +192,9 @@ def _attend_kernel(
     for start in tl.range(begin, end, BLOCK_N):
         token = start + index
         seen = token < seen_len
-        if WINDOW > 0:
+        if SLIDING_WINDOW > 0:
             # Blocks that have left the window may hold anything.
-            seen &= token > seq_len - num_queries - WINDOW
+            seen &= token > seq_len - num_queries - SLIDING_WINDOW
         if SKIP_FIRST > 0:
             seen &= token >= SKIP_FIRST
         chunk = block.to(tl.int64) * block_stride + tl.zeros([BLOCK_N], tl.int64)
@@ -234,11 +214,11 @@ def _attend_kernel(
 
         logits = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for i in tl.static_range(K_SLICES):
-            logits = tl.dot(_slice(k_codes, i, K_BITS), queries[i], logits)
+            logits = tl.dot(code_slice(k_codes, i, K_BITS), queries[i], logits)
         # Tokens beyond those seen have scale and minimum 0, so that the bias alone decides.
         bias = tl.where(seen, 0.0, float("-inf"))
-        if ONE_QUERY and WINDOW > 0:
-            bias = tl.where(token > seq_len - 1 - WINDOW, bias, float("-inf"))
+        if ONE_QUERY and SLIDING_WINDOW > 0:
+            bias = tl.where(token > seq_len - 1 - SLIDING_WINDOW, bias, float("-inf"))
         bias = bias[:, None]
         if HAS_OFFSET:
             bias += constant[None, :]
@@ -257,9 +237,9 @@ def _attend_kernel(
             offset = tl.dot(angles, coefficients[0], offset)
             logits += offset * offset_factor[None, :]
         if not ONE_QUERY:
-            visible = token[:, None] <= (row_position - SKIP)[None, :]
-            if WINDOW > 0:
-                visible &= token[:, None] > (row_position - WINDOW)[None, :]
+            visible = token[:, None] <= (row_position - SKIP_NEWEST)[None, :]
+            if SLIDING_WINDOW > 0:
+                visible &= token[:, None] > (row_position - SLIDING_WINDOW)[None, :]
             logits = tl.where(visible, logits, float("-inf"))
         if SOFT_CAP > 0:
             # To base 2, c tanh(x / c) with c = SOFT_CAP log2(e): tanh(y) = 1 - 2 / (e^2y + 1), e^2y = 2^(2 x / cap).
@@ -269,8 +249,8 @@ def _attend_kernel(
             new_top = tl.maximum(top, tl.max(logits, 0))
         else:
             new_top = tl.maximum(top, tl.max(logits, 0) * factor)
-        # A row that has seen nothing yet keeps a finite reference, so that nothing becomes inf - inf.
-        reference = new_top if ONE_QUERY and SKIP_FIRST == 0 else tl.where(new_top == float("-inf"), 0.0, new_top)
+        # A lone query sees some token of every tile, unless first tokens are left out.
+        reference = new_top if ONE_QUERY and SKIP_FIRST == 0 else finite_reference(new_top)
         exponent = logits if SOFT_CAP > 0 else logits * factor[None, :]
         p = tl.exp2(exponent - reference[None, :])
         decay = tl.exp2(top - reference)
@@ -291,10 +271,10 @@ def _attend_kernel(
         minima = minima * decay + tl.sum(weights.to(tl.float32) * zero[:, None] + p * flat[:, None], 0)
         decay *= lift / new_lift
         lift = new_lift
-        v_words = _pair_columns(v_codes)
+        v_words = pair_columns(v_codes)
         new_outputs = ()
         for i in tl.static_range(V_SLICES):
-            new_outputs += (tl.dot(_slice(v_words, i, V_BITS), weights, outputs[i] * decay[None, :]),)  # type: ignore[assignment]
+            new_outputs += (tl.dot(code_slice(v_words, i, V_BITS), weights, outputs[i] * decay[None, :]),)  # type: ignore[assignment]
         outputs = new_outputs
 
     is_dim = (v_half < V_ROW // 2)[:, None] & is_row[None, :]
@@ -329,20 +309,20 @@ def _combine_kernel(
         present = used[:, None] & (begin + step < num_splits)[None, :]
         lse = tl.load(lse_ptr + first[:, None] + (begin + step)[None, :], mask=present, other=float("-inf"))
         top = tl.maximum(top, tl.max(lse, 1))
-    top = tl.where(top == float("-inf"), 0.0, top)
+    top = finite_reference(top)
     total = tl.zeros([ROWS], tl.float32)
     output = tl.zeros([ROWS, dim.shape[0]], tl.float32)
     for begin in range(0, num_splits, STEP):
         present = used[:, None] & (begin + step < num_splits)[None, :]
         split = first[:, None] + (begin + step)[None, :]
         lse = tl.load(lse_ptr + split, mask=present, other=float("-inf"))
-        weight = tl.exp2(lse - top[:, None])
+        weight = segment_weight(lse, top[:, None])
         total += tl.sum(weight, 1)
         # A split that saw nothing wrote no output.
         wanted = (lse > float("-inf"))[:, :, None] & (dim < HEAD_SIZE)[None, None, :]
         part = tl.load(partial_ptr + split[:, :, None] * HEAD_SIZE + dim[None, None, :], mask=wanted, other=0.0)
         output += tl.sum(part * weight[:, :, None], 1)
-    output = output / tl.where(total > 0, total, 1.0)[:, None]
+    output = output / divisor(total)[:, None]
     if HAS_LSE:
         # From base 2.
         sums = (top + tl.log2(total)) * 0.6931471805599453
@@ -356,60 +336,43 @@ def _combine_kernel(
 
 def paged_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-    layout: PageLayout,
-    transforms: LayerTransforms,
+    queries: Queries,
+    pages: Pages,
+    shape: AttentionShape,
+    span: Span,
     output: torch.Tensor,
-    sliding_window: int | None = None,
-    logits_soft_cap: float = 0.0,
-    skip_newest: int = 0,
     lse: torch.Tensor | None = None,
-    skip_first: int = 0,
     *,
-    workspace: DecodeWorkspace,
-    config: DecodeConfig | None = None,
-    pass_query_len: int | None = None,
+    launch: Launch,
 ) -> None:
-    """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
+    """As :class:`vllm_kvtuner.kernels.contract.PagedAttention`.
 
-    As :func:`paged_attention_ref`, which has the arguments' shapes; ``skip_newest`` is less than
-    a sliding window. Nothing is read back to the host and nothing allocated: launches depend on shapes alone, so a CUDA
-    graph may hold them. Rows of output beyond the last query become 0, their log-sum-exp -inf. An fp16 or bf16 query
-    gives errors of at most about 1e-3 of the largest value.
+    An fp16 or bf16 query gives errors of at most about 1e-3 of the largest value.
 
     Args:
-        workspace: from :func:`decode_workspace`, for at least this many tokens and this shape of layer.
-        config: launch knobs, or None for :func:`decode_config`'s.
-        pass_query_len: query tokens of a request that a program has room for, max_query_len if None; less where few
-            requests have as many as that.
+        launch: workspace from :func:`decode_workspace`, for at least this many tokens and this shape of layer; config a
+            :class:`DecodeConfig` or None for :func:`decode_config`'s. These kernels always wait for the one before,
+            dependent or not.
     """
+    kv_cache, layout, transforms = pages
+    workspace: DecodeWorkspace = launch.workspace
     num_tokens, num_heads, head_size = query.shape
-    num_reqs, num_kv_heads = block_table.shape[0], kv_cache.shape[1]
-    group = num_heads // num_kv_heads
-    check_cache(kv_cache, layout)
-    assert head_size == layout.head_size and num_heads == group * num_kv_heads, (query.shape, layout, num_kv_heads)
-    for tokens in (query, output):
-        assert tokens.shape == query.shape and tokens.stride(2) == 1 and tokens.stride(1) == head_size, tokens.stride()
-    assert 1 <= max_query_len <= MAX_QUERY_LEN, max_query_len
-    assert seq_lens.shape == (num_reqs,) and query_start_loc.shape == (num_reqs + 1,)
-    for lengths in (block_table, seq_lens, query_start_loc):
-        assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
-    assert 0 <= skip_newest < (sliding_window or math.inf), (skip_newest, sliding_window)
-    if lse is not None:
-        assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
+    num_reqs, num_kv_heads, max_query_len = queries.num_reqs, pages.num_kv_heads, queries.max_query_len
+    group = shape.group
+    pages.check()
+    check_attention(query, queries, shape, output, lse)
+    assert head_size == layout.head_size and num_heads == group * num_kv_heads, (shape, layout, num_kv_heads)
+    assert 1 <= max_query_len <= MAX_DECODE_QUERY_LEN, max_query_len
+    assert 0 <= span.skip_newest < (span.sliding_window or math.inf), span
     num_rows = num_tokens * num_heads
     assert num_rows <= workspace.constants.shape[0] and workspace.output.shape[1] == head_size, "workspace too small"
     if num_rows == 0:
         return
     offset = transforms.key_offset
+    config: DecodeConfig | None = launch.config
     if config is None:
         num_sms = num_multiprocessors(query.device)
-        rows = group * (pass_query_len or max_query_len)
+        rows = group * (launch.pass_query_len or max_query_len)
         config = decode_config(num_reqs, num_kv_heads, rows, layout, offset is not None, num_sms)
     num_splits = min(config.num_splits, workspace.lse.shape[0] // num_rows)
     rotary = transforms.rotary if offset is not None else None
@@ -419,24 +382,26 @@ def paged_attention(
     native = rotary is not None and rotary.cos_sin.dtype == torch.bfloat16 and query.is_cuda
     coefficients = workspace.coefficients.view(torch.bfloat16 if native else torch.float16)
     assert rotary is None or rotary.cos_sin.is_contiguous()
-    fold_query(query, num_kv_heads, scale, layout, transforms, workspace.query, workspace.constants, coefficients)
+    fold_query(query, shape, layout, transforms, workspace.query, workspace.constants, coefficients)
     row_tiles = triton.cdiv(group * max_query_len, config.block_m)
     _attend_kernel[(num_reqs, num_kv_heads * row_tiles, num_splits)](
-        workspace.query, workspace.constants, coefficients, rotary and rotary.cos_sin, kv_cache, block_table, seq_lens,
-        query_start_loc, workspace.output, workspace.lse,
-        kv_cache.stride(0) // 4, kv_cache.stride(1) // 4, block_table.stride(0),
+        workspace.query, workspace.constants, coefficients, rotary and rotary.cos_sin, kv_cache, queries.block_table,
+        queries.seq_lens, queries.query_start_loc, workspace.output, workspace.lse,
+        kv_cache.stride(0) // 4, kv_cache.stride(1) // 4, queries.block_table.stride(0),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         FOLDED_SIZE=workspace.query.shape[1], HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim,
         SPLIT_ANGLES=rotary is not None and rotary.cos_sin.dtype != coefficients.dtype,
-        ONE_QUERY=max_query_len == 1, WINDOW=sliding_window or 0, SKIP=skip_newest, SKIP_FIRST=skip_first,
-        SOFT_CAP=logits_soft_cap, ROW_TILES=row_tiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        ONE_QUERY=max_query_len == 1, SLIDING_WINDOW=span.sliding_window or 0, SKIP_NEWEST=span.skip_newest,
+        SKIP_FIRST=span.skip_first, SOFT_CAP=shape.logits_soft_cap,
+        ROW_TILES=row_tiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     rows_per_program = 16 if num_rows >= 2048 else 1
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
-        workspace.output, workspace.lse, query_start_loc, output, lse, num_rows, num_reqs, num_splits, output.stride(0),
+        workspace.output, workspace.lse, queries.query_start_loc, output, lse,
+        num_rows, num_reqs, num_splits, output.stride(0),
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard, HAS_LSE=lse is not None,
         ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip

@@ -8,8 +8,6 @@ import triton
 
 from vllm_kvtuner.pages.layout import PageLayout
 
-MAX_QUERY_LEN = 16
-"""Query tokens per request that one launch serves."""
 MAX_SPLITS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 24
 """Programs to aim at: about two waves of single-warp programs, so that a request that is done early leaves no hole."""

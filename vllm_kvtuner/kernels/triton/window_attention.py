@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Queries, Span, check_attention
+from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
+
 BLOCK_N = 32
 """Tokens of a tile: a window of 64 tokens is two."""
 SINK_TILE = 16
@@ -47,8 +50,7 @@ def _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT
         logits = cap * (1.0 - 2.0 / (tl.exp2(logits * (2.0 * 1.4426950408889634 / cap)) + 1.0))
     logits = tl.where(visible, logits, float("-inf"))
     new_top = tl.maximum(top, tl.max(logits, 0))
-    # A row that has seen nothing yet keeps a finite reference, so that nothing becomes inf - inf.
-    reference = tl.where(new_top == float("-inf"), 0.0, new_top)
+    reference = finite_reference(new_top)
     p = tl.exp2(logits - reference[None, :])
     decay = tl.exp2(top - reference)
     output = tl.dot(tl.trans(values), p.to(values.dtype), output * decay[None, :])
@@ -56,16 +58,18 @@ def _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT
 
 
 @triton.jit(do_not_specialize=["table_stride", "num_tokens"])
-def _recent_attention_kernel(
+def _window_attention_kernel(
     query_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_loc_ptr, output_ptr, lse_ptr,
     query_stride, output_stride, block_stride, head_stride, place_stride, table_stride, num_tokens, scale_log2,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr, RECENT: tl.constexpr, SINK_TOKENS: tl.constexpr, WINDOW: tl.constexpr,
-    SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, DEPENDENT: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, SINK_TILE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, WINDOW_TOKENS: tl.constexpr, SINK_TOKENS: tl.constexpr,
+    SLIDING_WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINK_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Tokens are the rows of every tile and query rows its columns, as in paged_attention. WINDOW 0 and SOFT_CAP 0 mean
-    none; logits are to base 2."""
+    """Tokens are the rows of every tile and query rows its columns, as in paged_attention.
+
+    SLIDING_WINDOW 0 and SOFT_CAP 0 mean none; logits are to base 2.
+    """
     request = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_TILES
     seq_len = tl.load(seq_lens_ptr + request)
@@ -90,7 +94,7 @@ def _recent_attention_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    begin = tl.maximum(seq_len - num_queries + 1 - RECENT, 0)
+    begin = tl.maximum(seq_len - num_queries + 1 - WINDOW_TOKENS, 0)
     table = block_table_ptr + request.to(tl.int64) * table_stride
     rows_ptr = cache_ptr + kv_head * head_stride
     if SINK_TOKENS > 0:
@@ -107,14 +111,14 @@ def _recent_attention_kernel(
             rows_ptr, table, token, present, dim, block_stride, place_stride, HEAD_SIZE, BLOCK_SIZE
         )
         distance = position[None, :] - token[:, None]
-        visible = present[:, None] & (distance >= 0) & ((distance < RECENT) | (token < SINK_TOKENS)[:, None])
-        if WINDOW > 0:
-            visible &= distance < WINDOW
+        visible = present[:, None] & (distance >= 0) & ((distance < WINDOW_TOKENS) | (token < SINK_TOKENS)[:, None])
+        if SLIDING_WINDOW > 0:
+            visible &= distance < SLIDING_WINDOW
         top, total, output = _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP)
     if SINK_TOKENS > 0:
         visible = is_sink[:, None] & is_row[None, :]
-        if WINDOW > 0:
-            visible &= position[None, :] - sink[:, None] < WINDOW
+        if SLIDING_WINDOW > 0:
+            visible &= position[None, :] - sink[:, None] < SLIDING_WINDOW
         top, total, output = _attend(sink_keys, sink_values, queries, visible, top, total, output, scale_log2, SOFT_CAP)
 
     if DEPENDENT:
@@ -122,67 +126,53 @@ def _recent_attention_kernel(
     older = tl.load(lse_ptr + head * num_tokens + query, mask=is_row, other=float("-inf")) * 1.4426950408889634
     target = output_ptr + query.to(tl.int64)[None, :] * output_stride + head[None, :] * HEAD_SIZE + dim[:, None]
     packed = tl.load(target, mask=in_row, other=0.0)
-    most = tl.maximum(top, older)
-    most = tl.where(most == float("-inf"), 0.0, most)
-    share, older_share = tl.exp2(top - most), tl.exp2(older - most)
-    sums = total * share + older_share
     # Rows of padding see nothing in either.
-    sums = tl.where(sums > 0, sums, 1.0)
-    merged = (output * share[None, :] + packed.to(tl.float32) * older_share[None, :]) / sums[None, :]
+    reference = finite_reference(tl.maximum(top, older))
+    weight, older_weight = segment_weight(top, reference), segment_weight(older, reference)
+    total = divisor(total * weight + older_weight)
+    merged = (output * weight[None, :] + packed.to(tl.float32) * older_weight[None, :]) / total[None, :]
     tl.store(target, merged.to(output_ptr.dtype.element_ty), mask=in_row)
 
 
-def recent_attention(
+def window_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-    recent: int,
-    sink_tokens: int,
+    queries: Queries,
+    rows: torch.Tensor,
+    shape: AttentionShape,
+    span: Span,
     output: torch.Tensor,
     lse: torch.Tensor,
-    sliding_window: int | None = None,
-    logits_soft_cap: float = 0.0,
     *,
-    dependent: bool = False,
-    pass_query_len: int | None = None,
+    launch: Launch,
 ) -> None:
-    """As :func:`vllm_kvtuner.kernels.reference.window_attention.recent_attention_ref`; ``lse`` contiguous.
+    """As :class:`vllm_kvtuner.kernels.contract.WindowAttention`.
 
     Nothing is read back to the host and nothing allocated: the launch depends on shapes alone, so a CUDA graph may hold
-    it. Rows of output beyond the last query are left as they are.
+    it. A request may have any number of query tokens, and at most SINK_TILE sink tokens.
 
     Args:
-        dependent: begin before the kernel before on the stream has ended, if that one allows it (compute capability 9.0
-            and later). Of all arguments, it may write output and lse alone.
-        pass_query_len: query tokens of a request that a program has room for, max_query_len if None; less where few
-            requests have as many as that.
+        launch: without workspace and config. Dependent needs compute capability 9.0 or later, and the kernel before may
+            write output and lse alone of all arguments.
     """
+    check_attention(query, queries, shape, output, lse)
     num_tokens, num_heads, head_size = query.shape
-    num_reqs, num_kv_heads, block_size = block_table.shape[0], kv_cache.shape[1], kv_cache.shape[2]
-    group = num_heads // num_kv_heads
-    assert num_heads == group * num_kv_heads and kv_cache.shape[3] == 2 * head_size, (query.shape, kv_cache.shape)
-    assert kv_cache.stride(3) == 1 and kv_cache.dtype == query.dtype, (kv_cache.stride(), kv_cache.dtype)
-    for tokens in (query, output):
-        assert tokens.shape == query.shape and tokens.stride(2) == 1 and tokens.stride(1) == head_size, tokens.stride()
-    assert seq_lens.shape == (num_reqs,) and query_start_loc.shape == (num_reqs + 1,)
-    for lengths in (block_table, seq_lens, query_start_loc):
-        assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
-    assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
-    assert sink_tokens <= SINK_TILE, sink_tokens
-    block_m = min(max(triton.next_power_of_2(group * (pass_query_len or max_query_len)), 16), MAX_BLOCK_M)
+    _, num_kv_heads, block_size, row_size = rows.shape
+    group = shape.group
+    assert num_heads == group * num_kv_heads and row_size == 2 * head_size, (shape, rows.shape)
+    assert rows.stride(3) == 1 and rows.dtype == query.dtype, (rows.stride(), rows.dtype)
+    assert span.skip_first <= SINK_TILE, span
+    max_query_len = queries.max_query_len
+    pass_rows = group * (launch.pass_query_len or max_query_len)
+    block_m = min(max(triton.next_power_of_2(pass_rows), 16), MAX_BLOCK_M)
     row_tiles = triton.cdiv(group * max_query_len, block_m)
-    _recent_attention_kernel[(num_reqs, num_kv_heads * row_tiles)](
-        query, kv_cache, block_table, seq_lens, query_start_loc, output, lse,
-        query.stride(0), output.stride(0), *kv_cache.stride()[:3], block_table.stride(0), num_tokens,
-        scale * math.log2(math.e),
+    _window_attention_kernel[(queries.num_reqs, num_kv_heads * row_tiles)](
+        query, rows, queries.block_table, queries.seq_lens, queries.query_start_loc, output, lse,
+        query.stride(0), output.stride(0), rows.stride(0), rows.stride(1), rows.stride(2),
+        queries.block_table.stride(0), num_tokens, shape.scale * math.log2(math.e),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
-        BLOCK_SIZE=block_size, RECENT=recent, SINK_TOKENS=sink_tokens, WINDOW=sliding_window or 0,
-        SOFT_CAP=logits_soft_cap,
-        ROW_TILES=row_tiles, DEPENDENT=dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
+        BLOCK_SIZE=block_size, WINDOW_TOKENS=span.skip_newest, SINK_TOKENS=span.skip_first,
+        SLIDING_WINDOW=span.sliding_window or 0, SOFT_CAP=shape.logits_soft_cap,
+        ROW_TILES=row_tiles, DEPENDENT=launch.dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
         SINK_TILE=SINK_TILE, num_warps=NUM_WARPS, num_stages=2,
-        **({"launch_pdl": True} if dependent else {}),
+        **({"launch_pdl": True} if launch.dependent else {}),
     )  # fmt: skip
