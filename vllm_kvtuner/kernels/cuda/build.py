@@ -133,7 +133,7 @@ def compile_cubin(source: Source, arch: str, cache: FileStreamProgramCache | Non
         ValueError: what was compiled cannot be kept, since the cache's disk is full or not writable.
     """
     macros = [(name, str(value)) for name, value in sorted(source.macros)]
-    program = Program(source.text(), "c++", ProgramOptions(arch=arch, std="c++17", define_macro=macros or None))
+    program = Program(source.text(), "c++", ProgramOptions(arch=arch, std="c++20", define_macro=macros or None))
     try:
         return program.compile("cubin", cache=cache)
     except OSError as error:

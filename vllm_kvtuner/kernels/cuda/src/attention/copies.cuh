@@ -26,9 +26,7 @@ struct Shared {
   alignas(128) u8 ring[NUM_WARPS][NUM_STAGES][STAGE_BYTES];
   alignas(16) float output[NUM_WARPS][PASS_ROWS][HEAD_SIZE];
   alignas(16) u8 query[TILES][8][QUERY_STRIDE];
-#if OFFSET_PAIRS
-  OffsetShared offset;
-#endif
+  [[no_unique_address]] OffsetShared offset;
   u64 barriers[NUM_WARPS][NUM_STAGES];
   float unit[PASS_ROWS], sum[PASS_ROWS], offset_factor[PASS_ROWS];
   float total[NUM_WARPS][PASS_ROWS], top[NUM_WARPS][PASS_ROWS];
@@ -62,9 +60,7 @@ __device__ __forceinline__ void fetch_queries(const Arguments& a, Shared& shared
 // Those, and what belongs to its key offset.
 __device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
                                            int lane) {
-#if OFFSET_PAIRS
   fetch_offset(a, shared.offset, cursor, segment % 2, warp, lane);
-#endif
   fetch_queries(a, shared, cursor, segment, warp, lane);
 }
 
@@ -161,8 +157,8 @@ struct Producer {
     for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
   }
 
-  __device__ __forceinline__ void issue(const Arguments& a, const Share& share, int warp, int lane, u8* target,
-                                        u64* barrier, u64 policy) {
+  __device__ __forceinline__ void issue(const Arguments& a, const Share& share, int warp, int lane, u8* target, u64* barrier,
+                                        u64 policy) {
     if (more) {
       u32 source_blocks[ENTRIES];
       blocks_of_stage(source_blocks);
