@@ -86,6 +86,7 @@ def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
     assert report["software"]["vLLM serves"] == "cpu"
     assert report["device"]["device"] == "cpu"
     assert report["plugin"]["loaded by vLLM"]
+    assert report["plugin"]["broken seams"] == 0
     assert [name.split()[0] for name in report["kernels"]] == ["K8V8", "K4V4", "K2V2"]
     for fact in report["kernels"].values():
         assert fact["decode"] == "reference, since the device is a CPU"
@@ -157,9 +158,18 @@ def test_a_vllm_whose_internals_differ(diagnose, monkeypatch):
     def changed():
         raise AttributeError("no such seam")
 
-    monkeypatch.setattr("vllm_kvtuner.plugin.register", changed)
+    monkeypatch.setattr(machine, "register", changed)
     (problem,) = diagnose("--profile", "K8V8")["problems"]
     assert problem == "the plugin does not fit this vLLM: AttributeError: no such seam"
+
+
+def test_a_vllm_that_has_moved_what_the_plugin_patches(diagnose, monkeypatch):
+    monkeypatch.delattr("vllm.v1.worker.gpu_worker.Worker.wake_up")
+    monkeypatch.setattr(machine, "register", lambda: pytest.fail("a plugin that does not fit is not loaded"))
+    report = diagnose("--profile", "K8V8")
+    (problem,) = report["problems"]
+    assert problem.startswith("seam 'waking up' is broken: vllm.v1.worker.gpu_worker:Worker.wake_up: AttributeError")
+    assert report["plugin"]["broken seams"] == 1
 
 
 def test_no_vllm_and_no_torch():

@@ -29,6 +29,7 @@ from vllm_kvtuner.attention.impl import KVTunerImpl
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import PlanRules
 from vllm_kvtuner.attention.switchable import SwitchableImpl
+from vllm_kvtuner.engine.config import BACKEND_NAME
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair, content_bytes
 from vllm_kvtuner.profile.profile import RecentWindow
@@ -114,7 +115,7 @@ class KVTunerBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return BACKEND_NAME
 
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImplBase]:

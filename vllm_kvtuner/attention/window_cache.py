@@ -44,7 +44,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner.attention.metadata import metadata_of
 from vllm_kvtuner.blocks.window_manager import RecentSpec
-from vllm_kvtuner.engine.config import RECENT_SUFFIX, recent_block_size
+from vllm_kvtuner.engine.config import BACKEND_NAME, RECENT_SUFFIX, recent_block_size
 from vllm_kvtuner.kernels.contract import Pages
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -93,7 +93,7 @@ class RecentBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return BACKEND_NAME
 
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImplBase]:

@@ -65,7 +65,7 @@ class GpuKernels:
 
     def forget(self) -> None:
         """Choose anew at the next call: the layer's pair or transforms have changed."""
-        self._attend: Any = None
+        self._decode: Any = None
         self._launches: dict[int, Launch] = {}
         self._rows: _RowKernels | None = None
 
@@ -115,9 +115,9 @@ class GpuKernels:
     ) -> None:
         """As the contract's PagedAttention, with the layer's shape and span; ``lse`` if the layer has one."""
         assert (lse is not None) == self.write_lse
-        if self._attend is None:
+        if self._decode is None:
             self._kernel = self._choose(pages.layout, pages.transforms)
-            self._attend = _paged_attention(self._kernel)
+            self._decode = _decode_module(self._kernel)
         # Short prefills are few among decodes.
         pass_query_len = min(queries.max_query_len, self.limits.max_decode_query_len)
         launch = self._launches.get(pass_query_len)
@@ -125,7 +125,7 @@ class GpuKernels:
             # No kernel of the model writes what says where the tokens are.
             dependent = self._kernel == choice.CUDA
             launch = self._launches[pass_query_len] = Launch(self._workspace(self._kernel), pass_query_len, dependent)
-        self._attend(query, queries, pages, self.shape, self.span, output, lse, launch=launch)
+        self._decode.paged_attention(query, queries, pages, self.shape, self.span, output, lse, launch=launch)
 
     def merge_window(
         self,
@@ -244,14 +244,15 @@ def _row_kernels(kernels: str) -> _RowKernels:
 
 
 @functools.cache
-def _paged_attention(kernel: str) -> Any:
+def _decode_module(kernel: str) -> Any:
+    """Where a kernel's paged_attention is."""
     if kernel == choice.CUDA:
         from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 
-        return cuda.paged_attention
+        return cuda
     from vllm_kvtuner.kernels.triton import paged_attention
 
-    return paged_attention.paged_attention
+    return paged_attention
 
 
 @functools.cache
