@@ -27,13 +27,17 @@ def test_run_without_anything_to_evaluate_is_refused() -> None:
         evaluate.run(parser.parse_args(["model", "--data", "text.txt"]))
 
 
+def make_inputs(folder: Path) -> tuple[Path, Path, Path]:
+    """A model, held-out text, and a task."""
+    data, task = folder / "text.txt", folder / "task.jsonl"
+    data.write_text("The quick brown fox jumps over the lazy dog; " * 20)
+    task.write_text('{"question": "1+1?", "answer": "Two.\\n#### 2"}\n' * 3)
+    return make_tiny_model(folder / "model"), data, task
+
+
 def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The whole command: auto against itself in chunks, a profile, a task; perplexity as transformers has it."""
-    model = make_tiny_model(tmp_path / "model")
-    data = tmp_path / "text.txt"
-    data.write_text("The quick brown fox jumps over the lazy dog; " * 20)
-    task = tmp_path / "task.jsonl"
-    task.write_text('{"question": "1+1?", "answer": "Two.\\n#### 2"}\n' * 3)
+    model, data, task = make_inputs(tmp_path)
     output = tmp_path / "result.json"
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
@@ -92,11 +96,7 @@ class Engines:
 
 @pytest.fixture
 def request_of(tmp_path: Path):
-    model = make_tiny_model(tmp_path / "model")
-    data = tmp_path / "text.txt"
-    data.write_text("The quick brown fox jumps over the lazy dog; " * 20)
-    task = tmp_path / "task.jsonl"
-    task.write_text('{"question": "1+1?", "answer": "Two.\\n#### 2"}\n' * 3)
+    model, data, task = make_inputs(tmp_path)
     profile = tmp_path / "profile.yaml"
     profile.write_text("version: 1\nlayers: K4V2\n")
 
