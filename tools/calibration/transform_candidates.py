@@ -26,7 +26,7 @@ PAIRS_STEP = 8
 
 
 @dataclass(frozen=True)
-class Candidate:
+class TransformCandidate:
     """One combination.
 
     Args:
@@ -43,7 +43,7 @@ class Candidate:
     value_hadamard: bool = True
     range_search: bool = False
 
-    def changes(self, baseline: "Candidate") -> int:
+    def changes(self, baseline: "TransformCandidate") -> int:
         """In how many fields it differs."""
         mine, theirs = asdict(self), asdict(baseline)
         return sum(mine[name] != theirs[name] for name in mine)
@@ -59,7 +59,7 @@ class Candidate:
         )
 
 
-class LayerCandidates:
+class TransformCandidates:
     """The candidates of one layer; each error is measured once.
 
     Args:
@@ -100,22 +100,22 @@ class LayerCandidates:
             self._meters[FAR] = self._meters[NEAR].at_far_positions(rotary)
         self.far_position = None if rotary is None else rotary.far_position
         self.positions = tuple(self._meters)
-        self.baseline = Candidate(BIAS if BIAS in self._offsets else NONE)
-        self._key_errors: dict[tuple[Candidate, str], float] = {}
-        self._value_errors: dict[Candidate, float] = {}
+        self.baseline = TransformCandidate(BIAS if BIAS in self._offsets else NONE)
+        self._key_errors: dict[tuple[TransformCandidate, str], float] = {}
+        self._value_errors: dict[TransformCandidate, float] = {}
 
-    def combinations(self) -> list[Candidate]:
+    def combinations(self) -> list[TransformCandidate]:
         """All of an offset, an equalization, and Hadamard on keys or not."""
         combinations = itertools.product(self._offsets, self._factors, (True, False))
-        return [Candidate(offset, factor, key_hadamard=rotated) for offset, factor, rotated in combinations]
+        return [TransformCandidate(offset, factor, key_hadamard=rotated) for offset, factor, rotated in combinations]
 
-    def with_fewer_pairs(self, candidate: Candidate) -> Iterator[Candidate]:
+    def with_fewer_pairs(self, candidate: TransformCandidate) -> Iterator[TransformCandidate]:
         """The same with an offset in fewer RoPE pairs, from the fewest on; none without an offset or rotation."""
         if self._rotated is not None and candidate.offset != NONE:
             for count in range(PAIRS_STEP, self._rotated.rotary_dim // 2, PAIRS_STEP):
                 yield replace(candidate, pairs=count)
 
-    def transforms(self, candidate: Candidate) -> LayerTransforms:
+    def transforms(self, candidate: TransformCandidate) -> LayerTransforms:
         """With its tensors, without a rotary table."""
         return LayerTransforms(
             key_offset=self._key_offset(candidate),
@@ -125,25 +125,25 @@ class LayerCandidates:
             range_search=candidate.range_search,
         )
 
-    def statics(self, candidate: Candidate) -> LayerStatics:
+    def statics(self, candidate: TransformCandidate) -> LayerStatics:
         """Its tensors, as a statics file holds them."""
         offset, factor = self._key_offset(candidate), self._factors[candidate.equalization]
         return LayerStatics(
             None if offset is None else offset.cpu().numpy(), None if factor is None else factor.cpu().numpy()
         )
 
-    def key_error(self, candidate: Candidate, positions: str) -> float:
+    def key_error(self, candidate: TransformCandidate, positions: str) -> float:
         """Output error at quantized keys, the geometric mean over their bits."""
         if (known := self._key_errors.get((candidate, positions))) is not None:
             return known
         errors = self._meters[positions].key_errors(self.transforms(candidate))
         return self._key_errors.setdefault((candidate, positions), _geometric_mean(errors.values()))
 
-    def key_ratio(self, candidate: Candidate, positions: str) -> float:
+    def key_ratio(self, candidate: TransformCandidate, positions: str) -> float:
         """Its key error over the baseline's."""
         return self.key_error(candidate, positions) / self.key_error(self.baseline, positions)
 
-    def value_error(self, candidate: Candidate) -> float:
+    def value_error(self, candidate: TransformCandidate) -> float:
         """As :meth:`key_error` of values, which positions do not change."""
         if (known := self._value_errors.get(candidate)) is not None:
             return known
@@ -157,7 +157,7 @@ class LayerCandidates:
             for positions, meter in self._meters.items()
         }
 
-    def _key_offset(self, candidate: Candidate) -> torch.Tensor | None:
+    def _key_offset(self, candidate: TransformCandidate) -> torch.Tensor | None:
         offset = self._offsets[candidate.offset]
         if offset is None or candidate.pairs is None:
             return offset

@@ -32,7 +32,7 @@ from kvtuner_tools.bias_offset import key_offsets
 from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer
 from kvtuner_tools.calibration.key_statics import PairLayout
-from kvtuner_tools.calibration.transform_candidates import NEAR, Candidate, LayerCandidates
+from kvtuner_tools.calibration.transform_candidates import NEAR, TransformCandidate, TransformCandidates
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.problems import ProfileError
@@ -146,7 +146,7 @@ def choose_transforms(
     layout = _pair_layout(capture)
     choices, statics = [], {}
     for layer in tqdm(capture.layers, desc="transforms", unit="layer"):
-        candidates = LayerCandidates(
+        candidates = TransformCandidates(
             capture, layer, biases.get(layer.index), layout, recent_window, device or default_device()
         )
         chosen = _choose(candidates, floor)
@@ -185,7 +185,7 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _choose(candidates: LayerCandidates, floor: float) -> Candidate:
+def _choose(candidates: TransformCandidates, floor: float) -> TransformCandidate:
     """The best transforms of one layer, each taken only where it gains more than ``floor``."""
     chosen = _least(candidates, floor)
     for fewer in candidates.with_fewer_pairs(chosen):
@@ -204,14 +204,14 @@ def _choose(candidates: LayerCandidates, floor: float) -> Candidate:
     return searched if math.sqrt(key_gain * value_gain) > 1 - floor else chosen
 
 
-def _least(candidates: LayerCandidates, floor: float) -> Candidate:
+def _least(candidates: TransformCandidates, floor: float) -> TransformCandidate:
     """The candidate with the fewest changes among those within ``floor`` of the best; the baseline if it is one.
 
     Far positions are only measured for candidates that may still be among them: a candidate's ratio is that of its
     worst positions, so never below the near one.
     """
     baseline, ratio = candidates.baseline, candidates.key_ratio
-    ratios: dict[Candidate, float] = {baseline: 1.0}
+    ratios: dict[TransformCandidate, float] = {baseline: 1.0}
     best = 1.0
     for candidate in sorted(candidates.combinations(), key=lambda each: ratio(each, NEAR)):
         if ratio(candidate, NEAR) > best / (1 - floor):
@@ -222,7 +222,7 @@ def _least(candidates: LayerCandidates, floor: float) -> Candidate:
     return min(within, key=lambda each: (each.changes(baseline), ratios[each]))
 
 
-def _describe(layer: CapturedLayer, candidates: LayerCandidates, chosen: Candidate) -> LayerChoice:
+def _describe(layer: CapturedLayer, candidates: TransformCandidates, chosen: TransformCandidate) -> LayerChoice:
     """What was chosen, beside what it is compared with."""
     told = {
         NO_TRANSFORMS: LayerTransforms(),

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_kvtuner import envs
+from vllm_kvtuner.kernels.cuda import rows
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -59,6 +60,7 @@ def choose_decode(
     """
 
     def unsupported() -> str | None:
+        # Needs cuda-core, which is looked for first.
         from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
         assert capability is not None
@@ -72,13 +74,7 @@ def choose_decode(
 
 def choose_rows(layout: PageLayout, capability: tuple[int, int] | None) -> Choice:
     """The store and gather kernels of a layer on cards of a compute capability."""
-
-    def unsupported() -> str | None:
-        from vllm_kvtuner.kernels.cuda.rows import unsupported
-
-        return unsupported(layout)
-
-    return _choose(unsupported, capability)
+    return _choose(lambda: rows.unsupported(layout), capability)
 
 
 def decode_kernel(

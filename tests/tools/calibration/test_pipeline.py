@@ -19,6 +19,7 @@ import yaml
 from kvtuner_tools import cli
 from kvtuner_tools.calibration import pipeline
 from kvtuner_tools.calibration.calibration_text import CalibrationText
+from kvtuner_tools.calibration.export import write_profile
 from kvtuner_tools.calibration.options import STAGES, CalibrationOptions, Texts
 from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, pareto_front, verdict
 from kvtuner_tools.calibration.pipeline import Calibration
@@ -492,8 +493,6 @@ def test_another_number_of_sink_tokens_is_another_search(tmp_path, monkeypatch):
 
 
 def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):
-    from kvtuner_tools.calibration.export import write_profile
-
     out, table, _ = finished
     broken = replace(table, model={**table.model, "num_layers": 3})
     with pytest.raises(ValueError, match="layers"):

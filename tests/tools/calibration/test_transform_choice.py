@@ -147,7 +147,7 @@ def test_the_choice_is_read_again_and_made_again_from_another_capture(tmp_path, 
     first = choose_transforms(capture, tmp_path, device="cpu")
     assert TransformChoice.read(tmp_path) == first
     with monkeypatch.context() as patch:
-        patch.setattr(transform_choice, "LayerCandidates", None)
+        patch.setattr(transform_choice, "TransformCandidates", None)
         assert choose_transforms(capture, tmp_path, device="cpu") == first
     other = choose_transforms(replace(capture, inputs="other"), tmp_path, device="cpu")
     assert other.inputs != first.inputs and other.layers == first.layers

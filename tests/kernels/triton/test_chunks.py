@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.paged_cache import POISON_BYTE, make_layout, random_table, random_transforms, slots_of
+from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, Launch, Pages, Queries, Span
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref
 from vllm_kvtuner.kernels.triton.gather_cache import gather_cache
 from vllm_kvtuner.kernels.triton.paged_attention import decode_workspace, paged_attention
@@ -38,8 +39,8 @@ def test_store_writes_its_own_chunks_only(device, batch, store, pair):
     layout, transforms = make_layout(pair, HEAD_SIZE), random_transforms(KV_HEADS, HEAD_SIZE, device)
     room, alone = poisoned(ROOM, num_blocks, device), poisoned(layout, num_blocks, device)
 
-    store(key, value, chunks_of(room[:, :KV_HEADS], layout), slots, None, layout, transforms)
-    store(key, value, alone[:, :KV_HEADS], slots, None, layout, transforms)
+    store(key, value, slots, None, Pages(chunks_of(room[:, :KV_HEADS], layout), layout, transforms))
+    store(key, value, slots, None, Pages(alone[:, :KV_HEADS], layout, transforms))
 
     chunks = room.flatten(2)
     assert torch.equal(chunks[:, :, : layout.chunk_bytes], alone.flatten(2))
@@ -54,23 +55,21 @@ def test_kernels_read_the_chunks_of_a_smaller_pair(device, batch, pair):
     transforms = random_transforms(KV_HEADS, HEAD_SIZE, device, key_hadamard=True)
     lens = torch.tensor(SEQ_LENS, dtype=torch.int32, device=device)
     starts = torch.arange(len(SEQ_LENS) + 1, dtype=torch.int32, device=device)
+    cu_lens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
+    shape = AttentionShape(HEADS, KV_HEADS, HEAD_SIZE, HEAD_SIZE**-0.5)
+    launch = Launch(decode_workspace(len(SEQ_LENS), HEADS, HEAD_SIZE, device))
     query = torch.randn(len(SEQ_LENS), HEADS, HEAD_SIZE, device=device).bfloat16()
     results = []
     for cache in (
         chunks_of(poisoned(ROOM, num_blocks, device)[:, :KV_HEADS], layout),
         poisoned(layout, num_blocks, device)[:, :KV_HEADS],
     ):
-        reshape_and_cache(key, value, cache, slots, None, layout, transforms)
+        pages = Pages(cache, layout, transforms)
+        reshape_and_cache(key, value, slots, None, pages)
         output = torch.empty_like(query)
-        paged_attention(
-            query, cache, table, lens, starts, 1, HEAD_SIZE**-0.5, layout, transforms, output,
-            workspace=decode_workspace(len(SEQ_LENS), HEADS, HEAD_SIZE, device),
-        )  # fmt: skip
+        paged_attention(query, Queries(table, lens, starts, 1), pages, shape, Span(), output, launch=launch)
         keys, values = torch.empty_like(key), torch.empty_like(value)
-        cu_lens = torch.nn.functional.pad(lens.cumsum(0), (1, 0)).int()
-        gather_cache(
-            cache, table, cu_lens, torch.zeros_like(lens), keys, values, layout, transforms, num_tokens=len(slots)
-        )
+        gather_cache(pages, CachedTokens(table, cu_lens, torch.zeros_like(lens), len(slots)), keys, values)
         results.append((output, keys, values))
 
     for in_room, alone in zip(*results, strict=True):
