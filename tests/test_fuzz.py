@@ -13,6 +13,7 @@ from vllm_kvtuner.profile.problems import ProfileError
 CASES = 1000
 
 
+@pytest.mark.slow
 def test_mutated_files_are_valid_or_refused():
     command = [sys.executable, "-m", "tests.fuzz", "--cases", str(CASES)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=500)

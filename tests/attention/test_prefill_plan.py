@@ -264,7 +264,7 @@ def test_attention_by_the_plan_is_plain_attention(window, attend_cached):
 RECENT_CASES = [(None, 1), (None, 10), (None, 1000), (24, 10), (60, 59), (1000, 30)]
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sink_tokens", [0, 4, 16])
 @pytest.mark.parametrize("attend_cached", [False, True])
 @pytest.mark.parametrize(("window", "recent"), RECENT_CASES)

@@ -129,7 +129,7 @@ class Request:
         return row
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("sliding_window", [None, 100])
 @pytest.mark.parametrize(
     ("window", "attend_cached"),

@@ -56,6 +56,7 @@ def model_table(scaling, max_position=MAX_POSITION):
     return table, frequencies.double(), float(amplitude)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaled_rotations_are_proportional_to_the_position(name):
     table, frequencies, amplitude = model_table(SCALINGS[name])

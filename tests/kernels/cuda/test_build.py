@@ -64,6 +64,7 @@ class Variant:
         return bytes(build.compile_cubin(self.settle(arch).source(), arch, None).code)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "variant",
     [
@@ -99,6 +100,7 @@ def test_nothing_spills_where_decoding_is_fastest(variant):
     assert (usage["STACK"], usage["LOCAL"], local_memory_instructions(cubin)) == (0, 0, 0)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("arch", "variant"),
     [
@@ -234,6 +236,7 @@ def test_sources_are_whole():
         assert source().stem == stem and "#include" not in source().text()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("stem", SOURCES)
 def test_the_hosts_arguments_are_the_kernels(stem):
     """In order and place: a parameter follows the one before as a member of a structure does."""

@@ -52,6 +52,7 @@ def split_options(options, query_lens):
     return launch, shared
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("pair", "head_size", "group", "block_size", "dtype", "query_lens", "options", "transforms"),
     [
@@ -123,6 +124,7 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     ("pair", "group", "query_lens", "options", "transforms"),
     [
@@ -195,6 +197,7 @@ def test_blocks_that_left_the_window_may_hold_anything():
     assert (got - want).norm() < 2e-3 * want.norm()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -254,6 +257,7 @@ def test_many_small_weights_beside_a_large_one(pair):
     assert (got - want).norm() < 1e-3 * want.norm()
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("many_rows", [False, True])
 @pytest.mark.parametrize("pair", ["K8V4", "K4V2", "K2V8"])
 def test_store_and_gather(pair, many_rows, monkeypatch):

@@ -36,6 +36,7 @@ class TestPortable:
         portable.check(cache, portable.SLICES, transforms, torch.float32)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(
     ("pair", "head_size", "rotary_dim", "is_neox", "dtype"),

@@ -50,6 +50,7 @@ def plain_attention(query, key, value, scale, window, soft_cap, skip=0):
     return out, lse
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize(
     ("window", "soft_cap", "skip"),
     [(None, 0.0, 0), (1, 0.0, 0), (20, 0.0, 0), (None, 3.0, 0), (20, 3.0, 0), (None, 0.0, 5), (20, 3.0, 17)],

@@ -32,6 +32,7 @@ def poisoned(layout, num_blocks, device):
     return torch.full(shape, POISON_BYTE, dtype=torch.uint8, device=device)
 
 
+@pytest.mark.quick(3)
 @pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
 @pytest.mark.parametrize("store", [reshape_and_cache_ref, reshape_and_cache], ids=["reference", "kernel"])
 def test_store_writes_its_own_chunks_only(device, batch, store, pair):
@@ -48,6 +49,7 @@ def test_store_writes_its_own_chunks_only(device, batch, store, pair):
     assert not (alone[:, :KV_HEADS] == POISON_BYTE).all(), "the store must have written"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", ["K8V8", "K4V2", "K2V8"])
 def test_kernels_read_the_chunks_of_a_smaller_pair(device, batch, pair):
     key, value, table, slots, num_blocks = batch

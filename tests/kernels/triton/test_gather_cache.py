@@ -51,7 +51,7 @@ def check(cache, slices, transforms, dtype):
         torch.testing.assert_close(ours[:-2], theirs[:-2], rtol=0, atol=TOLERANCES[dtype] * largest)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
 def test_every_pair(index, device):
     layout = make_layout(QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 48)[index % 3])
@@ -59,7 +59,7 @@ def test_every_pair(index, device):
     check(cache, SLICES, LayerTransforms(), tuple(TOLERANCES)[index % 3])
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("pair", "head_size", "rotary_dim", "is_neox"),
     [("K4V4", 128, 128, True), ("K2V8", 96, 48, True), ("K8V2", 64, 64, False), ("K4V2", 64, None, True)],

@@ -70,7 +70,7 @@ def check(
     return got
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
 def test_every_pair(index, device):
     layout = make_layout(QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 128, 48)[index % 4])
@@ -79,13 +79,14 @@ def test_every_pair(index, device):
     check(cache, group, tuple(TOLERANCES)[index // 3])
 
 
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("pair", ["K2V2", "K4V4", "K8V8"])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_every_head_size(pair, head_size, device):
     check(random_cache(make_layout(pair, head_size), [33, 80], 1, device), 2)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("block_n", [16, 32, 64, 128])
 @pytest.mark.parametrize("block_size", [16, 64, 80, 256])
 def test_tiles_and_blocks_of_any_ratio(block_n, block_size, device):
@@ -100,14 +101,14 @@ def test_splits_even_more_than_tiles(num_splits, device):
     check(cache, 2, config=DecodeConfig(8, 16, num_splits, 1, 2))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("block_m", [8, 16, 32])
 def test_more_heads_than_a_program_holds(block_m, device):
     cache = random_cache(make_layout("K4V4", 64), [40, 7], 1, device)
     check(cache, 71, torch.bfloat16, config=DecodeConfig(block_m, 32, 2, 1, 2))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("window", [None, 1, 9, 64], ids=["full", "window1", "window9", "window64"])
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [5, 1, 16, 2]], ids=["one_query", "several_queries"])
@@ -171,6 +172,7 @@ def test_padding_rows_become_0(device):
     assert not got[4:].any(), "rows beyond the last query"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("query_lens", [[1], [4]], ids=["one_query", "several_queries"])
 def test_blocks_that_left_the_window_may_hold_anything(query_lens, device):
     """Within the window's first tile too, and the log-sum-exp knows nothing of them."""
@@ -199,7 +201,7 @@ def test_a_window_reads_no_tile_outside(device):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("spread", [1e-6, 1e-4, 300.0, 9000.0])
 @pytest.mark.parametrize("pair", ["K4V2", "K4V8"])
 def test_value_scales_of_any_size(pair, spread, device):
@@ -209,6 +211,7 @@ def test_value_scales_of_any_size(pair, spread, device):
     assert got.abs().max() > 0.1 * spread
 
 
+@pytest.mark.slow
 def test_value_scales_that_change_within_a_request(device):
     check(changing_value_scales(device), 4, config=DecodeConfig(8, 16, 2, 1, 2))
 
@@ -218,6 +221,7 @@ def test_flat_rows_beside_steep_ones(device):
     assert got.abs().max() > 10
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", ["K4V4", "K8V8"])
 def test_uniform_attention(pair, device):
     """With queries of 0 the output is the mean of the values, small beside the codes' sum and the minima's."""
@@ -231,7 +235,7 @@ def test_rounding_of_probabilities_cancels(block_n, device):
     check(cache, 4, tolerance=limit / largest_value(cache), config=DecodeConfig(8, block_n, 2, 1, 2))
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("query_lens", [[1, 1], [4, 2]], ids=["one_query", "several_queries"])
 @pytest.mark.parametrize(
     ("head_size", "rotary_dim", "is_neox", "dtype"),
@@ -252,6 +256,7 @@ def test_key_offset(head_size, rotary_dim, is_neox, dtype, query_lens, device):
     check(cache, 2, query_lens=query_lens, transforms=transforms, config=config)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_offsets_of_hundreds_of_logits_keep_fp32_accuracy(dtype, device):
     """Two tokens whose offsets' logits, of about 500, are equal: rounded to 16 bits they would part by 0.1 or more."""

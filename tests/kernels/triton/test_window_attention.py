@@ -50,7 +50,7 @@ class Case:
         return output
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("query_lens", [[1] * len(SEQ_LENS), QUERY_LENS], ids=["one_query", "several_queries"])
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_limits(window_tokens, sink_tokens, sliding_window, soft_cap, query_lens
     assert torch.equal(got[-2:], case.output[-2:]), "rows beyond the last query"
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize("head_size", [64, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 8, 40])
 def test_shapes(head_size, group, device):
@@ -75,7 +75,7 @@ def test_shapes(head_size, group, device):
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCES[torch.float16])
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pass_query_len", [1, 2])
 @pytest.mark.parametrize("group", [4, 5, 40])
 def test_more_passes_for_few_requests(group, pass_query_len, device):

@@ -27,7 +27,7 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("query_tokens", [1, 3])
 @pytest.mark.parametrize("transforms", TRANSFORMS)
 def test_error_of_the_triton_kernel(transforms, query_tokens, device):
@@ -116,6 +116,7 @@ def fixed_time(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_entries(device, fixed_time):
     request = request_of(
         "--shape=4/2/64", "--points=2x40", "--pairs=K4V4", "--store-pairs=K4V4", "--implementations=triton",

@@ -106,6 +106,7 @@ def test_written_whole(result, suffix, start, tmp_path):
     assert (tmp_path / f"picture{suffix}").read_bytes().startswith(start)
 
 
+@pytest.mark.slow
 def test_a_panel_per_batch_with_a_bar_per_implementation(drawn, tmp_path):
     pictures.draw(kernel_result(), tmp_path / "picture.png")
 

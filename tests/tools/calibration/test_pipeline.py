@@ -75,6 +75,7 @@ def finished(tmp_path_factory):
     return out, table, evaluators
 
 
+@pytest.mark.slow
 def test_profile_round_trip(finished):
     out, table, _ = finished
     profile = load_profile(str(out / "profile.yaml"))
@@ -207,6 +208,7 @@ def test_report_holds_the_data_and_needs_nothing_else(finished):
     assert "Optuna: " in html
 
 
+@pytest.mark.slow
 def test_report_can_be_made_again(finished, monkeypatch):
     out, table, evaluators = finished
     (out / "report.html").unlink()
@@ -477,6 +479,7 @@ def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatc
     assert ("sink_tokens" in (tmp_path / "profile.yaml").read_text()) == (sink_tokens > 0)
 
 
+@pytest.mark.slow
 def test_another_number_of_sink_tokens_is_another_search(tmp_path, monkeypatch):
     """What was scored with other sink tokens is scored again, and kept for the next run with these."""
     table, evaluators = sensitivity_table(4), []

@@ -75,7 +75,7 @@ def searched(plan, trials=TRIALS, storage=None, evaluator=None, table=TABLE):
     return study, evaluator
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
 @pytest.mark.parametrize("max_bits", [3.5, 4.0, 5.25])
 def test_never_worse_than_its_seeds_and_within_the_budget(sampler, max_bits):
@@ -98,6 +98,7 @@ def test_never_worse_than_its_seeds_and_within_the_budget(sampler, max_bits):
             assert chosen.quality.kl_mean <= fake.score(uniform).kl_mean
 
 
+@pytest.mark.slow
 def test_finds_what_additive_errors_do_not_show():
     # A layer that hurts far more than its own error tells.
     class Skewed(FakeEvaluator):
@@ -153,6 +154,7 @@ def test_unquantized_layers_stay():
     assert all(pairs[1].is_quantized for pairs in evaluator.scored)
 
 
+@pytest.mark.slow
 def test_more_trials_go_on_and_a_finished_search_needs_no_engine():
     storage = InMemoryStorage()
     plan = make_plan()
@@ -173,6 +175,7 @@ def history(study):
     return [(t.number, t.state, t.params, t.values, t.user_attrs.get("duplicate_of")) for t in study.trials]
 
 
+@pytest.mark.slow
 def test_seed_decides():
     first, again, other = (history(searched(make_plan(seed=seed))[0]) for seed in (1, 1, 2))
     assert first == again != other

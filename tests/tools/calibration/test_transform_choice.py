@@ -142,6 +142,7 @@ def test_where_keys_before_rope_cannot_be_had_the_choice_is_data_free_and_says_s
     assert set(chosen.errors["chosen"]) == {"near"}
 
 
+@pytest.mark.slow
 def test_the_choice_is_read_again_and_made_again_from_another_capture(tmp_path, monkeypatch):
     capture = make_capture(tmp_path / "capture", offset=OUTLIERS)
     first = choose_transforms(capture, tmp_path, device="cpu")
@@ -156,6 +157,7 @@ def test_the_choice_is_read_again_and_made_again_from_another_capture(tmp_path, 
     assert (tmp_path / "statics.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [RecentWindow(48), RecentWindow(32, sink_tokens=4)])
 def test_the_choice_is_made_again_for_another_window_or_other_sinks(tmp_path, other):
     """By errors that are theirs, near and far, which the sensitivity equals."""
