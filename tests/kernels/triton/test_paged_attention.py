@@ -108,7 +108,7 @@ def test_more_heads_than_a_program_holds(block_m, device):
     check(cache, 71, torch.bfloat16, config=DecodeConfig(block_m, 32, 2, 1, 2))
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("window", [None, 1, 9, 64], ids=["full", "window1", "window9", "window64"])
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [5, 1, 16, 2]], ids=["one_query", "several_queries"])
@@ -221,7 +221,7 @@ def test_flat_rows_beside_steep_ones(device):
     assert got.abs().max() > 10
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["K4V4", "K8V8"])
 def test_uniform_attention(pair, device):
     """With queries of 0 the output is the mean of the values, small beside the codes' sum and the minima's."""
@@ -229,6 +229,7 @@ def test_uniform_attention(pair, device):
     check(cache, 2, query=torch.zeros(1, 2, 64, device=device), tolerance=1e-5, config=DecodeConfig(8, 64, 2, 1, 2))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("block_n", [16, 64])
 def test_rounding_of_probabilities_cancels(block_n, device):
     cache, limit = values_near_the_middle(device)

@@ -172,6 +172,7 @@ def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(query_toke
     assert torch.equal(launches.output.double(), got), "it attended after the last copy's tokens were there"
 
 
+@pytest.mark.slow
 def test_a_kernel_that_fails_costs_no_other_its_entry(device, fixed_time, monkeypatch):
     request = request_of("--shape=4/2/64", "--points=1x40", "--pairs=K4V4,K2V2", "--implementations=triton",
                          "--parts=decode")  # fmt: skip

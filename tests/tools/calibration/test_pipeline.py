@@ -431,6 +431,7 @@ def test_every_command_has_its_help(command, capsys):
     assert f"kvtuner {command}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_budget_reaches_the_search(tmp_path, monkeypatch):
     table = sensitivity_table(4)
     shapes = 4 * 2 * 2 * 64  # numbers per token

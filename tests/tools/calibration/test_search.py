@@ -75,7 +75,7 @@ def searched(plan, trials=TRIALS, storage=None, evaluator=None, table=TABLE):
     return study, evaluator
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["nsga2", "tpe"])
 @pytest.mark.parametrize("max_bits", [3.5, 4.0, 5.25])
 def test_never_worse_than_its_seeds_and_within_the_budget(sampler, max_bits):
@@ -133,6 +133,7 @@ def test_every_setting_is_scored_once_and_none_over_the_budget_but_seeds():
     assert len(known) == TRIALS
 
 
+@pytest.mark.slow
 def test_seeds_are_parents_of_the_next_generation():
     study, _ = searched(make_plan())
     seeds = [trial for trial in study.trials if "origin" in trial.user_attrs]
