@@ -1,8 +1,9 @@
 VENV ?= .venv
+DOCS_VENV ?= .venv-docs
 SERVE_ARGS ?=
 TEST_ARGS ?=
 
-.PHONY: serve test lint clean
+.PHONY: serve test lint docs clean
 
 serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9000" and the like go to `kvtuner demo`
 	@tools/setup_env.sh $(VENV)
@@ -11,6 +12,11 @@ serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9
 test: lint  ## All CPU tests; TEST_ARGS="-m gpu" runs the GPU's
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
 
+.PHONY: tables
+tables:  ## Tables, figures and pictures of the documentation, from docs/benchmarks/data
+	@tools/setup_env.sh $(VENV)
+	$(VENV)/bin/python -m kvtuner_tools.bench.tables
+
 lint:
 	@tools/setup_env.sh $(VENV)
 	$(VENV)/bin/ruff check
@@ -18,5 +24,10 @@ lint:
 	$(VENV)/bin/lint-imports
 	$(VENV)/bin/mypy
 
+docs:  ## The site of docs/ in site/, in a small environment of its own
+	@test -x $(DOCS_VENV)/bin/python || python3 -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --editable ".[docs]"
+	$(DOCS_VENV)/bin/zensical build --clean --strict
+
 clean:
-	rm -rf $(VENV) .models build *.egg-info
+	rm -rf $(VENV) $(DOCS_VENV) .models build site *.egg-info

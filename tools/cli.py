@@ -8,7 +8,7 @@ from collections.abc import Sequence
 COMMANDS = (
     ("profile", "profile_commands", "show, check and list precision profiles"),
     ("doctor", "doctor", "say what would serve a model on this machine and why, and test the kernels"),
-    ("statics", "statics", "make a statics file from the bias of a model's k projection"),
+    ("statics", "bias_offset", "make a statics file from the bias of a model's k projection"),
     ("demo", "demo", "serve the demo model and show a chat completion"),
     ("evaluate", "evaluate", "measure a profile's loss against the unquantized cache"),
     (

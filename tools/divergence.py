@@ -1,6 +1,6 @@
 """KL divergence of next-token distributions, per token and summarized."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -27,8 +27,7 @@ class TokenScores:
 
     @classmethod
     def join(cls, parts: "list[TokenScores]") -> "TokenScores":
-        names = ("kl", "nll_reference", "nll", "agree")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+        return cls(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)})
 
     def summary(self) -> dict[str, float]:
         """Mean, standard error of the mean and 99th percentile of the KL (nats per token), top-1 agreement (a share),
@@ -60,6 +59,7 @@ def compare(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor
         log_q = logits[rows].float().log_softmax(-1)
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         agree = log_p.argmax(-1) == log_q.argmax(-1)
-        parts.append((kl, -log_p.gather(-1, target)[:, 0], -log_q.gather(-1, target)[:, 0], agree))
+        nll_reference, nll = (-each.gather(-1, target)[:, 0] for each in (log_p, log_q))
+        parts.append({"kl": kl, "nll_reference": nll_reference, "nll": nll, "agree": agree})
     # Read back once, since a GPU stands still meanwhile.
-    return TokenScores(*(torch.cat(column).cpu().numpy() for column in zip(*parts, strict=True)))
+    return TokenScores(**{name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in parts[0]})

@@ -1,6 +1,7 @@
 """``kvtuner doctor``: what would run on this machine for a model and why, what is wrong, and whether kernels are right.
 
-Exit status 1 if vLLM would not serve the model with the profile here.
+Exit status 1 if vLLM would not serve the model with the profile here. An environment without torch is examined too, so
+what needs torch is imported where it is used.
 """
 
 import argparse
@@ -121,12 +122,17 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
             max(0, memory - (weights or 0)), resolved.bytes_per_token
         )
     section.facts["statics"] = None if profile.statics is None else str(profile.statics)
-    layers: dict[Any, list[int]] = {}
+    layers: dict[Group, list[int]] = {}
     for layer in resolved.layers:
-        layers.setdefault((layer.pair, layer.shape.head_size, layer.transforms), []).append(layer.index)
+        group = Group(None, layer.pair, layer.shape.head_size, layer.transforms)
+        layers.setdefault(group, []).append(layer.index)
     if unquantized := [layer.index for layer in resolved.layers if not layer.pair.is_quantized]:
         section.facts["layers in vLLM's own cache"] = format_layers(unquantized)
-    return section, [Group(format_layers(indices), *key) for key, indices in layers.items() if key[0].is_quantized]
+    return section, [
+        dataclasses.replace(group, layers=format_layers(indices))
+        for group, indices in layers.items()
+        if group.pair.is_quantized
+    ]
 
 
 def _kernels(groups: Sequence[Group], card: Section) -> Section:

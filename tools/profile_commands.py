@@ -13,6 +13,7 @@ from vllm_kvtuner.profile.load import load_profile, shipped_profiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
+from vllm_kvtuner.profile.statics import load_statics
 
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _UNITS = {
@@ -135,8 +136,6 @@ def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, R
     shape = profile.model if model is None else load_model_shape(model)
     resolved = None if shape is None else profile.resolve(shape)
     if resolved is not None and profile.statics is not None:
-        from vllm_kvtuner.profile.statics import load_statics
-
         load_statics(profile.statics, resolved)
     return profile, shape, resolved
 

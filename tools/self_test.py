@@ -4,16 +4,15 @@ Rows are dequantized here token by token, so that neither the kernels' nor the r
 """
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from vllm_kvtuner.kernels.layer import LayerKernels
-from vllm_kvtuner.kernels.reference.attention import attention_ref, paged_attention_ref
-from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref
-from vllm_kvtuner.pages.codes import RANGE_FACTORS, dequantize
+from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, KernelSet, Pages, Queries, Span
+from vllm_kvtuner.kernels.gpu import BatchLimits, GpuKernels
+from vllm_kvtuner.kernels.reference.attention import attention_ref
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
+from vllm_kvtuner.pages.codes import RANGE_FACTORS
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import (
     LayerTransforms,
@@ -23,7 +22,7 @@ from vllm_kvtuner.pages.transforms import (
     rotate_values,
     transform_keys,
 )
-from vllm_kvtuner.pages.views import page_parts
+from vllm_kvtuner.pages.views import Side, page_sides
 from vllm_kvtuner.profile.profile import TransformSettings
 
 SEQ_LENS = (1, 16, 17, 129)
@@ -54,6 +53,10 @@ class Case:
     @property
     def layout(self) -> PageLayout:
         return PageLayout(self.pair, self.head_size, BLOCK_SIZE_MULTIPLE)
+
+    @property
+    def shape(self) -> AttentionShape:
+        return AttentionShape(GROUP * NUM_KV_HEADS, NUM_KV_HEADS, self.head_size, self.head_size**-0.5)
 
     def layer_transforms(self, device: torch.device) -> LayerTransforms:
         """The transforms with random statics, in half-split (neox) RoPE over the whole head."""
@@ -102,14 +105,95 @@ def measure(case: Case, device: torch.device) -> Errors:
     begin = time.monotonic()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
-        errors = _measure(case, device)
-    return Errors(*errors, seconds=time.monotonic() - begin)
+        store, gather, decode = _measure(case, device)
+    return Errors(store, gather, decode, seconds=time.monotonic() - begin)
 
 
 def _measure(case: Case, device: torch.device) -> tuple[float, float, float]:
-    layout, transforms = case.layout, case.layer_transforms(device)
-    store, gather, attend = _reference(case) if device.type == "cpu" else _kernels(case, device)
-    tokens, size = sum(SEQ_LENS), layout.block_size
+    batch = _make_batch(case, device)
+    kernels = _kernel_set(case, device)
+    kernels.store(batch.key, batch.value, batch.slots, batch.position, batch.pages)
+    keys, values = (batch.stored(side) for side in page_sides(batch.pages.kv_cache, case.layout))
+    transforms = batch.pages.transforms
+    store_error = max(
+        keys.steps(transform_keys(batch.key, batch.position, transforms), transforms.range_search),
+        values.steps(rotate_values(batch.value, transforms), transforms.range_search),
+    )
+    key, value = restore_keys(keys.rows, batch.position, transforms), rotate_values(values.rows, transforms)
+    return store_error, _gather_error(kernels, batch, key, value), _decode_error(kernels, batch, key, value)
+
+
+def _kernel_set(case: Case, device: torch.device) -> KernelSet:
+    """What serves a layer on the device."""
+    if device.type == "cpu":
+        return ReferenceKernels(case.shape, Span())
+    return GpuKernels(case.shape, Span(), BatchLimits(len(SEQ_LENS), 1), device)
+
+
+@dataclass(frozen=True)
+class _StoredRows:
+    """Rows as one side of the pages keeps them.
+
+    Args:
+        side: keys or values of the whole cache.
+        rows: [num_tokens, num_kv_heads, head_size] fp32.
+        meta: [num_tokens, num_kv_heads, 2] fp16, scale and minimum of each row.
+    """
+
+    side: Side
+    rows: torch.Tensor
+    meta: torch.Tensor
+
+    def steps(self, wanted: torch.Tensor, range_search: bool) -> float:
+        """Largest error in steps, that of clipping left out, unless it is more than range search may clip.
+
+        A range shrunk by f loses (1 - f) / 2 of what it was at either end, and its ``levels`` steps are f of that.
+        """
+        levels = self.side.format.levels
+        scale, minimum = self.meta.float().unsqueeze(-1).unbind(-2)
+        rounding = (wanted.clamp(minimum, minimum + levels * scale) - self.rows).abs() / scale
+        factor = min(RANGE_FACTORS) if range_search and self.side.format.bits < 8 else 1.0
+        beyond = (wanted - self.rows).abs() / scale - (1 - factor) / (2 * factor) * levels
+        return torch.maximum(rounding, beyond).max().item()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Random tokens of requests of ``SEQ_LENS``, and pages that have room for them.
+
+    Args:
+        key: [num_tokens, NUM_KV_HEADS, head_size] bf16.
+        value: as key.
+        position: [num_tokens] int64, in the token's request.
+        block: [num_tokens] int64, where the token is stored.
+        offset: [num_tokens] int64, its place in that block.
+        block_table: [num_reqs, max_blocks] int32.
+        starts: [num_reqs + 1] int32, where each request's tokens begin, and the end.
+        pages: all bytes 255: scale and minimum of a token that nobody stored are NaN, and so is all that reads it.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    position: torch.Tensor
+    block: torch.Tensor
+    offset: torch.Tensor
+    block_table: torch.Tensor
+    starts: torch.Tensor
+    pages: Pages
+
+    @property
+    def slots(self) -> torch.Tensor:
+        return self.block * self.pages.layout.block_size + self.offset
+
+    def stored(self, side: Side) -> _StoredRows:
+        """What one side of the pages holds of the tokens."""
+        codes, meta = (each[self.block, :, self.offset] for each in (side.codes, side.meta))
+        return _StoredRows(side, side.format.dequantize(codes, meta), meta)
+
+
+def _make_batch(case: Case, device: torch.device) -> _Batch:
+    transforms, size = case.layer_transforms(device), case.layout.block_size
+    tokens = sum(SEQ_LENS)
     key, value = (torch.randn(tokens, NUM_KV_HEADS, case.head_size, device=device).to(torch.bfloat16) for _ in range(2))
     blocks = [-(-length // size) for length in SEQ_LENS]
     free = (1 + torch.randperm(sum(blocks))).to(torch.int32)
@@ -118,84 +202,43 @@ def _measure(case: Case, device: torch.device) -> tuple[float, float, float]:
         row[: len(ids)] = ids
     position = torch.cat([torch.arange(length) for length in SEQ_LENS])
     request = torch.repeat_interleave(torch.arange(len(SEQ_LENS)), torch.tensor(SEQ_LENS))
-    block, offset = table[request, position // size].long().to(device), (position % size).to(device)
-    table, position = table.to(device), position.to(device)
-    starts = torch.tensor([0, *torch.tensor(SEQ_LENS).cumsum(0).tolist()], dtype=torch.int32, device=device)
-    cache_shape = (sum(blocks) + 1, NUM_KV_HEADS, size, layout.content_bytes)
-    # All ones: scale and minimum of a token that nobody stored are NaN, and so is all that reads it.
+    cache_shape = (sum(blocks) + 1, NUM_KV_HEADS, size, case.layout.content_bytes)
     kv_cache = torch.full(cache_shape, 255, dtype=torch.uint8, device=device)
-
-    store(key, value, kv_cache, block * size + offset, position, layout, transforms)
-    k_codes, v_codes, k_meta, v_meta = page_parts(kv_cache, layout)
-    keys = dequantize(k_codes[block, :, offset], k_meta[block, :, offset], layout.k_bits)
-    values = dequantize(v_codes[block, :, offset], v_meta[block, :, offset], layout.v_bits)
-    store_error = max(
-        _steps(transform_keys(key, position, transforms), keys, k_meta[block, :, offset], layout.k_bits, transforms),
-        _steps(rotate_values(value, transforms), values, v_meta[block, :, offset], layout.v_bits, transforms),
+    return _Batch(
+        key=key,
+        value=value,
+        position=position.to(device),
+        block=table[request, position // size].long().to(device),
+        offset=(position % size).to(device),
+        block_table=table.to(device),
+        starts=torch.tensor([0, *torch.tensor(SEQ_LENS).cumsum(0).tolist()], dtype=torch.int32, device=device),
+        pages=Pages(kv_cache, case.layout, transforms),
     )
 
-    keys, values = restore_keys(keys, position, transforms), rotate_values(values, transforms)
-    key_out, value_out = torch.full_like(key, torch.nan), torch.full_like(value, torch.nan)
-    first = torch.zeros(len(SEQ_LENS), dtype=torch.int32, device=device)
-    arguments = (kv_cache, table, starts, first, key_out, value_out)
-    gather(*arguments, layout=layout, transforms=transforms, num_tokens=tokens)
-    gather_error = max(_relative(key_out, keys), _relative(value_out, values))
 
-    query = torch.randn(len(SEQ_LENS), GROUP * NUM_KV_HEADS, case.head_size, device=device).to(torch.bfloat16)
+def _gather_error(kernels: KernelSet, batch: _Batch, key: torch.Tensor, value: torch.Tensor) -> float:
+    """Of reading all tokens back, whose keys and values in model space are ``key`` and ``value``."""
+    key_out, value_out = torch.full_like(batch.key, torch.nan), torch.full_like(batch.value, torch.nan)
+    first = torch.zeros(len(SEQ_LENS), dtype=torch.int32, device=key.device)
+    kernels.gather(batch.pages, CachedTokens(batch.block_table, batch.starts, first, len(key)), key_out, value_out)
+    return max(_relative(key_out, key), _relative(value_out, value))
+
+
+def _decode_error(kernels: KernelSet, batch: _Batch, key: torch.Tensor, value: torch.Tensor) -> float:
+    """Of one decoded token of each request, over keys and values as :func:`_gather_error` takes them."""
+    shape, device, starts = kernels.shape, key.device, batch.starts
+    query = torch.randn(len(SEQ_LENS), shape.num_heads, shape.head_size, device=device).to(torch.bfloat16)
     output, expected = torch.full_like(query, torch.nan), torch.empty_like(query, dtype=torch.float32)
-    lens = starts[1:] - starts[:-1]
     query_starts = torch.arange(len(SEQ_LENS) + 1, dtype=torch.int32, device=device)
+    queries = Queries(batch.block_table, starts[1:] - starts[:-1], query_starts, max_query_len=1)
     if device.type == "cuda":
         # The decode kernel may start before the kernel before it ends, as in a model, where none writes these.
         torch.cuda.synchronize(device)
-    attend(query, kv_cache, table, lens, query_starts, 1, layout, transforms, output)
+    kernels.attend(query, queries, batch.pages, output)
     for index, (begin, end) in enumerate(zip(starts.tolist(), starts[1:].tolist(), strict=False)):
         one = slice(index, index + 1)
-        attention_ref(query[one], keys[begin:end], values[begin:end], _scale(case), expected[one])
-    decode_error = ((output.float() - expected).abs().max() / values.abs().max()).item()
-    return store_error, gather_error, decode_error
-
-
-_Operations = tuple[Callable[..., None], Callable[..., None], Callable[..., None]]
-"""Store, gather and decode with the contracts of :class:`LayerKernels`."""
-
-
-def _kernels(case: Case, device: torch.device) -> _Operations:
-    num_heads = GROUP * NUM_KV_HEADS
-    kernels = LayerKernels(num_heads, NUM_KV_HEADS, case.head_size, _scale(case), None, 0.0, len(SEQ_LENS), 1, device)
-    return kernels.store, kernels.gather, kernels.attend
-
-
-def _reference(case: Case) -> _Operations:
-    gather_ref: Callable[..., None] = gather_cache_ref
-    attend_ref: Callable[..., None] = paged_attention_ref
-
-    def gather(*arguments: Any, layout: PageLayout, transforms: LayerTransforms, num_tokens: int) -> None:
-        gather_ref(*arguments, layout, transforms, num_tokens=num_tokens)
-
-    def attend(*arguments: Any) -> None:
-        *batch, layout, transforms, output = arguments
-        attend_ref(*batch, _scale(case), layout, transforms, output)
-
-    return reshape_and_cache_ref, gather, attend
-
-
-def _scale(case: Case) -> float:
-    return case.head_size**-0.5
-
-
-def _steps(
-    rows: torch.Tensor, stored: torch.Tensor, meta: torch.Tensor, bits: int, transforms: LayerTransforms
-) -> float:
-    """Largest error in steps, that of clipping left out, unless it is more than range search may clip.
-
-    A range shrunk by f loses (1 - f) / 2 of what it was at either end, and its 2^bits - 1 steps are f of that.
-    """
-    scale, minimum = meta.float().unsqueeze(-1).unbind(-2)
-    rounding = (rows.clamp(minimum, minimum + (2**bits - 1) * scale) - stored).abs() / scale
-    factor = min(RANGE_FACTORS) if transforms.range_search and bits < 8 else 1.0
-    beyond = (rows - stored).abs() / scale - (1 - factor) / (2 * factor) * (2**bits - 1)
-    return torch.maximum(rounding, beyond).max().item()
+        attention_ref(query[one], key[begin:end], value[begin:end], shape, Span(), expected[one])
+    return ((output.float() - expected).abs().max() / value.abs().max()).item()
 
 
 def _relative(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -130,7 +130,8 @@ def load_task(
         raise ValueError(
             f"{path}: a task needs a tokenizer with a chat template, but {tokenizer.name_or_path} has none"
         )
-    records = [_read_line(path, *line) for line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
     examples, asked = records[:shots], records[shots:][:limit]
     if not asked:
         raise ValueError(

@@ -14,7 +14,7 @@ REQUESTS = ((50, 1), (48, 3), (64, 16), (0, 5), (32, 200))
 def build(window=None, attend_cached_prefill=False, speculative=None, requests=REQUESTS):
     implementation = SimpleNamespace(
         sliding_window=None,
-        recent=None if window is None else SimpleNamespace(window=SimpleNamespace(tokens=window, sink_tokens=0)),
+        recent_window=None if window is None else SimpleNamespace(window=SimpleNamespace(tokens=window, sink_tokens=0)),
         attend_cached_prefill=attend_cached_prefill,
         prefill_workspace_tokens=4096,
     )
@@ -59,11 +59,11 @@ def test_kernels_are_asked_for_what_was_compiled(query_len):
 
 
 @pytest.mark.parametrize("speculative", [2, 4, 15])
-def test_so_are_kernels_that_verify(speculative):
+def test_verifications_are_asked_for_what_was_compiled(speculative):
     assert build(requests=[(50, 1), (48, 3)], speculative=speculative).max_decode_query_len == speculative + 1
     assert build(requests=[(50, 1), (48, 1)], speculative=speculative).max_decode_query_len == 1
 
 
-def test_beside_verifications():
+def test_short_prefills_are_decoded_beside_verifications():
     metadata = build(speculative=4)
     assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.max_decode_query_len) == (3, 20, 16)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from vllm_kvtuner.attention.prefill_plan import PrefillPlan, plan, short_prefills, workspace_rows
+from vllm_kvtuner.attention.prefill_plan import PlanRules, PrefillPlan, plan, short_prefills, workspace_rows
 from vllm_kvtuner.kernels.limits import SHORT_PREFILL_TOKENS
 
 CPU = torch.device("cpu")
@@ -38,19 +38,18 @@ class Batch:
         return range(self.num_decodes, len(self.requests))
 
     def plan(self) -> PrefillPlan:
-        return plan(
-            query_start_loc=torch.tensor([*self.starts, 0], dtype=torch.int32),  # longer than the batch, as vLLM's is
-            seq_lens=torch.tensor([context + query for context, query in self.requests] + [0], dtype=torch.int32),
-            first_request=self.num_decodes,
-            num_reqs=len(self.requests),
+        rules = PlanRules(
             workspace_tokens=self.workspace,
             block_size=BLOCK,
             attend_cached=self.attend_cached,
             sliding_window=self.window,
             recent=self.recent,
-            device=CPU,
             sink_tokens=self.sink_tokens,
         )
+        # Longer than the batch, as vLLM's are.
+        starts = torch.tensor([*self.starts, 0], dtype=torch.int32)
+        lens = torch.tensor([context + query for context, query in self.requests] + [0], dtype=torch.int32)
+        return plan(rules, starts, lens, self.num_decodes, len(self.requests), CPU)
 
 
 def random_batch(

@@ -1,6 +1,6 @@
 """The way of a layer with a recent window on a GPU, step by step on a CPU, against what it computes on a CPU.
 
-The reference is in place of this package's kernels, and torch in place of vLLM's.
+The reference's kernels are in place of the GPU's, and torch in place of FlashAttention.
 """
 
 import itertools
@@ -8,15 +8,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from vllm.v1.attention.backends import fa_utils
+from vllm.forward_context import override_forward_context
 
-from vllm_kvtuner.attention import backend, impl, prefill_plan, window_cache, window_kernels
+from vllm_kvtuner.attention import impl
+from vllm_kvtuner.attention.metadata import KVTunerMetadata
+from vllm_kvtuner.attention.prefill import GpuPrefill, WorkspaceShape
+from vllm_kvtuner.attention.prefill_plan import PlanRules, plan
+from vllm_kvtuner.attention.window_cache import RecentCache, RecentMetadataBuilder
+from vllm_kvtuner.attention.window_kernels import GpuWindow
 from vllm_kvtuner.blocks.window_manager import RecentSpec
-from vllm_kvtuner.kernels import layer
-from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
-from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref, store_rows_ref
-from vllm_kvtuner.kernels.reference.window_attention import recent_attention_ref
-from vllm_kvtuner.kernels.triton import window_attention
+from vllm_kvtuner.kernels.contract import Segment, Span
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.model_shape import LayerShape
 from vllm_kvtuner.profile.profile import LayerPrecision, RecentWindow, TransformSettings
@@ -29,13 +31,9 @@ NAME = "model.layers.0.attn"
 MAX_SEQS, MAX_TOKENS = 8, 400
 
 
-def flash(
-    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, softcap, causal, window_size,
-    return_softmax_lse, fa_version,
-):  # fmt: skip
+def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size):
     """As vLLM's flash_attn_varlen_func by its docstring. A row that sees nothing has the log-sum-exp +inf, as
     FlashAttention 2 gives it, and values that are NaN stay NaN under a probability of 0."""
-    assert return_softmax_lse and fa_version == 3
     output, lse = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), torch.inf)
     bounds = cu_seqlens_q.tolist()
     for request, (begin, end) in enumerate(itertools.pairwise(bounds)):
@@ -50,7 +48,7 @@ def flash(
             seen &= torch.arange(len(keys)) >= position - window_size[0]
         group = q.shape[1] // k.shape[-2]
         scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), keys.float().repeat_interleave(group, 1))
-        scores = softcap * torch.tanh(scores * softmax_scale / softcap)
+        scores = SOFT_CAP * torch.tanh(scores * SCALE / SOFT_CAP)
         scores = torch.where(seen, scores, -torch.inf)
         sums = scores.logsumexp(-1)
         weights = torch.where(sums.isneginf()[..., None], 0.0, (scores - sums[..., None]).exp())
@@ -58,62 +56,36 @@ def flash(
             q.dtype
         )
         lse[:, begin:end] = torch.where(sums.isneginf(), torch.inf, sums)
-    return output, lse
+    return Segment(output, lse)
 
 
-def reshape_and_cache(key, value, kv_cache, slot_mapping, positions, layout, transforms, rows):
-    """As this package's, which keep new tokens in a recent window too."""
-    reshape_and_cache_ref(key, value, kv_cache, slot_mapping, positions, layout, transforms)
-    if rows is not None:
-        rows.check(key, len(slot_mapping))
-        store_rows_ref(key, value, rows.kv_cache, rows.slot_mapping)
-
-
-@pytest.fixture
-def replaced(monkeypatch):
-    """vLLM's and this package's GPU kernels."""
-    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", flash, raising=False)
-    monkeypatch.setattr(fa_utils, "get_flash_attn_version", lambda **_: 3)
-    # Under the interpreter the kernel would multiply bf16's bit patterns.
-    monkeypatch.setattr(
-        window_attention,
-        "recent_attention",
-        lambda *arguments, dependent, pass_query_len: recent_attention_ref(*arguments),
-    )
-    decode = SimpleNamespace(
-        paged_attention=lambda *arguments, workspace, pass_query_len: paged_attention_ref(*arguments)
-    )
-    rows = layer._RowKernels(reshape_and_cache, gather_cache_ref)
-    monkeypatch.setattr(layer, "_decode_module", lambda kernel: (decode, {}))
-    monkeypatch.setattr(layer, "_row_kernels", lambda kernels: rows)
-    monkeypatch.setattr(layer, "_triton_workspace", lambda *arguments: None)
-    monkeypatch.setattr(window_cache, "max_decode_query_len", lambda config: QUERY_LEN)
-    monkeypatch.setattr(impl, "max_decode_query_len", lambda config: QUERY_LEN)
-    config = SimpleNamespace(
-        model_config=SimpleNamespace(dtype=torch.bfloat16),
-        scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
-    )
-    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
-    return config
+CONFIG = SimpleNamespace(
+    model_config=SimpleNamespace(dtype=torch.bfloat16),
+    scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
+    speculative_config=SimpleNamespace(num_speculative_tokens=QUERY_LEN - 1, parallel_drafting=False),
+    use_v2_model_runner=True,
+)
 
 
 class Layer:
-    """A layer with caches of its own, on a CPU or as on a GPU."""
+    """A layer with caches of its own, served as on a CPU or as on a GPU."""
 
-    def __init__(self, monkeypatch, config, on_gpu, window, sliding_window, attend_cached):
+    def __init__(self, on_gpu, window, sliding_window, attend_cached):
         transforms = TransformSettings(key_hadamard=True, value_hadamard=True)
         shape = LayerShape(num_kv_heads=KV_HEADS, head_size=HEAD_SIZE)
         precision = LayerPrecision(0, PrecisionPair(4, 4), shape, transforms, window)
-        monkeypatch.setattr(impl, "current_platform", SimpleNamespace(
-            is_cpu=lambda: not on_gpu, device_type="cpu", current_device=lambda: 0,
-        ))  # fmt: skip
         self.impl = impl.KVTunerImpl(
             HEADS, HEAD_SIZE, SCALE, KV_HEADS, None, sliding_window, "kvtuner", SOFT_CAP,
             settings=impl.LayerSettings(precision, attend_cached),
         )  # fmt: skip
-        self.cache = window_cache.RecentCache(f"{NAME}.recent", window, KV_HEADS, HEAD_SIZE, torch.bfloat16)
+        self.cache = RecentCache(f"{NAME}.recent", window, KV_HEADS, HEAD_SIZE, torch.bfloat16)
         self.impl.take_window(self.cache)
-        assert (self.impl.recent_kernels is not None) == on_gpu
+        if on_gpu:
+            shape, span = self.impl.shape, Span(sliding_window, window.tokens, window.sink_tokens)
+            kernels, packed = ReferenceKernels(shape, span), ReferenceKernels(shape, Span(window.tokens))
+            newest = GpuWindow(self.cache, kernels, packed)
+            workspace = WorkspaceShape(self.impl.prefill_workspace_tokens, torch.bfloat16, CPU)
+            self.impl.served = impl.Served(kernels, GpuPrefill(kernels, flash, workspace, newest), newest)
         packed = window.pair.is_quantized
         width = content_bytes(window.pair, HEAD_SIZE) if packed else 2 * HEAD_SIZE
         dtype = torch.uint8 if packed else torch.bfloat16
@@ -125,17 +97,15 @@ class Layer:
             block_size=RECENT_BLOCK, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE, dtype=dtype,
             sliding_window=window.tokens, step_tokens=QUERY_LEN, num_steps=1,
         )  # fmt: skip
-        self.builder = window_cache.RecentMetadataBuilder(spec, [NAME], config, CPU)
+        self.builder = RecentMetadataBuilder(spec, [NAME], CONFIG, CPU)
 
-    def step(self, monkeypatch, query, key, value, metadata, common, slots):
+    def step(self, query, key, value, metadata, common, slots):
         window = self.builder.build(0, common())
         context = SimpleNamespace(attn_metadata={NAME: metadata, f"{NAME}.recent": window})
-        for module in (impl, window_cache, window_kernels):
-            monkeypatch.setattr(module, "get_forward_context", lambda: context)
-        layer = SimpleNamespace(layer_name=NAME)
-        self.impl.do_kv_cache_update(layer, key, value, self.kv_cache, slots)
-        output = torch.full_like(query, torch.nan)
-        return self.impl.forward(layer, query, key, value, self.kv_cache, metadata, output)
+        with override_forward_context(context):
+            self.impl.do_kv_cache_update(SimpleNamespace(layer_name=NAME), key, value, self.kv_cache, slots)
+            output = torch.full_like(query, torch.nan)
+            return self.impl.forward(None, query, key, value, self.kv_cache, metadata, output)
 
 
 class Request:
@@ -171,9 +141,10 @@ class Request:
     ],
     ids=str,
 )
-def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, replaced, monkeypatch):
+def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, monkeypatch):
     torch.manual_seed(0)
-    layers = [Layer(monkeypatch, replaced, on_gpu, window, sliding_window, attend_cached) for on_gpu in (False, True)]
+    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: CONFIG)
+    layers = [Layer(on_gpu, window, sliding_window, attend_cached) for on_gpu in (False, True)]
     blocks, recent_blocks = list(range(1, 60)), list(range(2, 200))
     requests = [Request(blocks, recent_blocks) for _ in range(4)]
     steps = [[1, 1, 1, 90], [2, 3, 1, 80], [1, 1, 30, 100], [3, 2, 90, 9], [1, 20, 40, 7], [1, 1, 1, 3]]
@@ -190,18 +161,14 @@ def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, re
             request.length = end
         lens = torch.tensor([request.length for request in requests], dtype=torch.int32)
         decodes = next((i for i, count in enumerate(counts) if count > QUERY_LEN), len(counts))
-        plan = None
+        planned = None
         if decodes < len(counts):
-            plan = prefill_plan.plan(
-                query_start_loc=starts, seq_lens=lens, first_request=decodes, num_reqs=len(counts),
-                workspace_tokens=MAX_TOKENS + 128, block_size=BLOCK, attend_cached=attend_cached,
-                sliding_window=sliding_window, recent=window.tokens, device=CPU,
-                sink_tokens=window.sink_tokens,
-            )  # fmt: skip
+            rules = PlanRules(MAX_TOKENS + 128, BLOCK, attend_cached, sliding_window, window.tokens, window.sink_tokens)
+            planned = plan(rules, starts, lens, decodes, len(counts), CPU)
         total = int(starts[-1])
-        metadata = backend.KVTunerMetadata(
+        metadata = KVTunerMetadata(
             total, decodes, int(starts[decodes]), max(counts[:decodes], default=1), starts, lens,
-            torch.tensor([request.table for request in requests], dtype=torch.int32), None, plan,
+            torch.tensor([request.table for request in requests], dtype=torch.int32), None, planned,
         )  # fmt: skip
 
         def common(starts=starts, lens=lens, rows=rows, recent_slots=recent_slots):
@@ -212,10 +179,7 @@ def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, re
 
         query = torch.randn(total, HEADS, HEAD_SIZE).bfloat16()
         key, value = (torch.randn(total, KV_HEADS, HEAD_SIZE).bfloat16() for _ in range(2))
-        want, got = (
-            layer.step(monkeypatch, query, key, value, metadata, common, torch.tensor(slots)).float()
-            for layer in layers
-        )
+        want, got = (layer.step(query, key, value, metadata, common, torch.tensor(slots)).float() for layer in layers)
         assert not want.isnan().any() and not got.isnan().any()
         # A chunk's first queries read the newest cached tokens from the window. Without attend_cached_prefill the
         # others do so too on a GPU, where those tokens are not masked out one by one.

@@ -15,7 +15,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from tests.helpers.block_requests import make_request, prefill, start
+from tests.helpers.block_requests import allocate_where_needed, make_request, prefill, start
 from vllm_kvtuner.blocks import allocation
 from vllm_kvtuner.blocks.window_manager import RecentSpec
 from vllm_kvtuner.plugin import register
@@ -99,10 +99,10 @@ def test_steps_that_need_nothing_are_not_asked(seed, cache, drafts, caching, mon
     specs = CACHES[cache](drafts)
     smallest = min(spec.block_size for spec in specs)
     managers = [make_manager(specs, caching) for _ in range(2)]
-    allocation.allocate_where_needed(managers[1])
+    allocate_where_needed(managers[1])
     with monkeypatch.context() as patch:
         patch.setattr(allocation, "steps_of", lambda manager: None)
-        allocation.allocate_where_needed(managers[0])
+        allocate_where_needed(managers[0])
     prompt = [numbers.randrange(1000) for _ in range(numbers.randrange(1, 700))]
     requests = [make_request("a", prompt, smallest) for _ in managers]
     chunk = numbers.choice([7, 100, 512])
@@ -139,7 +139,7 @@ def test_steps_that_need_nothing_are_not_asked(seed, cache, drafts, caching, mon
 def test_a_request_that_lost_its_blocks_gets_new_ones():
     """A preempted request comes back with the tokens it had, and asks as one that begins."""
     manager = make_manager([full(16)])
-    allocation.allocate_where_needed(manager)
+    allocate_where_needed(manager)
     request = make_request("a", range(40), 16)
     prefill(manager, request, 512)
     for _ in range(3):
@@ -159,7 +159,7 @@ def test_a_request_that_lost_its_blocks_gets_new_ones():
 
 def test_where_blocks_run_out_the_request_asks_again():
     manager = make_manager([full(16)], num_blocks=12)
-    allocation.allocate_where_needed(manager)
+    allocate_where_needed(manager)
     greedy, small = (make_request(name, range(length), 16) for name, length in (("greedy", 160), ("small", 16)))
     for request in (greedy, small):
         assert manager.allocate_slots(request, request.num_prompt_tokens) is not None
@@ -174,7 +174,7 @@ def test_where_blocks_run_out_the_request_asks_again():
 def test_states_of_linear_attention_are_asked_in_every_step(monkeypatch):
     states = MambaSpec(block_size=64, shapes=((4, 4),), dtypes=(torch.float32,))
     manager = make_manager([full(64), states], enable_caching=False)
-    allocation.allocate_where_needed(manager)
+    allocate_where_needed(manager)
     request = make_request("a", range(5), 64)
     prefill(manager, request, 512)
     asked = counted_allocations(monkeypatch, manager)

@@ -9,8 +9,7 @@ from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.kv_cache_utils import init_none_hash
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 
-from tests.helpers.block_requests import make_request, prefill, start
-from vllm_kvtuner.blocks.allocation import allocate_where_needed
+from tests.helpers.block_requests import allocate_where_needed, make_request, prefill, start
 from vllm_kvtuner.blocks.window_manager import RecentManager, RecentSpec
 from vllm_kvtuner.plugin import register
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.evaluate import EvaluationRequest, evaluate
-from kvtuner_tools.settings import Setting
 from tests.helpers.engine import Call, run_engine
 
 TEXT = Path(__file__).with_name("text.txt")
@@ -19,7 +19,7 @@ PROMPTS = ("The capital of France is", "Once upon a time, in a small village,", 
 @pytest.fixture(scope="module")
 def evaluation(smollm2):
     """Teacher-forced with ``attend_cached_prefill``, in two chunks, so that the cache is read by both."""
-    settings = (Setting("kvtuner", "K8V8"), Setting("kvtuner", "K16V16"))
+    settings = (CacheSetting("kvtuner", "K8V8"), CacheSetting("kvtuner", "K16V16"))
     request = EvaluationRequest(
         model=str(smollm2),
         settings=settings,

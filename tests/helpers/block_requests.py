@@ -5,6 +5,8 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher
 from vllm.v1.request import Request
 
+from vllm_kvtuner.blocks.allocation import methods_where_needed
+
 
 def make_request(name, tokens, block_size):
     """``block_size``: tokens that the prefix cache hashes at once."""
@@ -28,3 +30,9 @@ def prefill(manager, request, chunk):
         assert manager.allocate_slots(request, tokens, **found) is not None
         request.num_computed_tokens = done = done + tokens
     return hit
+
+
+def allocate_where_needed(manager):
+    """Install what makes steps skip needless allocations, as compat does for a scheduler's manager."""
+    for name, method in methods_where_needed(manager).items():
+        setattr(manager, name, method)

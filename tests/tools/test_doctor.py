@@ -15,8 +15,11 @@ import vllm
 from kvtuner_tools import cli, doctor, machine, self_test
 from tests.helpers.engine import cpu_only
 from vllm_kvtuner.kernels import choice
-from vllm_kvtuner.kernels.reference.attention import LayerTransforms
+from vllm_kvtuner.kernels.contract import Span
+from vllm_kvtuner.kernels.gpu import BatchLimits, GpuKernels
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import TransformSettings
 from vllm_kvtuner.profile.statics import LayerStatics, save_statics
 
@@ -83,6 +86,7 @@ def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
     assert report["software"]["vLLM serves"] == "cpu"
     assert report["device"]["device"] == "cpu"
     assert report["plugin"]["loaded by vLLM"]
+    assert report["plugin"]["broken seams"] == 0
     assert [name.split()[0] for name in report["kernels"]] == ["K8V8", "K4V4", "K2V2"]
     for fact in report["kernels"].values():
         assert fact["decode"] == "reference, since the device is a CPU"
@@ -154,9 +158,18 @@ def test_a_vllm_whose_internals_differ(diagnose, monkeypatch):
     def changed():
         raise AttributeError("no such seam")
 
-    monkeypatch.setattr("vllm_kvtuner.plugin.register", changed)
+    monkeypatch.setattr(machine, "register", changed)
     (problem,) = diagnose("--profile", "K8V8")["problems"]
     assert problem == "the plugin does not fit this vLLM: AttributeError: no such seam"
+
+
+def test_a_vllm_that_has_moved_what_the_plugin_patches(diagnose, monkeypatch):
+    monkeypatch.delattr("vllm.v1.worker.gpu_worker.Worker.wake_up")
+    monkeypatch.setattr(machine, "register", lambda: pytest.fail("a plugin that does not fit is not loaded"))
+    report = diagnose("--profile", "K8V8")
+    (problem,) = report["problems"]
+    assert problem.startswith("seam 'waking up' is broken: vllm.v1.worker.gpu_worker:Worker.wake_up: AttributeError")
+    assert report["plugin"]["broken seams"] == 1
 
 
 def test_no_vllm_and_no_torch():
@@ -290,7 +303,8 @@ def test_the_reference_passes(pair, transforms):
 @cpu_only
 def test_the_kernels_pass_interpreted(monkeypatch):
     """The path of a GPU, with the portable kernels."""
-    monkeypatch.setattr(self_test, "_reference", lambda case: self_test._kernels(case, CPU))
+    limits = BatchLimits(len(self_test.SEQ_LENS), 1)
+    monkeypatch.setattr(self_test, "_kernel_set", lambda case, device: GpuKernels(case.shape, Span(), limits, device))
     for transforms in (TransformSettings(), ALL):
         assert self_test.measure(self_test.Case(PrecisionPair(4, 4), 64, transforms), CPU).passed
 
@@ -317,49 +331,47 @@ def test_it_leaves_random_numbers_as_they_were():
     assert torch.equal(torch.rand(3), expected)
 
 
-def swap_codes(key, value, *rest):
-    ORIGINAL["reshape_and_cache_ref"](value, key, *rest)
+def swap_codes(self, key, value, *rest):
+    STORE(self, value, key, *rest)
 
 
-def miss_a_token(key, value, kv_cache, slots, *rest):
-    ORIGINAL["reshape_and_cache_ref"](key, value, kv_cache, slots[:-1], *rest)
+def miss_a_token(self, key, value, slots, *rest):
+    STORE(self, key, value, slots[:-1], *rest)
 
 
-def forget_transforms(*arguments):
-    ORIGINAL["reshape_and_cache_ref"](*arguments[:-1], LayerTransforms())
+def forget_transforms(self, key, value, slots, positions, pages):
+    STORE(self, key, value, slots, positions, pages._replace(transforms=LayerTransforms()))
 
 
-def gather_the_wrong_tokens(kv_cache, table, lens, starts, *rest, **options):
-    ORIGINAL["gather_cache_ref"](kv_cache, table.roll(1, 0), lens, starts, *rest, **options)
+def gather_the_wrong_tokens(self, pages, tokens, *outputs):
+    GATHER(self, pages, tokens._replace(block_table=tokens.block_table.roll(1, 0)), *outputs)
 
 
-def attend_to_one_token_less(query, kv_cache, table, lens, *rest):
-    ORIGINAL["paged_attention_ref"](query, kv_cache, table, (lens - 1).clamp(min=1), *rest)
+def attend_to_one_token_less(self, query, queries, *rest):
+    ATTEND(self, query, queries._replace(seq_lens=(queries.seq_lens - 1).clamp(min=1)), *rest)
 
 
-def write_nothing(*arguments, **options):
+def write_nothing(*_):
     pass
 
 
-ORIGINAL = {
-    name: getattr(self_test, name) for name in ("reshape_and_cache_ref", "gather_cache_ref", "paged_attention_ref")
-}
+STORE, GATHER, ATTEND = ReferenceKernels.store, ReferenceKernels.gather, ReferenceKernels.attend
 
 
 @pytest.mark.parametrize(
-    ("function", "broken", "seen"),
+    ("method", "broken", "seen"),
     [
-        ("reshape_and_cache_ref", swap_codes, "store"),
-        ("reshape_and_cache_ref", miss_a_token, "store"),
-        ("reshape_and_cache_ref", forget_transforms, "store"),
-        ("gather_cache_ref", gather_the_wrong_tokens, "gather"),
-        ("gather_cache_ref", write_nothing, "gather"),
-        ("paged_attention_ref", attend_to_one_token_less, "decode"),
-        ("paged_attention_ref", write_nothing, "decode"),
+        ("store", swap_codes, "store"),
+        ("store", miss_a_token, "store"),
+        ("store", forget_transforms, "store"),
+        ("gather", gather_the_wrong_tokens, "gather"),
+        ("gather", write_nothing, "gather"),
+        ("attend", attend_to_one_token_less, "decode"),
+        ("attend", write_nothing, "decode"),
     ],
 )
-def test_kernels_that_err_are_found_and_told(monkeypatch, function, broken, seen):
-    monkeypatch.setattr(self_test, function, broken)
+def test_kernels_that_err_are_found_and_told(monkeypatch, method, broken, seen):
+    monkeypatch.setattr(ReferenceKernels, method, broken)
     group = doctor.Group("0-3", PrecisionPair(4, 4), 64, ALL)
     section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))
     (fact,) = section.facts.values()
@@ -372,7 +384,7 @@ def test_kernels_that_err_are_found_and_told(monkeypatch, function, broken, seen
 
 @cpu_only
 def test_json_has_no_nan(diagnose, monkeypatch):
-    monkeypatch.setattr(self_test, "reshape_and_cache_ref", write_nothing)
+    monkeypatch.setattr(ReferenceKernels, "store", write_nothing)
     report = diagnose("--profile", "K8V8")
     (fact,) = report["kernels"].values()
     assert fact["errors"]["store"] is None and fact["self-test"] == "failed"
@@ -382,7 +394,7 @@ def test_a_kernel_that_does_not_run_is_told(monkeypatch):
     def crash(*_):
         raise RuntimeError("no such image")
 
-    monkeypatch.setattr(self_test, "reshape_and_cache_ref", crash)
+    monkeypatch.setattr(ReferenceKernels, "store", crash)
     group = doctor.Group(None, PrecisionPair(4, 4), 64, TransformSettings())
     section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))
     ((problem, _),) = section.problems

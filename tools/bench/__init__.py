@@ -4,8 +4,8 @@ import argparse
 import importlib
 
 BENCHMARKS = (
-    ("kernel", "kernel_points", "attention, store and gather kernels against vLLM's on one card"),
-    ("serve", "decode_points", "decode and prefill speed, throughput and KV capacity of whole engines"),
+    ("kernel", "kernel", "attention, store and gather kernels against vLLM's on one card"),
+    ("serve", "serve", "decode and prefill speed, throughput and KV capacity of whole engines"),
     ("picture", "pictures", "draw a result of the other two"),
 )
 """Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, and help of each benchmark."""

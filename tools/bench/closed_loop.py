@@ -1,5 +1,6 @@
 """Throughput with a fixed number of requests in flight: one that ends is replaced at once; and decoding alone."""
 
+import functools
 import itertools
 import random
 import statistics
@@ -34,10 +35,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One engine step that returned something.
+    """One engine step that returned something, or several as one.
 
     Args:
-        seconds: since the last one ended.
+        seconds: since the one before ended.
         tokens: output tokens of all requests.
         first_tokens: how many of them were a request's first.
     """
@@ -64,16 +65,16 @@ class ClosedLoop:
         engine: Engine,
         prompt: Callable[[], Sequence[int]],
         sampling: Callable[[int], Any],
-        clock: Callable[[], float],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.engine = engine
+        self.clock = clock
         self.tokens: dict[str, int] = {}
         self.limits: dict[str, int] = {}
         self.repeat = False
         self._prompt = prompt
         self._prompts: dict[str, Sequence[int]] = {}
         self._sampling = sampling
-        self._clock = clock
         self._last = clock()
         self._submitted = 0
 
@@ -92,7 +93,7 @@ class ClosedLoop:
         """
         while not (outputs := self.engine.step()):
             pass
-        now = self._clock()
+        now = self.clock()
         tokens = first = 0
         ended = []
         for output in outputs:
@@ -179,25 +180,32 @@ def _decode_seconds(steps: Sequence[Step], requests: int) -> float | None:
     return statistics.mean(pure) if pure else None
 
 
+Progress = Callable[[str, float], None]
+"""Told the name of a phase and the share of it that is done."""
+
+
 def measure_throughput(
-    engine: Engine,
+    loop: ClosedLoop,
     point: ThroughputPoint,
     concurrency: int,
     window_s: float,
-    prompt: Callable[[], Sequence[int]],
-    sampling: Callable[[int], Any],
     preemptions: Callable[[], int],
-    progress: Callable[[str, float], None] = lambda phase, share: None,
-    clock: Callable[[], float] = time.perf_counter,
+    progress: Progress = lambda phase, share: None,
 ) -> dict[str, Any]:
     """Closed-loop throughput of ``concurrency`` requests of the point's size.
 
     Four phases. *Fill*: all requests are submitted at once and prefilled. *Decode*: ``SETTLE_STEPS`` and then
     ``DECODE_STEPS`` steps while all of them generate. *Repeat*: ``window_s`` seconds of steady state, in which a
     request that ends is replaced by one with the same prompt, which is cached. *Window*: as many seconds in which new
-    prompts are prefilled among the decodes. So that requests end evenly from the beginning on, as they do in a loop
-    that has run for long, the first ones are given remaining lengths that are spread evenly over 1 to
-    ``point.output``.
+    prompts are prefilled among the decodes.
+
+    Args:
+        loop: of an empty engine; its prompts have the point's tokens.
+        point: prompt and output tokens of a request.
+        concurrency: requests in flight.
+        window_s: seconds of each steady state.
+        preemptions: how many the engine has had so far.
+        progress: told of each step.
 
     Returns:
         ``fill_s``; ``decode_ms`` and ``decode_tok_s``, of the last ``DECODE_STEPS`` of the decode phase's steps those
@@ -206,9 +214,32 @@ def measure_throughput(
         ``total_tok_s`` (output tokens and the prompts prefilled meanwhile) and ``prompts`` of the window;
         ``preemptions`` in all phases.
     """
-    loop = ClosedLoop(engine, prompt, sampling, clock)
     preempted = preemptions()
-    begin = clock()
+    fill_s = _fill(loop, point, concurrency, progress)
+    decode_s = _decode_alone(loop, point, concurrency, progress)
+    _spread_ends(loop, point)
+    loop.repeat = True
+    repeat = _run_window(loop, point, window_s, functools.partial(progress, "repeat"))
+    loop.repeat = False
+    window = _run_window(loop, point, window_s, functools.partial(progress, "window"))
+    preempted = preemptions() - preempted
+    loop.stop()
+    return {
+        "fill_s": round(fill_s, 2),
+        "decode_ms": None if decode_s is None else round(decode_s * 1e3, 3),
+        "decode_tok_s": None if decode_s is None else round(concurrency / decode_s, 1),
+        "repeat_tok_s": round(repeat.tokens / repeat.seconds, 1),
+        "window_s": round(window.seconds, 2),
+        "prompts": window.first_tokens,
+        "output_tok_s": round(window.tokens / window.seconds, 1),
+        "total_tok_s": round((window.tokens + window.first_tokens * point.prompt) / window.seconds, 1),
+        "preemptions": preempted,
+    }
+
+
+def _fill(loop: ClosedLoop, point: ThroughputPoint, concurrency: int, progress: Progress) -> float:
+    """Submit all requests at once; seconds until each has its first token."""
+    begin = loop.clock()
     for _ in range(concurrency):
         # Room for the tokens that it generates while the others are prefilled.
         loop.submit(2 * point.output)
@@ -216,44 +247,34 @@ def measure_throughput(
     while waiting := sum(loop.tokens.get(request) == 0 for request in first_wave):
         progress("fill", 1 - waiting / concurrency)
         loop.step(point.output)
-    fill_s = clock() - begin
+    return loop.clock() - begin
 
+
+def _decode_alone(loop: ClosedLoop, point: ThroughputPoint, concurrency: int, progress: Progress) -> float | None:
+    """Seconds of a step in which all requests decode, as :func:`_decode_seconds`."""
     steps = []
     for index in range(SETTLE_STEPS + DECODE_STEPS):
         progress("decode", index / (SETTLE_STEPS + DECODE_STEPS))
         steps.append(loop.step(point.output))
-    decode_s = _decode_seconds(steps[SETTLE_STEPS:], concurrency)
+    return _decode_seconds(steps[SETTLE_STEPS:], concurrency)
 
+
+def _spread_ends(loop: ClosedLoop, point: ThroughputPoint) -> None:
+    """Let the requests in flight end evenly from now on, as they do in a loop that has run for long: their remaining
+    lengths are spread over 1 to ``point.output``, in random order."""
     requests = list(loop.tokens)
     random.Random(0).shuffle(requests)
     for index, request in enumerate(requests):
         loop.limits[request] = loop.tokens[request] + -(-point.output * (index + 1) // len(requests))
 
-    def run(phase: str) -> tuple[float, int, int]:
-        """Seconds of a window, and its output tokens and prompts."""
-        begin = clock()
-        tokens = prompts = 0
-        while (elapsed := clock() - begin) < window_s:
-            progress(phase, elapsed / window_s)
-            step = loop.step(point.output)
-            tokens += step.tokens
-            prompts += step.first_tokens
-        return elapsed, tokens, prompts
 
-    loop.repeat = True
-    repeat_s, repeat_tokens, _ = run("repeat")
-    loop.repeat = False
-    elapsed, tokens, prompts = run("window")
-    preempted = preemptions() - preempted
-    loop.stop()
-    return {
-        "fill_s": round(fill_s, 2),
-        "decode_ms": None if decode_s is None else round(decode_s * 1e3, 3),
-        "decode_tok_s": None if decode_s is None else round(concurrency / decode_s, 1),
-        "repeat_tok_s": round(repeat_tokens / repeat_s, 1),
-        "window_s": round(elapsed, 2),
-        "prompts": prompts,
-        "output_tok_s": round(tokens / elapsed, 1),
-        "total_tok_s": round((tokens + prompts * point.prompt) / elapsed, 1),
-        "preemptions": preempted,
-    }
+def _run_window(loop: ClosedLoop, point: ThroughputPoint, window_s: float, progress: Callable[[float], None]) -> Step:
+    """All steps of ``window_s`` seconds as one."""
+    begin = loop.clock()
+    tokens = first_tokens = 0
+    while (elapsed := loop.clock() - begin) < window_s:
+        progress(elapsed / window_s)
+        step = loop.step(point.output)
+        tokens += step.tokens
+        first_tokens += step.first_tokens
+    return Step(elapsed, tokens, first_tokens)

@@ -6,15 +6,18 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtuner_tools.bench.points import AttentionShape
+from kvtuner_tools.bench.points import LayerHeads
+from vllm_kvtuner.kernels.contract import AttentionShape, Pages
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms, linear_rotary
-from vllm_kvtuner.pages.views import page_parts
+from vllm_kvtuner.pages.views import page_sides
 
 TABLE_PADDING = 8
 """Table columns beyond the longest request: vLLM's tables have room for its longest model length, and its kernels
 read an entry or two past a request."""
 MAX_COPIES = 256
+STORE_COPIES = 8
+"""Sets of slots that a graph's calls store to."""
 L2_FACTOR = 6
 """Bytes of all copies over bytes of the L2 cache, so that a copy's bytes are gone when its turn comes again."""
 
@@ -24,7 +27,7 @@ class Batch:
     """Requests of one decode call, laid out several times over in one cache.
 
     Args:
-        shape: heads of the layer.
+        heads: of the layer.
         block_size: tokens per block.
         lengths: tokens in the cache of each request, its query's included.
         query_tokens: query tokens of every request.
@@ -36,7 +39,7 @@ class Batch:
         key_scale: factor on the keys that the cache holds, which are of order 1 without.
     """
 
-    shape: AttentionShape
+    heads: LayerHeads
     block_size: int
     lengths: tuple[int, ...]
     query_tokens: int
@@ -56,12 +59,19 @@ class Batch:
         return self.query.device
 
     @property
-    def scale(self) -> float:
-        return self.shape.head_size**-0.5
+    def attention_shape(self) -> AttentionShape:
+        """The heads, with the scale that models have as a rule."""
+        heads = self.heads
+        return AttentionShape(heads.num_heads, heads.num_kv_heads, heads.head_size, heads.head_size**-0.5)
+
+    def empty_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Room for the keys and values of all requests, each [total tokens, num_kv_heads, head_size]."""
+        shape = (sum(self.lengths), self.heads.num_kv_heads, self.heads.head_size)
+        return torch.empty(shape, dtype=dtype, device=self.device), torch.empty(shape, dtype=dtype, device=self.device)
 
 
 def make_batch(
-    shape: AttentionShape,
+    heads: LayerHeads,
     block_size: int,
     lengths: Sequence[int],
     query_tokens: int,
@@ -81,9 +91,9 @@ def make_batch(
         table[present] = part
         tables.append(table)
     num_reqs = len(lengths)
-    query = query_scale * torch.randn(num_reqs * query_tokens, shape.num_heads, shape.head_size, device=device)
+    query = query_scale * torch.randn(num_reqs * query_tokens, heads.num_heads, heads.head_size, device=device)
     return Batch(
-        shape=shape,
+        heads=heads,
         block_size=block_size,
         lengths=tuple(lengths),
         query_tokens=query_tokens,
@@ -113,16 +123,62 @@ class NewTokens:
     slot_mappings: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True)
+class StoredTokens(NewTokens):
+    """Tokens to store in random blocks.
+
+    Args:
+        heads: of the layer.
+        block_size: tokens per block.
+        num_blocks: blocks of the cache.
+    """
+
+    heads: LayerHeads
+    block_size: int
+    num_blocks: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.key.shape[0]
+
+    def moved_bytes(self, content_bytes: int) -> int:
+        """Bytes a store reads and writes; ``content_bytes`` are a token's in one KV head of the cache."""
+        return self.num_tokens * self.heads.num_kv_heads * (4 * self.heads.head_size + content_bytes)
+
+
+def new_tokens(heads: LayerHeads, block_size: int, num_tokens: int, decode: bool, device: torch.device) -> StoredTokens:
+    """Random tokens: one of each of ``num_tokens`` requests if ``decode``, else consecutive ones of one request."""
+    blocks_per_copy = num_tokens if decode else -(-num_tokens // block_size)
+    blocks = 1 + torch.randperm(STORE_COPIES * blocks_per_copy, device=device)
+    token = torch.arange(num_tokens, device=device)
+    slots = []
+    for part in blocks.split(blocks_per_copy):
+        if decode:
+            slots.append(part * block_size + torch.randint(block_size, (num_tokens,), device=device))
+        else:
+            slots.append(part[token // block_size] * block_size + token % block_size)
+    key, value = torch.randn(2, num_tokens, heads.num_kv_heads, heads.head_size, device=device).bfloat16()
+    return StoredTokens(
+        key=key,
+        value=value,
+        positions=torch.full_like(token, 1000) if decode else token,
+        slot_mappings=tuple(slots),
+        heads=heads,
+        block_size=block_size,
+        num_blocks=int(blocks.max()) + 1,
+    )
+
+
 def newest_tokens(batch: Batch) -> NewTokens:
     """Random keys and values of the tokens that a batch's queries belong to, which a layer stores before it attends;
     a call per copy of the batch."""
-    shape, count, device = batch.shape, batch.query_tokens, batch.device
+    heads, count, device = batch.heads, batch.query_tokens, batch.device
     request = torch.arange(batch.num_reqs, device=device).repeat_interleave(count)
     behind = torch.arange(count, 0, -1, device=device).repeat(batch.num_reqs)
     positions = batch.seq_lens.long()[request] - behind
     blocks, offsets = positions // batch.block_size, positions % batch.block_size
     slots = tuple(table[request, blocks].long() * batch.block_size + offsets for table in batch.block_tables)
-    key, value = torch.randn(2, len(request), shape.num_kv_heads, shape.head_size, device=device).bfloat16()
+    key, value = torch.randn(2, len(request), heads.num_kv_heads, heads.head_size, device=device).bfloat16()
     return NewTokens(key, value, positions, slots)
 
 
@@ -141,9 +197,7 @@ def token_places(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(blocks), torch.cat(offsets)
 
 
-def attention_float64(
-    batch: Batch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float
-) -> torch.Tensor:
+def attention_float64(batch: Batch, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     """Attention of each request's newest tokens over its own, in float64.
 
     Args:
@@ -151,62 +205,55 @@ def attention_float64(
         query: [num_tokens, num_heads, head_size].
         keys: [total tokens, num_kv_heads, head_size], one request after the other.
         values: as keys.
-        scale: factor on the logits.
 
     Returns:
         [num_tokens, num_heads, head_size] float64.
     """
     output = torch.empty(query.shape, dtype=torch.float64, device=query.device)
-    group = batch.shape.num_heads // batch.shape.num_kv_heads
+    group = batch.attention_shape.group
     begin = 0
     for index, length in enumerate(batch.lengths):
         rows = slice(index * batch.query_tokens, (index + 1) * batch.query_tokens)
         position = torch.arange(length - batch.query_tokens, length, device=query.device)
         future = torch.arange(length, device=query.device) > position[:, None]
-        for head in range(batch.shape.num_kv_heads):
+        for head in range(batch.heads.num_kv_heads):
             heads = slice(head * group, (head + 1) * group)
             key, value = (x[begin : begin + length, head].double() for x in (keys, values))
-            scores = torch.einsum("nhd,ld->hnl", query[rows, heads].double(), key) * scale
+            scores = torch.einsum("nhd,ld->hnl", query[rows, heads].double(), key) * batch.attention_shape.scale
             probabilities = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
             output[rows, heads] = torch.einsum("hnl,ld->nhd", probabilities, value)
         begin += length
     return output
 
 
-def random_pages(
-    layout: PageLayout, num_blocks: int, num_kv_heads: int, device: torch.device, key_scale: float = 1.0
-) -> torch.Tensor:
-    """A layer's cache [num_blocks, num_kv_heads, block_size, content_bytes] of random codes.
-
-    Values reach about 3, and keys 3 times ``key_scale``.
-    """
-    shape = (num_blocks, num_kv_heads, layout.block_size, layout.content_bytes)
-    kv_cache = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
-    sides = zip(page_parts(kv_cache, layout)[2:], (layout.k_bits, layout.v_bits), (key_scale, 1.0), strict=True)
-    for meta, bits, scale in sides:
-        span = 6 * scale * (0.75 + 0.5 * torch.rand(meta.shape[:-1], device=device))
-        meta[..., 0] = span / (2**bits - 1)
-        meta[..., 1] = -span / 2
-    return kv_cache
+def random_pages(batch: Batch, layout: PageLayout, transforms: LayerTransforms) -> Pages:
+    """Packed pages of a batch, of random codes: values reach about 3, and keys 3 times the batch's ``key_scale``."""
+    shape = (batch.num_blocks, batch.heads.num_kv_heads, layout.block_size, layout.content_bytes)
+    kv_cache = torch.randint(0, 256, shape, dtype=torch.uint8, device=batch.device)
+    for side, scale in zip(page_sides(kv_cache, layout), (batch.key_scale, 1.0), strict=True):
+        span = 6 * scale * (0.75 + 0.5 * torch.rand(side.meta.shape[:-1], device=batch.device))
+        side.meta[..., 0] = span / side.format.levels
+        side.meta[..., 1] = -span / 2
+    return Pages(kv_cache, layout, transforms)
 
 
-def make_transforms(name: str, shape: AttentionShape, max_position: int, device: torch.device) -> LayerTransforms:
+def make_transforms(name: str, heads: LayerHeads, max_position: int, device: torch.device) -> LayerTransforms:
     """What one of ``points.TRANSFORMS`` names, with random statics: 8 channel pairs have large offsets."""
     if name == "none":
         return LayerTransforms()
     if name == "hadamard":
         return LayerTransforms(key_hadamard=True, value_hadamard=True)
-    heads, size = shape.num_kv_heads, shape.head_size
+    num_kv_heads, size = heads.num_kv_heads, heads.head_size
     half = size // 2
     frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float64, device=device) / half)
     angle = torch.arange(max_position, dtype=torch.float64, device=device)[:, None] * frequency
     rotary = linear_rotary(torch.cat([angle.cos(), angle.sin()], dim=-1).float().cpu(), True, device)
     few = torch.randperm(half, device=device)[:8]
-    offset = torch.zeros(heads, size, device=device)
+    offset = torch.zeros(num_kv_heads, size, device=device)
     for pair_half in (few, few + half):
-        offset[:, pair_half] = 8 * torch.randn(heads, 8, device=device)
+        offset[:, pair_half] = 8 * torch.randn(num_kv_heads, 8, device=device)
     if name == "offset":
         return LayerTransforms(offset, rotary, key_hadamard=True, value_hadamard=True)
-    offset += torch.randn(heads, size, device=device)
-    equalization = (0.5 + torch.rand(heads, half, device=device)).repeat(1, 2)
+    offset += torch.randn(num_kv_heads, size, device=device)
+    equalization = (0.5 + torch.rand(num_kv_heads, half, device=device)).repeat(1, 2)
     return LayerTransforms(offset, rotary, equalization, key_hadamard=True, value_hadamard=True, range_search=True)

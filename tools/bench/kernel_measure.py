@@ -6,24 +6,17 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from kvtuner_tools.bench.kernel_inputs import attention_float64, copies_for, make_batch, make_transforms
-from kvtuner_tools.bench.kernels.packed import CacheFormat, DecodeKernel, Unsupported, decode_kernels, packed_format
-from kvtuner_tools.bench.points import AttentionShape, KernelPoint
-from kvtuner_tools.bench.store_kernels import (
-    ROW_KERNELS,
-    STORE_KERNELS,
-    build_gather,
-    new_tokens,
-    row_kernels_skip_reason,
-)
+from kvtuner_tools.bench.kernel_inputs import attention_float64, copies_for, make_batch, make_transforms, new_tokens
+from kvtuner_tools.bench.kernel_request import KernelRequest
+from kvtuner_tools.bench.kernels import implementations
+from kvtuner_tools.bench.kernels.base import CacheFormat, Calls, DecodeKernel, Unsupported
+from kvtuner_tools.bench.kernels.packed import packed_format
+from kvtuner_tools.bench.points import KernelPoint, LayerHeads
 from kvtuner_tools.bench.timing import time_calls
-
-if TYPE_CHECKING:
-    from kvtuner_tools.bench.kernel_points import KernelRequest
 
 
 @dataclass(frozen=True)
@@ -50,8 +43,8 @@ class KernelCase:
     """One line of the result.
 
     Args:
-        part: of ``kernel_points.PARTS``.
-        shape: heads of the layer.
+        part: of ``kernel_request.PARTS``.
+        heads: of the layer.
         block_size: tokens per block.
         implementation: its name.
         cache_format: what it stores.
@@ -62,7 +55,7 @@ class KernelCase:
     """
 
     part: str
-    shape: AttentionShape
+    heads: LayerHeads
     block_size: int
     implementation: str
     cache_format: CacheFormat
@@ -88,8 +81,8 @@ class KernelCase:
             "format": self.cache_format.name,
             "transforms": self.transforms,
             "nominal_bits": self.cache_format.nominal_bits,
-            "stored_bits": self.cache_format.stored_bits(self.shape.head_size),
-            "shape": str(self.shape),
+            "stored_bits": self.cache_format.stored_bits(self.heads.head_size),
+            "shape": str(self.heads),
             "block_size": self.block_size,
             **where,
         }
@@ -109,10 +102,10 @@ class RelativeError(NamedTuple):
 
 @dataclass(frozen=True)
 class ErrorCase:
-    """What a kernel's error depends on; see :func:`relative_error`."""
+    """What a decode kernel's error depends on."""
 
     implementation: str
-    shape: AttentionShape
+    heads: LayerHeads
     block_size: int
     cache_format: CacheFormat
     transforms: str
@@ -121,14 +114,38 @@ class ErrorCase:
 
     def errors(self) -> dict[str, RelativeError]:
         """By name of ``ERROR_INPUTS``."""
-        kernel = decode_kernels()[self.implementation]
-        return {
-            name: relative_error(
-                kernel, self.shape, self.block_size, self.cache_format, self.transforms, self.query_tokens, inputs,
-                self.device,
-            )
-            for name, inputs in ERROR_INPUTS.items()
-        }  # fmt: skip
+        return {name: self.error(inputs) for name, inputs in ERROR_INPUTS.items()}
+
+    def error(self, inputs: ErrorInputs) -> RelativeError:
+        """Against float64 on the same stored bytes and queries.
+
+        Raises:
+            ArithmeticError: the kernel wrote something that is no number, or not all of its output.
+        """
+        lengths = [max(length, self.query_tokens) for length in inputs.lengths]
+        batch = make_batch(
+            self.heads,
+            self.block_size,
+            lengths,
+            self.query_tokens,
+            copies=1,
+            device=self.device,
+            query_scale=inputs.query_scale,
+            key_scale=inputs.key_scale,
+        )
+        transforms = make_transforms(self.transforms, self.heads, max(lengths), self.device)
+        launches = implementations.DECODE[self.implementation].build(batch, self.cache_format, transforms)
+        launches.output.fill_(torch.nan)
+        launches.calls[0]()
+        keys, values = launches.rows()
+        want = attention_float64(batch, launches.query, keys, values)
+        largest, rounding = (
+            ((got.double() - want).abs().max() / want.abs().max()).item()
+            for got in (launches.output, want.to(launches.output.dtype))
+        )
+        if not math.isfinite(largest):
+            raise ArithmeticError("the kernel's output holds numbers that are not finite")
+        return RelativeError(largest, rounding)
 
 
 class KernelMeter:
@@ -141,76 +158,74 @@ class KernelMeter:
         read_bandwidth: bytes per second that a plain kernel reads on it, now.
     """
 
-    def __init__(self, request: "KernelRequest", device: torch.device, l2_bytes: int, read_bandwidth: float) -> None:
+    def __init__(self, request: KernelRequest, device: torch.device, l2_bytes: int, read_bandwidth: float) -> None:
         self.request = request
         self.device = device
         self.l2_bytes = l2_bytes
         self.read_bandwidth = read_bandwidth
-        self._kernels = {name: kernel for name, kernel in decode_kernels().items() if name in request.implementations}
+        self._kernels = {
+            name: kernel for name, kernel in implementations.DECODE.items() if name in request.implementations
+        }
         self._errors: dict[ErrorCase, dict[str, RelativeError] | Exception] = {}
 
     def plan(self) -> tuple[list[KernelCase], list[dict[str, str]]]:
         """All cases, and implementation, part and reason of what cannot run here."""
         cases: list[KernelCase] = []
         skipped: list[dict[str, str]] = []
-        for shape in self.request.shapes:
-            able = {part: self._able(self._kernels, part, shape, skipped) for part in ("decode", "layer")}
+        for heads in self.request.shapes:
+            able = {part: self._able(self._kernels, part, heads, skipped) for part in ("decode", "layer")}
             for block_size in self.request.block_sizes:
                 for part in ("decode", "layer"):
-                    cases += self._decode_cases(part, able[part], shape, block_size)
+                    cases += self._decode_cases(part, able[part], heads, block_size)
                 if "store" in self.request.parts:
-                    cases += self._store_cases(shape, block_size, skipped)
+                    cases += self._store_cases(heads, block_size, skipped)
                 if "gather" in self.request.parts:
-                    cases += self._gather_cases(shape, block_size, skipped)
+                    cases += self._gather_cases(heads, block_size, skipped)
         return cases, skipped
 
     def _able(
-        self, kernels: dict[str, DecodeKernel], part: str, shape: AttentionShape, skipped: list[dict[str, str]]
+        self, kernels: dict[str, DecodeKernel], part: str, heads: LayerHeads, skipped: list[dict[str, str]]
     ) -> dict[str, DecodeKernel]:
         if part not in self.request.parts:
             return {}
         able = {}
         for name, kernel in kernels.items():
-            if reason := kernel.skip_reason(shape.head_size):
+            if reason := kernel.skip_reason(heads.head_size):
                 _skip(skipped, name, part, reason)
             else:
                 able[name] = kernel
         return able
 
     def _decode_cases(
-        self, part: str, kernels: dict[str, DecodeKernel], shape: AttentionShape, block_size: int
+        self, part: str, kernels: dict[str, DecodeKernel], heads: LayerHeads, block_size: int
     ) -> Iterator[KernelCase]:
         for point in self.request.points:
             for name, kernel in kernels.items():
-                for cache_format in kernel.formats(self.request.pairs, shape.head_size):
+                for cache_format in kernel.formats(self.request.pairs, heads.head_size):
                     for transforms in self.request.transforms if kernel.transformed else ("none",):
-                        yield KernelCase(part, shape, block_size, name, cache_format, transforms, point)
+                        yield KernelCase(part, heads, block_size, name, cache_format, transforms, point)
 
-    def _store_cases(
-        self, shape: AttentionShape, block_size: int, skipped: list[dict[str, str]]
-    ) -> Iterator[KernelCase]:
-        for name, kernel in STORE_KERNELS.items():
+    def _store_cases(self, heads: LayerHeads, block_size: int, skipped: list[dict[str, str]]) -> Iterator[KernelCase]:
+        for name, kernel in implementations.STORE.items():
             if reason := kernel.skip_reason():
                 _skip(skipped, name, "store", reason)
                 continue
-            for cache_format in kernel.formats(self.request.store_pairs, shape.head_size):
+            for cache_format in kernel.formats(self.request.store_pairs, heads.head_size):
                 for transforms in self.request.transforms if kernel.transformed else ("none",):
                     for tokens, decode in STORE_TOKENS:
                         yield KernelCase(
-                            "store", shape, block_size, name, cache_format, transforms, tokens=tokens, decode=decode
+                            "store", heads, block_size, name, cache_format, transforms, tokens=tokens, decode=decode
                         )
 
-    def _gather_cases(
-        self, shape: AttentionShape, block_size: int, skipped: list[dict[str, str]]
-    ) -> Iterator[KernelCase]:
-        for name in ROW_KERNELS:
-            if reason := row_kernels_skip_reason(name):
+    def _gather_cases(self, heads: LayerHeads, block_size: int, skipped: list[dict[str, str]]) -> Iterator[KernelCase]:
+        for name, kernel in implementations.GATHER.items():
+            if reason := kernel.skip_reason():
                 _skip(skipped, name, "gather", reason)
                 continue
             for pair in self.request.store_pairs:
                 for transforms in self.request.transforms:
                     yield KernelCase(
-                        "gather", shape, block_size, name, packed_format(pair, shape.head_size), transforms,
+                        "gather", heads, block_size, name, packed_format(pair, heads.head_size), transforms,
                         tokens=self.request.gather_tokens,
                     )  # fmt: skip
 
@@ -251,18 +266,19 @@ class KernelMeter:
 
     def _decode(self, case: KernelCase) -> dict[str, Any]:
         assert case.point is not None
-        shape = case.shape
-        stored = sum(case.point.lengths) * shape.num_kv_heads * case.cache_format.content_bytes
+        stored = sum(case.point.lengths) * case.heads.num_kv_heads * case.cache_format.content_bytes
         copies = copies_for(stored, self.l2_bytes)
         errors = self._case_errors(case)
-        batch = make_batch(shape, case.block_size, case.point.lengths, self.request.query_tokens, copies, self.device)
-        transforms = make_transforms(case.transforms, shape, max(case.point.lengths), self.device)
+        batch = make_batch(
+            case.heads, case.block_size, case.point.lengths, self.request.query_tokens, copies, self.device
+        )
+        transforms = make_transforms(case.transforms, case.heads, max(case.point.lengths), self.device)
         launches = self._kernels[case.implementation].build(batch, case.cache_format, transforms)
-        calls: Sequence[Callable[[], None]] = launches.calls
+        calls = launches.calls
         if case.part == "layer":
             calls = [
-                functools.partial(_one_after_the_other, *pair)
-                for pair in zip(launches.stores, launches.calls, strict=True)
+                functools.partial(_store_and_attend, store, attend)
+                for store, attend in zip(launches.stores, launches.calls, strict=True)
             ]
         return {
             "query_tokens": self.request.query_tokens,
@@ -274,13 +290,13 @@ class KernelMeter:
 
     def _error_case(self, case: KernelCase) -> ErrorCase:
         return ErrorCase(
-            case.implementation,
-            case.shape,
-            case.block_size,
-            case.cache_format,
-            case.transforms,
-            self.request.query_tokens,
-            self.device,
+            implementation=case.implementation,
+            heads=case.heads,
+            block_size=case.block_size,
+            cache_format=case.cache_format,
+            transforms=case.transforms,
+            query_tokens=self.request.query_tokens,
+            device=self.device,
         )
 
     def _case_errors(self, case: KernelCase) -> dict[str, RelativeError]:
@@ -293,21 +309,21 @@ class KernelMeter:
         return errors
 
     def _store(self, case: KernelCase) -> dict[str, Any]:
-        tokens = new_tokens(case.shape, case.block_size, case.tokens, case.decode, self.device)
-        transforms = make_transforms(case.transforms, case.shape, max(case.tokens, 2048), self.device)
-        calls = STORE_KERNELS[case.implementation].build(tokens, case.cache_format, transforms)
-        return self._timed(calls, tokens.moved_bytes(case.cache_format))
+        tokens = new_tokens(case.heads, case.block_size, case.tokens, case.decode, self.device)
+        transforms = make_transforms(case.transforms, case.heads, max(case.tokens, 2048), self.device)
+        calls = implementations.STORE[case.implementation].build(tokens, case.cache_format, transforms)
+        return self._timed(calls, tokens.moved_bytes(case.cache_format.content_bytes))
 
     def _gather(self, case: KernelCase) -> dict[str, Any]:
         assert case.cache_format.pair is not None
-        moved = case.tokens * case.shape.num_kv_heads * (case.cache_format.content_bytes + 4 * case.shape.head_size)
+        moved = case.tokens * case.heads.num_kv_heads * (case.cache_format.content_bytes + 4 * case.heads.head_size)
         copies = copies_for(moved, self.l2_bytes)
-        batch = make_batch(case.shape, case.block_size, [case.tokens], 1, copies, self.device)
-        transforms = make_transforms(case.transforms, case.shape, case.tokens, self.device)
-        calls = build_gather(case.implementation, batch, case.cache_format.pair, transforms)
+        batch = make_batch(case.heads, case.block_size, [case.tokens], 1, copies, self.device)
+        transforms = make_transforms(case.transforms, case.heads, case.tokens, self.device)
+        calls = implementations.GATHER[case.implementation].build(batch, case.cache_format.pair, transforms)
         return self._timed(calls, moved)
 
-    def _timed(self, calls: Any, num_bytes: int) -> dict[str, Any]:
+    def _timed(self, calls: Calls, num_bytes: int) -> dict[str, Any]:
         timing = time_calls(calls, self.request.samples, self.request.sample_ms)
         rate = num_bytes / (timing.us * 1e-6)
         given = self.request.bandwidth
@@ -322,43 +338,12 @@ class KernelMeter:
         }
 
 
-def _one_after_the_other(*calls: Callable[[], None]) -> None:
-    for call in calls:
-        call()
+def _store_and_attend(store: Callable[[], None], attend: Callable[[], None]) -> None:
+    store()
+    attend()
 
 
 def _skip(skipped: list[dict[str, str]], name: str, part: str, reason: str) -> None:
     entry = {"implementation": name, "part": part, "reason": reason}
     if entry not in skipped:
         skipped.append(entry)
-
-
-def relative_error(
-    kernel: DecodeKernel,
-    shape: AttentionShape,
-    block_size: int,
-    cache_format: CacheFormat,
-    transforms: str,
-    query_tokens: int,
-    inputs: ErrorInputs,
-    device: torch.device,
-) -> RelativeError:
-    """Against float64 on the same stored bytes and queries.
-
-    Raises:
-        ArithmeticError: the kernel wrote something that is no number, or not all of its output.
-    """
-    lengths = [max(length, query_tokens) for length in inputs.lengths]
-    scales = (inputs.query_scale, inputs.key_scale)
-    batch = make_batch(shape, block_size, lengths, query_tokens, 1, device, *scales)
-    launches = kernel.build(batch, cache_format, make_transforms(transforms, shape, max(lengths), device))
-    launches.output.fill_(torch.nan)
-    launches.calls[0]()
-    want = attention_float64(batch, launches.query, *launches.rows(), batch.scale)
-    largest, rounding = (
-        ((got.double() - want).abs().max() / want.abs().max()).item()
-        for got in (launches.output, want.to(launches.output.dtype))
-    )
-    if not math.isfinite(largest):
-        raise ArithmeticError("the kernel's output holds numbers that are not finite")
-    return RelativeError(largest, rounding)

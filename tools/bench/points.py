@@ -10,7 +10,7 @@ SHAPES = Path(__file__).parent / "shapes"
 """One folder with config.json per preset."""
 
 IMPLEMENTATIONS = ("fa3_bf16", "fa3_fp8", "int4_per_token_head", "triton", "cuda")
-"""Decode attention kernels as ``decode_kernels.decode_kernels`` names them, in the order of tables and pictures."""
+"""Names of the decode attention kernels, in the order of tables and pictures."""
 TRANSFORMS = ("none", "hadamard", "offset", "all")
 """No transform; Hadamard rotations of keys and values; these, key offset, equalization and range search."""
 
@@ -124,7 +124,7 @@ class LongPrefill:
 
 
 @dataclass(frozen=True)
-class AttentionShape:
+class LayerHeads:
     """Heads of one attention layer."""
 
     num_heads: int
@@ -135,7 +135,7 @@ class AttentionShape:
         return f"{self.num_heads}/{self.num_kv_heads}/{self.head_size}"
 
     @classmethod
-    def parse(cls, text: str) -> "AttentionShape":
+    def parse(cls, text: str) -> "LayerHeads":
         """Read a preset's name such as ``llama31_8b``, or ``HEADS/KV_HEADS/HEAD_SIZE``.
 
         Raises:

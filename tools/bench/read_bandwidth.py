@@ -37,5 +37,5 @@ def read_sums(source: torch.Tensor, block: int, num_warps: int) -> torch.Tensor:
 def measure_read_bandwidth(device: torch.device) -> float:
     """Bytes per second of one large contiguous read with the quickest of ``CONFIGS``, timed as kernels are."""
     source = torch.zeros(BYTES // 4, dtype=torch.int32, device=device)
-    calls = (functools.partial(read_sums, source, *config) for config in CONFIGS)
+    calls = (functools.partial(read_sums, source, block, num_warps) for block, num_warps in CONFIGS)
     return BYTES / (min(time_calls([call], SAMPLES, SAMPLE_MS).us for call in calls) * 1e-6)

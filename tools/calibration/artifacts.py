@@ -14,13 +14,13 @@ from typing import Any, Protocol
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.profile.problems import Problems, show
-from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
+from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, RecentWindow, TransformSettings
 
 SENSITIVITY_SCHEMA = "kvtuner-sensitivity/1"
 STATICS_FILE = "statics.safetensors"
 """Name of the file with the static tensors in a calibration's output folder."""
 PAIR_NAMES = tuple(pair.name for pair in QUANTIZED_PAIRS)
-"""Names of the nine quantized pairs, the keys of ``LayerSensitivity.output_error``."""
+"""Names of the quantized pairs, the keys of ``LayerSensitivity.output_error``."""
 KEY_BITS_NAMES = tuple(f"K{bits}" for bits in reversed(QUANTIZED_BITS))
 """``K8``, ``K4`` and ``K2``, the keys of ``LayerSensitivity.score_error``."""
 
@@ -163,6 +163,25 @@ def check_exact_keys(problems: Problems, key: str, value: Any, keys: tuple[str, 
     if problems.check_keys(key, value, keys) and (missing := [name for name in keys if name not in value]):
         problems.add(key, f"must have the keys {', '.join(missing)}", "none")
     return len(problems.lines) == before
+
+
+def plain_window(window: RecentWindow | None) -> dict[str, int]:
+    """A recent window as JSON's types, by the keys that profiles know; :func:`read_window` reads it back."""
+    return {**unquantized_tokens(window), "recent_window_bits": 16 if window is None else window.bits}
+
+
+def unquantized_tokens(window: RecentWindow | None) -> dict[str, int]:
+    """What captured attention depends on of a recent window: errors count its rows as exact, whatever its bits."""
+    if window is None:
+        return {"recent_window": 0, "sink_tokens": 0}
+    return {"recent_window": window.tokens, "sink_tokens": window.sink_tokens}
+
+
+def read_window(plain: Mapping[str, Any]) -> RecentWindow | None:
+    """The recent window of what :func:`plain_window` gave, other keys aside; None for one of no tokens."""
+    if not plain["recent_window"]:
+        return None
+    return RecentWindow(plain["recent_window"], plain["recent_window_bits"], plain["sink_tokens"])
 
 
 def digest(value: Any) -> str:

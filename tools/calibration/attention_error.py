@@ -14,9 +14,10 @@ import torch
 
 from kvtuner_tools.calibration.captured import CapturedLayer, RotaryRows, Window
 from kvtuner_tools.calibration.rotation import apply_rotary, undo_rotary
-from vllm_kvtuner.pages.codes import quantize_rows
+from vllm_kvtuner.pages.codes import code_format
 from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, restore_keys, rotate_values, transform_keys
+from vllm_kvtuner.profile.profile import RecentWindow
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class AttentionMeter:
         layer: the layer.
         windows: its windows.
         rotary: row t rotates a window's token t; None where the layer has no table.
-        recent_window: newest tokens of each query whose keys and values are not quantized.
-        sink_tokens: first tokens of each window of which they are not either.
+        recent_window: tokens of each query whose keys and values are not quantized; None where all are.
 
     Attributes:
         windows: its windows.
@@ -56,13 +56,12 @@ class AttentionMeter:
         layer: CapturedLayer,
         windows: Sequence[Window],
         rotary: RotaryTable | None,
-        recent_window: int = 0,
-        sink_tokens: int = 0,
+        recent_window: RecentWindow | None = None,
     ) -> None:
         self._layer = layer
         self.windows = windows
         self._rotary = rotary
-        self._unquantized = recent_window, sink_tokens
+        self._recent_window = recent_window
         self._lengths = [window.key.shape[0] for window in windows]
         self._keys = torch.cat([window.key for window in windows])
         self._values = torch.cat([window.value for window in windows])
@@ -82,7 +81,7 @@ class AttentionMeter:
             query_before = undo_rotary(window.query, window.query_position, rows.near)
             query = apply_rotary(query_before, window.query_position, rows.far)
             moved.append(replace(window, key=key, query=query))
-        return AttentionMeter(self._layer, moved, rows.far, *self._unquantized)
+        return AttentionMeter(self._layer, moved, rows.far, self._recent_window)
 
     def key_errors(self, transforms: LayerTransforms) -> dict[int, float]:
         """Output error per key bits, with unquantized values."""
@@ -96,7 +95,7 @@ class AttentionMeter:
         return {bits: self._error(self._weights, values)[0] for bits, values in quantized}
 
     def pair_errors(self, transforms: LayerTransforms) -> PairErrors:
-        """Errors of all nine pairs."""
+        """Errors of all quantized pairs."""
         values = dict(self._quantized_values(transforms))
         output, per_head, score = {}, {}, {}
         for k_bits, keys in self._quantized_keys(transforms):
@@ -115,12 +114,12 @@ class AttentionMeter:
         transforms = replace(transforms, rotary=self._rotary)
         rows = transform_keys(self._keys, self._positions, transforms)
         for bits in QUANTIZED_BITS:
-            yield bits, restore_keys(_quantize(rows, bits, transforms), self._positions, transforms)
+            yield bits, restore_keys(_quantized(rows, bits, transforms), self._positions, transforms)
 
     def _quantized_values(self, transforms: LayerTransforms) -> Iterator[tuple[int, torch.Tensor]]:
         rows = rotate_values(self._values, transforms)
         for bits in QUANTIZED_BITS:
-            yield bits, rotate_values(_quantize(rows, bits, transforms), transforms)
+            yield bits, rotate_values(_quantized(rows, bits, transforms), transforms)
 
     def _attend(self, keys: torch.Tensor) -> list[torch.Tensor]:
         """Attention weights of the sampled queries, per window [num_kv_heads, group * num_queries, num_tokens]."""
@@ -131,7 +130,7 @@ class AttentionMeter:
             grouped = window.query.view(num_queries, layer.num_kv_heads, -1, layer.head_size).permute(1, 2, 0, 3)
             rows = (grouped * layer.scale).flatten(1, 2)
             scores = rows @ key.permute(1, 2, 0)
-            if any(self._unquantized):
+            if self._recent_window is not None:
                 scores = torch.where(self._is_unquantized(window), rows @ window.key.permute(1, 2, 0), scores)
             if layer.logits_soft_cap > 0:
                 scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
@@ -150,7 +149,7 @@ class AttentionMeter:
             self.windows, weights, self._split(values), self._split(self._values), self._outputs, strict=True
         ):
             got = attention @ value
-            if any(self._unquantized):
+            if self._recent_window is not None:
                 got += (attention * self._is_unquantized(window)) @ (exact - value)
             squares.append((got - output).square().sum((1, 2)))
         square = torch.stack(squares).sum(0)
@@ -167,14 +166,14 @@ class AttentionMeter:
 
     def _is_unquantized(self, window: Window) -> torch.Tensor:
         """[group * num_queries, num_tokens], whether a token is a sink token or in the query's recent window."""
-        recent, sink_tokens = self._unquantized
+        recent = self._recent_window
+        assert recent is not None
         distance = self._distance(window)
-        is_sink = torch.arange(distance.shape[1], device=distance.device) < sink_tokens
+        is_sink = torch.arange(distance.shape[1], device=distance.device) < recent.sink_tokens
         group = window.query.shape[1] // self._layer.num_kv_heads
-        return ((distance >= 0) & ((distance < recent) | is_sink)).repeat(group, 1)
+        return ((distance >= 0) & ((distance < recent.tokens) | is_sink)).repeat(group, 1)
 
 
-def _quantize(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:
+def _quantized(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:
     """Rows as a page gives them back, fp32."""
-    codes, scale, minimum = quantize_rows(rows, bits, transforms.range_search)
-    return codes.float() * scale.float()[..., None] + minimum.float()[..., None]
+    return code_format(bits).round_trip(rows, transforms.range_search)

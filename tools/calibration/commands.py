@@ -1,4 +1,7 @@
-"""``kvtuner calibrate`` and a command for each of its stages."""
+"""``kvtuner calibrate`` and a command for each of its stages.
+
+``pipeline`` loads torch, so it is imported where a stage runs: help, and options that are refused, do without.
+"""
 
 import argparse
 import sys
@@ -8,7 +11,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvtuner_tools.calibration.options import OPTIONS_FILE, Options, add_options, check_options, given_options, merge
+import optuna
+
+from kvtuner_tools.calibration.options import (
+    OPTIONS_FILE,
+    STAGES,
+    CalibrationOptions,
+    add_options,
+    check_options,
+    given_options,
+    merge,
+)
 from vllm_kvtuner.profile.problems import ProfileError
 
 INTERRUPTED = 130
@@ -28,10 +41,8 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
-def _run(options: Options, out: Path, stages: Sequence[str]) -> int:
+def _run(options: CalibrationOptions, out: Path, stages: Sequence[str]) -> int:
     check_options(options, out, with_budget="search" in stages)
-    import optuna
-
     from kvtuner_tools.calibration.pipeline import Calibration
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -67,8 +78,6 @@ def _first_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from kvtuner_tools.calibration.pipeline import STAGES
-
     return _run(merge(_known(args.out), given_options(args)), args.out, STAGES)
 
 
@@ -76,9 +85,9 @@ def _capture(args: argparse.Namespace) -> int:
     return _run(merge(_known(args.out), given_options(args)), args.out, ("capture",))
 
 
-def _known(out: Path) -> Options:
+def _known(out: Path) -> CalibrationOptions:
     """The folder's options where it has some, so that a command goes on with what an earlier one was given."""
-    return Options.read(out) if (out / OPTIONS_FILE).exists() else Options()
+    return CalibrationOptions.read(out) if (out / OPTIONS_FILE).exists() else CalibrationOptions()
 
 
 def _stage(name: str) -> Command:
@@ -88,7 +97,7 @@ def _stage(name: str) -> Command:
 
     def run(args: argparse.Namespace) -> int:
         _require(args.out)
-        return _run(merge(Options.read(args.out), given_options(args)), args.out, (name,))
+        return _run(merge(CalibrationOptions.read(args.out), given_options(args)), args.out, (name,))
 
     return Command(add_arguments, run)
 
@@ -124,9 +133,7 @@ def _search(args: argparse.Namespace) -> int:
     is_folder = "://" not in args.join
     if is_folder:
         _require(folder)
-    storage = Options.read(folder).storage_url(folder) if is_folder else args.join
-    import optuna
-
+    storage = CalibrationOptions.read(folder).storage_url(folder) if is_folder else args.join
     from kvtuner_tools.calibration.pipeline import join
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -15,7 +15,7 @@ from vllm_kvtuner import __version__
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.problems import format_layers
-from vllm_kvtuner.profile.profile import SCHEMA_VERSION, TransformSettings
+from vllm_kvtuner.profile.profile import SCHEMA_VERSION, RecentWindow, TransformSettings
 
 
 def write_profile(
@@ -24,9 +24,7 @@ def write_profile(
     statics: Path,
     result: SearchResult,
     heldout: Heldout,
-    recent_window: int = 0,
-    recent_window_bits: int = 16,
-    sink_tokens: int = 0,
+    recent_window: RecentWindow | None,
 ) -> None:
     """Write the profile, and the statics beside it where a layer uses them, each at once or not at all.
 
@@ -38,9 +36,7 @@ def write_profile(
         statics: the calibration's statics file; read only where it is used.
         result: the chosen setting, and how it was found.
         heldout: its scores and those of the uniform settings.
-        recent_window: tokens of the recent window that all of this was measured with.
-        recent_window_bits: its bits.
-        sink_tokens: tokens at a request's head that it held too.
+        recent_window: the one that all of this was measured with.
 
     Raises:
         ProfileError: the profile would not load; nothing was written then.
@@ -53,10 +49,10 @@ def write_profile(
         "layers": _by_pair(pairs),
         "transforms": _transforms(transforms),
     }
-    if recent_window:
-        document |= {"recent_window": recent_window, "recent_window_bits": recent_window_bits}
-    if sink_tokens:
-        document["sink_tokens"] = sink_tokens
+    if recent_window is not None:
+        document |= {"recent_window": recent_window.tokens, "recent_window_bits": recent_window.bits}
+        if recent_window.sink_tokens:
+            document["sink_tokens"] = recent_window.sink_tokens
     if any(each.needs_statics for each in transforms.values()):
         name = f"{path.stem}.statics.safetensors"
         _write(path.with_name(name), read_statics(statics))

@@ -14,10 +14,9 @@ from kvtuner_tools.calibration.cluster import DEFAULT_FACTOR
 from kvtuner_tools.calibration.sampling import SAMPLERS, make_sampler
 from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory, check_budget
 from kvtuner_tools.calibration.study import open_storage, sqlite_url
-from kvtuner_tools.model_files import load_model_shape
+from kvtuner_tools.model_files import load_model_shape, refuse_model_folder
 from kvtuner_tools.profile_commands import parse_memory
 from kvtuner_tools.results import write_json
-from kvtuner_tools.statics import refuse_model_folder
 from vllm_kvtuner.pages.layout import (
     BLOCK_SIZE_MULTIPLE,
     QUANTIZED_PAIRS,
@@ -35,7 +34,7 @@ OPTIONS_FILE = "calibration.json"
 
 
 @dataclass(frozen=True)
-class Options:
+class CalibrationOptions:
     """Everything that can be asked for. What is None takes its default from elsewhere, as ``help`` says.
 
     Args:
@@ -134,7 +133,7 @@ class Options:
         write_json(out / OPTIONS_FILE, {"schema": OPTIONS_SCHEMA, **asdict(self)})
 
     @classmethod
-    def read(cls, out: Path) -> "Options":
+    def read(cls, out: Path) -> "CalibrationOptions":
         """Options of an output folder.
 
         Raises:
@@ -162,6 +161,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "report": (),
 }
 """Options of each stage's command; those of the stages before it stay as the output folder has them."""
+STAGES = tuple(GROUPS)
+"""In the order they run."""
 
 _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "data": ("calibration text: plain text or .jsonl (default: the bundled set)", {"metavar": "FILE"}),
@@ -184,7 +185,7 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "recent_window_bits": ("bits of the recent window", {"type": int, "choices": RECENT_BITS}),
     "sink_tokens": ("first tokens of each request that the recent window holds too", {"type": int}),
     "unquantized": ("layers to keep at K16V16, such as 0,31", {"metavar": "LAYERS"}),
-    "keep_all_pairs": ("keep all nine pairs of each layer as candidates", {"action": argparse.BooleanOptionalAction}),
+    "keep_all_pairs": ("keep all pairs of each layer as candidates", {"action": argparse.BooleanOptionalAction}),
     "cluster_factor": (
         "largest ratio of two layers' errors within a cluster; 1: every layer decides alone",
         {"type": float, "metavar": "RATIO"},
@@ -205,7 +206,7 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
 
 def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
     """Add the options of these stages; what is not given is absent from the parsed arguments."""
-    defaults = Options()
+    defaults = CalibrationOptions()
     for stage in stages:
         for name in GROUPS[stage]:
             text, more = _HELP[name]
@@ -216,7 +217,7 @@ def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, by name; a budget of one kind replaces one of the other."""
-    names = {field.name for field in fields(Options)}
+    names = {field.name for field in fields(CalibrationOptions)}
     given = {name: value for name, value in vars(args).items() if name in names}
     if "max_bits" in given and not given.keys() & {"memory", "context", "concurrency"}:
         given |= dict.fromkeys(("memory", "context", "concurrency"))
@@ -225,7 +226,7 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def merge(options: Options, given: dict[str, Any]) -> Options:
+def merge(options: CalibrationOptions, given: dict[str, Any]) -> CalibrationOptions:
     return replace(options, **given)
 
 
@@ -244,7 +245,7 @@ class Texts:
     heldout: CalibrationText
 
 
-def load_texts(options: Options, tokenizer: Any) -> Texts:
+def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
     """Draw the windows.
 
     Raises:
@@ -266,10 +267,11 @@ def load_texts(options: Options, tokenizer: Any) -> Texts:
         drawn.append(
             load_text(path, tokenizer, tokens=options.heldout_tokens, context=options.window, seed=options.seed)
         )
-    return Texts(*drawn)
+    capture, search, heldout = drawn
+    return Texts(capture, search, heldout)
 
 
-def check_options(options: Options, out: Path, *, with_budget: bool) -> None:
+def check_options(options: CalibrationOptions, out: Path, *, with_budget: bool) -> None:
     """Refuse everything that can be known to be wrong without loading the model, all at once.
 
     Args:
@@ -314,7 +316,7 @@ def check_options(options: Options, out: Path, *, with_budget: bool) -> None:
         raise ProfileError(problems)
 
 
-def _numbers(options: Options) -> list[str]:
+def _numbers(options: CalibrationOptions) -> list[str]:
     least = {
         "window": 32,
         "capture_tokens": 1,
@@ -345,7 +347,7 @@ def _numbers(options: Options) -> list[str]:
     return problems
 
 
-def _budget_kind(options: Options) -> str | None:
+def _budget_kind(options: CalibrationOptions) -> str | None:
     by_memory = [options.memory is not None, options.context is not None, options.concurrency is not None]
     if (options.max_bits is None and all(by_memory)) or (options.max_bits is not None and not any(by_memory)):
         return None
@@ -354,7 +356,7 @@ def _budget_kind(options: Options) -> str | None:
     return f"the budget must be given as --max-bits, or as --memory with --context and --concurrency, but got {given}"
 
 
-def _check_layers(options: Options, shape: ModelShape) -> None:
+def _check_layers(options: CalibrationOptions, shape: ModelShape) -> None:
     try:
         layers = options.unquantized_layers
     except ValueError as error:
@@ -372,7 +374,7 @@ def shapes_of(shape: ModelShape) -> dict[int, tuple[int, int]]:
     return {layer: (each.num_kv_heads, each.head_size) for layer, each in layers.items()}
 
 
-def _check_budget(options: Options, shape: ModelShape) -> None:
+def _check_budget(options: CalibrationOptions, shape: ModelShape) -> None:
     shapes = shapes_of(shape)
     smallest = min(QUANTIZED_PAIRS, key=lambda pair: pair.nominal_bits)
     cheapest = [UNQUANTIZED if layer in options.unquantized_layers else smallest for layer in shapes]

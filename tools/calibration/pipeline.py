@@ -24,11 +24,14 @@ from kvtuner_tools.calibration.artifacts import (
     digest,
     read_artifact,
     read_statics,
+    unquantized_tokens,
 )
 from kvtuner_tools.calibration.calibration_text import CalibrationText
+from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
+from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
 from kvtuner_tools.calibration.export import write_profile
-from kvtuner_tools.calibration.options import GROUPS, Options, Texts, load_texts
+from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
 from kvtuner_tools.calibration.outcome import (
     HELDOUT_FILE,
     PROFILE_ORIGIN,
@@ -45,10 +48,12 @@ from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.search import LazyEvaluator, run_search, search_result
 from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
 from kvtuner_tools.calibration.space import SearchSpace, check_budget
-from kvtuner_tools.calibration.study import EngineSettings, SearchPlan, create_study, find_plan, open_storage
+from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
+from kvtuner_tools.calibration.transform_choice import choose_transforms
+from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 from kvtuner_tools.heldout import file_sha256
 from kvtuner_tools.results import write_json
-from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 
 SENSITIVITY_KEY_FILE = "sensitivity.key.json"
 KEY_SCHEMA = "kvtuner-stage-key/1"
@@ -60,7 +65,6 @@ REPORT_FILE = "report.html"
 FIGURES_FILE = "study_figures.json"
 COSTS_FILE = "costs.json"
 COSTS_SCHEMA = "kvtuner-costs/1"
-STAGES = ("capture", "sensitivity", "prune", "cluster", "search", "export", "report")
 
 
 class Calibration:
@@ -71,7 +75,7 @@ class Calibration:
         options: what is asked for.
     """
 
-    def __init__(self, out: Path, options: Options) -> None:
+    def __init__(self, out: Path, options: CalibrationOptions) -> None:
         self.out = out
         self.options = options
         out.mkdir(parents=True, exist_ok=True)
@@ -95,8 +99,6 @@ class Calibration:
         return load_texts(self.options, AutoTokenizer.from_pretrained(self.options.model))
 
     def capture(self) -> str:
-        from kvtuner_tools.calibration.capture import CaptureRequest, run_capture
-
         options = self.options
         request = CaptureRequest(
             model=options.model,
@@ -110,22 +112,19 @@ class Calibration:
         return f"{len(capture.layers)} layers, {sum(capture.windows):,} tokens"
 
     def sensitivity(self) -> str:
-        from kvtuner_tools.calibration.capture import CAPTURE_FOLDER
-        from kvtuner_tools.calibration.captured import Capture
-        from kvtuner_tools.calibration.transform_choice import choose_transforms
-
         capture = Capture.read(self.out / CAPTURE_FOLDER)
-        unquantized = {"recent_window": self.options.recent_window, "sink_tokens": self.options.sink_tokens}
+        recent_window = self.options.recent
         choose = self.options.transforms == "choose"
-        choice = choose_transforms(capture, self.out, **unquantized) if choose else None
-        inputs = digest([capture.inputs, None if choice is None else choice.inputs, unquantized])
+        choice = choose_transforms(capture, self.out, recent_window=recent_window) if choose else None
+        measured = [capture.inputs, None if choice is None else choice.inputs, unquantized_tokens(recent_window)]
+        inputs = digest(measured)
         path, key_path = self.out / SENSITIVITY_FILE, self.out / SENSITIVITY_KEY_FILE
         known = read_artifact(key_path, KEY_SCHEMA, ("inputs", "sha256")) if key_path.exists() else {}
         if path.exists() and known == {"inputs": inputs, "sha256": file_sha256(path)}:
             return "as it was"
-        table = measure_sensitivity(capture, choice, self.out, **unquantized)
+        table = measure_sensitivity(capture, choice, self.out, recent_window=recent_window)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
-        return f"{len(table.layers)} layers, nine pairs each"
+        return f"{len(table.layers)} layers, {len(QUANTIZED_PAIRS)} pairs each"
 
     def prune(self) -> str:
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
@@ -133,7 +132,7 @@ class Calibration:
         candidates = prune(table, unquantized=options.unquantized_layers, keep_all=options.keep_all_pairs)
         write_candidates(self.out / CANDIDATES_FILE, candidates)
         counts = [len(layer.pairs) for layer in candidates]
-        return f"{min(counts)} to {max(counts)} of nine pairs per layer"
+        return f"{min(counts)} to {max(counts)} of {len(QUANTIZED_PAIRS)} pairs per layer"
 
     def cluster(self) -> str:
         clusters = cluster(read_candidates(self.out / CANDIDATES_FILE), self.options.cluster_factor)
@@ -146,7 +145,8 @@ class Calibration:
         study = create_study(
             open_storage(options.storage_url(self.out)), plan, make_sampler(options.sampler, options.seed)
         )
-        budget = options.budget_text(*plan.space.budget_bits(plan.max_bytes))
+        nominal, stored = plan.space.budget_bits(plan.max_bytes)
+        budget = options.budget_text(nominal, stored)
         print(f"search: {budget}, {len(plan.space.clusters)} decisions, study {study.study_name}", flush=True)
         run_search(study, plan, lambda: start_engine(plan.engine), options.trials)
         result = search_result(study, plan, budget, self.texts.search.identity)
@@ -163,9 +163,9 @@ class Calibration:
         heldout = self._score_heldout()
         path = self.out / PROFILE_FILE
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
-        recent = self.options.recent_window, self.options.recent_window_bits, self.options.sink_tokens
-        write_profile(path, table, self.out / STATICS_FILE, SearchResult.read(self.out), heldout, *recent)
-        return f"{path}. {verdict(heldout, SearchResult.read(self.out).max_bits)}"
+        result = SearchResult.read(self.out)
+        write_profile(path, table, self.out / STATICS_FILE, result, heldout, self.options.recent)
+        return f"{path}. {verdict(heldout, result.max_bits)}"
 
     def report(self) -> str:
         result = SearchResult.read(self.out)
@@ -194,11 +194,11 @@ class Calibration:
             engine=self._engine(self.texts.search),
         )
 
-    def _engine(self, text: CalibrationText) -> EngineSettings:
+    def _engine(self, text: CalibrationText) -> EvaluatorSpec:
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         transforms = {layer.index: layer.transforms for layer in table.layers}
         needs_statics = any(each.needs_statics for each in transforms.values())
-        return EngineSettings(
+        return EvaluatorSpec(
             model=self.options.model,
             dtype=self.options.dtype,
             windows=text.windows,
@@ -206,9 +206,7 @@ class Calibration:
             statics=read_statics(self.out / STATICS_FILE) if needs_statics else None,
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
-            recent_window=self.options.recent_window,
-            recent_window_bits=self.options.recent_window_bits,
-            sink_tokens=self.options.sink_tokens,
+            recent_window=self.options.recent,
         )
 
     def _score_heldout(self) -> Heldout:
@@ -224,12 +222,12 @@ class Calibration:
         wanted |= {"greedy": result.greedy, "integer program": result.integer_program}
 
         def keep() -> Heldout:
-            scored = tuple(
-                Scored(None, origin, pairs, *space.bits(pairs), known[format_pairs(pairs)])
-                for origin, pairs in wanted.items()
-                if format_pairs(pairs) in known
-            )
-            heldout = Heldout(inputs, self.texts.heldout.identity, scored)
+            scored = []
+            for origin, pairs in wanted.items():
+                if (quality := known.get(format_pairs(pairs))) is not None:
+                    nominal, stored = space.bits(pairs)
+                    scored.append(Scored(None, origin, pairs, nominal, stored, quality))
+            heldout = Heldout(inputs, self.texts.heldout.identity, tuple(scored))
             heldout.write(self.out)
             return heldout
 
@@ -272,9 +270,7 @@ def read_costs(out: Path) -> dict[str, dict[str, Any]]:
 class _Engine:
     """A calibration engine with the file that its statics are read from."""
 
-    def __init__(self, settings: EngineSettings) -> None:
-        from kvtuner_tools.engines.calibration import CalibrationEngine
-
+    def __init__(self, settings: EvaluatorSpec) -> None:
         self._folder = TemporaryDirectory(prefix="kvtuner-statics-")
         statics = None
         if settings.statics is not None:
@@ -283,12 +279,8 @@ class _Engine:
         self._engine = CalibrationEngine(
             settings.model,
             settings.windows,
-            transform_overrides=settings.transforms,
-            statics=statics,
-            unquantized_layers=settings.unquantized,
-            recent_window=settings.recent_window,
-            recent_window_bits=settings.recent_window_bits,
-            sink_tokens=settings.sink_tokens,
+            transforms=ModelTransforms(overrides=settings.transforms, statics=statics),
+            room=CacheRoom(settings.unquantized, settings.recent_window),
             kv_memory_bytes=settings.kv_memory_bytes,
             dtype=settings.dtype,
         )
@@ -301,7 +293,7 @@ class _Engine:
         self._folder.cleanup()
 
 
-def start_engine(settings: EngineSettings) -> Evaluator:
+def start_engine(settings: EvaluatorSpec) -> Evaluator:
     """vLLM as the measuring instrument."""
     return _Engine(settings)
 

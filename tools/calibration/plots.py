@@ -16,6 +16,7 @@ from kvtuner_tools.calibration.cluster import Cluster
 from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, format_pairs, pareto_front
 from kvtuner_tools.calibration.study import OBJECTIVES
 from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.layout import BITS
 from vllm_kvtuner.profile.problems import format_layers
 
 FIGURES_SCHEMA = "kvtuner-study-figures/1"
@@ -172,7 +173,7 @@ def allocation_figure(table: SensitivityTable, result: SearchResult) -> go.Figur
             row=row,
             col=1,
         )
-        figure.update_yaxes(title="bits", range=[0, 17 if 16 in bits else 9], tickvals=[2, 4, 8, 16], row=row, col=1)
+        figure.update_yaxes(title="bits", range=[0, 17 if 16 in bits else 9], tickvals=list(BITS), row=row, col=1)
     figure.update_xaxes(title="layer", dtick=_tick(len(layers)), row=2, col=1)
     figure.update_layout(showlegend=False, height=420, bargap=0.1)
     return figure

@@ -69,7 +69,7 @@ def prune(
     Args:
         table: sensitivity of every layer.
         unquantized: layers that stay with vLLM's own cache: K16V16 is their only candidate.
-        keep_all: keep all nine quantized pairs, to see what pruning buys.
+        keep_all: keep all quantized pairs, to see what pruning buys.
 
     Raises:
         ValueError: an unquantized layer that the table does not have.

@@ -247,7 +247,8 @@ def scored_settings(study: Study, plan: SearchPlan) -> list[Scored]:
 def _scored(
     number: int | None, origin: str, pairs: dict[int, PrecisionPair], space: SearchSpace, quality: dict[str, Any]
 ) -> Scored:
-    return Scored(number, origin, pairs, *space.bits(pairs), Quality(**quality))
+    nominal, stored = space.bits(pairs)
+    return Scored(number, origin, pairs, nominal, stored, Quality(**quality))
 
 
 def _fits(each: Scored, plan: SearchPlan) -> bool:

@@ -1,4 +1,4 @@
-"""How sensitive each layer is to the precision of its keys and values: errors of all nine pairs on captured samples."""
+"""How sensitive each layer is to the precision of its keys and values: errors of all pairs on captured samples."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from kvtuner_tools.calibration.attention_error import AttentionMeter
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
 from vllm_kvtuner.pages.transforms import LayerTransforms
-from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 
 SENSITIVITY_FILE = "sensitivity.json"
 """Name of the table in a calibration's output folder."""
@@ -21,8 +21,7 @@ def measure_sensitivity(
     choice: TransformChoice | None,
     out_dir: Path,
     *,
-    recent_window: int = 0,
-    sink_tokens: int = 0,
+    recent_window: RecentWindow | None = None,
     device: torch.device | str | None = None,
 ) -> SensitivityTable:
     """Measure every layer at the captured positions and write ``sensitivity.json``.
@@ -31,8 +30,7 @@ def measure_sensitivity(
         capture: what to measure on.
         choice: each layer's transforms; None measures without any, which is the published method's setting.
         out_dir: the calibration's output folder; holds the choice's statics.
-        recent_window: newest tokens of each query that are not quantized.
-        sink_tokens: first tokens of each window of text that are not either.
+        recent_window: tokens of each query that are not quantized; None where all are.
         device: where to measure; by default the first GPU, or the CPU.
     """
     device = device or default_device()
@@ -41,7 +39,7 @@ def measure_sensitivity(
     for layer in tqdm(capture.layers, desc="sensitivity", unit="layer"):
         rotary = capture.load_rotary(layer, device)
         near = None if rotary is None else rotary.near
-        meter = AttentionMeter(layer, capture.load_layer(layer, device), near, recent_window, sink_tokens)
+        meter = AttentionMeter(layer, capture.load_layer(layer, device), near, recent_window)
         errors = meter.pair_errors(built.get(layer.index, LayerTransforms()))
         layers.append(
             LayerSensitivity(

@@ -94,7 +94,7 @@ class SearchSpace:
         return tuple(choice)
 
     def uniform_pairs(self) -> tuple[PrecisionPair, ...]:
-        """The nine quantized pairs, from the fewest bits to the most; none where all layers stay unquantized."""
+        """The quantized pairs, from the fewest bits to the most; none where all layers stay unquantized."""
         if all(pair == UNQUANTIZED for pair in self.cheapest()):
             return ()
         return tuple(sorted(QUANTIZED_PAIRS, key=lambda pair: (pair.nominal_bits, pair)))

@@ -24,10 +24,10 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.study import Study
 from optuna.trial import TrialState
 
-from kvtuner_tools.calibration.artifacts import digest
+from kvtuner_tools.calibration.artifacts import digest, plain_window, read_window
 from kvtuner_tools.calibration.cluster import Cluster
 from kvtuner_tools.calibration.space import SearchSpace
-from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 
 PLAN = "plan"
 TRIALS = "trials"
@@ -42,7 +42,7 @@ _GONE_SECONDS = 90.0
 
 
 @dataclass(frozen=True)
-class EngineSettings:
+class EvaluatorSpec:
     """What the measuring engine is built from.
 
     Args:
@@ -53,9 +53,7 @@ class EngineSettings:
         statics: bytes of the statics file, or None.
         unquantized: layers that stay with vLLM's own cache.
         kv_memory_bytes: memory of the KV cache.
-        recent_window: tokens of every layer's recent window.
-        recent_window_bits: its bits.
-        sink_tokens: tokens at a request's head that it holds too.
+        recent_window: that of every quantized layer, if any.
     """
 
     model: str
@@ -65,29 +63,34 @@ class EngineSettings:
     statics: bytes | None
     unquantized: tuple[int, ...]
     kv_memory_bytes: int
-    recent_window: int = 0
-    recent_window_bits: int = 16
-    sink_tokens: int = 0
+    recent_window: RecentWindow | None = None
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON's types; :meth:`from_plain` reads it back."""
         statics = None if self.statics is None else base64.b64encode(self.statics).decode()
         transforms = {str(layer): list(each.names) for layer, each in self.transforms.items()}
-        return {**vars(self), "windows": [list(w) for w in self.windows], "transforms": transforms, "statics": statics}
+        return {
+            **vars(self),
+            "windows": [list(window) for window in self.windows],
+            "transforms": transforms,
+            "statics": statics,
+            **plain_window(self.recent_window),
+        }
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "EngineSettings":
+    def from_plain(cls, plain: Mapping[str, Any]) -> "EvaluatorSpec":
         transforms = {
             int(layer): TransformSettings(**dict.fromkeys(names, True)) for layer, names in plain["transforms"].items()
         }
         return cls(
-            **{
-                **plain,
-                "windows": tuple(map(tuple, plain["windows"])),
-                "transforms": transforms,
-                "statics": None if plain["statics"] is None else base64.b64decode(plain["statics"]),
-                "unquantized": tuple(plain["unquantized"]),
-            }
+            model=plain["model"],
+            dtype=plain["dtype"],
+            windows=tuple(map(tuple, plain["windows"])),
+            transforms=transforms,
+            statics=None if plain["statics"] is None else base64.b64decode(plain["statics"]),
+            unquantized=tuple(plain["unquantized"]),
+            kv_memory_bytes=plain["kv_memory_bytes"],
+            recent_window=read_window(plain),
         )
 
 
@@ -107,7 +110,7 @@ class SearchPlan:
     max_bytes: int
     sampler: str
     seed: int
-    engine: EngineSettings
+    engine: EvaluatorSpec
 
     @property
     def study_name(self) -> str:
@@ -128,7 +131,7 @@ class SearchPlan:
     def from_plain(cls, plain: Mapping[str, Any]) -> "SearchPlan":
         clusters = tuple(map(Cluster.from_plain, plain["clusters"]))
         shapes = {int(layer): (heads, size) for layer, (heads, size) in plain["shapes"].items()}
-        engine = EngineSettings.from_plain(plain["engine"])
+        engine = EvaluatorSpec.from_plain(plain["engine"])
         return cls(SearchSpace(clusters, shapes), plain["max_bytes"], plain["sampler"], plain["seed"], engine)
 
 

@@ -18,11 +18,9 @@ Range search, which helps all candidates alike and costs most of the time, is le
 given up for a layer only if that is better by the floor.
 """
 
-import functools
-import itertools
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -30,28 +28,24 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact
-from kvtuner_tools.calibration.attention_error import AttentionMeter
+from kvtuner_tools.bias_offset import key_offsets
+from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer
-from kvtuner_tools.calibration.key_statics import KeyStatics, PairLayout
+from kvtuner_tools.calibration.key_statics import PairLayout
+from kvtuner_tools.calibration.transform_candidates import NEAR, TransformCandidate, TransformCandidates
 from kvtuner_tools.results import write_json
-from kvtuner_tools.statics import key_offsets
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.problems import ProfileError
-from vllm_kvtuner.profile.profile import TransformSettings
-from vllm_kvtuner.profile.statics import LayerStatics, save_statics
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
+from vllm_kvtuner.profile.statics import save_statics
 
 TRANSFORMS_SCHEMA = "kvtuner-transforms/2"
 TRANSFORMS_FILE = "transforms.json"
 """Name of the choice in a calibration's output folder."""
 DEFAULT_FLOOR = 0.05
 """Gain in output error below which a candidate is not told from the baseline."""
-PAIRS_STEP = 8
-"""Pairs of an offset that the decode kernel takes together."""
 NO_TRANSFORMS, DATA_FREE, CHOSEN = "none", "data-free", "chosen"
 """Settings whose errors a choice tells: without transforms, the baseline, and what was chosen."""
-NEAR, FAR = "near", "far"
-"""Positions they were measured at: those captured, and the last ones of the model's rotary table."""
 
 logger = logging.getLogger("kvtuner")
 
@@ -124,20 +118,18 @@ def choose_transforms(
     capture: Capture,
     out_dir: Path,
     *,
-    recent_window: int = 0,
-    sink_tokens: int = 0,
+    recent_window: RecentWindow | None = None,
     floor: float = DEFAULT_FLOOR,
     device: torch.device | str | None = None,
 ) -> TransformChoice:
     """Choose for every layer; write ``transforms.json`` and, where a layer needs it, ``statics.safetensors``.
 
-    A choice that is there already, from the same capture, recent window, sink tokens and floor, is read instead.
+    A choice that is there already, from the same capture, recent window and floor, is read instead.
 
     Args:
         capture: what to measure on.
         out_dir: the calibration's output folder.
-        recent_window: newest tokens of each query that are not quantized.
-        sink_tokens: first tokens of each window of text that are not either.
+        recent_window: tokens of each query that are not quantized; None where all are.
         floor: gain below which the baseline stays, 0 to 1.
         device: where to measure; by default the first GPU, or the CPU.
 
@@ -146,20 +138,22 @@ def choose_transforms(
     """
     if not 0 <= floor < 1:
         raise ValueError(f"floor must be at least 0 and below 1, but got {floor}")
-    unquantized = {"recent_window": recent_window, "sink_tokens": sink_tokens}
-    inputs = digest({"capture": capture.inputs, "floor": floor, **unquantized, "schema": TRANSFORMS_SCHEMA})
+    measured = {"capture": capture.inputs, "floor": floor, **unquantized_tokens(recent_window)}
+    inputs = digest({**measured, "schema": TRANSFORMS_SCHEMA})
     if (found := _find(out_dir, inputs)) is not None:
         return found
     biases = _biases(capture)
     layout = _pair_layout(capture)
     choices, statics = [], {}
     for layer in tqdm(capture.layers, desc="transforms", unit="layer"):
-        choice, static = _choose(
-            capture, layer, biases.get(layer.index), layout, unquantized, floor, device or default_device()
+        candidates = TransformCandidates(
+            capture, layer, biases.get(layer.index), layout, recent_window, device or default_device()
         )
-        choices.append(choice)
-        if choice.transforms.needs_statics:
-            statics[layer.index] = static
+        chosen = _choose(candidates, floor)
+        choices.append(_describe(layer, candidates, chosen))
+        if chosen.settings.needs_statics:
+            statics[layer.index] = candidates.statics(chosen)
+        del candidates  # the layer's keys, values and weights, before the next one's are loaded
     if statics:
         metadata = {"model": capture.model["name"], "method": "calibration", "data": capture.data["source"]}
         save_statics(out_dir / STATICS_FILE, statics, metadata | ({} if layout is None else layout.metadata))
@@ -191,149 +185,60 @@ def default_device() -> torch.device:
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """A point of the space that is searched."""
-
-    offset: str
-    equalization: str = "none"
-    pairs: int | None = None
-    key_hadamard: bool = True
-    value_hadamard: bool = True
-    range_search: bool = False
-
-    def changes(self, baseline: "_Candidate") -> int:
-        mine, theirs = asdict(self), asdict(baseline)
-        return sum(mine[name] != theirs[name] for name in mine)
-
-    @property
-    def settings(self) -> TransformSettings:
-        return TransformSettings(
-            key_offset=self.offset != "none",
-            key_equalization=self.equalization != "none",
-            key_hadamard=self.key_hadamard,
-            value_hadamard=self.value_hadamard,
-            range_search=self.range_search,
-        )
-
-
-def _choose(
-    capture: Capture,
-    layer: CapturedLayer,
-    bias: torch.Tensor | None,
-    layout: PairLayout | None,
-    unquantized: Mapping[str, int],
-    floor: float,
-    device: torch.device | str,
-) -> tuple[LayerChoice, LayerStatics]:
-    windows, rotary = capture.load_layer(layer, device), capture.load_rotary(layer, device)
-    offsets: dict[str, torch.Tensor | None] = {"none": None}
-    factors: dict[str, torch.Tensor | None] = {"none": None}
-    if layer.offset_unsupported is None:
-        statics = KeyStatics.of(windows, None if rotary is None else rotary.near)
-        offsets |= ({} if bias is None else {"bias": bias.to(device)}) | {"mean": statics.mean}
-        if layout is not None:
-            factors |= statics.factors(layout)
-    meters = {NEAR: AttentionMeter(layer, windows, None if rotary is None else rotary.near, **unquantized)}
-    if rotary is not None:
-        meters[FAR] = meters[NEAR].at_far_positions(rotary)
-
-    def key_offset(candidate: _Candidate) -> torch.Tensor | None:
-        offset = offsets[candidate.offset]
-        if offset is None or candidate.pairs is None:
-            return offset
-        assert rotary is not None
-        return PairLayout(rotary.near.rotary_dim, rotary.near.is_neox).largest_pairs(offset, candidate.pairs)
-
-    def transforms(candidate: _Candidate) -> LayerTransforms:
-        return LayerTransforms(
-            key_offset=key_offset(candidate),
-            key_equalization=factors[candidate.equalization],
-            key_hadamard=candidate.key_hadamard,
-            value_hadamard=candidate.value_hadamard,
-            range_search=candidate.range_search,
-        )
-
-    @functools.cache
-    def key_error(candidate: _Candidate, positions: str) -> float:
-        return _geometric_mean(meters[positions].key_errors(transforms(candidate)).values())
-
-    @functools.cache
-    def value_error(candidate: _Candidate) -> float:
-        return _geometric_mean(meters[NEAR].value_errors(transforms(candidate)).values())
-
-    baseline = _Candidate("none" if bias is None or "bias" not in offsets else "bias")
-
-    def key_ratio(candidate: _Candidate, positions: str) -> float:
-        return key_error(candidate, positions) / key_error(baseline, positions)
-
-    combinations = itertools.product(offsets, factors, (True, False))
-    candidates = [_Candidate(offset, factor, key_hadamard=rotated) for offset, factor, rotated in combinations]
-    chosen = _least(baseline, candidates, key_ratio, meters, floor)
-    if rotary is not None and chosen.offset != "none":
-        for count in range(PAIRS_STEP, rotary.near.rotary_dim // 2, PAIRS_STEP):
-            fewer = replace(chosen, pairs=count)
-            if all((1 - floor) * key_error(fewer, at) <= key_error(chosen, at) for at in meters):
-                chosen = fewer
-                break
-    if value_error(unrotated := replace(chosen, value_hadamard=False)) <= (1 - floor) * value_error(chosen):
+def _choose(candidates: TransformCandidates, floor: float) -> TransformCandidate:
+    """The best transforms of one layer, each taken only where it gains more than ``floor``."""
+    chosen = _least(candidates, floor)
+    for fewer in candidates.with_fewer_pairs(chosen):
+        if all(
+            (1 - floor) * candidates.key_error(fewer, at) <= candidates.key_error(chosen, at)
+            for at in candidates.positions
+        ):
+            chosen = fewer
+            break
+    unrotated = replace(chosen, value_hadamard=False)
+    if candidates.value_error(unrotated) <= (1 - floor) * candidates.value_error(chosen):
         chosen = unrotated
     searched = replace(chosen, range_search=True)
-    key_gain = max(key_ratio(chosen, positions) / key_ratio(searched, positions) for positions in meters)
-    if math.sqrt(key_gain * value_error(chosen) / value_error(searched)) > 1 - floor:
-        chosen = searched
-
-    told = {
-        NO_TRANSFORMS: LayerTransforms(),
-        DATA_FREE: transforms(replace(baseline, range_search=True)),
-        CHOSEN: transforms(chosen),
-    }
-    choice = LayerChoice(
-        index=layer.index,
-        transforms=chosen.settings,
-        offset=chosen.offset,
-        offset_pairs=chosen.pairs,
-        equalization=chosen.equalization,
-        far_position=None if rotary is None else rotary.far_position,
-        errors={
-            setting: {positions: _by_name(meter, each) for positions, meter in meters.items()}
-            for setting, each in told.items()
-        },
-        note=layer.offset_unsupported,
-    )
-    offset, factor = key_offset(chosen), factors[chosen.equalization]
-    return choice, LayerStatics(*(None if each is None else each.cpu().numpy() for each in (offset, factor)))
+    key_gain = max(candidates.key_ratio(chosen, at) / candidates.key_ratio(searched, at) for at in candidates.positions)
+    value_gain = candidates.value_error(chosen) / candidates.value_error(searched)
+    return searched if math.sqrt(key_gain * value_gain) > 1 - floor else chosen
 
 
-def _least(
-    baseline: _Candidate,
-    candidates: Iterable[_Candidate],
-    ratio: Callable[[_Candidate, str], float],
-    positions: Collection[str],
-    floor: float,
-) -> _Candidate:
+def _least(candidates: TransformCandidates, floor: float) -> TransformCandidate:
     """The candidate with the fewest changes among those within ``floor`` of the best; the baseline if it is one.
 
     Far positions are only measured for candidates that may still be among them: a candidate's ratio is that of its
     worst positions, so never below the near one.
     """
-    ratios: dict[_Candidate, float] = {baseline: 1.0}
+    baseline, ratio = candidates.baseline, candidates.key_ratio
+    ratios: dict[TransformCandidate, float] = {baseline: 1.0}
     best = 1.0
-    for candidate in sorted(candidates, key=lambda each: ratio(each, NEAR)):
+    for candidate in sorted(candidates.combinations(), key=lambda each: ratio(each, NEAR)):
         if ratio(candidate, NEAR) > best / (1 - floor):
             break
-        ratios[candidate] = max(ratio(candidate, each) for each in positions)
+        ratios[candidate] = max(ratio(candidate, each) for each in candidates.positions)
         best = min(best, ratios[candidate])
     within = [candidate for candidate, each in ratios.items() if each * (1 - floor) <= best]
     return min(within, key=lambda each: (each.changes(baseline), ratios[each]))
 
 
-def _by_name(meter: AttentionMeter, transforms: LayerTransforms) -> dict[str, float]:
-    return {pair.name: error for pair, error in meter.pair_errors(transforms).output.items()}
-
-
-def _geometric_mean(errors: Collection[float]) -> float:
-    return math.exp(sum(map(math.log, errors)) / len(errors))
+def _describe(layer: CapturedLayer, candidates: TransformCandidates, chosen: TransformCandidate) -> LayerChoice:
+    """What was chosen, beside what it is compared with."""
+    told = {
+        NO_TRANSFORMS: LayerTransforms(),
+        DATA_FREE: candidates.transforms(replace(candidates.baseline, range_search=True)),
+        CHOSEN: candidates.transforms(chosen),
+    }
+    return LayerChoice(
+        index=layer.index,
+        transforms=chosen.settings,
+        offset=chosen.offset,
+        offset_pairs=chosen.pairs,
+        equalization=chosen.equalization,
+        far_position=candidates.far_position,
+        errors={setting: candidates.pair_errors(transforms) for setting, transforms in told.items()},
+        note=layer.offset_unsupported,
+    )
 
 
 def _biases(capture: Capture) -> dict[int, torch.Tensor]:

@@ -9,14 +9,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 import yaml
 
-from kvtuner_tools.calibration.artifacts import Quality
+from kvtuner_tools.cache_setting import KVTUNER, CacheSetting
+from kvtuner_tools.calibration.artifacts import Quality, plain_window
 from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
@@ -29,20 +30,51 @@ from kvtuner_tools.engines.evaluate import (
 )
 from kvtuner_tools.model_files import load_model_shape, max_positions
 from kvtuner_tools.processes import OwnProcess, in_own_process
-from kvtuner_tools.settings import KVTUNER, Setting
 from kvtuner_tools.task_accuracy import Task, TaskScore
 from vllm_kvtuner.pages.layout import UNQUANTIZED, PrecisionPair
-from vllm_kvtuner.profile.profile import Profile, ResolvedProfile, TransformSettings
+from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
 from vllm_kvtuner.profile.statics import load_statics
 
 ROOM = PrecisionPair(8, 8)
 """What every quantized layer's pages have room for."""
-NO_TRANSFORMS = TransformSettings()
+_NONE = TransformSettings()
 
 logger = logging.getLogger(__name__)
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ModelTransforms:
+    """What the quantized layers of a model do before they store.
+
+    Args:
+        default: transforms of every layer without an override.
+        overrides: transforms of single layers.
+        statics: safetensors file that key_offset and key_equalization read.
+    """
+
+    default: TransformSettings = _NONE
+    overrides: Mapping[int, TransformSettings] = field(default_factory=dict)
+    statics: Path | None = None
+
+
+@dataclass(frozen=True)
+class CacheRoom:
+    """What an engine's cache has room for, for the engine's whole life.
+
+    Args:
+        unquantized_layers: layers left to vLLM's own cache (K16V16); the others' pages have room for ``ROOM``.
+        recent_window: that of every quantized layer, if any.
+    """
+
+    unquantized_layers: Collection[int] = ()
+    recent_window: RecentWindow | None = None
+
+
+NO_TRANSFORMS = ModelTransforms()
+PAGES_ALONE = CacheRoom()
 
 
 class CalibrationEngine:
@@ -51,13 +83,8 @@ class CalibrationEngine:
     Args:
         model: folder or model id.
         windows: token ids, as ``kvtuner_tools.heldout.load_windows`` gives them.
-        transforms: transforms of every layer without an override, until :meth:`set_transforms`.
-        transform_overrides: transforms of single layers.
-        statics: safetensors file that key_offset and key_equalization read.
-        unquantized_layers: layers left to vLLM's own cache (K16V16) for this engine's whole life.
-        recent_window: tokens of every quantized layer's recent window, for this engine's whole life too.
-        recent_window_bits: its bits.
-        sink_tokens: tokens at a request's head that it holds too.
+        transforms: what layers do before they store, until :meth:`set_transforms`.
+        room: what the cache is laid out for.
         task: questions for :meth:`score_task`.
         chunk: prompt tokens per engine step; by default the longest window.
         kv_memory_bytes: memory of the KV cache.
@@ -76,13 +103,8 @@ class CalibrationEngine:
         model: str,
         windows: Sequence[Sequence[int]],
         *,
-        transforms: TransformSettings = NO_TRANSFORMS,
-        transform_overrides: Mapping[int, TransformSettings] | None = None,
-        statics: Path | None = None,
-        unquantized_layers: Collection[int] = (),
-        recent_window: int = 0,
-        recent_window_bits: int = 16,
-        sink_tokens: int = 0,
+        transforms: ModelTransforms = NO_TRANSFORMS,
+        room: CacheRoom = PAGES_ALONE,
         task: Task | None = None,
         chunk: int | None = None,
         kv_memory_bytes: int = 1 << 30,
@@ -91,46 +113,39 @@ class CalibrationEngine:
         self.start_seconds = self.trial_seconds = 0.0
         self._shape = load_model_shape(model)
         self._windows = tuple(tuple(window) for window in windows)
-        self._recent_window, self._recent_window_bits = recent_window, recent_window_bits
-        self._sink_tokens = sink_tokens
+        self._recent_window = room.recent_window
         self._task = task
         self._base = {
-            layer: UNQUANTIZED if layer in unquantized_layers else ROOM for layer in self._shape.attention_layers
+            layer: UNQUANTIZED if layer in room.unquantized_layers else ROOM for layer in self._shape.attention_layers
         }
-        if unknown := sorted(set(unquantized_layers) - self._base.keys()):
+        if unknown := sorted(set(room.unquantized_layers) - self._base.keys()):
             raise ValueError(
                 f"unquantized_layers must be layers of {model} that cache keys and values, but got {unknown}"
             )
-        self._profile = self._checked(transforms, transform_overrides or {}, statics)
+        self._profile = self._checked(transforms)
         longest = max(map(len, self._windows))
-        lengths = [longest] if task is None else [longest, task.max_model_len]
+        longest_request = longest if task is None else max(longest, task.max_model_len)
+        options = EngineOptions(
+            label="reference",
+            model=model,
+            dtype=dtype,
+            setting=CacheSetting("auto"),
+            max_model_len=max_model_len_for(longest_request, max_positions(model)),
+            chunk=chunk or longest,
+            kv_memory_bytes=kv_memory_bytes,
+            max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
+        )
         started = time.monotonic()
         self._folder = Path(tempfile.mkdtemp(prefix="kvtuner-calibration-"))
         self._process: OwnProcess | None = None
         try:
-            room = self._folder / "room.yaml"
-            layers = {layer: str(pair) for layer, pair in self._base.items()}
-            recent = {"recent_window": recent_window, "recent_window_bits": recent_window_bits}
-            recent["sink_tokens"] = sink_tokens
-            room.write_text(yaml.safe_dump({"version": 1, "layers": layers, **recent}))
-
-            def options(label: str, setting: Setting, switchable: bool) -> EngineOptions:
-                return EngineOptions(
-                    label=label,
-                    model=model,
-                    dtype=dtype,
-                    setting=setting,
-                    max_model_len=max_model_len_for(max(lengths), max_positions(model)),
-                    chunk=chunk or longest,
-                    kv_memory_bytes=kv_memory_bytes,
-                    max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
-                    switchable=switchable,
-                )
-
-            job = EngineJob(options("reference", Setting("auto"), False), self._windows, self._folder / "logits")
+            job = EngineJob(options, self._windows, self._folder / "logits")
             reference = in_own_process(run_engine, job).reference
+            setting = CacheSetting(KVTUNER, str(self._write_room()))
             self._process = OwnProcess()
-            self._process.run(_build, options("calibration", Setting(KVTUNER, str(room)), True), reference)
+            self._process.run(
+                _build, replace(options, label="calibration", setting=setting, switchable=True), reference
+            )
         except BaseException:
             self.close()
             raise
@@ -152,18 +167,13 @@ class CalibrationEngine:
         assert self._task is not None, "score_task needs a task"
         return self._trial(pairs, _answer, self._task)
 
-    def set_transforms(
-        self,
-        transforms: TransformSettings,
-        overrides: Mapping[int, TransformSettings] | None = None,
-        statics: Path | None = None,
-    ) -> None:
+    def set_transforms(self, transforms: ModelTransforms) -> None:
         """Transforms of the scores from now on; the statics file is read at every score.
 
         Raises:
             ValueError: layers that do not exist, or statics that are missing or do not fit.
         """
-        self._profile = self._checked(transforms, overrides or {}, statics)
+        self._profile = self._checked(transforms)
 
     def close(self) -> None:
         """End the engine's process and delete the reference."""
@@ -179,24 +189,35 @@ class CalibrationEngine:
     ) -> None:
         self.close()
 
-    def _checked(
-        self, transforms: TransformSettings, overrides: Mapping[int, TransformSettings], statics: Path | None
-    ) -> Profile:
+    def _write_room(self) -> Path:
+        """The profile that the engine starts with."""
+        path = self._folder / "room.yaml"
+        layers = {layer: str(pair) for layer, pair in self._base.items()}
+        path.write_text(yaml.safe_dump({"version": 1, "layers": layers, **plain_window(self._recent_window)}))
+        return path
+
+    def _checked(self, transforms: ModelTransforms) -> Profile:
+        """The profile of these transforms, its pairs still to be given.
+
+        Raises:
+            ValueError: as :meth:`set_transforms`.
+        """
+        window = plain_window(self._recent_window)
         profile = Profile(
             name="calibration",
             source=None,
             pairs=self._base,
-            transforms=transforms,
-            transform_overrides=overrides,
+            transforms=transforms.default,
+            transform_overrides=transforms.overrides,
             attend_cached_prefill=True,
-            statics=statics,
-            recent_window=self._recent_window,
-            recent_window_bits=self._recent_window_bits,
-            sink_tokens=self._sink_tokens,
+            statics=transforms.statics,
+            recent_window=window["recent_window"],
+            recent_window_bits=window["recent_window_bits"],
+            sink_tokens=window["sink_tokens"],
         )
         resolved = profile.resolve(self._shape)
-        if statics is not None:
-            load_statics(statics, resolved)
+        if transforms.statics is not None:
+            load_statics(transforms.statics, resolved)
         elif needing := [layer.index for layer in resolved.layers if layer.transforms.needs_statics]:
             raise ValueError(f"statics must be given for the transforms of layers {needing}, but got none")
         return profile

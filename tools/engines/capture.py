@@ -25,6 +25,7 @@ from kvtuner_tools.calibration.captured import (
 )
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
 from kvtuner_tools.model_files import max_positions
+from vllm_kvtuner.engine.statics import layer_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
 from vllm_kvtuner.profile.model_shape import ModelShape
 
@@ -154,8 +155,6 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
         The model's dtype and the layers, in order.
     """
     from vllm.model_executor.models.utils import extract_layer_index
-
-    from vllm_kvtuner.engine.statics import layer_rotary
 
     config, model = worker.vllm_config, worker.model_runner.get_model()
     modules = dict(model.named_modules())

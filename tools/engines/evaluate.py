@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.divergence import TokenScores, compare
-from kvtuner_tools.settings import Setting
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
 from vllm_kvtuner.profile.profile import ResolvedProfile
 
@@ -87,7 +87,7 @@ class EngineOptions:
     label: str
     model: str
     dtype: str
-    setting: Setting
+    setting: CacheSetting
     max_model_len: int
     chunk: int
     kv_memory_bytes: int
@@ -245,7 +245,7 @@ class MeasuringEngine:
             dtype=options.dtype,
             kv_cache_dtype=options.setting.kv_cache_dtype,
             additional_config=options.setting.additional_config(
-                attend_cached_prefill=True, calibration=options.switchable
+                attend_cached_prefill=True, switchable=options.switchable
             ),
             # Rounding the logits to bf16 alone is a KL of 0.0002 and 1.6% of top-1 (SmolLM2): as much as an 8-bit
             # cache.
@@ -304,7 +304,7 @@ class MeasuringEngine:
         Raises:
             ValueError: the pages have no room for it (see vllm_kvtuner.attention.switchable.switch).
         """
-        from vllm_kvtuner.attention.switchable import switch
+        from vllm_kvtuner.attention.switchable import switch  # imports vLLM, as which see __init__
 
         self._llm.collective_rpc(switch, args=(resolved,))
         if not self._llm.reset_prefix_cache():

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.bench.closed_loop import fitting_requests, measure_decode, measure_throughput
+from kvtuner_tools.bench.closed_loop import ClosedLoop, fitting_requests, measure_decode, measure_throughput
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
-from kvtuner_tools.settings import Setting
+from kvtuner_tools.cache_setting import CacheSetting
 
 CUDAGRAPH_CAPTURE_SIZES = (1, 8, 32, 64, 128, 256)
 THROUGHPUT_CAPTURE_SIZES = (192, 320, 384, 448, 512, 640, 768, 896, 1024, 1152)
@@ -44,7 +44,7 @@ class ServeJob:
 
     model: Path
     vocab_size: int
-    setting: Setting
+    setting: CacheSetting
     points: tuple[Point, ...]
     output_tokens: int
     throughput: tuple[ThroughputPoint, ...]
@@ -160,17 +160,10 @@ def throughput_point(llm: Any, job: ServeJob, point: ThroughputPoint, low: int, 
             bar.n = share
             bar.update(0)
 
-        measured = measure_throughput(
-            llm.llm_engine,
-            point,
-            concurrency,
-            job.window_s,
-            # A seed of its own, or its prompts would begin as those of another point, which may still be cached.
-            _prompts(point.prompt, low, high, seed=point.prompt),
-            _sampling,
-            preemptions,
-            progress,
-        )
+        # A seed of its own, or its prompts would begin as those of another point, which may still be cached.
+        prompts = _prompts(point.prompt, low, high, seed=point.prompt)
+        loop = ClosedLoop(llm.llm_engine, prompts, _sampling)
+        measured = measure_throughput(loop, point, concurrency, job.window_s, preemptions, progress)
     return {
         "prompt": point.prompt,
         "output": point.output,

@@ -27,7 +27,9 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 from vllm_kvtuner.attention import prefill_plan
 from vllm_kvtuner.attention.impl import KVTunerImpl
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
+from vllm_kvtuner.attention.prefill_plan import PlanRules
 from vllm_kvtuner.attention.switchable import SwitchableImpl
+from vllm_kvtuner.engine.config import BACKEND_NAME
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair, content_bytes
 from vllm_kvtuner.profile.profile import RecentWindow
@@ -45,16 +47,19 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self.decode_query_len = max_decode_query_len(vllm_config)
         self.reorder_batch_threshold = self.decode_query_len
         implementation = vllm_config.compilation_config.static_forward_context[layer_names[0]].impl
-        self._sliding_window: int | None = implementation.sliding_window
-        window = None if implementation.recent is None else implementation.recent.window
-        self._recent: int | None = None if window is None else window.tokens
-        self._sink_tokens: int = 0 if window is None else window.sink_tokens
-        self._attend_cached_prefill: bool = implementation.attend_cached_prefill
-        self._workspace_tokens: int = implementation.prefill_workspace_tokens
+        window = None if implementation.recent_window is None else implementation.recent_window.window
+        self._rules = PlanRules(
+            workspace_tokens=implementation.prefill_workspace_tokens,
+            block_size=kv_cache_spec.block_size,
+            attend_cached=implementation.attend_cached_prefill,
+            sliding_window=implementation.sliding_window,
+            recent=None if window is None else window.tokens,
+            sink_tokens=0 if window is None else window.sink_tokens,
+        )
         # A window keeps all of a step's tokens only if it is as long as they are many; and a prefill that reads back
         # what it stored gives the same numbers, however it is cut into steps.
         fits = window is None or window.tokens >= MAX_DECODE_QUERY_LEN
-        self._takes_short_prefills = fits and not self._attend_cached_prefill
+        self._takes_short_prefills = fits and not self._rules.attend_cached
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -78,17 +83,12 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         if num_prefills:
             assert common.seq_lens_cpu_upper_bound is not None
             plan = prefill_plan.plan(
-                query_start_loc=common.query_start_loc_cpu,
-                seq_lens=common.seq_lens_cpu_upper_bound,
-                first_request=num_decodes,
-                num_reqs=common.num_reqs,
-                workspace_tokens=self._workspace_tokens,
-                block_size=self.kv_cache_spec.block_size,
-                attend_cached=self._attend_cached_prefill,
-                sliding_window=self._sliding_window,
-                recent=self._recent,
-                device=self.device,
-                sink_tokens=self._sink_tokens,
+                self._rules,
+                common.query_start_loc_cpu,
+                common.seq_lens_cpu_upper_bound,
+                num_decodes,
+                common.num_reqs,
+                self.device,
             )
         return KVTunerMetadata(
             num_actual_tokens=common.num_actual_tokens,
@@ -115,7 +115,7 @@ class KVTunerBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return BACKEND_NAME
 
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImplBase]:

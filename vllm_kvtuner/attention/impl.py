@@ -1,27 +1,28 @@
 """The attention implementation of a quantized layer: which kernel serves which tokens of the batch.
 
 Decodes read the packed pages, prefills go by prefill.py. Where the layer has a recent window, attention over it is
-merged with that over the pages. On a CPU the reference does all of it.
+merged with that over the pages. All of it is asked of three interfaces (KernelSet, Prefill, LayerWindow), which the
+reference implements for a CPU and kernels for a GPU.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 
 from vllm_kvtuner import envs
-from vllm_kvtuner.attention.metadata import KVTunerMetadata
-from vllm_kvtuner.attention.prefill import Flash, GpuPrefill
+from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of
+from vllm_kvtuner.attention.prefill import Flash, GpuPrefill, Prefill, Prefills, ReferencePrefill, WorkspaceShape
 from vllm_kvtuner.attention.prefill_plan import workspace_rows
 from vllm_kvtuner.attention.window_cache import RecentCache
-from vllm_kvtuner.attention.window_kernels import RecentKernels
-from vllm_kvtuner.kernels.layer import LayerKernels
-from vllm_kvtuner.kernels.reference.attention import attention_ref, merge_segments_ref, paged_attention_ref
-from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref
+from vllm_kvtuner.attention.window_kernels import GpuWindow, LayerWindow, ReferenceWindow
+from vllm_kvtuner.kernels.contract import AttentionShape, KernelSet, Pages, Span
+from vllm_kvtuner.kernels.gpu import BatchLimits, GpuKernels
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import LayerPrecision
@@ -38,6 +39,20 @@ class LayerSettings:
 
     precision: LayerPrecision
     attend_cached_prefill: bool
+
+
+class Served(NamedTuple):
+    """Who serves a layer, all on a CPU or all on a GPU.
+
+    Args:
+        kernels: store, gather and decode.
+        prefill: of prompts.
+        window: the layer's recent window, if it has one.
+    """
+
+    kernels: KernelSet
+    prefill: Prefill
+    window: LayerWindow | None
 
 
 class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
@@ -64,6 +79,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             raise ValueError(f"{where}: ALiBi slopes are not served by the kvtuner cache; give the layer K16V16")
         if sinks is not None:
             raise ValueError(f"{where}: attention sinks are not served by the kvtuner cache; give the layer K16V16")
+        # vLLM and layers that are made from this one read these.
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -74,100 +90,116 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
 
         self.attend_cached_prefill = settings.attend_cached_prefill
+        self.shape = AttentionShape(num_heads, self.num_kv_heads, head_size, self.scale, self.logits_soft_cap)
         config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
-        self.max_num_seqs = config.scheduler_config.max_num_seqs
-        self.max_decode_query_len = max_decode_query_len(config)
-        self.kernels: LayerKernels | None = None
-        self.recent: RecentCache | None = None
-        self.recent_kernels: RecentKernels | None = None
+        self.limits = BatchLimits(config.scheduler_config.max_num_seqs, max_decode_query_len(config))
         self.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
-        self.prefill_workspace_tokens = workspace_rows(
-            envs.prefill_workspace_tokens(), self.max_num_batched_tokens, sliding_window
-        )
-        self.prefill: GpuPrefill | None = None
-        if not current_platform.is_cpu():
-            self.kernels = self._layer_kernels(sliding_window)
-            self.prefill = self._gpu_prefill(self.kernels)
+        self._pages: tuple[torch.Tensor, Pages] | None = None
+        self._serve(None)
         self.configure(settings)
 
-    def _layer_kernels(
-        self, window: int | None, skip_newest: int = 0, write_lse: bool = False, skip_first: int = 0
-    ) -> LayerKernels:
-        device = torch.device(current_platform.device_type, current_platform.current_device())
-        return LayerKernels(
-            self.num_heads, self.num_kv_heads, self.head_size, self.scale, window, self.logits_soft_cap,
-            self.max_num_seqs, self.max_decode_query_len, device, skip_newest, write_lse, skip_first,
-        )  # fmt: skip
+    def take_window(self, cache: RecentCache) -> None:
+        """Read the newest tokens from a recent window; before the model is loaded."""
+        self._serve(cache)
 
-    def _gpu_prefill(self, kernels: LayerKernels, recent: RecentKernels | None = None) -> GpuPrefill:
+    def _serve(self, cache: RecentCache | None) -> None:
+        """Choose who serves the layer: the reference on a CPU, kernels on a GPU."""
+        span = Span(self.sliding_window)
+        if cache is not None:
+            span = Span(self.sliding_window, cache.window.tokens, cache.window.sink_tokens)
+        before = span.sliding_window or span.skip_newest or None
+        requested = envs.prefill_workspace_tokens()
+        self.prefill_workspace_tokens = workspace_rows(requested, self.max_num_batched_tokens, before)
+        self.served = self._on_cpu(span, cache) if current_platform.is_cpu() else self._on_gpu(span, cache)
+
+    def _on_cpu(self, span: Span, cache: RecentCache | None) -> Served:
+        kernels = ReferenceKernels(self.shape, span)
+        window = None
+        if cache is not None:
+            packed = ReferenceKernels(self.shape, Span(cache.window.tokens))
+            window = ReferenceWindow(cache, kernels, packed)
+        return Served(kernels, ReferencePrefill(kernels, self.attend_cached_prefill, window), window)
+
+    def _on_gpu(self, span: Span, cache: RecentCache | None) -> Served:
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
+        device = torch.device(current_platform.device_type, current_platform.current_device())
+        kernels = GpuKernels(self.shape, span, self.limits, device, write_lse=cache is not None)
+        window = None
+        if cache is not None:
+            packed = GpuKernels(self.shape, Span(cache.window.tokens), self.limits, device, write_lse=True)
+            window = GpuWindow(cache, kernels, packed)
         version = get_flash_attn_version(head_size=self.head_size, requires_softcap=self.logits_soft_cap > 0)
         flash = Flash(self.scale, self.logits_soft_cap, version)
-        return GpuPrefill(kernels, flash, self.prefill_workspace_tokens, self.dtype, recent)
+        workspace = WorkspaceShape(self.prefill_workspace_tokens, self.dtype, device)
+        return Served(kernels, GpuPrefill(kernels, flash, workspace, window), window)
 
-    def take_window(self, recent: RecentCache) -> None:
-        """Read the newest tokens from a recent window; before the model is loaded."""
-        self.recent = recent
-        tokens = recent.window.tokens
-        self.prefill_workspace_tokens = workspace_rows(
-            envs.prefill_workspace_tokens(), self.max_num_batched_tokens, self.sliding_window or tokens
-        )
-        if self.prefill is not None:
-            sink_tokens = recent.window.sink_tokens
-            self.kernels = self._layer_kernels(self.sliding_window, tokens, write_lse=True, skip_first=sink_tokens)
-            newest = self._layer_kernels(tokens, write_lse=True)
-            self.recent_kernels = RecentKernels(recent, newest, self.sliding_window)
-            self.prefill = self._gpu_prefill(self.kernels, self.recent_kernels)
+    @property
+    def recent_window(self) -> RecentCache | None:
+        """The cache of the layer's recent window, if it has one."""
+        return None if self.served.window is None else self.served.window.cache
 
     def configure(self, settings: LayerSettings) -> None:
         """Take over the layer's pair and transforms; where those need statics, bind_statics completes them."""
         self.settings = settings
-        self._forget()
         chosen = settings.precision.transforms
         self.needs_statics = chosen.needs_statics
-        self.transforms = LayerTransforms(
-            key_hadamard=chosen.key_hadamard,
-            value_hadamard=chosen.value_hadamard,
-            range_search=chosen.range_search,
+        self._transform(
+            LayerTransforms(
+                key_hadamard=chosen.key_hadamard,
+                value_hadamard=chosen.value_hadamard,
+                range_search=chosen.range_search,
+            )
         )
-
-    def _forget(self) -> None:
-        """The transforms have changed, and with them the kernels, perhaps."""
-        for owner in (self, self.recent_kernels):
-            if owner is not None and owner.kernels is not None:
-                owner.kernels.forget()
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        # While the model loads, so that vLLM counts the workspaces before it sizes the cache.
-        if self.kernels is None:
-            return
-        assert self.prefill is not None
-        self.prefill.workspace()
-        precision = self.settings.precision
-        self.kernels.reserve(precision.pair, self.transforms, precision.transforms.key_offset)
-        if self.recent_kernels is not None and self.recent_kernels.packed:
-            kernels = self.recent_kernels.kernels
-            kernels.reserve(self.recent_kernels.recent.window.pair, self.transforms, precision.transforms.key_offset)
 
     def bind_statics(self, transforms: LayerTransforms) -> None:
         """Take over the layer's transforms, statics and rotary table included, once the model is loaded."""
-        self.transforms = transforms
         self.needs_statics = False
-        self._forget()
+        self._transform(transforms)
+
+    def _transform(self, transforms: LayerTransforms) -> None:
+        """The transforms have changed, and with them the kernels, perhaps."""
+        self.transforms = transforms
+        self._pages = None
+        self.served.kernels.forget()
+        if self.served.window is not None:
+            self.served.window.packed.forget()
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        # While the model loads, so that vLLM counts the workspaces before it sizes the cache.
+        self.served.prefill.workspace()
+        precision = self.settings.precision
+        has_offset = precision.transforms.key_offset
+        self.served.kernels.reserve(precision.pair, self.transforms, has_offset)
+        if (window := self.served.window) is not None and window.cache.is_packed:
+            window.packed.reserve(window.cache.window.pair, self.transforms, has_offset)
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
         """Compile the kernels of this layer, at the row counts that they tell apart, without storing anything."""
-        if self.kernels is None:
-            return
-        assert self.prefill is not None
-        workspace = self.prefill.workspace()
-        recent = self.recent_kernels
-        rows = None if recent is None or recent.packed else recent.recent.kv_cache
-        self.kernels.warm_up(kv_cache, self._layout(kv_cache), self.transforms, workspace, rows)
-        if self.recent_kernels is not None:
-            self.recent_kernels.warm_up(self.transforms, workspace)
+        kernels, prefill, window = self.served
+        workspace = prefill.workspace()
+        rows = None if window is None or window.cache.is_packed else window.cache.kv_cache
+        kernels.warm_up(self.pages(kv_cache), workspace, rows)
+        if window is not None:
+            window.warm_up(self.transforms, workspace)
+
+    def wake_up(self) -> None:
+        """Make scratch ready again after a sleep of level 2, which discards it."""
+        self.served.kernels.wake_up()
+        if self.served.window is not None:
+            self.served.window.packed.wake_up()
+
+    def pages(self, kv_cache: torch.Tensor) -> Pages:
+        """The layer's pages; kv_cache is the same object in every step of an engine."""
+        if self._pages is None or self._pages[0] is not kv_cache:
+            layout = _page_layout(self.settings.precision.pair, self.head_size, kv_cache.shape[2])
+            self._pages = kv_cache, Pages(self.view(kv_cache, layout), layout, self.transforms)
+        return self._pages[1]
+
+    def view(self, kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        """What of vLLM's tensor the pages are: all of it."""
+        return kv_cache
 
     def do_kv_cache_update(
         self,
@@ -181,17 +213,13 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         assert not self.needs_statics, "statics are bound when the model is loaded"
         positions = None
         if self.transforms.key_offset is not None:
-            positions = _layer_metadata(layer.layer_name).positions
-        if self.recent is not None:
-            recent = self.recent_kernels or self.recent
-            recent.store(key, value, positions, self.transforms)
+            positions = metadata_of(layer.layer_name).positions
+        rows = None
+        if (window := self.served.window) is not None:
+            window.store(key, value, positions, self.transforms)
+            rows = window.rows()
         # Last, because decoding may begin while this store ends, and not while another's kernel does.
-        pages = (kv_cache, slot_mapping, positions, self._layout(kv_cache), self.transforms)
-        if self.kernels is None:
-            reshape_and_cache_ref(key, value, *pages)
-        else:
-            rows = None if self.recent_kernels is None else self.recent_kernels.rows()
-            self.kernels.store(key, value, *pages, rows)
+        self.served.kernels.store(key, value, slot_mapping, positions, self.pages(kv_cache), rows)
 
     def forward(
         self,
@@ -209,123 +237,21 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         assert output_scale is None and output_block_scale is None, "fused output quantization is not advertised"
         if attn_metadata is None:  # profiling and warm-up
             return output.fill_(0)
-        metadata = attn_metadata
-        if metadata.num_decodes:
-            self._decode(query, kv_cache, metadata, output)
-        if metadata.prefill is None:
-            return output
-        if self.prefill is None:
-            self._prefill_cpu(query, key, value, kv_cache, metadata, output)
-        else:
-            layout = self._layout(kv_cache)
-            self.prefill(query, key, value, kv_cache, layout, self.transforms, metadata, metadata.prefill, output)
+        pages = self.pages(kv_cache)
+        if attn_metadata.num_decodes:
+            self._decode(query, pages, attn_metadata, output)
+        if attn_metadata.prefill is not None:
+            self.served.prefill(Prefills(query, key, value, pages, attn_metadata), output)
         return output
 
-    def _layout(self, kv_cache: torch.Tensor) -> PageLayout:
-        return _page_layout(self.settings.precision.pair, self.head_size, kv_cache.shape[2])
-
-    def _decode(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, metadata: KVTunerMetadata, output: torch.Tensor
-    ) -> None:
+    def _decode(self, query: torch.Tensor, pages: Pages, metadata: KVTunerMetadata, output: torch.Tensor) -> None:
         tokens = metadata.num_decode_tokens
         if tokens < query.shape[0]:
             query, output = query[:tokens], output[:tokens]
-        arguments = (query, kv_cache, *metadata.decodes, metadata.max_decode_query_len)
-        if self.recent is None:
-            self._attend(*arguments, output)
-            return
-        lse = torch.empty(query.shape[1], tokens, dtype=torch.float32, device=query.device)
-        if self.recent_kernels is not None:
-            self._attend(*arguments, output, lse)
-            self.recent_kernels.merge(query, metadata, self.transforms, output, lse)
-            return
-        merged = torch.empty(output.shape, device=query.device)
-        self._attend(*arguments, merged, lse)
-        limits = (self.scale, self.logits_soft_cap, self.sliding_window)
-        self.recent.merge(query, metadata, self.transforms, *limits, merged, lse)
-        output.copy_(merged)
-
-    def _attend(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        max_query_len: int,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
-    ) -> None:
-        """Attention of the newest tokens over packed pages, with a recent window over what has left it, by this layer's
-        decode kernel; shapes as the reference has them."""
-        arguments = (query, kv_cache, block_table, seq_lens, query_start_loc, max_query_len)
-        layout = self._layout(kv_cache)
-        if self.kernels is None:
-            skip, sink_tokens = (
-                (0, 0) if self.recent is None else (self.recent.window.tokens, self.recent.window.sink_tokens)
-            )
-            limits = (self.sliding_window, self.logits_soft_cap, skip)
-            paged_attention_ref(*arguments, self.scale, layout, self.transforms, output, *limits, lse, sink_tokens)
+        if self.served.window is None:
+            self.served.kernels.attend(query, metadata.decodes, pages, output)
         else:
-            self.kernels.attend(*arguments, layout, self.transforms, output, lse)
-
-    def _prefill_cpu(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: KVTunerMetadata,
-        output: torch.Tensor,
-    ) -> None:
-        """One request at a time: what it needs of the cache, dequantized, before its fresh tokens."""
-        starts, lens = metadata.query_start_loc.tolist(), metadata.seq_lens.tolist()
-        layout = self._layout(kv_cache)
-        for request in range(metadata.num_decodes, len(lens)):
-            begin, end, length = starts[request], starts[request + 1], lens[request]
-            num_queries = end - begin
-            first = 0
-            if self.sliding_window is not None:
-                first = max(0, length - num_queries - self.sliding_window + 1)
-            cached_end = length if self.attend_cached_prefill else length - num_queries
-            keys, values = (fresh.new_empty(length - first, *fresh.shape[1:]) for fresh in (key, value))
-            if cached_end > first:
-                gather_cache_ref(
-                    kv_cache,
-                    metadata.block_table[request : request + 1],
-                    torch.tensor([0, cached_end - first], dtype=torch.int32),
-                    torch.tensor([first], dtype=torch.int32),
-                    keys,
-                    values,
-                    layout,
-                    self.transforms,
-                    num_tokens=cached_end - first,
-                )
-            if not self.attend_cached_prefill:
-                keys[-num_queries:], values[-num_queries:] = key[begin:end], value[begin:end]
-            arguments = (query[begin:end], keys, values, self.scale)
-            limits = (self.sliding_window, self.logits_soft_cap)
-            if self.recent is None:
-                attention_ref(*arguments, output[begin:end], *limits)
-                continue
-            self.recent.put_sink_tokens(keys, values, request, first, cached_end, self.transforms)
-            older = torch.empty(query[begin:end].shape, device=query.device)
-            lse = torch.empty(query.shape[1], num_queries, device=query.device)
-            attention_ref(*arguments, older, *limits, self.recent.window.tokens, lse)
-            fresh = key[begin:end], value[begin:end]
-            if self.attend_cached_prefill:
-                positions = None if metadata.positions is None else metadata.positions[begin:end]
-                fresh = self.recent.read_back(*fresh, positions, self.transforms)
-            newest = self.recent.attend(
-                query[begin:end], request, length, self.transforms, self.scale, self.logits_soft_cap, fresh
-            )
-            merge_segments_ref((older, newest[0]), (lse, newest[1]), output[begin:end])
+            self.served.window.decode(query, metadata, pages, output)
 
 
 _page_layout = functools.cache(PageLayout)
-
-
-def _layer_metadata(layer_name: str) -> KVTunerMetadata:
-    """The metadata of the batch in flight, which do_kv_cache_update is not handed."""
-    metadata = get_forward_context().attn_metadata
-    return (metadata[0] if isinstance(metadata, list) else metadata)[layer_name]

@@ -2,11 +2,14 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_kvtuner.attention.prefill_plan import PrefillPlan
+from vllm_kvtuner.kernels.contract import Queries
 
 
 @dataclass
@@ -36,8 +39,20 @@ class KVTunerMetadata(AttentionMetadata):
     prefill: PrefillPlan | None
 
     @functools.cached_property
-    def decodes(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """block_table, seq_lens and query_start_loc of the decodes. Taken once for all layers, since each view that is
-        taken while a step is launched gives other threads the interpreter's lock."""
+    def decodes(self) -> Queries:
+        """Of the decodes. Taken once for all layers, since each view that is taken while a step is launched gives other
+        threads the interpreter's lock."""
         reqs = self.num_decodes
-        return self.block_table[:reqs], self.seq_lens[:reqs], self.query_start_loc[: reqs + 1]
+        starts = self.query_start_loc[: reqs + 1]
+        return Queries(self.block_table[:reqs], self.seq_lens[:reqs], starts, self.max_decode_query_len)
+
+
+def metadata_of(layer_name: str) -> Any:
+    """The metadata of the batch in flight for a layer, None in a warm-up, which has no batch.
+
+    Stores are not handed it.
+    """
+    metadata = get_forward_context().attn_metadata
+    if metadata is None:
+        return None
+    return (metadata[0] if isinstance(metadata, list) else metadata)[layer_name]

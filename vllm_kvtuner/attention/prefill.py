@@ -1,19 +1,80 @@
-"""Prefill of one layer on a GPU: vLLM's FlashAttention on fresh keys and values, and on cached ones once they are
-dequantized into a bounded workspace (prefill_plan.py), merged by log-sum-exp."""
+"""Prefill of one layer: on a GPU vLLM's FlashAttention on fresh keys and values, and on cached ones once they are
+dequantized into a bounded workspace (prefill_plan.py), merged by log-sum-exp; on a CPU the reference."""
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import CacheSlice, PrefillPlan
-from vllm_kvtuner.attention.window_kernels import RecentKernels
-from vllm_kvtuner.kernels.layer import LayerKernels
-from vllm_kvtuner.pages.layout import PageLayout
-from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.attention.segments import merge_segments, merged
+from vllm_kvtuner.attention.window_kernels import LayerWindow
+from vllm_kvtuner.kernels.contract import CachedTokens, KernelSet, Pages, Segment, Span
+from vllm_kvtuner.kernels.reference.attention import attention_ref
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
+from vllm_kvtuner.kernels.reference.rows import read_back_ref
+
+
+class Prefills(NamedTuple):
+    """A batch, of which the prefills are wanted.
+
+    Args:
+        query: [num_tokens, num_heads, head_size], of the whole batch as all others here.
+        key: [num_tokens, num_kv_heads, head_size], fresh.
+        value: as key.
+        pages: of the layer.
+        metadata: with the plan of its prefills.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    pages: Pages
+    metadata: KVTunerMetadata
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        return self.metadata.block_table
+
+    @property
+    def plan(self) -> PrefillPlan:
+        assert self.metadata.prefill is not None
+        return self.metadata.prefill
+
+
+class Prefill(Protocol):
+    """Attention of the prefills of a batch."""
+
+    def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the scratch, so that it is counted before the cache is sized."""
+
+    def __call__(self, batch: Prefills, output: torch.Tensor) -> None:
+        """Attention of the prefills' tokens into their rows of output [num_tokens, num_heads, head_size]."""
+
+
+class WorkspaceShape(NamedTuple):
+    """Of the workspace that dequantized tokens go to.
+
+    Args:
+        tokens: at a time, at most.
+        dtype: the model's.
+        device: a GPU.
+    """
+
+    tokens: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Lengths(NamedTuple):
+    """Of several requests' tokens: cumulative [num_reqs + 1] int32 on the device, and the longest."""
+
+    cumulative: torch.Tensor
+    longest: int
 
 
 @dataclass(frozen=True)
@@ -30,8 +91,8 @@ class Flash:
     logits_soft_cap: float
     version: int | None
 
-    def __call__(self, **arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Output [num_tokens, num_heads, head_size] and log-sum-exp [num_heads, num_tokens]."""
+    def __call__(self, **arguments: Any) -> Segment:
+        """Attention; arguments as vLLM's."""
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
         if self.version is not None:
@@ -39,7 +100,7 @@ class Flash:
         attended, lse = flash_attn_varlen_func(
             softmax_scale=self.scale, softcap=self.logits_soft_cap, return_softmax_lse=True, **arguments
         )[:2]
-        return attended, lse
+        return Segment(attended, lse)
 
 
 class GpuPrefill:
@@ -47,140 +108,245 @@ class GpuPrefill:
 
     Args:
         kernels: of the layer.
-        flash: of the layer.
-        workspace_tokens: dequantized tokens at a time, at most.
-        dtype: the model's.
-        recent: kernels of the layer's recent window, if it has one.
+        flash: attention over contiguous keys and values, as :class:`Flash`.
+        workspace: for dequantized tokens.
+        window: the layer's recent window, if it has one.
     """
 
     def __init__(
         self,
-        kernels: LayerKernels,
-        flash: Flash,
-        workspace_tokens: int,
-        dtype: torch.dtype,
-        recent: RecentKernels | None = None,
+        kernels: KernelSet,
+        flash: Callable[..., Segment],
+        workspace: WorkspaceShape,
+        window: LayerWindow | None = None,
     ) -> None:
         self.kernels = kernels
         self.flash = flash
-        self.workspace_tokens = workspace_tokens
-        self.dtype = dtype
-        self.recent = recent
+        self.workspace_shape = workspace
+        self.window = window
 
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Two of [workspace_tokens, num_kv_heads, head_size], shared by layers of one shape."""
-        shape = (self.workspace_tokens, self.kernels.num_kv_heads, self.kernels.head_size)
-        return _workspace(shape, self.dtype, self.kernels.device)
+        shape = self.kernels.shape
+        return _workspace(self.workspace_shape, shape.num_kv_heads, shape.head_size)
 
-    def __call__(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        layout: PageLayout,
-        transforms: LayerTransforms,
-        metadata: KVTunerMetadata,
-        plan: PrefillPlan,
-        output: torch.Tensor,
-    ) -> None:
-        """Attention of the prefills' tokens into their rows of output; whole batches, shapes as the layer's forward."""
-        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
-
-        def cached(part: CacheSlice) -> tuple[torch.Tensor, torch.Tensor]:
-            """A slice in the workspace, with what is fresh or in the recent window in its place."""
-            keys, values = (workspace[: part.num_tokens] for workspace in self.workspace())
-            if part.needs_packed:
-                last = part.first_request + part.num_reqs
-                self.kernels.gather(
-                    kv_cache, metadata.block_table[part.first_request : last], part.cu_seq_lens, part.seq_starts,
-                    keys, values, layout=layout, transforms=transforms, num_tokens=part.num_tokens,
-                )  # fmt: skip
-            rows = slice(part.first_token, part.first_token + part.num_query_tokens)
-            if part.fresh_rows is not None:
-                keys.index_copy_(0, part.fresh_rows, key[rows])
-                values.index_copy_(0, part.fresh_rows, value[rows])
-            if self.recent is not None:
-                self.recent.put(keys, values, part, transforms)
-            return keys, values
-
-        sliding_window = self.kernels.sliding_window
+    def __call__(self, batch: Prefills, output: torch.Tensor) -> None:
+        """Attention of the prefills' tokens into their rows of output [num_tokens, num_heads, head_size]."""
+        plan = batch.plan
         tokens = slice(plan.first_token, plan.first_token + plan.num_tokens)
-        merged, lse = output[tokens], None
+        query = batch.query[tokens]
+        result = Segment(output[tokens], query.new_empty(0))
         if plan.fresh:
-            merged, lse = self._attend(
-                query[tokens],
-                (key[tokens], value[tokens]),
-                (plan.cu_query_lens, plan.max_query_len),
-                (plan.cu_query_lens, plan.max_query_len),
-                causal=True,
-                window=sliding_window,
-            )
+            lens = Lengths(plan.cu_query_lens, plan.max_query_len)
+            fresh = (batch.key[tokens], batch.value[tokens])
+            result = self._attend(query, fresh, lens, lens, causal=True, window=self.kernels.span.sliding_window)
         elif plan.context:
-            lse = query.new_empty(query.shape[1], plan.num_tokens, dtype=torch.float32)
+            result = result._replace(lse=query.new_empty(query.shape[1], plan.num_tokens, dtype=torch.float32))
         for part, newest in itertools.zip_longest(plan.causal, plan.newest):
-            rows = slice(part.first_token, part.first_token + part.num_query_tokens)
-            parts = [(part, sliding_window)]
-            if newest is not None:
-                assert self.recent is not None
-                recent = self.recent.recent.window.tokens
-                older = [(part, sliding_window and sliding_window - recent)] if part.num_tokens else []
-                parts = [*older, (newest, recent)]
-            results = [
-                self._attend_slice(query[rows], cached(one), one, causal=True, window=window) for one, window in parts
-            ]
-            if len(results) == 2:
-                both, both_lse = (torch.empty_like(x) for x in results[0])
-                merge_attn_states(both, *results[0], *results[1], both_lse)
-                results = [(both, both_lse)]
-            within = slice(rows.start - plan.first_token, rows.stop - plan.first_token)
-            merged[within] = results[0][0]
-            if lse is not None:
-                lse[:, within] = results[0][1]
+            segment = self._whole_requests(batch, part, newest)
+            first = part.first_token - plan.first_token
+            rows = slice(first, first + part.num_query_tokens)
+            result.output[rows] = segment.output
+            if plan.context:
+                result.lse[:, rows] = segment.lse
         for part in plan.context:
-            context, context_lse = self._attend_slice(query[tokens], cached(part), part, causal=False)
-            both, both_lse = torch.empty_like(context), torch.empty_like(lse)
-            merge_attn_states(both, context, context_lse, merged, lse, both_lse)
-            merged, lse = both, both_lse
-        if merged.data_ptr() != output[tokens].data_ptr():
-            output[tokens] = merged
+            context = self._attend_slice(batch, part, causal=False, window=None)
+            result = merged(context, result)
+        if result.output.data_ptr() != output[tokens].data_ptr():
+            output[tokens] = result.output
 
-    def _attend_slice(
-        self,
-        query: torch.Tensor,
-        cached: tuple[torch.Tensor, torch.Tensor],
-        part: CacheSlice,
-        causal: bool,
-        window: int | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        queries, keys = (part.cu_query_lens, part.max_query_len), (part.cu_seq_lens, part.max_len)
-        return self._attend(query, cached, queries, keys, causal, window)
+    def _whole_requests(self, batch: Prefills, part: CacheSlice, newest: CacheSlice | None) -> Segment:
+        """Attention of a slice's requests over it, under the causal mask, and over what the recent window holds."""
+        sliding_window = self.kernels.span.sliding_window
+        if newest is None:
+            return self._attend_slice(batch, part, causal=True, window=sliding_window)
+        assert self.window is not None
+        recent = self.window.cache.window.tokens
+        held = None
+        if part.num_tokens:
+            older_window = sliding_window and sliding_window - recent
+            held = self._attend_slice(batch, part, causal=True, window=older_window)
+        segment = self._attend_slice(batch, newest, causal=True, window=recent)
+        return segment if held is None else merged(held, segment)
+
+    def _attend_slice(self, batch: Prefills, part: CacheSlice, causal: bool, window: int | None) -> Segment:
+        rows = slice(part.first_token, part.first_token + part.num_query_tokens)
+        query_lens = Lengths(part.cu_query_lens, part.max_query_len)
+        key_lens = Lengths(part.cu_seq_lens, part.max_len)
+        return self._attend(batch.query[rows], self._cached(batch, part), query_lens, key_lens, causal, window)
+
+    def _cached(self, batch: Prefills, part: CacheSlice) -> tuple[torch.Tensor, torch.Tensor]:
+        """A slice in the workspace, with what is fresh or in the recent window in its place."""
+        keys, values = (workspace[: part.num_tokens] for workspace in self.workspace())
+        if part.needs_packed:
+            self.kernels.gather(batch.pages, part.of(batch.block_table), keys, values)
+        rows = slice(part.first_token, part.first_token + part.num_query_tokens)
+        if part.fresh_rows is not None:
+            keys.index_copy_(0, part.fresh_rows, batch.key[rows])
+            values.index_copy_(0, part.fresh_rows, batch.value[rows])
+        for held, places in ((part.recent, part.recent_rows), (part.sink_tokens, part.sink_rows)):
+            if held is not None and held.num_tokens:
+                assert self.window is not None and places is not None
+                held_keys, held_values = (x.new_empty(held.num_tokens, *x.shape[1:]) for x in (keys, values))
+                self.window.read(held, held_keys, held_values, batch.pages.transforms)
+                keys.index_copy_(0, places, held_keys)
+                values.index_copy_(0, places, held_values)
+        return keys, values
 
     def _attend(
         self,
         query: torch.Tensor,
         cached: tuple[torch.Tensor, torch.Tensor],
-        query_lens: tuple[torch.Tensor, int],
-        key_lens: tuple[torch.Tensor, int],
+        query_lens: Lengths,
+        key_lens: Lengths,
         causal: bool,
         window: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention over keys and values; lengths are cumulative ones on the device, and the longest."""
+    ) -> Segment:
+        """Attention over keys and values."""
         return self.flash(
             q=query,
             k=cached[0],
             v=cached[1],
-            cu_seqlens_q=query_lens[0],
-            cu_seqlens_k=key_lens[0],
-            max_seqlen_q=query_lens[1],
-            max_seqlen_k=key_lens[1],
+            cu_seqlens_q=query_lens.cumulative,
+            cu_seqlens_k=key_lens.cumulative,
+            max_seqlen_q=query_lens.longest,
+            max_seqlen_k=key_lens.longest,
             causal=causal,
             window_size=[-1, -1] if window is None else [window - 1, 0],
         )
 
 
+class ReferencePrefill:
+    """Attention of the prefills of a batch on a CPU: one request at a time, over what it needs of the cache,
+    dequantized, before its fresh tokens.
+
+    Args:
+        kernels: of the layer.
+        attend_cached: fresh tokens too are read back from the cache.
+        window: the layer's recent window, if it has one.
+    """
+
+    def __init__(self, kernels: ReferenceKernels, attend_cached: bool, window: LayerWindow | None = None) -> None:
+        self.kernels = kernels
+        self.attend_cached = attend_cached
+        self.window = window
+
+    def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Nothing is shared between calls."""
+        return torch.empty(0), torch.empty(0)
+
+    def __call__(self, batch: Prefills, output: torch.Tensor) -> None:
+        """As :class:`GpuPrefill`."""
+        starts, lens = batch.metadata.query_start_loc.tolist(), batch.metadata.seq_lens.tolist()
+        for request in range(batch.metadata.num_decodes, len(lens)):
+            rows = slice(starts[request], starts[request + 1])
+            self._attend(batch, _Prompt(request, rows, lens[request]), output[rows])
+
+    def _attend(self, batch: Prefills, prompt: "_Prompt", output: torch.Tensor) -> None:
+        """Attention of one request's fresh tokens."""
+        shape, span = self.kernels.shape, self.kernels.span
+        fresh = batch.key[prompt.rows], batch.value[prompt.rows]
+        first = 0
+        if span.sliding_window is not None:
+            first = max(0, prompt.length - prompt.num_queries - span.sliding_window + 1)
+        cached_end = prompt.length if self.attend_cached else prompt.length - prompt.num_queries
+        keys, values = (rows.new_empty(prompt.length - first, *rows.shape[1:]) for rows in fresh)
+        if cached_end > first:
+            tokens = prompt.tokens(batch.block_table, first, cached_end)
+            self.kernels.gather(batch.pages, tokens, keys, values)
+        if not self.attend_cached:
+            keys[-prompt.num_queries :], values[-prompt.num_queries :] = fresh
+        query = batch.query[prompt.rows]
+        if self.window is None:
+            attention_ref(query, keys, values, shape, span, output)
+            return
+        self._put_sink_tokens(batch, prompt, first, cached_end, (keys, values))
+        older, newest = (
+            Segment(torch.empty(query.shape), torch.empty(query.shape[1], prompt.num_queries)) for _ in range(2)
+        )
+        # Sink tokens are among the keys.
+        attention_ref(query, keys, values, shape, span._replace(skip_first=0), older.output, older.lse)
+        keys, values = self._newest(batch, prompt, fresh)
+        recent = Span(self.window.cache.window.tokens)
+        attention_ref(query, keys, values, shape, recent, newest.output, newest.lse)
+        merge_segments(older, newest, output)
+
+    def _put_sink_tokens(
+        self,
+        batch: Prefills,
+        prompt: "_Prompt",
+        first: int,
+        end: int,
+        cached: tuple[torch.Tensor, torch.Tensor],
+    ) -> None:
+        """Put a request's sink tokens in place of those that were read packed.
+
+        Args:
+            batch: of the request.
+            prompt: the request.
+            first: the first of the tokens in ``cached``.
+            end: the first token that was not read packed.
+            cached: keys and values of the request's tokens from ``first`` on.
+        """
+        assert self.window is not None
+        count = max(0, min(self.window.cache.window.sink_tokens, end) - first)
+        self._read_window(batch, prompt, first, (cached[0][:count], cached[1][:count]))
+
+    def _newest(
+        self, batch: Prefills, prompt: "_Prompt", fresh: tuple[torch.Tensor, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that the queries see of the recent window, those of the queries' own tokens the last."""
+        assert self.window is not None
+        window = self.window.cache.window
+        if self.attend_cached and window.pair.is_quantized:
+            positions = batch.metadata.positions
+            positions = None if positions is None else positions[prompt.rows]
+            fresh = read_back_ref(fresh[0], fresh[1], positions, window.pair, batch.pages.transforms)
+        context = prompt.length - prompt.num_queries
+        begin = max(0, context - window.tokens + 1)
+        held = context - begin
+        keys, values = (torch.empty(held + prompt.num_queries, *rows.shape[1:]) for rows in fresh)
+        self._read_window(batch, prompt, begin, (keys[:held], values[:held]))
+        keys[held:], values[held:] = fresh
+        return keys, values
+
+    def _read_window(
+        self, batch: Prefills, prompt: "_Prompt", first: int, rows: tuple[torch.Tensor, torch.Tensor]
+    ) -> None:
+        """As many of a request's tokens from ``first`` on as keys and values have rows."""
+        assert self.window is not None and self.window.cache.metadata is not None
+        tokens = prompt.tokens(self.window.cache.metadata.block_table, first, first + len(rows[0]))
+        self.window.read_tokens(tokens, rows[0], rows[1], batch.pages.transforms)
+
+
+class _Prompt(NamedTuple):
+    """One request of a batch.
+
+    Args:
+        request: its index.
+        rows: of its fresh tokens among the batch's.
+        length: its tokens, the fresh ones included.
+    """
+
+    request: int
+    rows: slice
+    length: int
+
+    @property
+    def num_queries(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def tokens(self, block_table: torch.Tensor, first: int, end: int) -> CachedTokens:
+        """Its tokens ``first .. end - 1`` in a cache."""
+        bounds = torch.tensor([0, end - first], dtype=torch.int32)
+        begin = torch.tensor([first], dtype=torch.int32)
+        return CachedTokens(block_table[self.request : self.request + 1], bounds, begin, end - first)
+
+
 @functools.cache
-def _workspace(
-    shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+def _workspace(workspace: WorkspaceShape, num_kv_heads: int, head_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    keys, values = (
+        torch.empty(workspace.tokens, num_kv_heads, head_size, dtype=workspace.dtype, device=workspace.device)
+        for _ in range(2)
+    )
+    return keys, values

@@ -16,14 +16,16 @@ or an earlier chunk). Cached tokens are dequantized into a workspace slice by sl
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
+from vllm_kvtuner.kernels.contract import CachedTokens
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, SHORT_PREFILL_TOKENS
 
 FEW_FRESH_TOKENS = 2048
-"""Of a batch's prefills: up to here the host's launches take longer than the card."""
+"""Fresh tokens per batch below which launch overhead on the host exceeds GPU time."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class CacheSlice:
     def num_reqs(self) -> int:
         return self.seq_starts.shape[0]
 
+    def of(self, block_table: torch.Tensor) -> CachedTokens:
+        """What a gather takes, with the block table [num_reqs of the batch, max_blocks] of a cache."""
+        rows = block_table[self.first_request : self.first_request + self.num_reqs]
+        return CachedTokens(rows, self.cu_seq_lens, self.seq_starts, self.num_tokens)
+
 
 @dataclass(frozen=True)
 class PrefillPlan:
@@ -100,78 +107,116 @@ class PrefillPlan:
     newest: tuple[CacheSlice, ...] = ()
 
 
-def plan(
-    *,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    first_request: int,
-    num_reqs: int,
-    workspace_tokens: int,
-    block_size: int,
-    attend_cached: bool,
-    sliding_window: int | None,
-    recent: int | None,
-    device: torch.device,
-    sink_tokens: int = 0,
-) -> PrefillPlan:
-    """Plan the prefills ``first_request .. num_reqs`` of a batch.
+@dataclass(frozen=True)
+class PlanRules:
+    """What plans of one group of layers go by, from step to step.
 
     Args:
-        query_start_loc: [>= num_reqs + 1] int32 on the host.
-        seq_lens: [>= num_reqs] on the host, exact for prefills.
-        first_request: the first prefill.
-        num_reqs: requests of the batch.
         workspace_tokens: rows of the workspace; at least one request's fresh tokens and window fit.
         block_size: tokens per block; slices begin at block boundaries.
         attend_cached: read fresh tokens back from the cache.
         sliding_window: tokens a query sees, itself included, or None for all.
         recent: tokens of the recent window, less than the sliding window's, or None.
-        device: where the kernels read the plan.
         sink_tokens: tokens at a request's head that the recent window's cache has.
+    """
+
+    workspace_tokens: int
+    block_size: int
+    attend_cached: bool = False
+    sliding_window: int | None = None
+    recent: int | None = None
+    sink_tokens: int = 0
+
+    @property
+    def window(self) -> int | None:
+        """Tokens before the fresh ones that go with them."""
+        return self.sliding_window or self.recent
+
+
+def plan(
+    rules: PlanRules,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    first_request: int,
+    num_reqs: int,
+    device: torch.device,
+) -> PrefillPlan:
+    """Plan the prefills ``first_request .. num_reqs`` of a batch.
+
+    Args:
+        rules: of the layers.
+        query_start_loc: [>= num_reqs + 1] int32 on the host.
+        seq_lens: [>= num_reqs] on the host, exact for prefills.
+        first_request: the first prefill.
+        num_reqs: requests of the batch.
+        device: where the kernels read the plan.
     """
     starts = query_start_loc[first_request : num_reqs + 1].tolist()
     queries = [end - begin for begin, end in itertools.pairwise(starts)]
     contexts = [
         length - query for length, query in zip(seq_lens[first_request:num_reqs].tolist(), queries, strict=True)
     ]
-    maker = _SliceMaker(starts, queries, first_request, device, sink_tokens)
-    context: list[CacheSlice] = []
+    maker = _SliceMaker(starts, queries, first_request, device, rules.sink_tokens)
+    # Where a request's causal slice begins; its context before that goes into slices without a mask.
+    begins = contexts
     causal: list[CacheSlice] = []
     newest: list[CacheSlice] = []
-    window = sliding_window or recent
-    begins = contexts
-    at_once = sliding_window is None and not (attend_cached and recent)
-    at_once &= any(contexts) and sum(queries) <= FEW_FRESH_TOKENS
-    at_once &= sum(contexts) + sum(queries) <= workspace_tokens
-    if at_once or attend_cached or (window is not None and any(contexts)):
-        begins = [0 if at_once else max(0, length - (window or 1) + 1) for length in contexts]
-        lengths = [length + query - begin for length, query, begin in zip(contexts, queries, begins, strict=True)]
-        kept = None if recent is None else [min(length, recent - 1) for length in contexts]
-        for first, last in maker.whole_requests(lengths, workspace_tokens):
-            if recent is None or not attend_cached:
-                causal.append(maker.slice(first, last, begins, lengths, not attend_cached, kept))
-                continue
-            assert kept is not None
-            older = [max(0, length - recent) for length in lengths]
-            causal.append(maker.slice(first, last, begins, older, False))
-            firsts = [length - tokens for length, tokens in zip(contexts, kept, strict=True)]
-            both = [tokens + query for tokens, query in zip(kept, queries, strict=True)]
-            newest.append(maker.slice(first, last, firsts, both, True, kept))
-    if sliding_window is None and any(begins):
-        share = max(workspace_tokens // sum(length > 0 for length in begins) // block_size, 1) * block_size
-        for begin in range(0, max(begins), share):
-            lengths = [max(0, min(share, length - begin)) for length in begins]
-            context.append(maker.slice(0, len(queries), [begin] * len(queries), lengths, False))
+    if _fits_at_once(rules, queries, contexts):
+        begins = [0] * len(contexts)
+        causal, newest = _causal_slices(rules, maker, contexts, begins)
+    elif rules.attend_cached or (rules.window is not None and any(contexts)):
+        begins = [max(0, length - (rules.window or 1) + 1) for length in contexts]
+        causal, newest = _causal_slices(rules, maker, contexts, begins)
     return PrefillPlan(
         first_token=starts[0],
         num_tokens=starts[-1] - starts[0],
         cu_query_lens=_cumulative(queries, device),
         max_query_len=max(queries),
         fresh=not causal,
-        context=tuple(context),
+        context=tuple(_context_slices(rules, maker, begins)) if rules.sliding_window is None else (),
         causal=tuple(causal),
         newest=tuple(newest),
     )
+
+
+def _fits_at_once(rules: PlanRules, queries: list[int], contexts: list[int]) -> bool:
+    """Whether all fresh tokens and their context are one slice: few tokens, and fewer launches."""
+    if rules.sliding_window is not None or (rules.attend_cached and rules.recent) or not any(contexts):
+        return False
+    return sum(queries) <= FEW_FRESH_TOKENS and sum(contexts) + sum(queries) <= rules.workspace_tokens
+
+
+def _causal_slices(
+    rules: PlanRules, maker: "_SliceMaker", contexts: list[int], begins: list[int]
+) -> tuple[list[CacheSlice], list[CacheSlice]]:
+    """Slices of whole requests from their token ``begins`` on, and what of each the recent window holds, if that is
+    read under a mask of its own."""
+    queries = maker.queries
+    lengths = [length + query - begin for length, query, begin in zip(contexts, queries, begins, strict=True)]
+    kept = None if rules.recent is None else [min(length, rules.recent - 1) for length in contexts]
+    causal: list[CacheSlice] = []
+    newest: list[CacheSlice] = []
+    for first, last in maker.whole_requests(lengths, rules.workspace_tokens):
+        if rules.recent is None or not rules.attend_cached:
+            causal.append(maker.slice(first, last, begins, lengths, not rules.attend_cached, kept))
+            continue
+        assert kept is not None
+        older = [max(0, length - rules.recent) for length in lengths]
+        causal.append(maker.slice(first, last, begins, older, False))
+        firsts = [length - tokens for length, tokens in zip(contexts, kept, strict=True)]
+        both = [tokens + query for tokens, query in zip(kept, queries, strict=True)]
+        newest.append(maker.slice(first, last, firsts, both, True, kept))
+    return causal, newest
+
+
+def _context_slices(rules: PlanRules, maker: "_SliceMaker", ends: list[int]) -> Iterator[CacheSlice]:
+    """Slices of every request's first ``ends`` tokens, an equal share of each."""
+    if not any(ends):
+        return
+    share = max(rules.workspace_tokens // sum(length > 0 for length in ends) // rules.block_size, 1) * rules.block_size
+    for begin in range(0, max(ends), share):
+        lengths = [max(0, min(share, length - begin)) for length in ends]
+        yield maker.slice(0, len(ends), [begin] * len(ends), lengths, False)
 
 
 def short_prefills(query_start_loc: torch.Tensor, seq_lens: torch.Tensor, first: int, count: int) -> list[int]:
@@ -221,22 +266,23 @@ class _SliceMaker:
         """Requests ``first .. last - 1``; ``recent`` counts their tokens before the fresh ones that the window has."""
         queries, lengths, begins = self.queries[first:last], lengths[first:last], begins[first:last]
         ends = torch.tensor(lengths).cumsum(0)
-        # A request's fresh tokens are the last rows of its stretch of the workspace, before them the window's.
-        fresh_rows = self._rows(ends, queries) if fresh else None
-        packed = [length - query for length, query in zip(lengths, queries, strict=True)] if fresh else lengths
-        window = recent_rows = None
+        part = self._slice(first, queries, begins, lengths)
+        packed = lengths
+        if fresh:
+            # A request's fresh tokens are the last rows of its stretch of the workspace, before them the window's.
+            part = replace(part, fresh_rows=self._rows(ends, queries))
+            packed = [length - query for length, query in zip(lengths, queries, strict=True)]
         if recent is not None:
             counts = recent[first:last]
             packed = [length - count for length, count in zip(packed, counts, strict=True)]
             firsts = [begin + length for begin, length in zip(begins, packed, strict=True)]
-            window = self._slice(first, queries, firsts, counts)
-            recent_rows = self._rows(ends - torch.tensor(queries), counts)
-        held = sink_rows = None
+            rows = self._rows(ends - torch.tensor(queries), counts)
+            part = replace(part, recent=self._slice(first, queries, firsts, counts), recent_rows=rows)
         heads = [max(0, min(self.sink_tokens - begin, length)) for begin, length in zip(begins, packed, strict=True)]
         if any(heads):
-            held = self._slice(first, queries, begins, heads)
-            sink_rows = self._rows(ends - torch.tensor(lengths) + torch.tensor(heads), heads)
-        return self._slice(first, queries, begins, lengths, fresh_rows, window, recent_rows, held, sink_rows)
+            rows = self._rows(ends - torch.tensor(lengths) + torch.tensor(heads), heads)
+            part = replace(part, sink_tokens=self._slice(first, queries, begins, heads), sink_rows=rows)
+        return part
 
     def _rows(self, ends: torch.Tensor, counts: list[int]) -> torch.Tensor:
         """The ``counts[i]`` rows before row ``ends[i]``, for each i."""
@@ -244,18 +290,7 @@ class _SliceMaker:
         shift = ends - many.cumsum(0)
         return _to_device(torch.arange(sum(counts)) + shift.repeat_interleave(many), self.device)
 
-    def _slice(
-        self,
-        first: int,
-        queries: list[int],
-        begins: list[int],
-        lengths: list[int],
-        fresh_rows: torch.Tensor | None = None,
-        recent: CacheSlice | None = None,
-        recent_rows: torch.Tensor | None = None,
-        sink_tokens: CacheSlice | None = None,
-        sink_rows: torch.Tensor | None = None,
-    ) -> CacheSlice:
+    def _slice(self, first: int, queries: list[int], begins: list[int], lengths: list[int]) -> CacheSlice:
         return CacheSlice(
             first_request=self.first_request + first,
             cu_seq_lens=_cumulative(lengths, self.device),
@@ -266,11 +301,6 @@ class _SliceMaker:
             num_query_tokens=sum(queries),
             cu_query_lens=_cumulative(queries, self.device),
             max_query_len=max(queries),
-            fresh_rows=fresh_rows,
-            recent=recent,
-            recent_rows=recent_rows,
-            sink_tokens=sink_tokens,
-            sink_rows=sink_rows,
         )
 
     @staticmethod

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from vllm_kvtuner.attention.impl import KVTunerImpl
-from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.engine.config import resolved_profile
 from vllm_kvtuner.engine.statics import bind_statics
-from vllm_kvtuner.pages.layout import content_bytes
+from vllm_kvtuner.pages.layout import PageLayout, content_bytes
 from vllm_kvtuner.pages.views import chunks_of
 from vllm_kvtuner.profile.profile import LayerPrecision, ResolvedProfile
 
@@ -21,39 +20,9 @@ from vllm_kvtuner.profile.profile import LayerPrecision, ResolvedProfile
 class SwitchableImpl(KVTunerImpl):
     """A layer whose pages may hold a smaller pair than they have room for."""
 
-    def warm_up(self, kv_cache: torch.Tensor) -> None:
-        super().warm_up(self._chunks(kv_cache))
-
-    def do_kv_cache_update(
-        self,
-        layer: torch.nn.Module,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-    ) -> None:
-        super().do_kv_cache_update(layer, key, value, self._chunks(kv_cache), slot_mapping)
-
-    def forward(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: KVTunerMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if attn_metadata is not None:  # without, there may be no cache yet
-            kv_cache = self._chunks(kv_cache)
-        return super().forward(
-            layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
-        )
-
-    def _chunks(self, kv_cache: torch.Tensor) -> torch.Tensor:
-        return chunks_of(kv_cache, self._layout(kv_cache))
+    def view(self, kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+        """The first bytes of each chunk."""
+        return chunks_of(kv_cache, layout)
 
 
 def switch(worker: Any, resolved: ResolvedProfile) -> None:

@@ -24,13 +24,11 @@ out of the window is free before the next. (Blocks whose tokens a prompt's hit c
 cache until the pool takes them.)
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
-from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -44,18 +42,10 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
-from vllm_kvtuner.attention.metadata import KVTunerMetadata
+from vllm_kvtuner.attention.metadata import metadata_of
 from vllm_kvtuner.blocks.window_manager import RecentSpec
-from vllm_kvtuner.engine.config import RECENT_SUFFIX, recent_block_size
-from vllm_kvtuner.kernels.reference.attention import attention_ref
-from vllm_kvtuner.kernels.reference.rows import (
-    gather_cache_ref,
-    gather_rows_ref,
-    read_back_ref,
-    reshape_and_cache_ref,
-    store_rows_ref,
-)
-from vllm_kvtuner.kernels.reference.window_attention import recent_attention_ref
+from vllm_kvtuner.engine.config import BACKEND_NAME, RECENT_SUFFIX, recent_block_size
+from vllm_kvtuner.kernels.contract import Pages
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, content_bytes
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import RecentWindow
@@ -103,7 +93,7 @@ class RecentBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CUSTOM"
+        return BACKEND_NAME
 
     @classmethod
     def get_impl_cls(cls) -> type[AttentionImplBase]:
@@ -151,7 +141,7 @@ class RecentCache(AttentionLayerBase):
         return RecentBackend
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
-        packed = self.window.pair.is_quantized
+        packed = self.is_packed
         return RecentSpec(
             block_size=recent_block_size(vllm_config, self.window),
             num_kv_heads=self.num_kv_heads,
@@ -165,148 +155,19 @@ class RecentCache(AttentionLayerBase):
             sink_tokens=self.window.sink_tokens,
         )
 
-    def store(
-        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
-    ) -> None:
-        """Store the new tokens of the batch in flight; arguments as the reference has them."""
-        if get_forward_context().attn_metadata is None:  # warm-up, in which no token has a slot
-            return
-        slots = recent_metadata(self.layer_name).slot_mapping
-        if self.window.pair.is_quantized:
-            reshape_and_cache_ref(key, value, self.kv_cache, slots, positions, self.layout, transforms)
-        else:
-            store_rows_ref(key, value, self.kv_cache, slots)
+    @property
+    def is_packed(self) -> bool:
+        """Whether the window packs its tokens, in 8 bits."""
+        return self.window.pair.is_quantized
 
-    def merge(
-        self,
-        query: torch.Tensor,
-        metadata: KVTunerMetadata,
-        transforms: LayerTransforms,
-        scale: float,
-        logits_soft_cap: float,
-        sliding_window: int | None,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        """Attention of the batch's decodes over the window, merged into that over all other tokens, in place.
-
-        Args:
-            query: [num_decode_tokens, num_heads, head_size].
-            metadata: of the batch, that of the packed pages.
-            transforms: of the layer.
-            scale: factor on the logits.
-            logits_soft_cap: as the reference has it.
-            sliding_window: the layer's own.
-            output: as query, fp32.
-            lse: [num_heads, num_decode_tokens] fp32.
-        """
-        recent_attention_ref(
-            query,
-            self.kv_cache,
-            recent_metadata(self.layer_name).block_table[: metadata.num_decodes],
-            *metadata.decodes[1:],
-            metadata.max_decode_query_len,
-            scale,
-            self.window.tokens,
-            self.window.sink_tokens,
-            output,
-            lse,
-            sliding_window,
-            logits_soft_cap,
-            gather=self._gather(transforms),
-        )
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        request: int,
-        length: int,
-        transforms: LayerTransforms,
-        scale: float,
-        logits_soft_cap: float,
-        fresh: tuple[torch.Tensor, torch.Tensor],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention of a prefill's queries over the newest tokens of each; sink tokens: :meth:`put_sink_tokens`.
-
-        Args:
-            query: [num_queries, num_heads, head_size] of one request.
-            request: its index in the batch.
-            length: its tokens, the queries' included.
-            transforms: of the layer.
-            scale: factor on the logits.
-            logits_soft_cap: as the reference has it.
-            fresh: keys and values of the queries' tokens, which need not be stored.
-
-        Returns:
-            output as query, fp32, and log-sum-exp [num_heads, num_queries].
-        """
-        num_queries = query.shape[0]
-        begin = max(0, length - num_queries - self.window.tokens + 1)
-        held = length - num_queries - begin
-        keys, values = (torch.empty(held + num_queries, *rows.shape[1:], device=query.device) for rows in fresh)
-        self._read(request, begin, keys[:held], values[:held], transforms)
-        keys[held:], values[held:] = fresh
-        output = torch.empty(query.shape, device=query.device)
-        lse = torch.empty(query.shape[1], num_queries, device=query.device)
-        attention_ref(query, keys, values, scale, output, self.window.tokens, logits_soft_cap, lse=lse)
-        return output, lse
-
-    def put_sink_tokens(
-        self, keys: torch.Tensor, values: torch.Tensor, request: int, first: int, end: int, transforms: LayerTransforms
-    ) -> None:
-        """Put a request's sink tokens in place of those that were read packed.
-
-        Args:
-            keys: [num_tokens, num_kv_heads, head_size] of the request's tokens from ``first`` on.
-            values: as keys.
-            request: its index in the batch.
-            first: the first of the tokens.
-            end: the first token that was not read packed.
-            transforms: of the layer.
-        """
-        count = max(0, min(self.window.sink_tokens, end) - first)
-        self._read(request, first, keys[:count], values[:count], transforms)
-
-    def _read(
-        self, request: int, first: int, keys: torch.Tensor, values: torch.Tensor, transforms: LayerTransforms
-    ) -> None:
-        """As many of a request's tokens from ``first`` on as ``keys`` and ``values`` have rows."""
-        table = recent_metadata(self.layer_name).block_table[request : request + 1]
-        bounds, begin = torch.tensor([0, len(keys)]), torch.tensor([first])
-        self._gather(transforms)(self.kv_cache, table, bounds, begin, keys, values, num_tokens=len(keys))
-
-    def _gather(self, transforms: LayerTransforms) -> Callable[..., None]:
-        """What reads this cache, with the arguments of the reference's gather_rows_ref."""
-        if not self.window.pair.is_quantized:
-            return gather_rows_ref
-
-        def gather(
-            kv_cache: torch.Tensor,
-            block_table: torch.Tensor,
-            ends: torch.Tensor,
-            begins: torch.Tensor,
-            keys: torch.Tensor,
-            values: torch.Tensor,
-            *,
-            num_tokens: int,
-        ) -> None:
-            place = (kv_cache, block_table, ends, begins)
-            gather_cache_ref(*place, keys, values, self.layout, transforms, num_tokens=num_tokens)
-
-        return gather
-
-    def read_back(
-        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of new tokens as the window would give them; arguments as the reference has them."""
-        if not self.window.pair.is_quantized:
-            return key, value
-        return read_back_ref(key, value, positions, self.window.pair, transforms)
+    def pages(self, transforms: LayerTransforms) -> Pages:
+        """Of an 8-bit window, with the transforms of its layer."""
+        return Pages(self.kv_cache, PageLayout(self.window.pair, self.head_size, self.kv_cache.shape[2]), transforms)
 
     @property
-    def layout(self) -> PageLayout:
-        """Of the pages of an 8-bit window."""
-        return PageLayout(self.window.pair, self.head_size, self.kv_cache.shape[2])
+    def metadata(self) -> RecentMetadata | None:
+        """Of the batch in flight; None in a warm-up."""
+        return metadata_of(self.layer_name)
 
 
 def give_window(layer: torch.nn.Module, window: RecentWindow, cache_owner: str | None) -> None:
@@ -335,9 +196,3 @@ def give_window(layer: torch.nn.Module, window: RecentWindow, cache_owner: str |
     name = f"{layer.layer_name}{RECENT_SUFFIX}"
     layers[name] = RecentCache(name, window, impl.num_kv_heads, impl.head_size, impl.dtype)
     impl.take_window(layers[name])
-
-
-def recent_metadata(layer_name: str) -> RecentMetadata:
-    """The metadata of the batch in flight for a window."""
-    metadata = get_forward_context().attn_metadata
-    return (metadata[0] if isinstance(metadata, list) else metadata)[layer_name]

@@ -1,162 +1,130 @@
-"""The recent window of one attention layer on a GPU: who stores it, and who attends to it.
+"""The recent window of one attention layer: who stores it, who reads it, and who attends to it.
 
-In 16 bits its rows are stored by the kernel that stores the packed pages, in the same launch, and decoded by
-recent_attention; in 8 bits both is done by the kernels for K8V8 pages, without sink tokens.
+In 16 bits its rows are stored by the kernel that stores the packed pages, in the same launch; in 8 bits by the kernels
+for K8V8 pages. Attention over the window is merged with that over the packed pages, which leaves out what it holds.
 """
 
-from typing import TYPE_CHECKING, Any
+from abc import ABC, abstractmethod
 
 import torch
-from vllm.forward_context import get_forward_context
 
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import CacheSlice
-from vllm_kvtuner.attention.window_cache import RecentCache, recent_metadata
-from vllm_kvtuner.kernels.choice import device_capability
-from vllm_kvtuner.kernels.layer import LayerKernels
-from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.attention.segments import merge_segments
+from vllm_kvtuner.attention.window_cache import RecentCache
+from vllm_kvtuner.kernels.contract import CachedTokens, KernelSet, Pages, Queries, Segment, WindowRows
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.reference.rows import gather_rows_ref
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
-if TYPE_CHECKING:
-    from vllm_kvtuner.kernels.contract import RecentRows
 
-
-OVERLAP_CAPABILITY = (9, 0)
-"""Compute capability from which a kernel can begin while the one before it ends."""
-
-
-class RecentKernels:
+class LayerWindow(ABC):
     """Store, gather and decode of a recent window.
 
     Args:
-        recent: the window.
-        kernels: of K8V8 pages under the window as a sliding one, for a window of 8 bits.
-        sliding_window: the layer's own, or None.
+        cache: that holds it.
+        kernels: of the layer, whose span leaves out what the window holds.
+        packed: of K8V8 pages under the window as a sliding one, for a window of 8 bits.
     """
 
-    def __init__(self, recent: RecentCache, kernels: LayerKernels, sliding_window: int | None) -> None:
-        self.recent = recent
+    def __init__(self, cache: RecentCache, kernels: KernelSet, packed: KernelSet) -> None:
+        self.cache = cache
         self.kernels = kernels
-        self.sliding_window = sliding_window
-        self.packed = recent.window.pair.is_quantized
-        # Decoding begins after the layer's stores, and so all that it does not write itself is there when it begins.
-        capability = device_capability(kernels.device)
-        self._is_dependent = capability is not None and capability >= OVERLAP_CAPABILITY
+        self.packed = packed
 
-    def rows(self) -> "RecentRows | None":
-        """Where the store of the packed pages keeps the batch's new tokens too; None for a window of 8 bits."""
-        if self.packed or get_forward_context().attn_metadata is None:  # warm-up, in which no token has a slot
+    def rows(self) -> WindowRows | None:
+        """Where the store of the packed pages keeps the batch's new tokens too; None for a window of 8 bits, and in a
+        warm-up, in which no token has a slot."""
+        metadata = self.cache.metadata
+        if self.cache.is_packed or metadata is None:
             return None
-        from vllm_kvtuner.kernels.contract import RecentRows
-
-        return RecentRows(self.recent.kv_cache, recent_metadata(self.recent.layer_name).slot_mapping)
+        return WindowRows(self.cache.kv_cache, metadata.slot_mapping)
 
     def store(
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
     ) -> None:
-        """Store the new tokens of the batch in flight in a window of 8 bits; arguments as the reference has them."""
-        if not self.packed or get_forward_context().attn_metadata is None:
-            return
-        slots = recent_metadata(self.recent.layer_name).slot_mapping
-        self.kernels.store(key, value, self.recent.kv_cache, slots, positions, self.recent.layout, transforms)
+        """Store the new tokens of the batch in flight in a window of 8 bits; arguments as the contract has them."""
+        metadata = self.cache.metadata
+        if self.cache.is_packed and metadata is not None:
+            self.packed.store(key, value, metadata.slot_mapping, positions, self.cache.pages(transforms))
 
-    def merge(
-        self,
-        query: torch.Tensor,
-        metadata: KVTunerMetadata,
-        transforms: LayerTransforms,
-        output: torch.Tensor,
-        lse: torch.Tensor,
+    def read(
+        self, part: CacheSlice, key_out: torch.Tensor, value_out: torch.Tensor, transforms: LayerTransforms
     ) -> None:
-        """Attention of the batch's decodes over the window, merged into that over all other tokens, in place.
+        """Gather a slice of the batch's tokens, as the contract has it."""
+        metadata = self.cache.metadata
+        assert metadata is not None
+        self.read_tokens(part.of(metadata.block_table), key_out, value_out, transforms)
+
+    def read_tokens(
+        self, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor, transforms: LayerTransforms
+    ) -> None:
+        """Gather, with the window's own block table."""
+        if self.cache.is_packed:
+            self.packed.gather(self.cache.pages(transforms), tokens, key_out, value_out)
+        else:
+            gather_rows_ref(self.cache.kv_cache, tokens, key_out, value_out)
+
+    @abstractmethod
+    def decode(self, query: torch.Tensor, metadata: KVTunerMetadata, pages: Pages, output: torch.Tensor) -> None:
+        """Attention of the batch's decodes over packed pages and window.
 
         Args:
             query: [num_decode_tokens, num_heads, head_size].
             metadata: of the batch, that of the packed pages.
-            transforms: of the layer.
+            pages: of the layer.
             output: as query.
-            lse: [num_heads, num_decode_tokens] fp32.
         """
-        table = recent_metadata(self.recent.layer_name).block_table[: metadata.num_decodes]
-        batch = (table, *metadata.decodes[1:], metadata.max_decode_query_len)
-        if not self.packed:
-            self._merge(query, *batch, output, lse)
-            return
-        from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
-        older, newest = output.clone(), torch.empty_like(output)
-        newest_lse = torch.empty_like(lse)
-        self.kernels.attend(query, self.recent.kv_cache, *batch, self.recent.layout, transforms, newest, newest_lse)
-        merge_attn_states(output, older, lse, newest, newest_lse)
+    @abstractmethod
+    def warm_up(self, transforms: LayerTransforms, workspace: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Compile what the first requests would wait for; arguments as KernelSet's."""
+
+    def queries(self, metadata: KVTunerMetadata) -> Queries:
+        """The batch's decodes, with the window's block table."""
+        window = self.cache.metadata
+        assert window is not None
+        return metadata.decodes._replace(block_table=window.block_table[: metadata.num_decodes])
+
+    def _empty_lse(self, query: torch.Tensor) -> torch.Tensor:
+        return torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
+
+
+class ReferenceWindow(LayerWindow):
+    """On a CPU: merged in fp32."""
+
+    kernels: ReferenceKernels
+
+    def decode(self, query: torch.Tensor, metadata: KVTunerMetadata, pages: Pages, output: torch.Tensor) -> None:
+        """As the interface has it."""
+        merged, lse = torch.empty(output.shape, device=query.device), self._empty_lse(query)
+        self.kernels.attend(query, metadata.decodes, pages, merged, lse)
+        rows = self.cache.pages(pages.transforms) if self.cache.is_packed else self.cache.kv_cache
+        self.kernels.merge_window(query, self.queries(metadata), rows, merged, lse)
+        output.copy_(merged)
 
     def warm_up(self, transforms: LayerTransforms, workspace: tuple[torch.Tensor, torch.Tensor]) -> None:
-        """Compile the kernels; arguments as LayerKernels.warm_up has them."""
-        kernels = self.kernels
-        if self.packed:
-            kernels.warm_up(self.recent.kv_cache, self.recent.layout, transforms, workspace)
+        """Nothing is compiled."""
+
+
+class GpuWindow(LayerWindow):
+    """On a GPU: one kernel more beside 16 bits, and a second decode and vLLM's merge beside 8."""
+
+    def decode(self, query: torch.Tensor, metadata: KVTunerMetadata, pages: Pages, output: torch.Tensor) -> None:
+        """As the interface has it."""
+        older = Segment(output, self._empty_lse(query))
+        self.kernels.attend(query, metadata.decodes, pages, older.output, older.lse)
+        queries = self.queries(metadata)
+        if not self.cache.is_packed:
+            self.kernels.merge_window(query, queries, self.cache.kv_cache, older.output, older.lse)
             return
-        heads, size = kernels.num_heads, kernels.head_size
-        for query_len in {1, kernels.max_decode_query_len, MAX_DECODE_QUERY_LEN}:
-            integers = {"dtype": torch.int32, "device": kernels.device}
-            rows = (heads + 2 * kernels.num_kv_heads) * size
-            query = torch.zeros(query_len, rows, dtype=workspace[0].dtype, device=kernels.device)
-            query = query[:, : heads * size].unflatten(1, (heads, size))
-            output = torch.zeros(query.shape, dtype=query.dtype, device=kernels.device)
-            lens, starts = torch.full((1,), query_len, **integers), torch.tensor([0, query_len], **integers)
-            lse = torch.zeros(heads, query_len, dtype=torch.float32, device=kernels.device)
-            self._merge(query, torch.zeros(1, 16, **integers), lens, starts, query_len, output, lse)
+        newest = Segment(torch.empty_like(output), torch.empty_like(older.lse))
+        self.packed.attend(query, queries, self.cache.pages(pages.transforms), newest.output, newest.lse)
+        merge_segments(Segment(output.clone(), older.lse), newest, output)
 
-    def _merge(
-        self,
-        query: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        max_query_len: int,
-        output: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        from vllm_kvtuner.kernels.triton.window_attention import recent_attention
-
-        window = self.recent.window
-        recent_attention(
-            query, self.recent.kv_cache, block_table, seq_lens, query_start_loc, max_query_len, self.kernels.scale,
-            window.tokens, window.sink_tokens, output, lse, self.sliding_window, self.kernels.logits_soft_cap,
-            dependent=self._is_dependent,
-            # Short prefills are few among decodes.
-            pass_query_len=min(max_query_len, self.kernels.max_decode_query_len),
-        )  # fmt: skip
-
-    def put(self, keys: torch.Tensor, values: torch.Tensor, part: CacheSlice, transforms: LayerTransforms) -> None:
-        """Put what the window holds of a slice where it belongs in the slice's keys and values."""
-        for held, places in ((part.recent, part.recent_rows), (part.sink_tokens, part.sink_rows)):
-            if held is not None and held.num_tokens:
-                assert places is not None
-                self._put(keys, values, held, places, transforms)
-
-    def _put(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        held: CacheSlice,
-        places: torch.Tensor,
-        transforms: LayerTransforms,
-    ) -> None:
-        table = recent_metadata(self.recent.layer_name).block_table
-        rows = [x.new_empty(held.num_tokens, *x.shape[1:]) for x in (keys, values)]
-        arguments: tuple[Any, ...] = (
-            self.recent.kv_cache,
-            table[held.first_request : held.first_request + held.num_reqs],
-            held.cu_seq_lens,
-            held.seq_starts,
-            *rows,
-        )
-        if self.packed:
-            self.kernels.gather(
-                *arguments, layout=self.recent.layout, transforms=transforms, num_tokens=held.num_tokens
-            )
+    def warm_up(self, transforms: LayerTransforms, workspace: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """As the interface has it."""
+        if self.cache.is_packed:
+            self.packed.warm_up(self.cache.pages(transforms), workspace)
         else:
-            gather_rows_ref(*arguments, num_tokens=held.num_tokens)
-        for target, source in zip((keys, values), rows, strict=True):
-            target.index_copy_(0, places, source)
+            self.kernels.warm_up_window(self.cache.kv_cache)

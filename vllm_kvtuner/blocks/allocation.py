@@ -6,7 +6,7 @@ a step, and steps of few bits wait for it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks, KVCacheManager
@@ -75,14 +75,17 @@ def steps_of(manager: KVCacheManager) -> Steps | None:
     return Steps(unit, tuple(kinds.values()), manager.max_model_len)
 
 
-def allocate_where_needed(manager: KVCacheManager) -> None:
-    """Make ``manager`` skip what changes nothing, and tell managers of recent windows what is known of a request before
-    its blocks are allocated."""
+def methods_where_needed(manager: KVCacheManager) -> dict[str, Callable[..., Any]]:
+    """Methods to put in place of the manager's own, by name; none where every step needs something.
+
+    They skip what changes nothing, and tell managers of recent windows what is known of a request before its blocks are
+    allocated.
+    """
     recent = any(isinstance(each, RecentManager) for each in manager.coordinator.single_type_managers)
     steps, allocate, cache = steps_of(manager), manager.allocate_slots, manager.cache_blocks
     nothing = manager.empty_kv_cache_blocks
     if steps is None and not recent:
-        return
+        return {}
 
     def allocate_slots(request: Request, num_new_tokens: int, *args: Any, **kwargs: Any) -> KVCacheBlocks | None:
         step = None
@@ -98,9 +101,8 @@ def allocate_where_needed(manager: KVCacheManager) -> None:
         setattr(request, LAST_STEP, None if blocks is None else step)
         return blocks
 
-    manager.allocate_slots = allocate_slots
     if steps is None:
-        return
+        return {"allocate_slots": allocate_slots}
     unit = steps.unit
 
     def cache_blocks(request: Request, num_computed_tokens: int) -> None:
@@ -109,4 +111,4 @@ def allocate_where_needed(manager: KVCacheManager) -> None:
             cache(request, num_computed_tokens)
             setattr(request, LAST_CACHED, units)
 
-    manager.cache_blocks = cache_blocks
+    return {"allocate_slots": allocate_slots, "cache_blocks": cache_blocks}

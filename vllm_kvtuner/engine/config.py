@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from vllm_kvtuner.profile.profile import LayerPrecision, RecentWindow, ResolvedProfile
 
 KV_CACHE_DTYPE = "kvtuner"
+BACKEND_NAME = "KVTUNER"
+"""Name of our attention backends in vLLM's registry, which is not the CUSTOM that other plugins may take."""
 PROFILE_KEY = "kvtuner_profile"
 """Key of additional_config that holds the profile: a path, a shipped name, or a pair."""
 ATTEND_KEY = "kvtuner_attend_cached_prefill"

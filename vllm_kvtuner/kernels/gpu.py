@@ -1,76 +1,72 @@
 """The GPU kernels of one layer: which of them serve it, and the scratch that they share with other layers."""
 
 import functools
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from vllm_kvtuner.kernels import choice
+from vllm_kvtuner.kernels.contract import (
+    AttentionShape,
+    CachedTokens,
+    GatherCache,
+    Launch,
+    Pages,
+    Queries,
+    ReshapeAndCache,
+    Span,
+    WindowRows,
+)
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, SHORT_PREFILL_TOKENS
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
-
-if TYPE_CHECKING:
-    from vllm_kvtuner.kernels.contract import RecentRows
 
 WARM_UP_TOKENS = 256
 """Decodes of a batch that takes the kernels' variants for many rows."""
 WARM_UP_ROWS = 1 << 15
 """(token, KV head) rows of a prefill that takes the store kernel's variant for many rows."""
+OVERLAP_CAPABILITY = (9, 0)
+"""Compute capability from which a kernel can begin while the one before it ends."""
 
 
-class LayerKernels:
-    """Store, gather and decode of a layer whose pair and transforms may change between calls.
+class BatchLimits(NamedTuple):
+    """What a batch has at most.
 
     Args:
-        num_heads: query heads.
-        num_kv_heads: of the layer.
-        head_size: numbers per row.
-        scale: factor on the logits.
-        sliding_window: tokens a query sees, or None for all.
-        logits_soft_cap: 0 for none.
-        max_num_seqs: decodes of a batch.
+        max_num_seqs: decodes.
         max_decode_query_len: query tokens of one decode.
+    """
+
+    max_num_seqs: int
+    max_decode_query_len: int
+
+
+class GpuKernels:
+    """Store, gather and decode of a layer whose pair and transforms may change between calls: a KernelSet.
+
+    Args:
+        shape: of the layer's attention.
+        span: cached tokens that decoding serves.
+        limits: of batches.
         device: a GPU.
-        skip_newest: tokens, the newest that a query sees, that decoding leaves out.
         write_lse: decoding gives the log-sum-exp too.
-        skip_first: tokens, a request's first, that decoding leaves out.
     """
 
     def __init__(
-        self,
-        num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        scale: float,
-        sliding_window: int | None,
-        logits_soft_cap: float,
-        max_num_seqs: int,
-        max_decode_query_len: int,
-        device: torch.device,
-        skip_newest: int = 0,
-        write_lse: bool = False,
-        skip_first: int = 0,
+        self, shape: AttentionShape, span: Span, limits: BatchLimits, device: torch.device, write_lse: bool = False
     ) -> None:
-        self.num_heads = num_heads
-        self.num_kv_heads = num_kv_heads
-        self.head_size = head_size
-        self.scale = scale
-        self.sliding_window = sliding_window
-        self.logits_soft_cap = logits_soft_cap
-        self.max_num_seqs = max_num_seqs
-        self.max_decode_query_len = max_decode_query_len
+        self.shape = shape
+        self.span = span
+        self.limits = limits
         self.device = device
-        self.skip_newest = skip_newest
         self.write_lse = write_lse
-        self.skip_first = skip_first
         self._arrivals: torch.Tensor | None = None
         self.forget()
 
     def forget(self) -> None:
         """Choose anew at the next call: the layer's pair or transforms have changed."""
-        self._decode: str | None = None
+        self._decode: Any = None
+        self._launches: dict[int, Launch] = {}
         self._rows: _RowKernels | None = None
 
     def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, has_offset: bool) -> None:
@@ -81,7 +77,7 @@ class LayerKernels:
             transforms: of the layer, without statics that are bound later.
             has_offset: whether a key offset is, which may leave the layer to the portable kernel.
         """
-        layout = PageLayout(pair, self.head_size, BLOCK_SIZE_MULTIPLE)
+        layout = PageLayout(pair, self.shape.head_size, BLOCK_SIZE_MULTIPLE)
         kernel = self._choose(layout, transforms)
         workspace = self._workspace(kernel)
         self._arrivals = workspace.arrivals if kernel == choice.CUDA else None
@@ -97,136 +93,142 @@ class LayerKernels:
         self,
         key: torch.Tensor,
         value: torch.Tensor,
-        kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
         positions: torch.Tensor | None,
-        layout: PageLayout,
-        transforms: LayerTransforms,
-        recent: "RecentRows | None" = None,
+        pages: Pages,
+        window: WindowRows | None = None,
     ) -> None:
-        """As :func:`reshape_and_cache_ref`; ``recent``: where a window keeps the tokens too."""
-        store = self._row_kernels(layout).reshape_and_cache
-        store(key, value, kv_cache, slot_mapping, positions, layout, transforms, recent)
+        """As the contract's ReshapeAndCache."""
+        self._row_kernels(pages).reshape_and_cache(key, value, slot_mapping, positions, pages, window)
 
-    def gather(self, *arguments: Any, layout: PageLayout, transforms: LayerTransforms, num_tokens: int) -> None:
-        """As :func:`gather_cache_ref`, ``arguments`` those before the layout."""
-        self._row_kernels(layout).gather_cache(*arguments, layout, transforms, num_tokens=num_tokens)
+    def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
+        """As the contract's GatherCache."""
+        self._row_kernels(pages).gather_cache(pages, tokens, key_out, value_out)
 
     def attend(
         self,
         query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        max_query_len: int,
-        layout: PageLayout,
-        transforms: LayerTransforms,
+        queries: Queries,
+        pages: Pages,
         output: torch.Tensor,
         lse: torch.Tensor | None = None,
     ) -> None:
-        """As :func:`paged_attention_ref`, with the layer's scale, windows and cap; ``lse``,
-        contiguous, if the layer has one."""
+        """As the contract's PagedAttention, with the layer's shape and span; ``lse`` if the layer has one."""
         assert (lse is not None) == self.write_lse
         if self._decode is None:
-            self._decode = self._choose(layout, transforms)
-        kernel, options = _decode_module(self._decode)
-        kernel.paged_attention(
-            query,
-            kv_cache,
-            block_table,
-            seq_lens,
-            query_start_loc,
-            max_query_len,
-            self.scale,
-            layout,
-            transforms,
-            output,
-            self.sliding_window,
-            self.logits_soft_cap,
-            self.skip_newest,
-            lse,
-            self.skip_first,
-            workspace=self._workspace(self._decode),
-            # Short prefills are few among decodes.
-            pass_query_len=min(max_query_len, self.max_decode_query_len),
-            **options,
-        )
+            self._kernel = self._choose(pages.layout, pages.transforms)
+            self._decode = _decode_module(self._kernel)
+        # Short prefills are few among decodes.
+        pass_query_len = min(queries.max_query_len, self.limits.max_decode_query_len)
+        launch = self._launches.get(pass_query_len)
+        if launch is None:
+            # No kernel of the model writes what says where the tokens are.
+            dependent = self._kernel == choice.CUDA
+            launch = self._launches[pass_query_len] = Launch(self._workspace(self._kernel), pass_query_len, dependent)
+        self._decode.paged_attention(query, queries, pages, self.shape, self.span, output, lse, launch=launch)
+
+    def merge_window(
+        self,
+        query: torch.Tensor,
+        queries: Queries,
+        rows: torch.Tensor,
+        output: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """As the contract's WindowAttention, beside what :meth:`attend` has given."""
+        pass_query_len = min(queries.max_query_len, self.limits.max_decode_query_len)
+        launch = Launch(pass_query_len=pass_query_len, dependent=self._overlaps)
+        _window_attention()(query, queries, rows, self.shape, self.span, output, lse, launch=launch)
 
     def warm_up(
-        self,
-        kv_cache: torch.Tensor,
-        layout: PageLayout,
-        transforms: LayerTransforms,
-        workspace: tuple[torch.Tensor, torch.Tensor],
-        recent_cache: torch.Tensor | None = None,
+        self, pages: Pages, workspace: tuple[torch.Tensor, torch.Tensor], window_rows: torch.Tensor | None = None
     ) -> None:
         """Compile the kernels at the row counts that they tell apart, without storing anything.
 
         Args:
-            kv_cache: pages of the layout.
-            layout: of the layer.
-            transforms: of the layer.
+            pages: of the layer.
             workspace: [tokens, num_kv_heads, head_size] of the model's dtype, twice, to gather into.
-            recent_cache: of a recent window that keeps new tokens as they are, if the layer has one.
+            window_rows: cache of a recent window that keeps new tokens as they are, if the layer has one.
         """
-        heads, kv_heads, size, dtype = self.num_heads, self.num_kv_heads, self.head_size, workspace[0].dtype
-
-        def integers(*shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.full(shape, fill, dtype=dtype, device=self.device)
-
-        reqs, longest = min(self.max_num_seqs, WARM_UP_TOKENS), self.max_decode_query_len
+        kv_heads, size, dtype = self.shape.num_kv_heads, self.shape.head_size, workspace[0].dtype
+        reqs, longest = min(self.limits.max_num_seqs, WARM_UP_TOKENS), self.limits.max_decode_query_len
         for count, query_len in {(1, 1), (reqs, 1), (1, longest), (reqs, longest), (1, MAX_DECODE_QUERY_LEN)}:
-            tokens = count * query_len
-            qkv = torch.zeros(tokens, (heads + 2 * kv_heads) * size, dtype=dtype, device=self.device)
-            query, key, value = (
-                part.unflatten(1, (-1, size))
-                for part in qkv.split([heads * size, kv_heads * size, kv_heads * size], dim=1)
-            )
-            slots, positions = (integers(tokens, fill=fill, dtype=torch.int64) for fill in (-1, 0))
-            self.store(key, value, kv_cache, slots, positions, layout, transforms, _rows_of(recent_cache, slots))
-            starts = torch.arange(0, tokens + 1, query_len, device=self.device).int()
-            self.attend(
-                query, kv_cache, integers(count, 16), integers(count, fill=query_len), starts, query_len, layout,
-                transforms, torch.empty_like(query, memory_format=torch.contiguous_format),
-                torch.empty(heads, tokens, dtype=torch.float32, device=self.device) if self.write_lse else None,
-            )  # fmt: skip
+            query, key, value = self._fused_rows(count * query_len, dtype)
+            self._store_nothing(key, value, pages, window_rows)
+            output = torch.empty_like(query, memory_format=torch.contiguous_format)
+            self.attend(query, self.dummy_queries(count, query_len), pages, output, self.empty_lse(len(query)))
         rows = torch.zeros(WARM_UP_ROWS // kv_heads, kv_heads, size, dtype=dtype, device=self.device)
-        slots, positions = (integers(rows.shape[0], fill=fill, dtype=torch.int64) for fill in (-1, 0))
-        self.store(rows, rows, kv_cache, slots, positions, layout, transforms, _rows_of(recent_cache, slots))
+        self._store_nothing(rows, rows, pages, window_rows)
         ends = torch.tensor([0, 1], device=self.device).int()
-        self.gather(
-            kv_cache, integers(1, 16), ends, integers(1), *workspace, layout=layout, transforms=transforms, num_tokens=1
-        )
+        self.gather(pages, CachedTokens(self._integers(1, 16), ends, self._integers(1), 1), workspace[0], workspace[1])
+
+    def warm_up_window(self, window_rows: torch.Tensor) -> None:
+        """Compile :meth:`merge_window`, with a window's cache; nothing is written there."""
+        for query_len in {1, self.limits.max_decode_query_len, MAX_DECODE_QUERY_LEN}:
+            query, _, _ = self._fused_rows(query_len, window_rows.dtype)
+            output = torch.zeros(query.shape, dtype=query.dtype, device=self.device)
+            lse = torch.zeros(self.shape.num_heads, query_len, dtype=torch.float32, device=self.device)
+            self.merge_window(query, self.dummy_queries(1, query_len), window_rows, output, lse)
+
+    def dummy_queries(self, count: int, query_len: int) -> Queries:
+        """``count`` requests of ``query_len`` tokens in block 0."""
+        starts = torch.arange(0, count * query_len + 1, query_len, device=self.device).int()
+        return Queries(self._integers(count, 16), self._integers(count, fill=query_len), starts, query_len)
+
+    def empty_lse(self, num_tokens: int) -> torch.Tensor | None:
+        """Room for the log-sum-exp, if decoding gives it."""
+        if not self.write_lse:
+            return None
+        return torch.empty(self.shape.num_heads, num_tokens, dtype=torch.float32, device=self.device)
+
+    def _fused_rows(self, num_tokens: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values as slices of one projection, as models give them."""
+        heads, kv_heads, size = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_size
+        fused = torch.zeros(num_tokens, heads + 2 * kv_heads, size, dtype=dtype, device=self.device)
+        return fused.split([heads, kv_heads, kv_heads], dim=1)
+
+    def _store_nothing(
+        self, key: torch.Tensor, value: torch.Tensor, pages: Pages, window_rows: torch.Tensor | None
+    ) -> None:
+        slots, positions = (self._integers(len(key), fill=fill, dtype=torch.int64) for fill in (-1, 0))
+        window = None if window_rows is None else WindowRows(window_rows, slots)
+        self.store(key, value, slots, positions, pages, window)
+
+    def _integers(self, *shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return torch.full(shape, fill, dtype=dtype, device=self.device)
+
+    @functools.cached_property
+    def _overlaps(self) -> bool:
+        """Decoding begins after the layer's stores, so that all that it does not write itself is there by then."""
+        capability = choice.device_capability(self.device)
+        return capability is not None and capability >= OVERLAP_CAPABILITY
 
     def _choose(self, layout: PageLayout, transforms: LayerTransforms) -> str:
-        return choice.decode_kernel(layout, transforms, self.logits_soft_cap, self.device, self.write_lse)
+        return choice.decode_kernel(layout, transforms, self.shape.logits_soft_cap, self.device, self.write_lse)
 
-    def _row_kernels(self, layout: PageLayout) -> "_RowKernels":
+    def _row_kernels(self, pages: Pages) -> "_RowKernels":
         if self._rows is None:
-            self._rows = _row_kernels(choice.row_kernels(layout, self.device))
+            self._rows = _row_kernels(choice.row_kernels(pages.layout, self.device))
         return self._rows
 
     def _workspace(self, kernel: str) -> Any:
         """Scratch of the kernel's paged_attention."""
+        limits = self.limits
         if kernel == choice.CUDA:
-            shape = (self.num_heads, self.num_kv_heads, self.head_size)
-            return _cuda_workspace(self.max_num_seqs, self.max_decode_query_len, *shape, self.device)
-        tokens = self.max_num_seqs * self.max_decode_query_len + SHORT_PREFILL_TOKENS
-        return _triton_workspace(tokens, self.num_heads, self.head_size, self.device)
-
-
-def _rows_of(recent_cache: torch.Tensor | None, slots: torch.Tensor) -> "RecentRows | None":
-    from vllm_kvtuner.kernels.contract import RecentRows
-
-    return None if recent_cache is None else RecentRows(recent_cache, slots)
+            return _cuda_workspace(limits.max_num_seqs, limits.max_decode_query_len, self.shape, self.device)
+        tokens = limits.max_num_seqs * limits.max_decode_query_len + SHORT_PREFILL_TOKENS
+        return _triton_workspace(tokens, self.shape, self.device)
 
 
 class _RowKernels(NamedTuple):
-    """Store and gather, with the contracts of the reference's."""
+    """Store and gather of one implementation."""
 
-    reshape_and_cache: Callable[..., None]
-    gather_cache: Callable[..., None]
+    reshape_and_cache: ReshapeAndCache
+    gather_cache: GatherCache
+
+
+# Implementations are imported when a layer has chosen them: cuda-core is not installed on every GPU machine, nor Triton
+# on every CPU, and a layer that is served by one must not need the other.
 
 
 @functools.cache
@@ -242,30 +244,36 @@ def _row_kernels(kernels: str) -> _RowKernels:
 
 
 @functools.cache
-def _decode_module(kernel: str) -> tuple[Any, dict[str, Any]]:
-    """Where a kernel's paged_attention is, and options of its own."""
+def _decode_module(kernel: str) -> Any:
+    """Where a kernel's paged_attention is."""
     if kernel == choice.CUDA:
         from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 
-        # No kernel of the model writes what says where the tokens are.
-        return cuda, {"dependent": True}
+        return cuda
     from vllm_kvtuner.kernels.triton import paged_attention
 
-    return paged_attention, {}
+    return paged_attention
+
+
+@functools.cache
+def _window_attention() -> Any:
+    from vllm_kvtuner.kernels.triton import window_attention
+
+    return window_attention.window_attention
 
 
 # Scratch that all layers of one shape share: layers run one after the other.
 
 
 @functools.cache
-def _cuda_workspace(*arguments: Any) -> Any:
+def _cuda_workspace(max_num_reqs: int, max_query_len: int, shape: AttentionShape, device: torch.device) -> Any:
     from vllm_kvtuner.kernels.cuda.paged_attention import decode_workspace
 
-    return decode_workspace(*arguments)
+    return decode_workspace(max_num_reqs, max_query_len, shape.num_heads, shape.num_kv_heads, shape.head_size, device)
 
 
 @functools.cache
-def _triton_workspace(*arguments: Any) -> Any:
+def _triton_workspace(max_num_tokens: int, shape: AttentionShape, device: torch.device) -> Any:
     from vllm_kvtuner.kernels.triton.paged_attention import decode_workspace
 
-    return decode_workspace(*arguments)
+    return decode_workspace(max_num_tokens, shape.num_heads, shape.head_size, device)

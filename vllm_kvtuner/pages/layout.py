@@ -29,7 +29,8 @@ MAX_HEAD_SIZE = 256
 RECENT_BITS = (8, 16)
 """Bits in which a recent window keeps its tokens: K8V8 pages, or rows of the model's dtype."""
 
-_PAIR = re.compile(r"K(\d+)V(\d+)", re.IGNORECASE)
+PAIR_FORM = re.compile(r"K(\d+)V(\d+)", re.IGNORECASE)
+"""How a precision pair is written."""
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +58,7 @@ class PrecisionPair:
         Raises:
             ValueError: not of that form, or bits outside the set.
         """
-        match = _PAIR.fullmatch(text.strip()) if isinstance(text, str) else None
+        match = PAIR_FORM.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f"a precision pair is written like K8V4, but got {text!r}")
         return cls(int(match[1]), int(match[2]))

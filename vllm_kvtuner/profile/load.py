@@ -35,7 +35,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.pages.layout import BITS, RECENT_BITS, UNQUANTIZED, PrecisionPair
+from vllm_kvtuner.pages.layout import BITS, PAIR_FORM, RECENT_BITS, UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.problems import (
     MAX_LAYERS,
@@ -88,7 +88,6 @@ _KEYS = (
 )
 _MODEL_KEYS = ("name", "architecture", "num_layers", "num_kv_heads", "head_size")
 _PRESET_KEYS = ("nbits_key", "nbits_value")
-_PAIR = re.compile(r"K\d+V\d+", re.IGNORECASE)
 
 
 def shipped_profiles() -> dict[str, Path]:
@@ -109,7 +108,7 @@ def load_profile(spec: str) -> Profile:
     Raises:
         ProfileError: not found (with the names that exist), or everything that is wrong with the file.
     """
-    if _PAIR.fullmatch(spec):
+    if PAIR_FORM.fullmatch(spec):
         try:
             pair = PrecisionPair.parse(spec)
         except ValueError as error:

@@ -167,7 +167,7 @@ def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, 
     ("window", "soft_cap"), [(None, 0.0), (1, 0.0), (9, 0.0), (64, 0.0), (None, 2.0), (64, 2.0)], ids=str
 )
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1, 1], [5, 1, 16, 2, 7]], ids=["one_query", "several_queries"])
-def test_masks(query_lens, window, soft_cap, device):
+def test_queries_see_their_sliding_window_with_capped_logits(query_lens, window, soft_cap, device):
     cache = random_cache(make_layout("K4V4", 64), [70, 1, 16, 129, 2500], 2, device)
     check(cache, 3, query_lens=query_lens, sliding_window=window, logits_soft_cap=soft_cap)
 

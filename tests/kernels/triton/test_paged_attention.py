@@ -106,7 +106,7 @@ def test_more_heads_than_a_program_holds(block_m, device):
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("window", [None, 1, 9, 64], ids=["full", "window1", "window9", "window64"])
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [5, 1, 16, 2]], ids=["one_query", "several_queries"])
-def test_masks(query_lens, window, soft_cap, device):
+def test_queries_see_their_sliding_window_with_capped_logits(query_lens, window, soft_cap, device):
     cache = random_cache(make_layout("K4V4", 64), [70, 1, 16, 129], 2, device)
     check(cache, 3, query_lens=query_lens, sliding_window=window, logits_soft_cap=soft_cap)
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from kvtuner_tools import cli, processes
+from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.calibration.artifacts import Quality
-from kvtuner_tools.calibration.options import Options
+from kvtuner_tools.calibration.options import CalibrationOptions
 from kvtuner_tools.calibration.outcome import Heldout
 from kvtuner_tools.calibration.pipeline import Calibration
 from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engines.evaluate import EngineOptions, MeasuringEngine, ReferenceLogits
 from kvtuner_tools.model_files import load_model_shape
-from kvtuner_tools.settings import Setting
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.engine import KV_CACHE_BYTES, cpu_only, fork_server
 from vllm_kvtuner.engine import checks
@@ -95,7 +95,7 @@ def measure(
         label="test",
         model=str(model),
         dtype="float32",
-        setting=Setting("auto") if profile is None else Setting("kvtuner", str(profile)),
+        setting=CacheSetting("auto") if profile is None else CacheSetting("kvtuner", str(profile)),
         max_model_len=512,
         chunk=128,  # so that prefill also attends to earlier chunks
         kv_memory_bytes=KV_CACHE_BYTES,
@@ -176,7 +176,7 @@ def test_a_calibration_with_sink_tokens_ends_in_a_profile_that_serves_what_was_s
     assert load_profile(str(profile)).sink_tokens == 4
     assert cli.main(["profile", "check", str(profile), "--model", str(llama)]) == 0
 
-    windows = Calibration(out, Options.read(out)).texts.heldout.windows
+    windows = Calibration(out, CalibrationOptions.read(out)).texts.heldout.windows
     _, reference = measure(llama, None, tmp_path / "logits", windows=windows)
     (served,), _ = measure(llama, profile, reference, windows=windows)
     scored = Heldout.read(out).chosen.quality

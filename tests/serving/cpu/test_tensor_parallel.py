@@ -55,7 +55,7 @@ def run(model: Path, profile: Path, prompts: list[list[int]], ranks: int) -> lis
 
 @pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["split", "replicated"])
 def test_two_ranks_answer_as_one(tmp_path, num_kv_heads):
-    from kvtuner_tools.statics import key_offsets
+    from kvtuner_tools.bias_offset import key_offsets
     from vllm_kvtuner.profile.statics import save_statics
 
     model = make_tiny_model(tmp_path / "model", "qwen2", num_kv_heads=num_kv_heads)

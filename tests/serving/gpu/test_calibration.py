@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from kvtuner_tools.engines.calibration import CalibrationEngine
+from kvtuner_tools.cache_setting import CacheSetting
+from kvtuner_tools.engines.calibration import CalibrationEngine, ModelTransforms
 from kvtuner_tools.evaluate import EvaluationRequest, evaluate
 from kvtuner_tools.heldout import load_windows
-from kvtuner_tools.settings import Setting
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.profile import TransformSettings
@@ -31,15 +31,15 @@ def test_a_trial_equals_the_served_profile(tmp_path, monkeypatch, architecture):
     switches = ", ".join(f"{name}: true" for name in ROTATED.names)
     profile.write_text(f"version: 1\nlayers: {{{layers}}}\ntransforms: {{{switches}}}\n")
     options = {"kv_memory_bytes": 64 << 20, "chunk": 128}
-    settings = (Setting("kvtuner", "K8V8"), Setting("kvtuner", str(profile)))
+    settings = (CacheSetting("kvtuner", "K8V8"), CacheSetting("kvtuner", str(profile)))
     served = evaluate(EvaluationRequest(model, settings, data, tokens=1200, context=400, **options))["settings"]
     windows = load_windows(data, make_tokenizer(), tokens=1200, context=400)
 
     with CalibrationEngine(model, windows, **options) as engine:
         plain = engine.score(dict.fromkeys(range(4), PrecisionPair(8, 8)))
-        engine.set_transforms(ROTATED)
+        engine.set_transforms(ModelTransforms(ROTATED))
         mixed = engine.score({layer: PrecisionPair.parse(pair) for layer, pair in enumerate(PAIRS)})
-        engine.set_transforms(TransformSettings())
+        engine.set_transforms(ModelTransforms())
         again = engine.score(dict.fromkeys(range(4), PrecisionPair(8, 8)))
 
     assert plain.kl_mean == pytest.approx(served[0]["kl_mean"], rel=TOLERANCE)

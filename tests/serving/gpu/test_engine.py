@@ -170,11 +170,11 @@ def test_nothing_is_compiled_under_a_request(models, window_profiles, profile, d
     """Prefills, decodes, and decodes beside what the prefix cache leaves of prompts: 1, 2, 4, 7, 11 and 16 tokens."""
     from triton.runtime import JITFunction
 
-    from vllm_kvtuner import kernels
+    from vllm_kvtuner.kernels import triton
     from vllm_kvtuner.kernels.cuda import build
 
-    stems = ("fold_query", "gather_cache", "paged_attention", "recent_attention", "reshape_and_cache")
-    modules = [importlib.import_module(f"{kernels.__name__}.{stem}") for stem in stems]
+    stems = ("fold_query", "gather_cache", "paged_attention", "window_attention", "reshape_and_cache")
+    modules = [importlib.import_module(f"{triton.__name__}.{stem}") for stem in stems]
     triton_kernels = [it for module in modules for it in vars(module).values() if isinstance(it, JITFunction)]
 
     def compiled():
@@ -206,9 +206,9 @@ def test_what_the_prefix_cache_leaves_of_a_prompt_is_decoded(models, decode_kern
     prefills = []
     original = GpuPrefill.__call__
 
-    def counted(self, query, *arguments):
-        prefills.append(len(query))
-        original(self, query, *arguments)
+    def counted(self, batch, output):
+        prefills.append(len(batch.query))
+        original(self, batch, output)
 
     monkeypatch.setattr(GpuPrefill, "__call__", counted)
     # Prompts of 17 tokens and more leave 1 to 16; two requests at once, so that others wait until one has ended.

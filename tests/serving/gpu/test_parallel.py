@@ -78,7 +78,7 @@ def make_model(folder: Path, num_kv_heads: int) -> Path:
     """A model whose heads have unlike biases, and beside it a profile with their statics."""
     from safetensors.torch import load_file, save_file
 
-    from kvtuner_tools.statics import key_offsets
+    from kvtuner_tools.bias_offset import key_offsets
     from vllm_kvtuner.profile.statics import save_statics
 
     model = make_tiny_model(folder / "model", "qwen2", num_kv_heads=num_kv_heads)

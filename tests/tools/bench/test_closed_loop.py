@@ -2,8 +2,6 @@
 
 import itertools
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,15 +10,12 @@ from kvtuner_tools.bench.closed_loop import (
     DECODE_STEPS,
     FILL_STEPS,
     SETTLE_STEPS,
+    ClosedLoop,
     fitting_requests,
     measure_decode,
     measure_throughput,
 )
-from kvtuner_tools.bench.points import Point, ThroughputPoint
-from kvtuner_tools.engines.serve import ServeJob, decode_point, throughput_point, token_range
-from kvtuner_tools.settings import Setting
-from tests.helpers.engine import VOCABULARY, cpu_only, fork_server
-from tests.helpers.tiny_model import make_tiny_model
+from kvtuner_tools.bench.points import ThroughputPoint
 
 STEP_S, PREFILL_S, DECODE_S = 1.0, 0.001, 0.01
 """Seconds of a step of the fake engine, and of every prompt and every output token in it."""
@@ -99,10 +94,8 @@ def run(engine: FakeEngine, point: ThroughputPoint, concurrency: int, window_s: 
         return 5 * preemptions["asked"]
 
     numbers = itertools.count()
-    return measure_throughput(
-        engine, point, concurrency, window_s, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, preempted,
-        clock=lambda: engine.now,
-    )  # fmt: skip
+    loop = ClosedLoop(engine, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, clock=lambda: engine.now)
+    return measure_throughput(loop, point, concurrency, window_s, preempted)
 
 
 def test_rates_are_those_of_the_engine():
@@ -184,42 +177,3 @@ def test_requests_that_fit():
     assert fitting_requests(kv_tokens=831_494, block_size=16, tokens=4608) == 180
     assert fitting_requests(kv_tokens=64, block_size=16, tokens=17) == 1, "two blocks each, and one for none"
     assert fitting_requests(kv_tokens=32, block_size=16, tokens=17) == 0
-
-
-def _real(model: Path, lines: Path) -> tuple[dict, dict]:
-    from vllm import LLM
-
-    llm = LLM(
-        str(model), kv_cache_dtype="kvtuner", additional_config={"kvtuner_profile": "K4V4"}, dtype="float32",
-        enforce_eager=True, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=4,
-        kv_cache_memory_bytes=4 << 20, disable_log_stats=False,
-    )  # fmt: skip
-    job = ServeJob(
-        model=model, vocab_size=VOCABULARY, setting=Setting("kvtuner", "K4V4"), points=(), output_tokens=1,
-        throughput=(), window_s=1.0, long_prefill=None, memory=0.0, kv_memory_bytes=None, max_model_len=512,
-        max_num_seqs=4, lines=lines,
-    )  # fmt: skip
-    try:
-        tokens = token_range(VOCABULARY)
-        return throughput_point(llm, job, ThroughputPoint(24, 8), *tokens), decode_point(llm, Point(3, 40), 8, *tokens)
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-
-
-@cpu_only
-def test_a_real_engine(tmp_path):
-    model = make_tiny_model(tmp_path / "llama", "llama")
-    with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:
-        result, decode = pool.submit(_real, model, tmp_path / "lines").result()
-
-    assert result["fitting"] > result["concurrency"] == 4
-    assert result["preemptions"] == 0
-    assert result["window_s"] == pytest.approx(1.0, abs=0.7)
-    assert result["repeat_tok_s"] > 0
-    # A prompt for every 8 tokens, up to what is on its way at the window's two ends.
-    tokens = result["output_tok_s"] * result["window_s"]
-    assert result["prompts"] == pytest.approx(tokens / 8, abs=5)
-    assert result["total_tok_s"] * result["window_s"] == pytest.approx(tokens + 24 * result["prompts"], rel=0.01)
-
-    assert (decode["batch"], decode["context"]) == (3, 40)
-    assert decode["decode_tok_s"] == pytest.approx(3e3 / decode["decode_ms"], rel=1e-3)

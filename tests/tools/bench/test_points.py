@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtuner_tools.bench.points import AttentionShape, KernelPoint, LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.points import KernelPoint, LayerHeads, LongPrefill, Point, ThroughputPoint
 
 
 @pytest.mark.parametrize(
@@ -12,8 +12,8 @@ from kvtuner_tools.bench.points import AttentionShape, KernelPoint, LongPrefill,
         (ThroughputPoint, "4096x512", ThroughputPoint(4096, 512)),
         (LongPrefill, "32768:8192", LongPrefill(32768, 8192)),
         (LongPrefill, "512:512", LongPrefill(512, 512)),
-        (AttentionShape, "llama31_8b", AttentionShape(32, 8, 128)),
-        (AttentionShape, "7/1/64", AttentionShape(7, 1, 64)),
+        (LayerHeads, "llama31_8b", LayerHeads(32, 8, 128)),
+        (LayerHeads, "7/1/64", LayerHeads(7, 1, 64)),
     ],
 )
 def test_read_and_written_back(kind, text, expected):
@@ -37,7 +37,7 @@ def test_long_prefills_of_another_form(text):
 @pytest.mark.parametrize("text", ["llama", "32/8", "32/0/128", "30/8/128", "a/b/c"])
 def test_shapes_of_another_form(text):
     with pytest.raises(ValueError, match=r"HEADS.*but got"):
-        AttentionShape.parse(text)
+        LayerHeads.parse(text)
 
 
 def test_kernel_points():

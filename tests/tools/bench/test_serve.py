@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from kvtuner_tools import bench
-from kvtuner_tools.bench import decode_points
-from kvtuner_tools.bench.decode_points import assemble, new_entry, table
+from kvtuner_tools.bench import serve
 from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.serve import assemble, new_entry, table
+from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engines.serve import ServeJob, token_range
-from kvtuner_tools.settings import Setting
 from vllm_kvtuner.profile.model_shape import ModelShape
 
 ENGINE = {"startup_s": 70.0, "kv_tokens": 1000, "block_size": 16}
@@ -50,7 +50,7 @@ def parse(*words: str) -> argparse.Namespace:
 def test_arguments() -> None:
     args = parse("--shape=llama31_8b", "--setting=auto", "--setting=kvtuner:K8V8")
 
-    assert args.setting == [Setting("auto"), Setting("kvtuner", "K8V8")]
+    assert args.setting == [CacheSetting("auto"), CacheSetting("kvtuner", "K8V8")]
     assert (args.points, args.output_tokens, args.memory, args.max_model_len) == (
         "64x1024,64x8192,8x32000",
         64,
@@ -95,9 +95,9 @@ def test_assembled_result_and_table() -> None:
     result = assemble(
         {"model": "m"},
         [
-            new_entry(Setting("auto"), (16.0, 16.0), lines(ENGINE, POINT, {**POINT, "context": 8192}), None),
-            new_entry(Setting("kvtuner", "K4V4"), (4.0, 4.25), lines({**ENGINE, "kv_tokens": 3700}, POINT), None),
-            new_entry(Setting("fp8"), (8.0, 8.0), [], "RuntimeError: no"),
+            new_entry(CacheSetting("auto"), (16.0, 16.0), lines(ENGINE, POINT, {**POINT, "context": 8192}), None),
+            new_entry(CacheSetting("kvtuner", "K4V4"), (4.0, 4.25), lines({**ENGINE, "kv_tokens": 3700}, POINT), None),
+            new_entry(CacheSetting("fp8"), (8.0, 8.0), [], "RuntimeError: no"),
         ],
     )
 
@@ -120,10 +120,10 @@ def test_throughput_and_long_prefill_are_compared_with_auto() -> None:
     result = assemble(
         {"model": "m"},
         [
-            new_entry(Setting("kvtuner", "K4V4"), (4.0, 4.25),
+            new_entry(CacheSetting("kvtuner", "K4V4"), (4.0, 4.25),
                       [{"engine": ENGINE}, {"throughput": packed}, {"throughput": {**packed, "prompt": 8}},
                        {"long_prefill": {**LONG_PREFILL, "seconds": 1.04}}], None),
-            new_entry(Setting("auto"), (16.0, 16.0),
+            new_entry(CacheSetting("auto"), (16.0, 16.0),
                       [{"engine": ENGINE}, {"throughput": THROUGHPUT}, {"long_prefill": LONG_PREFILL}], None),
         ],
     )  # fmt: skip
@@ -142,10 +142,10 @@ class Engines:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **failures: BaseException) -> None:
         self.jobs: list[ServeJob] = []
         self.failures = failures
-        monkeypatch.setattr(decode_points, "in_own_process", self)
+        monkeypatch.setattr(serve, "in_own_process", self)
 
     def __call__(self, function: object, job: ServeJob) -> None:
-        assert function is decode_points.measure
+        assert function is serve.measure
         self.jobs.append(job)
         job.lines.write_text("".join(json.dumps(line) + "\n" for line in lines(ENGINE, POINT)))
         if failure := self.failures.get(job.setting.label):
@@ -159,7 +159,7 @@ class Engines:
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Provenance asks for the card in a process of its own, which costs seconds."""
-    monkeypatch.setattr(decode_points, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
+    monkeypatch.setattr(serve, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
 
 
 def test_run_keeps_the_points_of_a_failed_engine(

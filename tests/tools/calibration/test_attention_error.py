@@ -17,10 +17,12 @@ from tests.helpers.capture import (  # noqa: F401 (a fixture)
     one_thread,
     rotary_table,
 )
+from vllm_kvtuner.kernels.contract import AttentionShape, Pages, Queries, Span
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable
+from vllm_kvtuner.profile.profile import RecentWindow
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,9 +31,9 @@ OFFSET = torch.linspace(-4, 4, NUM_KV_HEADS * HEAD_SIZE).view(NUM_KV_HEADS, HEAD
 FACTORS = torch.linspace(0.5, 2, HEAD_SIZE // 2).repeat(NUM_KV_HEADS, 2)
 
 
-def meter_of(capture, layer=LAYER, *unquantized):
+def meter_of(capture, layer=LAYER, recent_window=None):
     rotary = capture.load_rotary(layer)
-    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, *unquantized)
+    return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, recent_window)
 
 
 @pytest.mark.parametrize("pair", ["K4V2", "K2V8"])
@@ -43,23 +45,24 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
     layer = replace(LAYER, sliding_window=sliding_window, logits_soft_cap=20.0)
     capture = make_capture(tmp_path, offset=OFFSET, layer=layer, num_windows=2)
     transforms = LayerTransforms(OFFSET, TABLE, FACTORS, True, True, True)
-    errors = meter_of(capture, layer, recent_window, sink_tokens).pair_errors(transforms)
+    recent = RecentWindow(recent_window, sink_tokens=sink_tokens) if recent_window else None
+    errors = meter_of(capture, layer, recent).pair_errors(transforms)
+    shape = AttentionShape(NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, layer.scale, logits_soft_cap=20.0)
+    span = Span(sliding_window, skip_newest=recent_window, skip_first=sink_tokens)
 
     layout, num_blocks = PageLayout(PrecisionPair.parse(pair), HEAD_SIZE, 16), 12
     square, norm = torch.zeros(2, NUM_KV_HEADS)
     for window in capture.load_layer(layer):
         cache = torch.zeros(num_blocks, NUM_KV_HEADS, 16, layout.content_bytes, dtype=torch.uint8)
         positions = torch.arange(window.key.shape[0])
-        reshape_and_cache_ref(window.key, window.value, cache, positions, positions, layout, transforms)
+        pages = Pages(cache, layout, transforms)
+        reshape_and_cache_ref(window.key, window.value, positions, positions, pages)
         count = window.query.shape[0]
         output = torch.empty(count, NUM_HEADS, HEAD_SIZE)
         lse = torch.empty(NUM_HEADS, count)
         table = torch.arange(num_blocks, dtype=torch.int32).repeat(count, 1)
         lens, starts = (window.query_position + 1).int(), torch.arange(count + 1, dtype=torch.int32)
-        paged_attention_ref(
-            window.query, cache, table, lens, starts, 1, layer.scale, layout, transforms, output, sliding_window, 20.0,
-            recent_window, lse, sink_tokens,
-        )  # fmt: skip
+        paged_attention_ref(window.query, Queries(table, lens, starts, 1), pages, shape, span, output, lse)
         for row, position in enumerate(window.query_position.tolist()):
             begin = 0 if sliding_window is None else max(0, position + 1 - sliding_window)
             for head in range(NUM_HEADS):
@@ -84,8 +87,8 @@ def test_only_what_neither_window_nor_sinks_hold_is_quantized(tmp_path, position
     """The last query is token 188, so that a window of 175 and the first 14 hold all, wherever their text stands."""
     capture = make_capture(tmp_path, offset=OFFSET)
 
-    def errors(*unquantized):
-        meter = meter_of(capture, LAYER, *unquantized)
+    def errors(tokens, sink_tokens=0):
+        meter = meter_of(capture, LAYER, RecentWindow(tokens, sink_tokens=sink_tokens))
         if positions == "far":
             meter = meter.at_far_positions(capture.load_rotary(LAYER))
         return meter.pair_errors(LayerTransforms())

@@ -19,14 +19,15 @@ import yaml
 from kvtuner_tools import cli
 from kvtuner_tools.calibration import pipeline
 from kvtuner_tools.calibration.calibration_text import CalibrationText
-from kvtuner_tools.calibration.options import Options, Texts
+from kvtuner_tools.calibration.export import write_profile
+from kvtuner_tools.calibration.options import STAGES, CalibrationOptions, Texts
 from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, pareto_front, verdict
-from kvtuner_tools.calibration.pipeline import STAGES, Calibration
-from kvtuner_tools.calibration.study import EngineSettings
+from kvtuner_tools.calibration.pipeline import Calibration
+from kvtuner_tools.calibration.study import EvaluatorSpec
 from tests.helpers.calibration import FakeEvaluator, sensitivity_table
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.load import load_profile
-from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 from vllm_kvtuner.profile.statics import LayerStatics, load_statics, save_statics
 
 AFTER_SENSITIVITY = STAGES[2:]
@@ -51,7 +52,7 @@ def calibration(out, table, evaluators, monkeypatch, **options):
         return evaluators[-1]
 
     monkeypatch.setattr(pipeline, "start_engine", start)
-    options = Options(model="fake", **({"max_bits": 4.0, "trials": 30} | options))
+    options = CalibrationOptions(model="fake", **({"max_bits": 4.0, "trials": 30} | options))
     made = Calibration(out, options)
     made.__dict__["texts"] = texts()
     table.write(out / "sensitivity.json")
@@ -136,8 +137,8 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
     table = sensitivity_table(3)
     measured = []
 
-    def measure(capture, choice, out, recent_window, sink_tokens):
-        measured.append((capture.inputs, choice, recent_window, sink_tokens))
+    def measure(capture, choice, out, recent_window):
+        measured.append((capture.inputs, choice, recent_window))
         table.write(out / "sensitivity.json")
         return table
 
@@ -156,7 +157,7 @@ def test_sensitivity_is_measured_anew_only_for_other_inputs(tmp_path, monkeypatc
         made.options = replace(made.options, **unquantized)
         made.run("sensitivity")
         made.run("sensitivity")
-    assert measured[3:] == [("second", None, 64, 0), ("second", None, 64, 4)]
+    assert measured[3:] == [("second", None, RecentWindow(64)), ("second", None, RecentWindow(64, sink_tokens=4))]
 
 
 def test_costs_of_stages_are_kept(finished):
@@ -320,10 +321,10 @@ def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, c
     out = str(tmp_path / "out")
     window = ["--recent-window", "64", "--sink-tokens", "4"]
     assert cli.main(["calibrate", model, "--out", out, "--max-bits", "4", *window]) == 0
-    assert Options.read(tmp_path / "out").sink_tokens == 4
+    assert CalibrationOptions.read(tmp_path / "out").sink_tokens == 4
     assert cli.main(["sensitivity", out, "--recent-window", "0"]) == 1
     assert f"--{SINKS_ALONE}, but got 4" in capsys.readouterr().err
-    assert Options.read(tmp_path / "out").recent_window == 64
+    assert CalibrationOptions.read(tmp_path / "out").recent_window == 64
     assert cli.main(["sensitivity", out, "--recent-window", "0", "--sink-tokens", "0"]) == 0
 
 
@@ -343,8 +344,8 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert cli.main(["search", str(out), "--max-bits", "4.25"]) == 0
     assert [stage for stage, _ in ran] == ["capture", "prune", "search", "search"]
     assert ran[2][1].memory == 1 << 20
-    assert ran[3][1] == Options(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
-    assert Options.read(out) == ran[3][1]
+    assert ran[3][1] == CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
+    assert CalibrationOptions.read(out) == ran[3][1]
     assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs"]) == 0
     assert [stage for stage, _ in ran[4:]] == list(STAGES)
     assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
@@ -461,8 +462,8 @@ def test_a_recent_window_reaches_the_engine_and_the_profile(tmp_path, monkeypatc
         made.run(stage)
     assert len(settings) == 2, "the search's engine and that of the held-out scores"
     for each in settings:
-        assert (each.recent_window, each.recent_window_bits, each.sink_tokens) == (20, 8, sink_tokens)
-    assert all(EngineSettings.from_plain(each.to_plain()) == each for each in settings)
+        assert each.recent_window == RecentWindow(20, 8, sink_tokens)
+    assert all(EvaluatorSpec.from_plain(each.to_plain()) == each for each in settings)
     result = SearchResult.read(tmp_path)
     assert result.max_bits == pytest.approx(4.25)
     beside = f"beside a recent window of 20 tokens{f' and the first {sink_tokens}' if sink_tokens else ''} in 8 bits"
@@ -488,13 +489,11 @@ def test_another_number_of_sink_tokens_is_another_search(tmp_path, monkeypatch):
 
 
 def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):
-    from kvtuner_tools.calibration.export import write_profile
-
     out, table, _ = finished
     broken = replace(table, model={**table.model, "num_layers": 3})
     with pytest.raises(ValueError, match="layers"):
         write_profile(
-            tmp_path / "p.yaml", broken, out / "statics.safetensors", SearchResult.read(out), Heldout.read(out)
+            tmp_path / "p.yaml", broken, out / "statics.safetensors", SearchResult.read(out), Heldout.read(out), None
         )
     assert not list(tmp_path.glob("*.yaml"))
     assert yaml.safe_load((out / "profile.yaml").read_text())["version"] == 1

@@ -22,7 +22,7 @@ from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.search import run_search, scored_settings, search_result
 from kvtuner_tools.calibration.space import SearchSpace, bytes_for_bits
 from kvtuner_tools.calibration.study import (
-    EngineSettings,
+    EvaluatorSpec,
     SearchPlan,
     create_study,
     find_plan,
@@ -55,7 +55,7 @@ def quiet_optuna():
 def make_plan(max_bits=4.0, sampler="nsga2", seed=0, table=TABLE, unquantized=()):
     clusters = cluster(prune(table, unquantized=unquantized))
     shapes = {layer.index: (layer.num_kv_heads, layer.head_size) for layer in table.layers}
-    engine = EngineSettings(
+    engine = EvaluatorSpec(
         model="fake",
         dtype="bfloat16",
         windows=((1, 2, 3),),

@@ -23,7 +23,7 @@ from tests.helpers.capture import (  # noqa: F401 (a fixture)
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
-from vllm_kvtuner.profile.profile import TransformSettings
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 from vllm_kvtuner.profile.statics import LayerStatics, load_statics
 
 DATA_FREE = TransformSettings(key_hadamard=True, value_hadamard=True, range_search=True)
@@ -147,7 +147,7 @@ def test_the_choice_is_read_again_and_made_again_from_another_capture(tmp_path, 
     first = choose_transforms(capture, tmp_path, device="cpu")
     assert TransformChoice.read(tmp_path) == first
     with monkeypatch.context() as patch:
-        patch.setattr(transform_choice, "AttentionMeter", None)
+        patch.setattr(transform_choice, "TransformCandidates", None)
         assert choose_transforms(capture, tmp_path, device="cpu") == first
     other = choose_transforms(replace(capture, inputs="other"), tmp_path, device="cpu")
     assert other.inputs != first.inputs and other.layers == first.layers
@@ -156,17 +156,17 @@ def test_the_choice_is_read_again_and_made_again_from_another_capture(tmp_path, 
     assert (tmp_path / "statics.safetensors").exists()
 
 
-@pytest.mark.parametrize("other", [{"recent_window": 48}, {"recent_window": 32, "sink_tokens": 4}])
+@pytest.mark.parametrize("other", [RecentWindow(48), RecentWindow(32, sink_tokens=4)])
 def test_the_choice_is_made_again_for_another_window_or_other_sinks(tmp_path, other):
     """By errors that are theirs, near and far, which the sensitivity equals."""
     capture = make_capture(tmp_path / "capture", offset=OUTLIERS)
-    first = choose_transforms(capture, tmp_path, recent_window=32, device="cpu")
-    again = choose_transforms(capture, tmp_path, **other, device="cpu")
+    first = choose_transforms(capture, tmp_path, recent_window=RecentWindow(32), device="cpu")
+    again = choose_transforms(capture, tmp_path, recent_window=other, device="cpu")
     assert TransformChoice.read(tmp_path) == again and again.inputs != first.inputs
     for setting, positions in itertools.product(("none", "chosen"), ("near", "far")):
         errors = [choice.layers[0].errors[setting][positions] for choice in (first, again)]
         assert errors[0] != pytest.approx(errors[1], rel=1e-3)
-    (layer,) = measure_sensitivity(capture, again, tmp_path, **other, device="cpu").layers
+    (layer,) = measure_sensitivity(capture, again, tmp_path, recent_window=other, device="cpu").layers
     assert layer.output_error == pytest.approx(again.layers[0].errors["chosen"]["near"], rel=1e-4)
 
 

@@ -5,12 +5,12 @@ vLLM is imported when a kernel is set up, so that the other kernels can be measu
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 
-from kvtuner_tools.bench.kernel_inputs import Batch, NewTokens, newest_tokens, token_places
-from kvtuner_tools.bench.kernels.packed import CacheFormat, DecodeKernel, Launches
+from kvtuner_tools.bench.kernel_inputs import Batch, NewTokens, StoredTokens, newest_tokens, token_places
+from kvtuner_tools.bench.kernels.base import CacheFormat, Calls, DecodeKernel, Launches, StoreKernel
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, hadamard
 
@@ -28,7 +28,7 @@ def vllm_skip_reason() -> str | None:
     return None
 
 
-def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> tuple[Callable[[], None], ...]:
+def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> Calls:
     """A call of vLLM's ``reshape_and_cache_flash`` per slot mapping, as FlashAttentionImpl.do_kv_cache_update calls it;
     all scales are 1.
 
@@ -47,6 +47,12 @@ def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> tuple[Callable[[]
         return lambda: reshape_and_cache_flash(tokens.key, tokens.value, keys, values, slots, kind, scale, scale)
 
     return tuple(map(store, tokens.slot_mappings))
+
+
+def _unpacked_format(dtype: torch.dtype, head_size: int) -> CacheFormat:
+    """Numbers of one dtype without scales of their own."""
+    size = dtype.itemsize
+    return CacheFormat("fp8" if dtype == FP8 else "bf16", 8.0 * size, 2 * head_size * size)
 
 
 class FlashAttention3(DecodeKernel):
@@ -70,34 +76,28 @@ class FlashAttention3(DecodeKernel):
         return None if version == 3 else f"vLLM chooses FlashAttention {version} for head size {head_size} here"
 
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
-        size = self.dtype.itemsize
-        return [CacheFormat("fp8" if size == 1 else "bf16", 8.0 * size, 2 * head_size * size)]
+        return [_unpacked_format(self.dtype, head_size)]
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from vllm.config import AttentionConfig
         from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
 
-        shape = batch.shape
-        # Layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value].
-        pages = (batch.num_blocks, batch.block_size, shape.num_kv_heads, 2 * shape.head_size)
-        kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device)
-        most = 3 * batch.key_scale  # as in packed pages; fp8 ends at 448
-        kv_cache[..., : shape.head_size].mul_(batch.key_scale).clamp_(-most, most)
-        kv_cache = kv_cache.to(self.dtype)
-        keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(shape.head_size, dim=-1))
+        heads = batch.heads
+        kv_cache = _random_rows(batch, self.dtype)
+        keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(heads.head_size, dim=-1))
         num_splits = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
         query = batch.query.to(self.dtype)
         output = torch.empty_like(batch.query)
-        descale = torch.ones((), device=batch.device).expand(batch.num_reqs, shape.num_kv_heads)
+        descale = torch.ones((), device=batch.device).expand(batch.num_reqs, heads.num_kv_heads)
         max_len = max(batch.lengths)
         scheduler_metadata = get_scheduler_metadata(
             batch_size=batch.num_reqs,
             max_seqlen_q=batch.query_tokens,
             max_seqlen_k=max_len,
-            num_heads_q=shape.num_heads,
-            num_heads_kv=shape.num_kv_heads,
-            headdim=shape.head_size,
+            num_heads_q=heads.num_heads,
+            num_heads_kv=heads.num_kv_heads,
+            headdim=heads.head_size,
             cache_seqlens=batch.seq_lens,
             qkv_dtype=self.dtype,
             cu_seqlens_q=batch.query_start_loc,
@@ -117,7 +117,7 @@ class FlashAttention3(DecodeKernel):
                 max_seqlen_q=batch.query_tokens,
                 seqused_k=batch.seq_lens,
                 max_seqlen_k=max_len,
-                softmax_scale=batch.scale,
+                softmax_scale=batch.attention_shape.scale,
                 causal=True,
                 alibi_slopes=None,
                 window_size=[-1, -1],
@@ -137,6 +137,78 @@ class FlashAttention3(DecodeKernel):
 
         stores = flash_stores(newest_tokens(batch), kv_cache)
         return Launches(tuple(map(call, batch.block_tables)), stores, output, query, rows)
+
+
+class ReshapeAndCacheFlash(StoreKernel):
+    """vLLM's ``reshape_and_cache_flash``."""
+
+    transformed: ClassVar[bool] = False
+
+    def __init__(self, kv_cache_dtype: str) -> None:
+        self.dtype = FP8 if kv_cache_dtype == "fp8" else torch.bfloat16
+
+    def skip_reason(self) -> str | None:
+        return vllm_skip_reason()
+
+    def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
+        return [_unpacked_format(self.dtype, head_size)]
+
+    def build(self, tokens: StoredTokens, cache_format: CacheFormat, transforms: LayerTransforms) -> Calls:
+        heads = tokens.heads
+        pages = (tokens.num_blocks, tokens.block_size, heads.num_kv_heads, 2 * heads.head_size)
+        return flash_stores(tokens, torch.zeros(pages, dtype=self.dtype, device=tokens.key.device))
+
+
+def _random_rows(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """A cache in layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value]."""
+    size = batch.heads.head_size
+    pages = (batch.num_blocks, batch.block_size, batch.heads.num_kv_heads, 2 * size)
+    kv_cache = torch.randn(pages, dtype=torch.bfloat16, device=batch.device)
+    most = 3 * batch.key_scale  # as in packed pages; fp8 ends at 448
+    kv_cache[..., :size].mul_(batch.key_scale).clamp_(-most, most)
+    return kv_cache.to(dtype)
+
+
+class _Int4Cache(NamedTuple):
+    """A cache of random int4 rows, all views of one.
+
+    Args:
+        keys: [num_blocks, block_size, num_kv_heads, bytes of a key and its scale] uint8.
+        values: as keys.
+        k_scales: [num_blocks, block_size, num_kv_heads] fp32 with the zero point in their four lowest bits.
+        v_scales: as k_scales.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    k_scales: torch.Tensor
+    v_scales: torch.Tensor
+
+    @classmethod
+    def random(cls, batch: Batch, content_bytes: int) -> "_Int4Cache":
+        """Values of order 1, and keys of order ``key_scale``."""
+        size = batch.heads.head_size
+        pages = (batch.num_blocks, batch.block_size, batch.heads.num_kv_heads, content_bytes)
+        kv_cache = torch.randint(0, 256, pages, dtype=torch.uint8, device=batch.device)
+        # Content: [key nibbles | scale | value nibbles | scale].
+        keys, values = kv_cache.split(content_bytes // 2, dim=-1)
+        words = kv_cache.view(torch.float32).unflatten(-1, (2, -1))
+        cache = cls(keys, values, words[..., 0, -1], words[..., 1, -1])
+        for scales, factor in ((cache.k_scales, batch.key_scale), (cache.v_scales, 1.0)):
+            # The rotation is not normalized: it multiplies rows by the root of its size.
+            step = 0.4 * factor * (size & -size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
+            zero_point = torch.randint(6, 10, step.shape, dtype=torch.int32, device=batch.device)
+            scales.copy_(((step.view(torch.int32) & -16) | zero_point).view(torch.float32))
+        return cache
+
+    def rows(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first copy of a batch, in model space."""
+        block, offset = token_places(batch)
+        half = batch.heads.head_size // 2
+        return (
+            dequantize_int4(self.keys[block, offset][..., :half], self.k_scales[block, offset]),
+            dequantize_int4(self.values[block, offset][..., :half], self.v_scales[block, offset]),
+        )
 
 
 class Int4PerTokenHead(DecodeKernel):
@@ -162,37 +234,26 @@ class Int4PerTokenHead(DecodeKernel):
         from vllm.v1.attention.ops.triton_unified_attention import unified_attention
         from vllm.v1.kv_cache_interface import KVQuantMode
 
-        shape, device = batch.shape, batch.device
-        pages = (batch.num_blocks, batch.block_size, shape.num_kv_heads, cache_format.content_bytes)
-        kv_cache = torch.randint(0, 256, pages, dtype=torch.uint8, device=device)
-        # Content: [key nibbles | scale | value nibbles | scale]; a scale's four lowest bits are the zero point.
-        keys, values = kv_cache.split(cache_format.content_bytes // 2, dim=-1)
-        words = kv_cache.view(torch.float32).unflatten(-1, (2, -1))
-        k_scales, v_scales = words[..., 0, -1], words[..., 1, -1]
-        for scales, factor in ((k_scales, batch.key_scale), (v_scales, 1.0)):
-            # The rotation is not normalized: it multiplies rows by the root of its size.
-            step = 0.4 * factor * (shape.head_size & -shape.head_size) ** 0.5 * (0.75 + 0.5 * torch.rand_like(scales))
-            zero_point = torch.randint(6, 10, step.shape, dtype=torch.int32, device=device)
-            scales.copy_(((step.view(torch.int32) & -16) | zero_point).view(torch.float32))
-
-        threshold = MIN_LAUNCH_GRID_SIZE_2D // shape.num_kv_heads
-        padded = 1 << (shape.head_size - 1).bit_length()
-        segments = (threshold, shape.num_heads, NUM_PAR_SOFTMAX_SEGMENTS)
-        segment_output = torch.empty(*segments, padded, device=device)
+        heads, device = batch.heads, batch.device
+        cache = _Int4Cache.random(batch, cache_format.content_bytes)
+        threshold = MIN_LAUNCH_GRID_SIZE_2D // heads.num_kv_heads
+        padded = 1 << (heads.head_size - 1).bit_length()
+        segments = (threshold, heads.num_heads, NUM_PAR_SOFTMAX_SEGMENTS)
+        segment_output = torch.empty((*segments, padded), device=device)
         segment_max, segment_sum = (torch.empty(segments, device=device) for _ in range(2))
         output = torch.empty_like(batch.query)
 
         def call(block_table: torch.Tensor) -> Callable[[], None]:
             return lambda: unified_attention(
                 q=batch.query,
-                k=keys,
-                v=values,
+                k=cache.keys,
+                v=cache.values,
                 out=output,
                 cu_seqlens_q=batch.query_start_loc,
                 max_seqlen_q=batch.query_tokens,
                 seqused_k=batch.seq_lens,
                 max_seqlen_k=max(batch.lengths),
-                softmax_scale=batch.scale,
+                softmax_scale=batch.attention_shape.scale,
                 causal=True,
                 window_size=(-1, -1),
                 block_table=block_table,
@@ -206,28 +267,20 @@ class Int4PerTokenHead(DecodeKernel):
                 softmax_segm_max=segment_max,
                 softmax_segm_expsum=segment_sum,
                 kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
-                k_scale_cache=k_scales,
-                v_scale_cache=v_scales,
+                k_scale_cache=cache.k_scales,
+                v_scale_cache=cache.v_scales,
             )
 
         newest = newest_tokens(batch)
 
         def store(slots: torch.Tensor) -> Callable[[], None]:
             return lambda: triton_reshape_and_cache_flash_per_token_head_quant(
-                newest.key, newest.value, keys, values, k_scales, v_scales, slots,
+                newest.key, newest.value, cache.keys, cache.values, cache.k_scales, cache.v_scales, slots,
                 kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
             )  # fmt: skip
 
-        def rows() -> tuple[torch.Tensor, torch.Tensor]:
-            block, offset = token_places(batch)
-            half = shape.head_size // 2
-            return (
-                dequantize_int4(keys[block, offset][..., :half], k_scales[block, offset]),
-                dequantize_int4(values[block, offset][..., :half], v_scales[block, offset]),
-            )
-
         stores = tuple(map(store, newest.slot_mappings))
-        return Launches(tuple(map(call, batch.block_tables)), stores, output, batch.query, rows)
+        return Launches(tuple(map(call, batch.block_tables)), stores, output, batch.query, lambda: cache.rows(batch))
 
 
 def dequantize_int4(packed: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

@@ -41,7 +41,7 @@ def decode_config(
     """Knobs for a layout, rows of a pass and a multiprocessor's shared memory, from sweeps on an H200.
 
     As many CTAs as registers and shared memory allow, two stages (more only lengthen the way to memory), and stages as
-    long as fit. See tools/bench/README.md.
+    long as fit. See docs/notes/stages-and-rings.md.
 
     Args:
         few: whether there are so few segments (``FEW_SEGMENTS``) that most CTAs have a part of one. Then larger CTAs

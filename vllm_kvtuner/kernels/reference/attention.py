@@ -147,15 +147,17 @@ def merge_segments_ref(first: Segment, second: Segment, output: torch.Tensor, ls
     """Attention over the tokens of two segments from that over each, by log-sum-exp, in place.
 
     Args:
-        first: a segment; a row's log-sum-exp may be -inf in one or (padding) in both.
+        first: a segment; a row's log-sum-exp may be -inf in one or (padding) in both. +inf counts as -inf.
         second: another.
         output: as the segments' outputs.
         lse: as the segments', of both together, if wanted.
     """
-    weights = torch.softmax(torch.stack([first.lse, second.lse]), dim=0).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
+    sums = torch.stack([first.lse, second.lse])
+    sums = torch.where(sums.isposinf(), -torch.inf, sums)
+    weights = torch.softmax(sums, dim=0).nan_to_num(0.0).transpose(1, 2).unsqueeze(-1)
     merged = weights[0] * first.output.float() + weights[1] * second.output.float()
     if lse is not None:
-        torch.logaddexp(first.lse, second.lse, out=lse)
+        lse.copy_(sums.logsumexp(0))
     output.copy_(merged)
 
 

@@ -358,6 +358,7 @@ def paged_attention(
     workspace: DecodeWorkspace = launch.workspace
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads, max_query_len = queries.num_reqs, pages.num_kv_heads, queries.max_query_len
+    block_stride, head_stride, _, _ = kv_cache.stride()
     group = shape.group
     pages.check()
     check_attention(query, queries, shape, output, lse)
@@ -387,7 +388,7 @@ def paged_attention(
     _attend_kernel[(num_reqs, num_kv_heads * row_tiles, num_splits)](
         workspace.query, workspace.constants, coefficients, rotary and rotary.cos_sin, kv_cache, queries.block_table,
         queries.seq_lens, queries.query_start_loc, workspace.output, workspace.lse,
-        kv_cache.stride(0) // 4, kv_cache.stride(1) // 4, queries.block_table.stride(0),
+        block_stride // 4, head_stride // 4, queries.block_table.stride()[0],
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
@@ -401,7 +402,7 @@ def paged_attention(
     rows_per_program = 16 if num_rows >= 2048 else 1
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
         workspace.output, workspace.lse, queries.query_start_loc, output, lse,
-        num_rows, num_reqs, num_splits, output.stride(0),
+        num_rows, num_reqs, num_splits, output.stride()[0],
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard, HAS_LSE=lse is not None,
         ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip

@@ -1,0 +1,61 @@
+"""Configurations that are refused; tests/serving/cpu/test_refusals.py asks engines."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm import platforms
+
+from vllm_kvtuner.engine import checks
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.profile import Profile
+
+
+@pytest.mark.parametrize(
+    ("is_cpu", "attend", "bits", "refused"),
+    [(False, True, 8, True), (True, True, 8, False), (False, False, 8, False), (False, True, 16, False)],
+)
+def test_8_bit_windows_are_refused_where_a_gpu_does_not_read_them_back(is_cpu, attend, bits, refused, monkeypatch):
+    """The check is called itself: with vLLM's CPU build no engine has a GPU."""
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
+    options = {"recent_window": 64, "recent_window_bits": bits, "attend_cached_prefill": attend}
+    resolved = Profile("p", None, PrecisionPair(4, 4), **options).resolve(shape)
+    config = SimpleNamespace(scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False))
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
+    problems = checks.recent_windows(config, resolved)
+    assert [line.rpartition(", but got ")[2] for line in problems] == (["8"] if refused else [])
+
+
+@pytest.mark.parametrize(("is_cpu", "bits"), [(False, 16), (False, 8), (True, 8)])
+def test_sink_tokens_of_8_bits_are_refused_on_a_gpu(is_cpu, bits, monkeypatch):
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
+    resolved = Profile("p", None, PrecisionPair(4, 4), recent_window=64, recent_window_bits=bits, sink_tokens=4)
+    resolved = resolved.resolve(shape)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False), kv_transfer_config=None
+    )
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
+    rule = "p: sink_tokens must be 0 on a GPU with recent_window_bits: 8, which serves them in 16 bits, but got 4"
+    assert checks.recent_windows(config, resolved) == (() if is_cpu or bits == 16 else (rule,))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "parallel_drafting", "dtype", "got"),
+    [
+        pytest.param(15, False, None, [], id="as many as the kernel takes"),
+        pytest.param(16, False, "fp8", ["at most 15", "16"], id="one more"),
+        pytest.param(7, True, "auto", [], id="and as many mask tokens"),
+        pytest.param(8, True, None, ["at most 7", "8"], id="one more of each"),
+        pytest.param(3, False, "kvtuner", ["one of vLLM's own", "kvtuner"], id="a quantized draft model"),
+    ],
+)
+def test_speculation_that_is_refused(tokens, parallel_drafting, dtype, got):
+    """The check is called itself: vLLM 0.32.0 knows no such dtype, and parallel drafting needs a model made for it."""
+    speculative = SimpleNamespace(
+        num_speculative_tokens=tokens, parallel_drafting=parallel_drafting, kv_cache_dtype=dtype
+    )
+    config = SimpleNamespace(speculative_config=speculative, use_v2_model_runner=False)
+    problems = checks.speculation(config)
+    assert len(problems) == bool(got)
+    for part in got:
+        assert part in problems[0]

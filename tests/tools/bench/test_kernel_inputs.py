@@ -1,0 +1,77 @@
+"""Batches of the kernel benchmark: blocks, tokens, copies, and attention over them in float64."""
+
+import pytest
+import torch
+
+from kvtuner_tools.bench.kernel_inputs import (
+    attention_float64,
+    copies_for,
+    make_batch,
+    new_tokens,
+    newest_tokens,
+    token_places,
+)
+from tests.helpers.kernel_bench import HEADS
+from vllm_kvtuner.kernels.contract import Span
+from vllm_kvtuner.kernels.reference.attention import attention_ref
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def test_copies_share_no_block_and_leave_out_block_0(device):
+    batch = make_batch(HEADS, 16, [1, 16, 17, 100], 1, 3, device)
+
+    used = [table[table > 0] for table in batch.block_tables]
+    assert [len(blocks) for blocks in used] == [1 + 1 + 2 + 7] * 3
+    assert sorted(torch.cat(used).tolist()) == list(range(1, batch.num_blocks))
+    assert (batch.block_tables[0] > 0).sum(1).tolist() == [1, 1, 2, 7]
+    block, offset = token_places(batch)
+    assert len(block) == sum(batch.lengths)
+    assert len(set(zip(block.tolist(), offset.tolist(), strict=True))) == len(block)
+    assert block[-1] == batch.block_tables[0][3, 6] and offset[-1] == 99 % 16
+
+
+def test_copies_together_exceed_the_l2_cache():
+    assert copies_for(stored_bytes=10**9, l2_bytes=50 << 20) == 2
+    assert copies_for(stored_bytes=38 * 10**6, l2_bytes=50 << 20) * 38e6 >= 6 * (50 << 20)
+    assert copies_for(stored_bytes=100, l2_bytes=50 << 20) == 256
+
+
+def test_float64_attention_is_the_reference(device):
+    batch = make_batch(HEADS, 16, [40, 3], 3, 1, device)
+    keys, values = torch.randn(2, 43, 2, 64, device=device)
+    query = batch.query.float()
+
+    got = attention_float64(batch, query, keys, values)
+
+    want = torch.empty_like(query)
+    attention_ref(query[:3], keys[:40], values[:40], batch.attention_shape, Span(), want[:3])
+    attention_ref(query[3:], keys[40:], values[40:], batch.attention_shape, Span(), want[3:])
+    assert got.dtype == torch.float64
+    torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_stores_move_their_input_and_what_they_store(device):
+    tokens = new_tokens(HEADS, 16, 20, False, device)
+
+    assert tokens.moved_bytes(72) == 20 * 2 * (2 * 64 * 2 + 72)
+    assert all(slots.unique().numel() == 20 for slots in tokens.slot_mappings)
+    first = tokens.slot_mappings[0]
+    assert torch.equal(first[:16] // 16, first[:1].expand(16) // 16) and first[16] // 16 != first[0] // 16
+    decode = new_tokens(HEADS, 16, 20, True, device)
+    assert (decode.slot_mappings[0] // 16).unique().numel() == 20, "every request has a block of its own"
+    assert max(int(slots.max()) for slots in decode.slot_mappings) < 16 * decode.num_blocks
+
+
+def test_newest_tokens_have_slots_in_every_copy(device):
+    batch = make_batch(HEADS, 16, [5, 16, 33], 2, 3, device)
+
+    newest = newest_tokens(batch)
+
+    assert newest.positions.tolist() == [3, 4, 14, 15, 31, 32]
+    for blocks_of, slots in zip(batch.block_tables, newest.slot_mappings, strict=True):
+        blocks = [blocks_of[0, 0]] * 2 + [blocks_of[1, 0]] * 2 + [blocks_of[2, 1], blocks_of[2, 2]]
+        assert slots.tolist() == [16 * int(block) + at for block, at in zip(blocks, (3, 4, 14, 15, 15, 0), strict=True)]

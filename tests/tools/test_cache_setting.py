@@ -1,0 +1,41 @@
+"""Settings of the KV cache as measurements name them."""
+
+import pytest
+
+from kvtuner_tools.cache_setting import CacheSetting, cache_bits
+
+VOCABULARY = 37
+
+
+def test_settings() -> None:
+    assert CacheSetting.parse("fp8") == CacheSetting("fp8")
+    assert CacheSetting.parse("kvtuner:a:b.yaml") == CacheSetting("kvtuner", "a:b.yaml")
+    assert CacheSetting.parse("kvtuner:K8V4").label == "kvtuner:K8V4"
+    for text in ("kvtuner", "kvtuner:", "fp8:K8V4", ""):
+        with pytest.raises(ValueError, match="a setting"):
+            CacheSetting.parse(text)
+
+
+def test_evaluation_makes_prefill_read_the_quantized_cache() -> None:
+    """Without the override a prompt in one chunk would attend to fresh keys and every profile would look lossless."""
+    assert CacheSetting("kvtuner", "K4V4").additional_config(attend_cached_prefill=True) == {
+        "kvtuner_profile": "K4V4",
+        "kvtuner_attend_cached_prefill": True,
+    }
+    assert CacheSetting("kvtuner", "K4V4").additional_config() == {"kvtuner_profile": "K4V4"}
+    assert CacheSetting("fp8").additional_config(attend_cached_prefill=True) == {}
+
+
+def test_bits() -> None:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "hidden_size": 256,
+    }
+    assert cache_bits(CacheSetting("kvtuner", "K8V4"), config, "m", 16) == (6.0, 6.5)
+    assert cache_bits(CacheSetting("auto"), config, "m", 32) == (32.0, 32.0)
+    assert cache_bits(CacheSetting("fp8"), config, "m", 16) == (8.0, 8.0)
+    assert cache_bits(CacheSetting("int4_per_token_head"), config, "m", 16) is None

@@ -1,0 +1,296 @@
+"""Decode speed, prefill speed, KV capacity and throughput of vLLM engines on a model's shapes with dummy weights.
+
+Each point BATCHxCONTEXT prefills BATCH random prompts of CONTEXT tokens (prefill_s), then serves them again from the
+prefix cache and gives milliseconds per step over --output-tokens steps in which all of them decode.
+--throughput keeps as many requests in flight as fit in the KV cache. Every setting runs in an engine and a process of
+its own; a run that was cut short goes on, with the same options and --out, at the setting it was cut short in.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from kvtuner_tools.bench.closed_loop import FILL_STEPS
+from kvtuner_tools.bench.pictures import check_picture, draw
+from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
+from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.engines.serve import ServeJob, measure
+from kvtuner_tools.processes import in_own_process
+from kvtuner_tools.results import format_table, provenance, write_json
+
+SCHEMA = "kvtuner-bench-serve/5"
+POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
+"""Requests that run at once by default, without and with --throughput."""
+_SETTING = {
+    "setting": "label:",
+    "nominal bits": "nominal_bits:.2f",
+    "stored bits": "stored_bits:.2f",
+}
+COLUMNS = {
+    **_SETTING,
+    "KV tokens": "kv_tokens:,",
+    "x auto": "kv_tokens_ratio:.3f",
+    "point": "point:",
+    "decode ms": "decode_ms:.2f",
+    "decode tok/s": "decode_tok_s:,.0f",
+    "prefill s": "prefill_s:.2f",
+}
+THROUGHPUT_COLUMNS = {
+    **_SETTING,
+    "prompt x output": "point:",
+    "requests": "concurrency:,",
+    "fitting": "fitting:,",
+    "output tok/s": "output_tok_s:,.0f",
+    "x auto": "ratio:.2f",
+    "total tok/s": "total_tok_s:,.0f",
+    "cached prompts tok/s": "repeat_tok_s:,.0f",
+    "decode alone ms": "decode_ms:.2f",
+    "decode alone tok/s": "decode_tok_s:,.0f",
+    "preemptions": "preemptions:",
+}
+LONG_PREFILL_COLUMNS = {**_SETTING, "prompt:chunk": "point:", "prefill s": "seconds:.3f", "x auto": "ratio:.3f"}
+
+
+def new_entry(
+    setting: CacheSetting, bits: tuple[float, float] | None, lines: Sequence[Mapping[str, Any]], error: str | None
+) -> dict[str, Any]:
+    """One setting's part of the result.
+
+    Args:
+        setting: what it stores the cache as.
+        bits: nominal and stored.
+        lines: the JSON lines of its engine.
+        error: why the engine failed, if it did.
+    """
+    nominal, stored = bits or (None, None)
+    records: dict[str, list[Any]] = {"engine": [], "points": [], "long_prefill": [], "throughput": []}
+    for line in lines:
+        for kind, record in line.items():
+            records[kind].append(record)
+    (engine,) = records.pop("engine") or [{}]
+    return {
+        "label": setting.label,
+        "kv_cache_dtype": setting.kv_cache_dtype,
+        "profile": setting.profile,
+        "profile_sha256": profile_sha256(setting),
+        "nominal_bits": nominal,
+        "stored_bits": stored,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        **engine,
+        **records,
+        "error": error,
+    }
+
+
+def assemble(head: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of all settings, with what each is to ``auto`` if that is among them.
+
+    Args:
+        head: provenance and the options of the run.
+        entries: of :func:`new_entry`.
+    """
+    auto = next((entry for entry in entries if entry["label"] == "auto"), None)
+    if auto is not None:
+        for entry in entries:
+            if "kv_tokens" in entry and "kv_tokens" in auto:
+                entry["kv_tokens_ratio"] = entry["kv_tokens"] / auto["kv_tokens"]
+            for group, key in (("throughput", "output_tok_s"), ("long_prefill", "seconds")):
+                base = {_name(point): point[key] for point in auto[group]}
+                for point in entry[group]:
+                    if _name(point) in base:
+                        point["ratio"] = point[key] / base[_name(point)]
+    return {"schema": SCHEMA, **head, "settings": list(entries)}
+
+
+def _name(point: Mapping[str, Any]) -> str:
+    """A point as it was written."""
+    if "batch" in point:
+        return str(Point(point["batch"], point["context"]))
+    if "chunk" in point:
+        return str(LongPrefill(point["prompt"], point["chunk"]))
+    return str(ThroughputPoint(point["prompt"], point["output"]))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """All points of all settings as Markdown tables; a setting without points keeps one line in the first."""
+    tables = []
+    for group, columns in (
+        ("points", COLUMNS),
+        ("throughput", THROUGHPUT_COLUMNS),
+        ("long_prefill", LONG_PREFILL_COLUMNS),
+    ):
+        rows = []
+        for entry in result["settings"]:
+            for point in entry[group] or ([{}] if group == "points" else []):
+                rows.append({**entry, **point, "point": _name(point) if point else None})
+        if rows:
+            tables.append(format_table(columns, rows))
+    return "\n\n".join(tables)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``kvtuner bench serve``."""
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--shape", choices=presets())
+    model.add_argument("--model", type=Path, help="folder with config.json")
+    parser.add_argument(
+        "--setting",
+        action="append",
+        required=True,
+        type=CacheSetting.parse,
+        help="auto, fp8, or kvtuner:PROFILE; repeat",
+    )
+    parser.add_argument(
+        "--points", default="64x1024,64x8192,8x32000", help="BATCHxCONTEXT,..., or none (default %(default)s)"
+    )
+    parser.add_argument("--output-tokens", type=int, default=64, help="decode steps of a point (default %(default)s)")
+    parser.add_argument(
+        "--throughput",
+        action="append",
+        default=[],
+        type=ThroughputPoint.parse,
+        metavar="PROMPTxOUTPUT",
+        help="closed-loop throughput with as many such requests as fit the KV cache, such as 4096x512; repeat",
+    )
+    parser.add_argument(
+        "--window",
+        type=float,
+        default=20.0,
+        help="seconds of each steady state of a throughput point (default %(default)s)",
+    )
+    parser.add_argument(
+        "--long-prefill",
+        type=LongPrefill.parse,
+        metavar="PROMPT:CHUNK",
+        help="seconds to prefill one prompt in chunks, such as 32768:8192; no step takes more than CHUNK tokens",
+    )
+    parser.add_argument(
+        "--memory", type=float, default=0.85, help="gpu_memory_utilization of every engine (default %(default)s)"
+    )
+    parser.add_argument("--kv-memory", type=float, help="GiB of KV cache (default: what --memory leaves)")
+    parser.add_argument("--max-model-len", type=int, default=33000, help="default %(default)s")
+    parser.add_argument(
+        "--max-num-seqs",
+        type=int,
+        help=f"requests that run at once (default: {POINT_SEQS}, or {THROUGHPUT_SEQS} with --throughput)",
+    )
+    parser.add_argument("--out", type=Path, help="write the result here as JSON; settings it already holds are kept")
+    parser.add_argument("--picture", type=Path, help="draw it here, .png or .svg (needs matplotlib)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run ``kvtuner bench serve``; 1 when an engine failed, whose points so far are kept."""
+    from transformers import AutoConfig
+
+    model: Path = args.model or SHAPES / args.shape
+    points = () if args.points == "none" else tuple(Point.parse(text) for text in args.points.split(","))
+    max_num_seqs = args.max_num_seqs or (THROUGHPUT_SEQS if args.throughput else POINT_SEQS)
+    _check_lengths(args, points, max_num_seqs)
+    if args.picture:
+        check_picture(args.picture)
+    kv_memory_bytes = None if args.kv_memory is None else int(args.kv_memory * (1 << 30))
+    hf_config = AutoConfig.from_pretrained(model)
+    bits = {setting: cache_bits(setting, hf_config, model.name, 16) for setting in args.setting}
+    head = {
+        **provenance(),
+        "model": args.shape or str(model),
+        "points": [str(point) for point in points],
+        "output_tokens": args.output_tokens,
+        "throughput": [str(point) for point in args.throughput],
+        "window_s": args.window,
+        "long_prefill": args.long_prefill and str(args.long_prefill),
+        "gpu_memory_utilization": args.memory,
+        "kv_memory_bytes": kv_memory_bytes,
+        "max_model_len": args.max_model_len,
+        "max_num_seqs": max_num_seqs,
+    }
+    head, done = _resume(args.out, head)
+    result = assemble(head, list(done.values()))
+    with tempfile.TemporaryDirectory(prefix="kvtuner-bench-") as folder:
+        for number, setting in enumerate(args.setting):
+            kept = done.get(setting.label)
+            if kept and kept["error"] is None and kept["profile_sha256"] == profile_sha256(setting):
+                print(f"{setting.label}: kept from {args.out}")
+                continue
+            job = ServeJob(
+                model=model,
+                vocab_size=hf_config.get_text_config().vocab_size,
+                setting=setting,
+                points=points,
+                output_tokens=args.output_tokens,
+                throughput=tuple(args.throughput),
+                window_s=args.window,
+                long_prefill=args.long_prefill,
+                memory=args.memory,
+                kv_memory_bytes=kv_memory_bytes,
+                max_model_len=args.max_model_len,
+                max_num_seqs=max_num_seqs,
+                lines=Path(folder) / f"{number}.jsonl",
+            )
+            done[setting.label] = _measure_setting(job, bits[setting])
+            # Rewritten after every engine, so that a run cut short keeps what it measured.
+            result = assemble(head, list(done.values()))
+            if args.out:
+                write_json(args.out, result)
+    status = _report(result)
+    if args.picture:
+        draw(result, args.picture)
+    return status
+
+
+def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[str, Any]:
+    """The entry of one setting, measured in an engine and a process of its own."""
+    error = None
+    try:
+        in_own_process(measure, job)
+    except Exception as failure:  # an engine can fail in any way; the next one must still be measured
+        error = f"{type(failure).__name__}: {failure}"
+    records = [json.loads(line) for line in job.lines.read_text().splitlines()] if job.lines.exists() else []
+    return new_entry(job.setting, bits, records, error)
+
+
+def _report(result: Mapping[str, Any]) -> int:
+    """Print the tables, and what failed on stderr; the exit status."""
+    print(f"{result['model']} on {result['device']}, dummy weights")
+    print(table(result))
+    failed = [entry for entry in result["settings"] if entry["error"]]
+    for entry in failed:
+        print(f"{entry['label']}: {entry['error']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _check_lengths(args: argparse.Namespace, points: Sequence[Point], max_num_seqs: int) -> None:
+    if args.long_prefill and args.long_prefill.chunk < max_num_seqs:
+        rule = f"--long-prefill's CHUNK must be at least --max-num-seqs, {max_num_seqs}, as vLLM demands of a step"
+        raise ValueError(f"{rule}, but got {args.long_prefill.chunk}")
+    longest = [point.context + FILL_STEPS + args.output_tokens for point in points]
+    # The first requests of a closed loop may generate twice their output.
+    longest += [point.prompt + 2 * point.output for point in args.throughput]
+    longest += [args.long_prefill.prompt + 1] if args.long_prefill else []
+    if not longest:
+        raise ValueError("bench serve needs --points, --throughput or --long-prefill, but got none")
+    if max(longest) > args.max_model_len:
+        rule = f"--max-model-len must be at least {max(longest)} for these points"
+        raise ValueError(f"{rule}, but got {args.max_model_len}")
+
+
+def _resume(out: Path | None, head: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The head of the result, and the entries that ``out`` already holds by label.
+
+    Raises:
+        ValueError: ``out`` is another benchmark's, or was measured with other options, versions or another card.
+    """
+    if out is None or not out.exists():
+        return head, {}
+    found = json.loads(out.read_text())
+    if found.get("schema") != SCHEMA:
+        raise ValueError(f"{out}: --out must be a new file or a result of {SCHEMA}, but got {found.get('schema')!r}")
+    if other := [key for key, value in head.items() if key != "created" and found.get(key) != value]:
+        rule = "--out must be a new file or hold the same run"
+        raise ValueError(f"{out}: {rule}, but got another {', '.join(other)}")
+    return {key: found[key] for key in head}, {entry["label"]: entry for entry in found["settings"]}

@@ -1,0 +1,335 @@
+"""Every place where we rely on what vLLM may change in any version: patched names, private ones, and methods that we
+override though they are no interface for plugins. tests/compat checks each against the installed vLLM.
+
+Where a version is added, entries that differ get ``since`` and ``before``; those before the oldest served one can go.
+"""
+
+from vllm_kvtuner.compat.inspection import ANY_KEYWORD, Seam
+
+_CORE = "vllm.v1.core."
+_MANAGERS = _CORE + "single_type_kv_cache_manager:"
+_SPECS = "vllm.v1.kv_cache_interface:"
+_CONNECTORS = "vllm.distributed.kv_transfer.kv_connector."
+_ARGUMENTS = "vllm.engine.arg_utils:"
+_ATTENTION = "vllm.model_executor.layers.attention.attention:"
+_WORKER = "vllm.v1.worker.gpu_worker:Worker"
+_ROTARY = "vllm.model_executor.layers.rotary_embedding."
+
+_SETTINGS = (
+    Seam(
+        "registry of cache dtypes", "vllm.config.cache:register_kv_cache_dtype",
+        "compat.settings.register_kv_cache_dtype", ("name",), since="0.33",
+    ),
+    Seam(
+        "handler of a cache dtype", "vllm.config.cache:KVCacheDTypeHandler",
+        "compat.settings.register_kv_cache_dtype", attributes=("name", "torch_dtype", "quant_mode"), since="0.33",
+    ),
+    Seam(
+        "no quantization as vLLM knows it", _SPECS + "KVQuantMode.NONE", "compat.settings.register_kv_cache_dtype",
+        since="0.33",
+    ),
+    Seam(
+        "closed list of cache dtypes", "vllm.config.cache:CacheDType.__args__",
+        "compat.settings.register_kv_cache_dtype", before="0.33",
+    ),
+    Seam(
+        "tensors' dtypes by cache dtype", "vllm.utils.torch_utils:STR_DTYPE_TO_TORCH_DTYPE",
+        "compat.settings.register_kv_cache_dtype", before="0.33",
+    ),
+    Seam(
+        "arguments kept by configuration class", _ARGUMENTS + "_compute_kwargs.cache_clear",
+        "compat.settings.register_kv_cache_dtype", before="0.33",
+    ),
+    Seam(
+        "arguments of the command line", _ARGUMENTS + "EngineArgs.add_cli_args", "compat.settings.add_profile_argument",
+        ("parser",), exact=True,
+    ),
+    Seam(
+        "engine arguments from the command line", _ARGUMENTS + "EngineArgs.from_cli_args",
+        "compat.settings.add_profile_argument", ("args",), exact=True,
+    ),
+    Seam(
+        "configuration that plugins share", _ARGUMENTS + "EngineArgs", "compat.settings.add_profile_argument",
+        attributes=("additional_config",),
+    ),
+    Seam(
+        "engine configuration", _ARGUMENTS + "EngineArgs.create_engine_config", "compat.settings.check_engine_config"
+    ),
+)  # fmt: skip
+
+_LAYERS = (
+    Seam(
+        "names of attention backends", "vllm.v1.attention.backends.registry:register_backend",
+        "compat.layers.register_backend", ("backend", "class_path"),
+    ),
+    Seam(
+        "a layer's backend by its name", _ATTENTION + "AttentionBackendEnum.__members__",
+        "compat.layers.register_backend",
+    ),
+    Seam(
+        "construction of an attention layer", _ATTENTION + "Attention.__init__",
+        "compat.layers.give_layers_their_backend",
+        ("cache_config", "prefix", "attn_type", "kv_sharing_target_layer_name", "attn_backend", ANY_KEYWORD),
+    ),
+    Seam(
+        "an attention layer's parts", _ATTENTION + "Attention", "compat.layers.give_layers_their_backend",
+        attributes=("impl", "kv_cache", "layer_name", "num_kv_heads"),
+    ),
+    Seam(
+        "tag of the model that is being built", "vllm.compilation.backends:model_tag",
+        "compat.layers.give_layers_their_backend",
+    ),
+    Seam(
+        "layers by name", "vllm.config:CompilationConfig", "compat.layers.bind_statics_after_loading",
+        attributes=("static_forward_context",),
+    ),
+    Seam("loading", _WORKER + ".load_model", "compat.layers.bind_statics_after_loading"),
+    Seam("the loaded model", _WORKER + ".get_model", "compat.layers.bind_statics_after_loading", exact=True),
+    Seam(
+        "a worker's configuration", _WORKER, "compat.layers.bind_statics_after_loading", attributes=("vllm_config",)
+    ),
+    Seam(
+        "rotary table before rounding", _ROTARY + "base:RotaryEmbeddingBase._compute_cos_sin_cache",
+        "engine.statics.rotary_table", exact=True,
+    ),
+    Seam(
+        "rotary table", _ROTARY + "base:RotaryEmbeddingBase", "engine.statics.rotary_table",
+        attributes=("cos_sin_cache", "is_neox_style"),
+    ),
+    Seam(
+        "Phi-3's rotary tables", _ROTARY + "phi3_long_rope_scaled_rope:Phi3LongRoPEScaledRotaryEmbedding",
+        "engine.statics.rotary_table",
+        attributes=("long_short_cos_sin_cache", "original_max_position_embeddings", "use_long_rope"),
+    ),
+    Seam(
+        "M-RoPE", _ROTARY + "mrope:MRotaryEmbedding", "engine.statics.rotary_table", attributes=("mrope_section",)
+    ),
+    Seam(
+        "CUDA graphs of a metadata builder", "vllm.v1.attention.backend:AttentionMetadataBuilder._cudagraph_support",
+        "attention.backend.KVTunerMetadataBuilder",
+    ),
+)  # fmt: skip
+
+_WORKERS = (
+    Seam("warm-up", _WORKER + ".compile_or_warm_up_model", "compat.worker.warm_kernels_up", exact=True),
+    Seam("waking up", _WORKER + ".wake_up", "compat.worker.wake_kernels_up", ("tags",), exact=True),
+)
+
+_BLOCKS = (
+    Seam(
+        "block sizes of hybrid models", "vllm.platforms.interface:Platform._align_hybrid_block_size",
+        "compat.blocks.size_blocks_by_the_mean_page", ("vllm_config", "backend_cls"), exact=True,
+    ),
+    Seam(
+        "page of a backend", "vllm.v1.attention.backend:AttentionBackend.customize_spec",
+        "compat.blocks.size_blocks_by_the_mean_page", ("spec",), exact=True,
+    ),
+    Seam(
+        "groups of unequal pages", _CORE + "kv_cache_utils:_get_packed_kv_cache_groups",
+        "compat.blocks.group_layers_by_the_block", ("vllm_config", "kv_cache_spec"), exact=True, before="0.33",
+    ),
+    Seam(
+        "groups of unequal pages", _CORE + "kv_cache_planning:_get_packed_kv_cache_groups",
+        "compat.blocks.group_layers_by_the_block", ("vllm_config", "kv_cache_spec"), exact=True, since="0.33",
+    ),
+    Seam(
+        "layout of a run", "vllm.config:CacheConfig.get_resolved_kv_cache_layout",
+        "compat.blocks.group_layers_by_the_block", exact=True,
+    ),
+    Seam(
+        "block-outermost layouts", _SPECS + "KVCacheLayout", "compat.blocks.group_layers_by_the_block",
+        attributes=("is_block_outermost",),
+    ),
+    Seam(
+        "layers that may share a group", _SPECS + "UniformTypeKVCacheSpecs.is_uniform_type",
+        "blocks.sliding_groups.uniform_buckets", ("kv_cache_specs",), exact=True,
+    ),
+    Seam(
+        "a group's specs", _SPECS + "UniformTypeKVCacheSpecs.from_specs", "blocks.sliding_groups.uniform_buckets",
+        ("kv_cache_specs",), exact=True,
+    ),
+    Seam(
+        "managers by spec", _MANAGERS + "register_all_kvcache_specs", "compat.blocks.register_recent_windows",
+        ("vllm_config",), exact=True,
+    ),
+    Seam(
+        "managers by spec, as the engine core has them", "vllm.v1.engine.core:register_all_kvcache_specs",
+        "compat.blocks.register_recent_windows",
+    ),
+    Seam(
+        "registry of managers", "vllm.v1.kv_cache_spec_registry:KVCacheSpecRegistry.register",
+        "compat.blocks.register_recent_windows", ("kvcache_spec_cls", "manager_class"),
+    ),
+    Seam(
+        "the scheduler's manager of blocks", _CORE + "sched.scheduler:Scheduler", "compat.blocks.allocate_where_needed",
+        attributes=("vllm_config", "kv_cache_manager"),
+    ),
+    Seam(
+        "allocation for a request", _CORE + "kv_cache_manager:KVCacheManager.allocate_slots",
+        "blocks.allocation.methods_where_needed", ("request", "num_new_tokens", "num_lookahead_tokens"),
+    ),
+    Seam(
+        "what the prefix cache is told", _CORE + "kv_cache_manager:KVCacheManager.cache_blocks",
+        "blocks.allocation.methods_where_needed", ("request", "num_computed_tokens"), exact=True,
+    ),
+    Seam(
+        "a manager's parts", _CORE + "kv_cache_manager:KVCacheManager", "blocks.allocation.methods_where_needed",
+        attributes=("coordinator", "block_pool", "empty_kv_cache_blocks", "max_model_len"),
+    ),
+    Seam(
+        "a coordinator's parts", _CORE + "kv_cache_coordinator:KVCacheCoordinator", "blocks.allocation.steps_of",
+        attributes=("single_type_managers", "scheduler_block_size"),
+    ),
+    Seam(
+        "what is known of a request", "vllm.v1.request:Request", "blocks.allocation.Steps",
+        attributes=(
+            "num_computed_tokens", "num_in_flight_tokens", "num_prompt_tokens", "num_tokens", "shared_prefix_boundary",
+        ),
+    ),
+    Seam(
+        "where a prompt's hits end", _CORE + "kv_cache_coordinator:replay_boundaries",
+        "blocks.window_manager.tell_managers", ("num_prompt_tokens", "scheduler_block_size", "use_eagle"), exact=True,
+    ),
+)  # fmt: skip
+
+_WINDOWS = (
+    Seam(
+        "tokens that a window keeps", _SPECS + "SlidingWindowSpec", "blocks.window_manager.RecentSpec",
+        attributes=("sliding_window", "extra_retained_tokens"),
+    ),
+    Seam(
+        "tokens that a window's block table keeps", _SPECS + "SlidingWindowSpec", "blocks.window_manager.RecentSpec",
+        attributes=("num_retained_tokens",), since="0.33",
+    ),
+    Seam(
+        "blocks of a request", _SPECS + "SlidingWindowSpec.max_admission_blocks_per_request",
+        "blocks.window_manager.RecentSpec", ("max_in_flight_tokens", "max_model_len"), exact=True,
+    ),
+    Seam(
+        "bytes of a request", _SPECS + "SlidingWindowSpec.max_memory_usage_bytes", "blocks.window_manager.RecentSpec",
+        ("vllm_config",), exact=True,
+    ),
+    Seam(
+        "construction of a window's manager", _MANAGERS + "SlidingWindowManager.__init__",
+        "blocks.window_manager.RecentManager", ("kv_cache_spec", ANY_KEYWORD), exact=True,
+    ),
+    Seam(
+        "a window's manager", _MANAGERS + "SlidingWindowManager", "blocks.window_manager.RecentManager",
+        attributes=(
+            "block_pool", "block_size", "cache_hit_alignment_tokens", "enable_caching", "new_block_ids",
+            "req_to_blocks", "sliding_window", "use_eagle", "_null_block", "_record_new_block_ids",
+        ),
+    ),
+    Seam(
+        "tokens before a window", _MANAGERS + "SlidingWindowManager.get_num_skipped_tokens",
+        "blocks.window_manager.RecentManager", ("num_computed_tokens",), exact=True,
+    ),
+    Seam(
+        "blocks that a hit needs", _MANAGERS + "SlidingWindowManager._contiguous_blocks_for_hit",
+        "blocks.window_manager.RecentManager", ("window_size", "block_size", "use_eagle"), exact=True,
+    ),
+    Seam(
+        "blocks that are counted when found", _MANAGERS + "SlidingWindowManager._get_num_evictable_blocks",
+        "blocks.window_manager.RecentManager", ("blocks",), exact=True,
+    ),
+    Seam(
+        "hits", _MANAGERS + "SlidingWindowManager.find_longest_cache_hit", "blocks.window_manager.RecentManager",
+        (
+            "block_hashes", "max_length", "kv_cache_group_ids", "block_pool", "kv_cache_spec", "drop_eagle_block",
+            "alignment_tokens",
+        ),
+    ),
+    Seam(
+        "blocks that hits can reach", _MANAGERS + "SlidingWindowManager.reachable_block_mask",
+        "blocks.window_manager.RecentManager", ("start_block", "end_block", "alignment_tokens", "kv_cache_spec"),
+    ),
+    Seam(
+        "count of blocks to allocate", _MANAGERS + "SlidingWindowManager.get_num_blocks_to_allocate",
+        "blocks.window_manager.RecentManager",
+        ("request_id", "num_tokens", "new_computed_blocks", "total_computed_tokens", "apply_admission_cap"),
+    ),
+    Seam(
+        "blocks that were found", _MANAGERS + "SlidingWindowManager.add_local_computed_blocks",
+        "blocks.window_manager.RecentManager", ("request_id", "new_computed_blocks"),
+    ),
+    Seam(
+        "new blocks", _MANAGERS + "SlidingWindowManager.allocate_new_blocks", "blocks.window_manager.RecentManager",
+        ("request_id", "num_tokens", "num_tokens_main_model"), exact=True,
+    ),
+    Seam(
+        "blocks behind a window", _MANAGERS + "SlidingWindowManager.remove_skipped_blocks",
+        "blocks.window_manager.RecentManager",
+        ("request_id", "processed_computed_tokens", "num_prompt_tokens"), exact=True,
+    ),
+    Seam(
+        "blocks of a request that ends", _MANAGERS + "SlidingWindowManager.pop_blocks_for_free",
+        "blocks.window_manager.RecentManager", ("request_id",), exact=True,
+    ),
+    Seam(
+        "cached block by hash", _CORE + "block_pool:BlockPool.get_cached_block", "blocks.window_manager.RecentManager",
+        ("block_hash", "kv_cache_group_ids"),
+    ),
+    Seam(
+        "the pool", _CORE + "block_pool:BlockPool", "blocks.window_manager.RecentManager",
+        attributes=("free_blocks", "get_new_blocks", "hash_block_size", "touch"),
+    ),
+    Seam(
+        "a prompt's hashes", _CORE + "kv_cache_utils:resolve_block_hashes", "blocks.window_manager.RecentManager",
+        ("block_hashes", "hash_block_size", "block_size", "supports_fine_grained_hash_lookup", "alignment_tokens"),
+    ),
+)  # fmt: skip
+
+_CONNECTORS_AND_REPORTS = (
+    Seam(
+        "connectors by name", _CONNECTORS + "factory:KVConnectorFactory.get_connector_class",
+        "compat.connectors.tell_connectors_of_the_profile", ("kv_transfer_config",), exact=True,
+    ),
+    Seam(
+        "names of offloaded files", _CONNECTORS + "v1.offloading_connector:build_offloading_config",
+        "compat.connectors.tell_connectors_of_the_profile", ("vllm_config",),
+    ),
+    Seam(
+        "a model's name in offloaded files", "vllm.v1.kv_offload.config:OffloadingModelConfig",
+        "compat.connectors.tell_connectors_of_the_profile", attributes=("dtype",),
+    ),
+    Seam(
+        "handshake of transfers", _CONNECTORS + "v1.nixl.base_worker:compute_nixl_compatibility_hash",
+        "compat.connectors.tell_connectors_of_the_profile", ("vllm_config",),
+    ),
+    Seam(
+        "capacity", _CORE + "kv_cache_utils:update_kv_cache_capacity", "compat.reporting.log_capacity_once",
+        ("vllm_config", "kv_cache_config"), exact=True,
+    ),
+    Seam(
+        "capacity, as the engine core has it", "vllm.v1.engine.core:update_kv_cache_capacity",
+        "compat.reporting.log_capacity_once",
+    ),
+    Seam(
+        "tokens that fit", _CORE + "kv_cache_utils:get_kv_cache_capacity", "blocks.capacity.log_capacity",
+        ("vllm_config", "kv_cache_config"), exact=True,
+    ),
+    Seam(
+        "where layers lie in the pool", _SPECS + "KVCacheTensor", "blocks.capacity.log_capacity",
+        attributes=("size", "layers", "layer_stride", "block_stride"),
+    ),
+    Seam(
+        "start of metrics", "vllm.v1.metrics.loggers:PrometheusStatLogger.log_engine_initialized",
+        "compat.reporting.publish_metrics", exact=True,
+    ),
+    Seam(
+        "metrics' parts", "vllm.v1.metrics.loggers:PrometheusStatLogger", "compat.reporting.publish_metrics",
+        attributes=("_gauge_cls", "engine_indexes", "vllm_config"),
+    ),
+)  # fmt: skip
+
+SEAMS = _SETTINGS + _LAYERS + _WORKERS + _BLOCKS + _WINDOWS + _CONNECTORS_AND_REPORTS
+
+
+def seams_of(version: str) -> list[Seam]:
+    """Those of a vLLM version."""
+    return [seam for seam in SEAMS if seam.is_in(version)]
+
+
+def broken_seams(version: str) -> list[str]:
+    """What the installed vLLM of that version lacks, each problem in one line."""
+    return [problem for seam in seams_of(version) if (problem := seam.problem())]
