@@ -72,9 +72,11 @@ class Pages(NamedTuple):
         """Kernels move 16 bytes at a time."""
         cache, layout = self.kv_cache, self.layout
         assert cache.dtype == torch.uint8 and cache.dim() == 4, (cache.dtype, cache.shape)
-        assert cache.shape[2:] == (layout.block_size, layout.content_bytes), (cache.shape, layout)
-        assert cache.stride(3) == 1 and cache.stride(2) == layout.content_bytes, "a chunk must be contiguous"
-        assert cache.stride(0) % ALIGNMENT == 0 and cache.stride(1) % ALIGNMENT == 0, cache.stride()
+        content = layout.content_bytes
+        assert cache.shape[2:] == (layout.block_size, content), (cache.shape, layout)
+        block_stride, head_stride, *within = cache.stride()
+        assert within == [content, 1], "a chunk must be contiguous"
+        assert block_stride % ALIGNMENT == 0 and head_stride % ALIGNMENT == 0, cache.stride()
         assert cache.data_ptr() % ALIGNMENT == 0, "chunks must be aligned"
 
 
@@ -102,7 +104,7 @@ class Queries(NamedTuple):
         num_reqs = self.num_reqs
         assert self.seq_lens.shape == (num_reqs,) and self.query_start_loc.shape == (num_reqs + 1,)
         for lengths in (self.block_table, self.seq_lens, self.query_start_loc):
-            assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
+            assert lengths.dtype == torch.int32 and lengths.stride()[-1] == 1
 
 
 class CachedTokens(NamedTuple):
@@ -123,7 +125,7 @@ class CachedTokens(NamedTuple):
     def check(self) -> None:
         """Kernels read int32 rows."""
         num_reqs = self.block_table.shape[0]
-        assert self.block_table.dtype == torch.int32 and self.block_table.stride(1) == 1
+        assert self.block_table.dtype == torch.int32 and self.block_table.stride()[1] == 1
         for lengths, count in ((self.cu_seq_lens, num_reqs + 1), (self.seq_starts, num_reqs)):
             assert lengths.shape == (count,) and lengths.dtype == torch.int32 and lengths.is_contiguous()
 
@@ -402,4 +404,4 @@ def check_attention(
 
 def check_rows(rows: torch.Tensor) -> None:
     """[num_tokens, heads, head_size] in which a token's heads are contiguous, and tokens need not be."""
-    assert rows.stride(2) == 1 and rows.stride(1) == rows.shape[2], "a token's heads must be contiguous"
+    assert rows.stride()[1:] == (rows.shape[2], 1), "a token's heads must be contiguous"

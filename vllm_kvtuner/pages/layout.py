@@ -210,3 +210,18 @@ class PageLayout:
     @property
     def chunk_bytes(self) -> int:
         return self.block_size * self.content_bytes
+
+    def constants(self) -> dict[str, int]:
+        """Every number of a chunk, by the names that kernels in C++ have for them: offsets and sizes in bytes."""
+        return {
+            "TOKENS": self.block_size,
+            "K_ROW": self.k_row_bytes,
+            "V_ROW": self.v_row_bytes,
+            "META_ROW": META_BYTES,
+            "CONTENT": self.content_bytes,
+            "K_CODES": self.k_codes_offset,
+            "V_CODES": self.v_codes_offset,
+            "K_META": self.k_meta_offset,
+            "V_META": self.v_meta_offset,
+            "BYTES": self.chunk_bytes,
+        }

@@ -1,7 +1,7 @@
 """Runs the CUDA sources on a CPU, under their own Python launchers: what a kernel computes, not how fast.
 
 The host's compiler builds a source with `cuda_emulator.h` in place of CUDA, and with the bodies below in place of the
-functions that device.cuh writes in PTX. It is compiled as for sm_80, so that copies are plain loads.
+functions that src/device writes in PTX. It is compiled as for sm_80, so that copies are plain loads.
 """
 
 import ctypes
@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_kvtuner.kernels.cuda import build as cuda_build
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda.build import SOURCES, Source
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
 COMPILER = shutil.which("g++")
-OPTIONS = ("-O1", "-std=c++17", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+OPTIONS = ("-O1", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 OPTIONS += ("-shared", "-fPIC")
 NUM_SMS = 3
 CTAS = NUM_SMS
@@ -61,7 +61,7 @@ BODIES = {
     "copy_16(": "copy_bytes<16>(memory + target, source, __LINE__);",
     "copy_8(": "copy_bytes<8>(memory + target, source, __LINE__);",
 }
-"""Bodies of device.cuh's functions, by what follows their return type."""
+"""Bodies of functions in src/device, by what follows their return type."""
 
 
 def available() -> str | None:
@@ -73,12 +73,16 @@ def available() -> str | None:
     return None
 
 
-def emulated_source(stem: str) -> str:
+def emulated_source(source: Source) -> str:
     """The kernel's source with the bodies of :data:`BODIES` and without inline PTX."""
-    text = cuda_build.source(stem)
+    text = source.text()
+    device = "".join(path.read_text() for path in (SOURCES / "device").iterdir())
     for name, body in BODIES.items():
-        match = re.search(rf"__forceinline__ [\w ]*\b{re.escape(name)}[^{{]*\{{", text)
-        assert match, f"device.cuh has no function {name}...)"
+        head = re.compile(rf"__forceinline__ [\w ]*\b{re.escape(name)}[^{{]*\{{")
+        assert head.search(device), f"src/device has no function {name}...)"
+        match = head.search(text)
+        if match is None:  # in a part that this kernel does not include
+            continue
         line_end = text.index("\n", match.end())
         one_line = text[line_end - 1] == "}"
         end = line_end - 1 if one_line else text.index("\n}\n", match.end()) + 1
@@ -88,26 +92,24 @@ def emulated_source(stem: str) -> str:
 
 
 @functools.cache
-def _library(stem: str, defines: tuple[tuple[str, int], ...], shared_bytes: int) -> ctypes.CDLL:
-    source = emulated_source(stem)
-    signature = re.search(rf'extern "C" __global__.*?\b{stem}\(([^)]*)\)', source[source.rindex('extern "C"') :], re.S)
-    parameters = [" ".join(parameter.split()) for parameter in signature[1].split(",")]
-    names = [re.findall(r"\w+", parameter)[-1] for parameter in parameters]
-    statics = "\n".join("static " + re.sub(r"(\w+)$", r"arg_\1", parameter) + ";" for parameter in parameters)
-    arguments = ", ".join(f"arg_{name}" for name in names)
+def _library(source: Source, shared_bytes: int) -> ctypes.CDLL:
+    kernel = emulated_source(source)
+    names = re.search(r"^#define ARGUMENT_NAMES (.*)$", kernel, re.M)
+    assert names, "a kernel's arguments are generated"
+    given = ", ".join(f"given.{name}" for name in names[1].split(", "))
     text = "\n".join(
         [
             f'#include "{HEADER}"',
             f"alignas(128) static unsigned char memory[{max(shared_bytes, 16)}];",
-            *(f"#define {name} {value}" for name, value in defines),
-            source,
-            statics,
-            f'extern "C" void emulate(unsigned ctas, int threads, {", ".join(parameters)}) {{',
-            *(f"arg_{name} = {name};" for name in names),
+            *(f"#define {name} {value}" for name, value in source.macros),
+            kernel,
+            "static Arguments given;",
+            'extern "C" void emulate(unsigned ctas, int threads, const Arguments* arguments) {',
+            "given = *arguments;",
             "for (unsigned cta = 0; cta < ctas; cta++) {",
             # As a CTA finds it: what an earlier one may have left there.
             "std::fill_n((int*)memory, sizeof(memory) / 4, 1);",
-            f"run_cta(cta, ctas, threads, [] {{ {stem}({arguments}); }});",
+            f"run_cta(cta, ctas, threads, [] {{ {source.stem}({given}); }});",
             "}",
             "}",
         ]
@@ -130,20 +132,19 @@ class EmulatedKernel:
 
     max_ctas = CTAS
 
-    def __init__(self, stem: str, defines: tuple[tuple[str, int], ...], block: int, shared_bytes: int) -> None:
-        self._function = _library(stem, defines, shared_bytes).emulate
+    def __init__(self, source: Source, block: int, shared_bytes: int) -> None:
+        self._function = _library(source, shared_bytes).emulate
         self._block = block
 
-    def launch(self, grid: int, *arguments: object, dependent: bool = False) -> None:
-        values = [ctypes.c_uint64(value) if isinstance(value, int) else value for value in arguments]
-        self._function(ctypes.c_uint(grid), ctypes.c_int(self._block), *values)
+    def launch(self, grid: int, arguments: ctypes.Structure, dependent: bool = False) -> None:
+        self._function(ctypes.c_uint(grid), ctypes.c_int(self._block), ctypes.byref(arguments))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the emulated kernels under the launchers, on tensors in the CPU's memory."""
 
-    def build(stem, defines, block, shared_bytes, device):
-        return EmulatedKernel(stem, defines, block, shared_bytes)
+    def build(source: Source, block: int, shared_bytes: int, device: torch.device) -> EmulatedKernel:
+        return EmulatedKernel(source, block, shared_bytes)
 
     for launcher in (gather_cache, paged_attention, reshape_and_cache):
         monkeypatch.setattr(launcher, "build", build)

@@ -207,7 +207,7 @@ static void run_cta(unsigned cta, unsigned ctas, int threads, void (*body)()) {
   }
 }
 
-// ---- numbers and matrix instructions, which device.cuh writes in PTX ----
+// ---- numbers and matrix instructions, which src/device writes in PTX ----
 
 static float half_to_float(uint32_t bits) { return _cvtsh_ss((unsigned short)bits); }
 static uint32_t float_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }

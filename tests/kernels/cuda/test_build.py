@@ -1,9 +1,11 @@
 """The CUDA sources through the compiler, which needs no GPU, and the cache of what it makes."""
 
+import ctypes
 import dataclasses
 import gc
 import itertools
 import os
+import re
 import resource
 
 import pytest
@@ -12,8 +14,12 @@ import torch
 from tests.helpers.cubin import local_memory_instructions, resource_usage
 from tests.helpers.decode_cases import HEAD_SIZES, linear_table, with_offset_pairs
 from tests.helpers.paged_cache import make_layout, random_transforms
-from vllm_kvtuner.kernels.cuda import build, gather_cache
+from vllm_kvtuner.kernels.contract import Span
+from vllm_kvtuner.kernels.cuda import build, gather_cache, paged_attention_config, reshape_and_cache
 from vllm_kvtuner.kernels.cuda import paged_attention as cuda
+from vllm_kvtuner.kernels.cuda import variant as variants
+from vllm_kvtuner.kernels.cuda.page_layout import page_layout
+from vllm_kvtuner.kernels.cuda.rows import RowVariant
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -41,26 +47,21 @@ class Variant:
     few: bool = False
     dtype: torch.dtype = torch.bfloat16
 
-    def defines(self, arch: str) -> dict[str, int]:
+    def settle(self, arch: str) -> variants.CompiledVariant:
         switches = dict.fromkeys(("equalization", "key_hadamard", "value_hadamard"), self.transformed)
         rotary = linear_table(self.head_size, True, 2, CPU) if self.offset_pairs else None
         transforms = random_transforms(1, self.head_size, CPU, rotary, offset=float(rotary is not None), **switches)
         if rotary is not None:
             transforms = with_offset_pairs(transforms, self.offset_pairs)
-        pairs = 0 if transforms.offset_pairs is None else len(transforms.offset_pairs.index)
-        layout, rows = make_layout(self.pair, self.head_size, self.block_size), self.rows
-        config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch], self.few)
-        return cuda._defines(
-            layout, self.group, rows, config, self.dtype, transforms, pairs, self.window, self.soft_cap,
-            self.recent or 0, self.recent is not None, self.sink_tokens,
+        call = variants.Variant(
+            make_layout(self.pair, self.head_size, self.block_size), self.group,
+            paged_attention_config.pass_rows(self.group * self.max_query_len), self.dtype,
+            Span(self.window, self.recent or 0, self.sink_tokens), self.soft_cap, self.recent is not None, self.few,
         )  # fmt: skip
-
-    @property
-    def rows(self) -> int:
-        return cuda.pass_rows(self.group * self.max_query_len)
+        return call.settle(transforms, SHARED_BYTES[arch])
 
     def compile(self, arch: str) -> bytes:
-        return bytes(build.compile_cubin("paged_attention", self.defines(arch), arch, None).code)
+        return bytes(build.compile_cubin(self.settle(arch).source(), arch, None).code)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +93,9 @@ class Variant:
 )
 def test_nothing_spills_where_decoding_is_fastest(variant):
     """On sm_90 as many CTAs as the knobs ask for fit into the registers, but where heads of 256 have an offset too."""
-    cubin = variant.compile("sm_90")
+    cubin, settled = variant.compile("sm_90"), variant.settle("sm_90")
     usage = resource_usage(cubin)
-    threads = 32 * variant.defines("sm_90")["NUM_WARPS"] * variant.defines("sm_90")["MIN_CTAS"]
-    assert usage["REG"] * threads <= 1 << 16
+    assert usage["REG"] * settled.threads * settled.config.min_ctas <= 1 << 16
     assert (usage["STACK"], usage["LOCAL"], local_memory_instructions(cubin)) == (0, 0, 0)
 
 
@@ -118,15 +118,15 @@ def test_nothing_spills_where_decoding_is_fastest(variant):
 )
 def test_every_family_compiles(arch, variant):
     """With the architecture's own path (bulk copies or cp.async), within what a CTA can have of shared memory."""
-    defines = variant.defines(arch)
-    assert defines["SHARED_BYTES"] <= SHARED_BYTES_OF_A_CTA[arch]
+    assert variant.settle(arch).shared_bytes <= SHARED_BYTES_OF_A_CTA[arch]
     assert resource_usage(variant.compile(arch))["REG"] <= 255
 
 
 def test_a_source_that_does_not_compile_says_why():
-    defines = Variant("K4V4", 128).defines("sm_90") | {"HEAD_SIZE": 24}
+    source = Variant("K4V4", 128).settle("sm_90").source()
+    source = source._replace(macros=tuple({**dict(source.macros), "HEAD_SIZE": 24}.items()))
     with pytest.raises(Exception, match="head size") as caught:
-        build.compile_cubin("paged_attention", defines, "sm_90", None)
+        build.compile_cubin(source, "sm_90", None)
     assert type(caught.value).__name__ == "NVRTCError"
 
 
@@ -136,10 +136,12 @@ def test_a_source_that_does_not_compile_says_why():
 def test_default_knobs_fit_the_multiprocessor(arch, head_sizes):
     for pair, head_size, block_size in itertools.product(QUANTIZED_PAIRS, head_sizes, (16, 48, 64, 128, 256)):
         layout = make_layout(pair.name, head_size, block_size)
-        for rows, pairs, few in itertools.product(cuda.PASS_ROWS, (0, 8, head_size // 2), (False, True)):
-            config = cuda.decode_config(layout, rows, pairs, SHARED_BYTES[arch], few)
-            cta = cuda.shared_bytes(layout, rows, config, pairs)
-            assert config.min_ctas * (cta + cuda.RESERVED_SHARED_BYTES) <= SHARED_BYTES[arch]
+        for rows, pairs, few in itertools.product(
+            paged_attention_config.PASS_ROWS, (0, 8, head_size // 2), (False, True)
+        ):
+            config = paged_attention_config.decode_config(layout, rows, pairs, SHARED_BYTES[arch], few)
+            cta = paged_attention_config.shared_bytes(layout, rows, config, pairs)
+            assert config.min_ctas * (cta + paged_attention_config.RESERVED_SHARED_BYTES) <= SHARED_BYTES[arch]
             assert cta <= SHARED_BYTES_OF_A_CTA[arch]
             assert block_size % config.stage_tokens == 0 or config.stage_tokens % block_size == 0
             assert config.stage_tokens % 16 == 0 and config.min_ctas >= 1
@@ -180,6 +182,13 @@ def test_unsupported_layers_are_named(layout, transforms, soft_cap, reason):
     assert got == reason if reason is None else reason in got
 
 
+SMALL = RowVariant(make_layout("K8V8", 64), 1, torch.float16, 8)
+
+
+def small_source() -> build.Source:
+    return gather_cache.source(LayerTransforms(), SMALL)
+
+
 @pytest.fixture
 def cache_folder(tmp_path, monkeypatch):
     folder = tmp_path / "deep" / "kernels"
@@ -188,12 +197,12 @@ def cache_folder(tmp_path, monkeypatch):
 
 
 def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
-    """Keyed by what decides it: another define, architecture or source is compiled on its own."""
+    """Keyed by what decides it: another macro, architecture or source is compiled on its own."""
 
-    defines = gather_cache._defines(make_layout("K8V8", 64), 1, torch.float16, LayerTransforms())
-
-    def compiled(arch="sm_90", define=0):
-        cubin = build.compile_cubin("gather_cache", {**defines, "UNUSED": define}, arch, build.kernel_cache())
+    def compiled(arch="sm_90", macro=0):
+        source = small_source()
+        source = source._replace(macros=(*source.macros, ("UNUSED", macro)))
+        cubin = build.compile_cubin(source, arch, build.kernel_cache())
         return bytes(cubin.code), len(build.kernel_cache())
 
     first, entries = compiled()
@@ -202,16 +211,61 @@ def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
     (entry,) = (path for path in cache_folder.rglob("*") if path.is_file() and path.read_bytes() == first)
     entry.write_bytes(first + b"kept")
     assert compiled() == (first + b"kept", 1), "taken from the folder"
-    assert compiled(define=1)[1] == 2
+    assert compiled(macro=1)[1] == 2
     assert compiled("sm_80")[1] == 3
-    text = build.source("gather_cache")
-    monkeypatch.setattr(build, "source", lambda stem: text + "// changed\n")
+    text = small_source().text()
+    monkeypatch.setattr(build.Source, "text", lambda source: text + "// changed\n")
     assert compiled()[1] == 4
 
 
+SOURCES = {
+    "gather_cache": (gather_cache.ARGUMENTS, small_source),
+    "paged_attention": (variants.ARGUMENTS, lambda: Variant("K4V2", 64, block_size=128).settle("sm_90").source()),
+    "reshape_and_cache": (
+        reshape_and_cache.ARGUMENTS,
+        lambda: reshape_and_cache.source(LayerTransforms(), reshape_and_cache.StoreVariant(SMALL)),
+    ),
+}
+
+
 def test_sources_are_whole():
-    for path in build.SOURCES.glob("*.cu"):
-        assert "#include" not in build.source(path.stem)
+    assert set(SOURCES) == {path.stem for path in build.SOURCES.glob("*.cu")}
+    for stem, (_, source) in SOURCES.items():
+        assert source().stem == stem and "#include" not in source().text()
+
+
+@pytest.mark.parametrize("stem", SOURCES)
+def test_the_hosts_arguments_are_the_kernels(stem):
+    """In order and place: a parameter follows the one before as a member of a structure does."""
+    arguments, source = SOURCES[stem]
+    structure = arguments.structure
+    assert [name for name, _ in structure._fields_] == [field.name for field in arguments.fields]
+    checks = [f'static_assert(sizeof(Arguments) == {ctypes.sizeof(structure)}, "all");']
+    for field, offset in zip(arguments.fields, structure.offsets.tolist(), strict=True):
+        assert getattr(structure, field.name).offset == offset
+        # How the compiler itself spells offsetof.
+        place = f"(unsigned long long)__INTADDR__(&((Arguments*)0)->{field.name})"
+        checks.append(f'static_assert({place} == {offset}, "{field.name}");')
+        checks.append(f'static_assert(sizeof(Arguments::{field.name}) == {ctypes.sizeof(field.host_type)}, "size");')
+    headers = dict(source().headers)
+    checked = source()._replace(
+        headers=tuple({**headers, "arguments.cuh": headers["arguments.cuh"] + "\n".join(checks) + "\n"}.items())
+    )
+    assert f".text.{stem}".encode() in bytes(build.compile_cubin(checked, "sm_90", None).code)
+
+
+def test_the_header_of_a_page_has_the_layouts_numbers():
+    chunk, piece = make_layout("K4V2", 64, 128), make_layout("K4V2", 64, 16)
+    text = page_layout(Chunk=chunk, Piece=piece)
+    structs = dict(re.findall(r"struct (\w+) \{(.*?)\};", text, re.DOTALL))
+    read = {
+        name: {constant: int(value) for constant, value in re.findall(r"constexpr int (\w+) = (\d+);", body)}
+        for name, body in structs.items()
+    }
+    assert read == {"Chunk": chunk.constants(), "Piece": piece.constants()}
+    # By hand from pages/layout.py's table: 128 tokens of 32 + 16 + 8 bytes.
+    assert (read["Chunk"]["V_CODES"], read["Chunk"]["K_META"], read["Chunk"]["V_META"]) == (4096, 6144, 6656)
+    assert (read["Chunk"]["BYTES"], read["Piece"]["BYTES"], read["Chunk"]["CONTENT"]) == (7168, 896, 56)
 
 
 @pytest.mark.parametrize("inner", [".", "entries"])
@@ -235,8 +289,7 @@ def test_a_cache_of_somebody_else_is_refused(cache_folder, monkeypatch):
 
 
 def compile_store():
-    defines = gather_cache._defines(make_layout("K8V8", 64), 1, torch.float16, LayerTransforms())
-    return build.compile_cubin("gather_cache", defines, "sm_90", build.kernel_cache())
+    return build.compile_cubin(small_source(), "sm_90", build.kernel_cache())
 
 
 def test_a_group_writable_umask_makes_a_folder_that_is_trusted(cache_folder):

@@ -6,13 +6,14 @@ import pytest
 import torch
 
 from tests.helpers import cuda_emulator
+from tests.helpers.decode_cases import attend
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
-from vllm_kvtuner.kernels.contract import RecentRows
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages, WindowRows
 from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref, store_rows_ref
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
-from vllm_kvtuner.pages.views import page_parts
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
 
@@ -45,9 +46,10 @@ def offset_in(pairs: int, num_kv_heads: int, head_size: int, table: RotaryTable,
 
 
 def split_options(options, query_lens):
-    """Query tokens of a pass, what else the kernel alone takes, and what the reference takes too."""
+    """What the kernel alone takes, and what the reference takes too."""
     shared = {name: value for name, value in options.items() if name not in ("pass_query_len", "config")}
-    return options.get("pass_query_len", max(query_lens)), options.get("config"), shared
+    launch = {"pass_query_len": options.get("pass_query_len", max(query_lens)), "config": options.get("config")}
+    return launch, shared
 
 
 @pytest.mark.parametrize(
@@ -60,7 +62,7 @@ def split_options(options, query_lens):
         pytest.param("K2V8", 96, 7, 16, FP16, [1], {}, None, id="K2V8, head size 96, group of 7"),
         pytest.param(
             "K2V4", 128, 8, 16, FP16, [1],
-            {"config": paged_attention.DecodeConfig(32, 2, 2)}, None, id="group of 8, CTAs of 4 warps",
+            {"config": DecodeConfig(32, 2, 2)}, None, id="group of 8, CTAs of 4 warps",
         ),
         pytest.param("K4V4", 256, 8, 16, BF16, [1], {}, None, id="K4V4, head size 256, group of 8"),
         pytest.param("K8V4", 128, 2, 16, FP16, [1, 5, 1, 16, 3, 2], {}, None, id="1 to 16 query tokens"),
@@ -88,7 +90,7 @@ def split_options(options, query_lens):
         ),
         pytest.param(
             "K4V4", 256, 4, 16, FP16, [1],
-            {"config": paged_attention.DecodeConfig(16, 2, 1, num_warps=2)}, lambda: offset_in(72, 2, 256, rotary(256)),
+            {"config": DecodeConfig(16, 2, 1, num_warps=2)}, lambda: offset_in(72, 2, 256, rotary(256)),
             id="key offset, more pairs than threads",
         ),
         pytest.param(
@@ -109,16 +111,12 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     cache = random_cache(layout, seq_lens, 2, CPU)
     total = sum(query_lens)
     query = torch.randn(total + 2, 2 * group, head_size).to(dtype)
-    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
-    got = torch.full_like(query, torch.nan)
-    want = torch.zeros(total, 2 * group, head_size)
-    pass_query_len, config, options = split_options(options, query_lens)
-    workspace = paged_attention.decode_workspace(len(seq_lens), pass_query_len, 2 * group, 2, head_size, CPU)
-    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), head_size**-0.5, layout)
-    paged_attention.paged_attention(
-        query, *arguments, transforms, got, **options, workspace=workspace, config=config, pass_query_len=pass_query_len
+    launch, options = split_options(options, query_lens)
+    workspace = paged_attention.decode_workspace(len(seq_lens), launch["pass_query_len"], 2 * group, 2, head_size, CPU)
+    got = attend(
+        paged_attention.paged_attention, cache, query, query_lens, transforms, workspace=workspace, **launch, **options
     )
-    paged_attention_ref(query[:total].float(), *arguments, transforms, want, **options)
+    want = attend(paged_attention_ref, cache, query[:total].float(), query_lens, transforms, **options)
     error = (got[:total].float() - want).norm() / want.norm()
     assert error < (3e-3 if dtype == BF16 else 6e-4)
     assert (got[total:] == 0).all(), "rows beyond the last query"
@@ -160,24 +158,14 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
     cache = random_cache(make_layout(pair, 64), seq_lens, 2, CPU)
     total, num_heads = sum(query_lens), 2 * group
     query = torch.randn(total + 2, num_heads, 64).to(FP16)
-    starts = torch.tensor([0, *torch.tensor(query_lens).cumsum(0).tolist()], dtype=torch.int32)
-    got, got_lse = torch.full_like(query, torch.nan), torch.full((num_heads, total + 2), torch.nan)
-    want, want_lse = torch.zeros(total, num_heads, 64), torch.empty(num_heads, total)
-    pass_query_len, config, options = split_options(options, query_lens)
-    workspace = paged_attention.decode_workspace(len(seq_lens), pass_query_len, num_heads, 2, 64, CPU)
-    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, max(query_lens), 0.125, cache.layout)
-    arguments = (*arguments, transforms)
-    paged_attention.paged_attention(
-        query,
-        *arguments,
-        got,
-        **options,
-        lse=got_lse,
-        workspace=workspace,
-        config=config,
-        pass_query_len=pass_query_len,
-    )
-    paged_attention_ref(query[:total].float(), *arguments, want, **options, lse=want_lse)
+    got_lse, want_lse = torch.full((num_heads, total + 2), torch.nan), torch.empty(num_heads, total)
+    launch, options = split_options(options, query_lens)
+    workspace = paged_attention.decode_workspace(len(seq_lens), launch["pass_query_len"], num_heads, 2, 64, CPU)
+    got = attend(
+        paged_attention.paged_attention, cache, query, query_lens, transforms, got_lse, workspace=workspace,
+        **launch, **options,
+    )  # fmt: skip
+    want = attend(paged_attention_ref, cache, query[:total].float(), query_lens, transforms, want_lse, **options)
     sees_nothing = want_lse.T.isneginf()
     assert sees_nothing.any() and not sees_nothing.all()
     assert (got[:total][sees_nothing] == 0).all() and (got[total:] == 0).all()
@@ -189,12 +177,7 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
 
 def decode_one(function, cache, query, **options):
     """An implementation's output for one request's newest token."""
-    output = torch.full_like(query, torch.nan)
-    starts = torch.tensor([0, 1], dtype=torch.int32)
-    head_size = cache.layout.head_size
-    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, 1, head_size**-0.5, cache.layout)
-    function(query, *arguments, LayerTransforms(), output, **options)
-    return output.float()
+    return attend(function, cache, query, [1], LayerTransforms(), **options).float()
 
 
 def decode_one_by_cuda(cache, query, **options):
@@ -226,13 +209,14 @@ def test_shares(lengths):
     """Every stage is in one CTA's share, whatever segments count for besides their stages."""
     cache = random_cache(make_layout("K4V4", 64), lengths, 2, CPU)
     query = torch.randn(len(lengths), 8, 64)
-    starts = torch.arange(len(lengths) + 1, dtype=torch.int32)
     workspace = paged_attention.decode_workspace(len(lengths), 1, 8, 2, 64, CPU)
-    arguments = (cache.kv_cache, cache.block_table, cache.seq_lens, starts, 1, 0.125, cache.layout, LayerTransforms())
-    want, got = torch.empty_like(query), torch.full_like(query, torch.nan, dtype=FP16)
-    paged_attention_ref(query, *arguments, want)
-    config = paged_attention.DecodeConfig(stage_tokens=16, num_stages=2, min_ctas=1)
-    paged_attention.paged_attention(query.to(FP16), *arguments, got, workspace=workspace, config=config)
+    query_lens = [1] * len(lengths)
+    want = attend(paged_attention_ref, cache, query, query_lens, LayerTransforms())
+    config = DecodeConfig(stage_tokens=16, num_stages=2, min_ctas=1)
+    got = attend(
+        paged_attention.paged_attention, cache, query.to(FP16), query_lens, LayerTransforms(), workspace=workspace,
+        config=config,
+    )  # fmt: skip
     assert (got.float() - want).norm() < 2e-3 * want.norm()
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
@@ -240,7 +224,7 @@ def test_shares(lengths):
 def test_constant_values_under_growing_logits():
     """Rows of scale 0 give no weight that could grow too large; the total must stay finite all the same."""
     cache = random_cache(make_layout("K8V8", 64), [96], 2, CPU)
-    _, _, keys, values = page_parts(cache.kv_cache, cache.layout)
+    keys, values = (side.meta for side in cache.sides)
     keys[..., 0] = values[..., 0] = 0
     token = torch.arange(96)
     # From the second step on, logits stand 127.5 above those of the first, to base 2: P is finite, sums of it are not.
@@ -257,7 +241,7 @@ def test_many_small_weights_beside_a_large_one(pair):
     """A first token with nearly all of the weight and no value: what is left of the output is the others', whose
     weights are 2^-14 of its own, in its stage and in others."""
     cache = random_cache(make_layout(pair, 64), [1500], 2, CPU)
-    _, _, keys, values = page_parts(cache.kv_cache, cache.layout)
+    keys, values = (side.meta for side in cache.sides)
     first = cache.block_table[0, 0].long()
     keys[..., 0] = 0
     keys[..., 1] = 0
@@ -282,21 +266,20 @@ def test_store_and_gather(pair, many_rows, monkeypatch):
     slots = slots_of(cache.block_table, seq_lens, 16)
     positions = torch.cat([torch.arange(length) for length in seq_lens])
     key, value = torch.randn(2, sum(seq_lens), 2, 96).to(BF16)
-    got, want = (empty_cache(layout, cache.kv_cache.shape[0], 2, CPU) for _ in range(2))
-    recent = RecentRows(torch.zeros(4, 2, 32, 192, dtype=BF16), torch.randperm(4 * 32)[: len(slots)])
-    recent.slot_mapping[::5] = -1
-    reshape_and_cache.reshape_and_cache(key, value, got, slots, positions, layout, transforms, recent)
-    reshape_and_cache_ref(key, value, want, slots, positions, layout, transforms)
-    assert torch.equal(got, want)
-    kept = torch.zeros_like(recent.kv_cache)
-    store_rows_ref(key, value, kept, recent.slot_mapping)
-    assert torch.equal(recent.kv_cache, kept)
+    got, want = (Pages(empty_cache(layout, cache.kv_cache.shape[0], 2, CPU), layout, transforms) for _ in range(2))
+    window = WindowRows(torch.zeros(4, 2, 32, 192, dtype=BF16), torch.randperm(4 * 32)[: len(slots)])
+    window.slot_mapping[::5] = -1
+    reshape_and_cache.reshape_and_cache(key, value, slots, positions, got, window)
+    reshape_and_cache_ref(key, value, slots, positions, want)
+    assert torch.equal(got.kv_cache, want.kv_cache)
+    kept = window._replace(kv_cache=torch.zeros_like(window.kv_cache))
+    store_rows_ref(key, value, kept)
+    assert torch.equal(window.kv_cache, kept.kv_cache)
 
     ends = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()], dtype=torch.int32)
     firsts = torch.zeros(len(seq_lens), dtype=torch.int32)
+    tokens = CachedTokens(cache.block_table, ends, firsts, sum(seq_lens))
     out = [torch.full((2, sum(seq_lens), 2, 96), torch.nan) for _ in range(2)]
     for gather, (keys, values) in zip((gather_cache.gather_cache, gather_cache_ref), out, strict=True):
-        gather(
-            want, cache.block_table, ends, firsts, keys, values, layout, transforms, num_tokens=sum(seq_lens)
-        )  # fmt: skip
+        gather(want, tokens, keys, values)
     torch.testing.assert_close(*out, rtol=2e-6, atol=2e-5)

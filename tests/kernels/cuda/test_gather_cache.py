@@ -7,6 +7,7 @@ from tests.helpers.paged_cache import make_layout, random_cache, random_transfor
 from tests.kernels.triton import test_gather_cache as portable
 from vllm_kvtuner.kernels.cuda import gather_cache as cuda
 from vllm_kvtuner.kernels.cuda.build import compile_cubin
+from vllm_kvtuner.kernels.cuda.rows import RowVariant, wide_lanes
 from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE
 
 CPU = torch.device("cpu")
@@ -51,6 +52,6 @@ def test_variants_compile(pair, head_size, rotary_dim, is_neox, dtype, arch):
     transforms = random_transforms(
         2, head_size, CPU, rotary, offset=float(rotary_dim), equalization=rotary is not None, **switches
     )
-    defines = cuda._defines(make_layout(pair, head_size), 2, dtype, transforms)
-    code = compile_cubin("gather_cache", defines, arch, None)
+    variant = RowVariant(make_layout(pair, head_size), 2, dtype, wide_lanes(head_size))
+    code = compile_cubin(cuda.source(transforms, variant), arch, None)
     assert b".text.gather_cache" in bytes(code.code)

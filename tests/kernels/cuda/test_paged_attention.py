@@ -32,12 +32,13 @@ from tests.helpers.decode_cases import (
     with_offset_pairs,
 )
 from tests.helpers.paged_cache import PackedCache, make_layout, random_cache, random_transforms
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span
 from vllm_kvtuner.kernels.cuda import paged_attention as cuda
+from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.triton import paged_attention as portable
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
-from vllm_kvtuner.pages.views import page_parts
 
 pytestmark = pytest.mark.gpu
 
@@ -130,7 +131,7 @@ def test_every_group(group, device):
 )
 def test_stages_and_blocks_of_any_ratio(block_size, stage_tokens, num_stages, device):
     cache = random_cache(make_layout("K4V2", 64, block_size), [150, 1, 64, 3000, 257], 1, device)
-    check(cache, 2, config=cuda.DecodeConfig(stage_tokens, num_stages, min_ctas=2))
+    check(cache, 2, config=DecodeConfig(stage_tokens, num_stages, min_ctas=2))
 
 
 @pytest.mark.parametrize("pair", ["K8V8", "K4V2", "K2V2"])
@@ -235,7 +236,7 @@ def test_a_window_reads_no_stage_outside(device):
 @pytest.mark.parametrize("pair", ["K4V2", "K4V8"])
 def test_value_scales_of_any_size(pair, scale, device):
     cache = random_cache(make_layout(pair, 64), [70, 129], 1, device)
-    scales = page_parts(cache.kv_cache, cache.layout)[3][..., 0].float()
+    scales = cache.sides[1].meta[..., 0].float()
     scale_values(cache, scale / scales.nanmean().item())
     got = check(cache, 4)
     assert got.abs().max() > 0.1 * scale
@@ -253,7 +254,7 @@ def test_flat_rows_beside_steep_ones(device):
 def test_rows_of_constant_values(device):
     """Scale 0 everywhere: the output is a mean of the minima."""
     cache = random_cache(make_layout("K4V4", 64), [60, 1], 1, device)
-    page_parts(cache.kv_cache, cache.layout)[3][..., 0].nan_to_num_(0).zero_()
+    cache.sides[1].meta[..., 0].nan_to_num_(0).zero_()
     got = check(cache, 4)
     assert got.abs().max() > 1
 
@@ -262,7 +263,7 @@ def test_rows_of_constant_values(device):
 def test_keys_of_hundreds(pair, device):
     """Logits of hundreds, where a query's fixed point is off by 0.01 and hardly more than one token counts."""
     cache = random_cache(make_layout(pair, 128), [1000, 77], 2, device, spread=65.0)
-    assert page_parts(cache.kv_cache, cache.layout)[2].nan_to_num(0).abs().max() > 250
+    assert cache.sides[0].meta.nan_to_num(0).abs().max() > 250
     check(cache, 4, tolerance=1e-2)
 
 
@@ -429,11 +430,13 @@ def test_a_cuda_graph_replays_what_eager_computes(max_query_len, num_pairs, devi
     if num_pairs:
         transforms = with_offset_pairs(transforms, num_pairs)
     workspace = cuda.decode_workspace(6, max_query_len, batch.NUM_HEADS, batch.NUM_KV_HEADS, 128, device)
+    queries = Queries(batch.block_table, batch.seq_lens, batch.query_start_loc, max_query_len)
+    shape = AttentionShape(batch.NUM_HEADS, batch.NUM_KV_HEADS, 128, 128**-0.5)
 
     def run():
         cuda.paged_attention(
-            batch.query, batch.kv_cache, batch.block_table, batch.seq_lens, batch.query_start_loc, max_query_len,
-            128**-0.5, layout, transforms, batch.output, workspace=workspace,
+            batch.query, queries, Pages(batch.kv_cache, layout, transforms), shape, Span(), batch.output,
+            launch=Launch(workspace),
         )  # fmt: skip
 
     batch.check_replay(run)

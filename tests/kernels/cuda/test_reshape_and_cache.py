@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tests.helpers.paged_cache import empty_cache, make_layout, random_transforms, rotary_table
+from tests.helpers.paged_cache import make_layout, random_transforms, rotary_table
 from tests.kernels.triton import test_reshape_and_cache as portable
 from vllm_kvtuner.kernels.cuda import reshape_and_cache as cuda
 from vllm_kvtuner.kernels.cuda.build import compile_cubin
-from vllm_kvtuner.kernels.cuda.rows import row_lanes, unsupported, wide_lanes
+from vllm_kvtuner.kernels.cuda.rows import RowVariant, row_lanes, unsupported, wide_lanes
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref
 from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE, QUANTIZED_BITS
 
@@ -55,10 +55,10 @@ def test_bytes_are_the_references(pair, head_size, device):
     slots[::7] = -1
     positions = torch.randint(0, 4096, (2003,), device=device)
     positions[::7] = 1 << 40  # of tokens that are not stored
-    got, want = (empty_cache(layout, 63, 8, device) for _ in range(2))
-    cuda.reshape_and_cache(key, value, got, slots, positions, layout, transforms)
-    reshape_and_cache_ref(key, value, want, slots, positions, layout, transforms)
-    assert torch.equal(got, want)
+    got, want = (portable.empty_pages(layout, 63, 8, device, transforms) for _ in range(2))
+    cuda.reshape_and_cache(key, value, slots, positions, got)
+    reshape_and_cache_ref(key, value, slots, positions, want)
+    assert torch.equal(got.kv_cache, want.kv_cache)
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -78,9 +78,12 @@ def test_variants_compile(pair, head_size, rotary_dim, is_neox, dtype, many_rows
     transforms = random_transforms(
         2, head_size, CPU, rotary, offset=float(rotary_dim), equalization=rotary is not None, **switches
     )
-    recent_block_size = 32 if dtype == torch.bfloat16 else 0
-    defines = cuda._defines(make_layout(pair, head_size), 2, dtype, transforms, many_rows, recent_block_size)
-    code = compile_cubin("reshape_and_cache", defines, arch, None)
+    most_lanes = wide_lanes(head_size) if many_rows else 32
+    variant = cuda.StoreVariant(
+        RowVariant(make_layout(pair, head_size), 2, dtype, most_lanes),
+        window_block_size=32 if dtype == torch.bfloat16 else 0,
+    )
+    code = compile_cubin(cuda.source(transforms, variant), arch, None)
     assert b".text.reshape_and_cache" in bytes(code.code)
 
 

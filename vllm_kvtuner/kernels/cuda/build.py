@@ -1,16 +1,17 @@
-"""Compile a CUDA source of the folder src for a card, once: compiled code is kept on disk."""
+"""Compile a CUDA source of the folder src for a card, once, and launch it: compiled code is kept on disk."""
 
+import ctypes
 import functools
 import re
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from cuda.bindings import driver
-from cuda.core import Kernel, LaunchConfig, ObjectCode, Program, ProgramOptions, Stream, launch
+from cuda.core import Kernel, ObjectCode, Program, ProgramOptions
 from cuda.core.utils import FileStreamProgramCache
 
 from vllm_kvtuner.kernels.cuda import cache_folder
@@ -21,40 +22,88 @@ Built = TypeVar("Built")
 INCLUDE = re.compile(r'^#include "([\w/]+\.cuh)"\n', re.MULTILINE)
 
 
+class Source(NamedTuple):
+    """What the compiler gets.
+
+    Args:
+        stem: name of a .cu in ``SOURCES`` and of the kernel in it.
+        macros: their names and values.
+        headers: parts that are generated, by the name under which the source includes them.
+    """
+
+    stem: str
+    macros: tuple[tuple[str, int], ...]
+    headers: tuple[tuple[str, str], ...]
+
+    def text(self) -> str:
+        """The .cu with its parts in place of their includes, so that text and macros alone decide what is built."""
+        headers = dict(self.headers)
+
+        def part(include: re.Match[str]) -> str:
+            name = include[1]
+            text = headers[name] if name in headers else (SOURCES / name).read_text()
+            return text.replace("#pragma once\n", "")
+
+        return INCLUDE.sub(part, (SOURCES / f"{self.stem}.cu").read_text())
+
+
 @dataclass(frozen=True)
 class BuiltKernel:
     """A kernel on one device.
 
     Args:
-        kernel: as cuda.core launches it.
+        name: of the kernel.
+        kernel: keeps the loaded code.
+        function: the driver's handle of it.
         block: threads of a CTA.
         shared_bytes: dynamic shared memory of a CTA.
         max_ctas: CTAs that the device runs at once.
         overlaps: whether the device can start it before the kernel before it has ended.
     """
 
+    name: str
     kernel: Kernel
+    function: int
     block: int
     shared_bytes: int
     max_ctas: int
     overlaps: bool
 
-    def launch(self, grid: int, *arguments: object, dependent: bool = False) -> None:
+    def launch(self, grid: int, arguments: Any, dependent: bool = False) -> None:
         """Launch ``grid`` CTAs on torch's current stream.
 
         Args:
             grid: their number.
-            arguments: ctypes or numpy scalars or device addresses.
+            arguments: a structure of the kernel's :class:`vllm_kvtuner.kernels.cuda.arguments.Arguments`.
             dependent: start as soon as the kernel before allows (programmatic dependent launch); the kernel itself
                 waits for that one's end before it touches what that one may have written.
+
+        Raises:
+            RuntimeError: the driver refuses.
         """
-        current = torch.cuda.current_stream()
-        stream = _stream(current.cuda_stream, current.device_index)
-        overlap = dependent and self.overlaps
-        config = LaunchConfig(
-            grid=grid, block=self.block, shmem_size=self.shared_bytes, programmatic_stream_serialization=overlap
-        )
-        launch(stream, config, self.kernel, *arguments)
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _launch_config(grid, self.block, self.shared_bytes, stream, dependent and self.overlaps)
+        # Where each argument stands. The driver copies them before it returns.
+        parameters = arguments.offsets + ctypes.addressof(arguments)
+        (status,) = driver.cuLaunchKernelEx(config, self.function, parameters, 0)
+        if status != driver.CUresult.CUDA_SUCCESS:
+            raise RuntimeError(f"{self.name}: {grid} CTAs of {self.block} threads were refused: {status.name}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch_config(grid: int, block: int, shared_bytes: int, stream: int, overlap: bool) -> driver.CUlaunchConfig:
+    """How the driver launches; it takes longer to make than to launch a kernel, and nobody changes it afterwards."""
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes = shared_bytes
+    config.hStream = driver.CUstream(stream)
+    if overlap:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config.attrs, config.numAttrs = [attribute], 1
+    return config
 
 
 def kept_with_transforms(build: Callable[..., Built]) -> Callable[..., Built]:
@@ -66,30 +115,16 @@ def kept_with_transforms(build: Callable[..., Built]) -> Callable[..., Built]:
         variants = built.get(transforms)
         if variants is None:
             variants = built[transforms] = {}
-        if key not in variants:
-            variants[key] = build(transforms, *key)
-        return variants[key]
+        found = variants.get(key)
+        if found is None:
+            found = variants[key] = build(transforms, *key)
+        return found
 
     return kept
 
 
-@functools.lru_cache(maxsize=64)
-def _stream(handle: int, device_index: int) -> Stream:
-    """cuda.core's view of a stream. It takes longer to make than to launch a kernel."""
-    return Stream.from_handle(handle)
-
-
-def source(stem: str) -> str:
-    """Text of ``stem``.cu with its parts in place of their includes, so that the text alone decides what is built."""
-
-    def part(include: re.Match[str]) -> str:
-        return (SOURCES / include[1]).read_text().replace("#pragma once\n", "")
-
-    return INCLUDE.sub(part, (SOURCES / f"{stem}.cu").read_text())
-
-
-def compile_cubin(stem: str, defines: Mapping[str, int], arch: str, cache: FileStreamProgramCache | None) -> ObjectCode:
-    """Compile ``stem``.cu for ``arch`` such as ``sm_90``, or take it from ``cache``.
+def compile_cubin(source: Source, arch: str, cache: FileStreamProgramCache | None) -> ObjectCode:
+    """Compile a source for ``arch`` such as ``sm_90``, or take it from ``cache``.
 
     The cache's key holds source, options, architecture and the compiler's version (see cuda.core.utils).
 
@@ -97,12 +132,8 @@ def compile_cubin(stem: str, defines: Mapping[str, int], arch: str, cache: FileS
         cuda.core.utils.NVRTCError: the source does not compile; with the compiler's log.
         ValueError: what was compiled cannot be kept, since the cache's disk is full or not writable.
     """
-    options = ProgramOptions(
-        arch=arch,
-        std="c++17",
-        define_macro=[(name, str(value)) for name, value in sorted(defines.items())] or None,
-    )
-    program = Program(source(stem), "c++", options)
+    macros = [(name, str(value)) for name, value in sorted(source.macros)]
+    program = Program(source.text(), "c++", ProgramOptions(arch=arch, std="c++20", define_macro=macros or None))
     try:
         return program.compile("cubin", cache=cache)
     except OSError as error:
@@ -123,28 +154,25 @@ def kernel_cache() -> FileStreamProgramCache:
 
 
 @functools.cache
-def build(
-    stem: str, defines: tuple[tuple[str, int], ...], block: int, shared_bytes: int, device: torch.device
-) -> BuiltKernel:
-    """Compile and load the kernel that ``stem``.cu defines under the same name.
+def build(source: Source, block: int, shared_bytes: int, device: torch.device) -> BuiltKernel:
+    """Compile and load a kernel.
 
     Args:
-        stem: name of the source and of its kernel.
-        defines: macros and their values.
+        source: of the kernel.
         block: threads of a CTA.
         shared_bytes: dynamic shared memory of a CTA.
         device: a CUDA device.
     """
     with torch.cuda.device(device):
         major, minor = torch.cuda.get_device_capability(device)
-        code = compile_cubin(stem, dict(defines), f"sm_{major}{minor}", kernel_cache())
-        kernel = code.get_kernel(stem)
+        kernel = compile_cubin(source, f"sm_{major}{minor}", kernel_cache()).get_kernel(source.stem)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         index = torch.cuda.current_device() if device.index is None else device.index
         (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(index))
         if status != driver.CUresult.CUDA_SUCCESS:
-            raise RuntimeError(f"{stem}: {shared_bytes} bytes of shared memory were refused: {status.name}")
+            raise RuntimeError(f"{source.stem}: {shared_bytes} bytes of shared memory were refused: {status.name}")
         per_multiprocessor = kernel.occupancy.max_active_blocks_per_multiprocessor(block, shared_bytes)
-        assert per_multiprocessor > 0, (stem, defines, shared_bytes)
+        assert per_multiprocessor > 0, (source.stem, source.macros, shared_bytes)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    return BuiltKernel(kernel, block, shared_bytes, per_multiprocessor * multiprocessors, major >= 9)
+    max_ctas = per_multiprocessor * multiprocessors
+    return BuiltKernel(source.stem, kernel, int(kernel.handle), block, shared_bytes, max_ctas, major >= 9)

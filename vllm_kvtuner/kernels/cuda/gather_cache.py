@@ -1,88 +1,87 @@
-"""Launch gather_cache.cu: dequantize cached tokens back to model space, keys and values in one kernel.
+"""Launch gather_cache.cu: dequantize cached tokens back to model space, keys and values in one kernel."""
 
-The contract is that of :func:`vllm_kvtuner.kernels.triton.gather_cache.gather_cache`, the portable path.
-"""
-
-import ctypes
 import math
 
 import torch
 
-from vllm_kvtuner.kernels.contract import check_cache
-from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages, check_gather
+from vllm_kvtuner.kernels.cuda import arguments
+from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
+from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,
+    RowVariant,
     byte_stride,
-    check_rows,
-    row_defines,
+    check_alignment,
     transform_addresses,
     unsupported,
     wide_lanes,
 )
-from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 __all__ = ["gather_cache", "unsupported"]
 
 TILE_TOKENS = 16
 """Tokens that a warp takes, as gather_cache.cu has it."""
+ARGUMENTS = Arguments(
+    Field("const u8*", "kv_cache", "chunks"),
+    Field("const int*", "block_table", "[requests][blocks]"),
+    Field("const int*", "cu_seq_lens", "[requests + 1]"),
+    Field("const int*", "seq_starts", "[requests]"),
+    Field("u8*", "key", "[tokens][KV heads][HEAD_SIZE] of NUMBERS"),
+    Field("u8*", "value", "likewise"),
+    Field("const float*", "offset", "[KV heads][HEAD_SIZE]"),
+    Field("const float*", "partner", "[KV heads][HEAD_SIZE], what the sines multiply"),
+    Field("const u8*", "cos_sin", "[positions][ROTARY_DIM] of ROTARY_NUMBERS"),
+    Field("const float*", "equalization", "[KV heads][HEAD_SIZE]"),
+    Field("u32", "block_stride", "bytes"),
+    Field("u32", "head_stride", "bytes"),
+    Field("u32", "table_stride", "numbers"),
+    Field("u32", "key_stride", "bytes from token to token"),
+    Field("u32", "value_stride", "bytes from token to token"),
+    Field("int", "num_tokens", "of all slices"),
+    Field("int", "num_reqs", "that have a slice"),
+)
 
 
-def _defines(layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, transforms: LayerTransforms) -> dict[str, int]:
-    return row_defines(layout, num_kv_heads, dtype, transforms, wide_lanes(layout.head_size))
+def source(transforms: LayerTransforms, variant: RowVariant) -> Source:
+    """What is compiled for a variant of a layer with the transforms."""
+    headers = {**variant.headers(), arguments.HEADER: ARGUMENTS.declaration}
+    return Source("gather_cache", tuple(variant.macros(transforms).items()), tuple(headers.items()))
 
 
 @kept_with_transforms
-def _build(
-    transforms: LayerTransforms, layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, device: torch.device
-) -> BuiltKernel:
-    defines = _defines(layout, num_kv_heads, dtype, transforms)
-    return build("gather_cache", tuple(defines.items()), 32 * NUM_WARPS, 0, device)
+def _build(transforms: LayerTransforms, variant: RowVariant, device: torch.device) -> BuiltKernel:
+    return build(source(transforms, variant), 32 * NUM_WARPS, 0, device)
 
 
-def gather_cache(
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    seq_starts: torch.Tensor,
-    key_out: torch.Tensor,
-    value_out: torch.Tensor,
-    layout: PageLayout,
-    transforms: LayerTransforms,
-    *,
-    num_tokens: int,
-) -> None:
-    """Dequantize a slice of each request's cached tokens back to model space, in place.
-
-    As :func:`gather_cache_ref`, which has the arguments' shapes. The first call of a variant
-    compiles it.
-    """
-    num_reqs = block_table.shape[0]
-    num_kv_heads = kv_cache.shape[1]
-    check_cache(kv_cache, layout)
+def gather_cache(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
+    """As :class:`vllm_kvtuner.kernels.contract.GatherCache`. The first call of a variant compiles it."""
+    check_gather(pages, tokens, key_out, value_out)
     for rows in (key_out, value_out):
-        assert rows.shape[0] >= num_tokens and rows.shape[1:] == (num_kv_heads, layout.head_size), rows.shape
-        assert rows.dtype == key_out.dtype
-        check_rows(rows, layout.head_size)
-    assert block_table.dtype == torch.int32 and block_table.stride(1) == 1
-    assert cu_seq_lens.shape == (num_reqs + 1,) and cu_seq_lens.dtype == torch.int32 and cu_seq_lens.is_contiguous()
-    assert seq_starts.shape == (num_reqs,) and seq_starts.dtype == torch.int32 and seq_starts.is_contiguous()
-    if num_tokens == 0:
+        check_alignment(rows)
+    if tokens.num_tokens == 0:
         return
-    kernel = _build(transforms, layout, num_kv_heads, key_out.dtype, kv_cache.device)
-    tiles = math.ceil(num_tokens / TILE_TOKENS) * num_kv_heads
+    layout, kv_cache = pages.layout, pages.kv_cache
+    variant = RowVariant(layout, pages.num_kv_heads, key_out.dtype, wide_lanes(layout.head_size))
+    kernel = _build(pages.transforms, variant, kv_cache.device)
+    tiles = math.ceil(tokens.num_tokens / TILE_TOKENS) * pages.num_kv_heads
     kernel.launch(
         2 * math.ceil(tiles / NUM_WARPS),
-        kv_cache.data_ptr(),
-        block_table.data_ptr(),
-        cu_seq_lens.data_ptr(),
-        seq_starts.data_ptr(),
-        key_out.data_ptr(),
-        value_out.data_ptr(),
-        *transform_addresses(transforms),
-        *(ctypes.c_uint32(byte_stride(kv_cache, dim)) for dim in (0, 1)),
-        ctypes.c_uint32(block_table.stride(0)),
-        *(ctypes.c_uint32(byte_stride(rows)) for rows in (key_out, value_out)),
-        ctypes.c_int32(num_tokens),
-        ctypes.c_int32(num_reqs),
+        ARGUMENTS.structure(
+            kv_cache=kv_cache.data_ptr(),
+            block_table=tokens.block_table.data_ptr(),
+            cu_seq_lens=tokens.cu_seq_lens.data_ptr(),
+            seq_starts=tokens.seq_starts.data_ptr(),
+            key=key_out.data_ptr(),
+            value=value_out.data_ptr(),
+            block_stride=byte_stride(kv_cache, 0),
+            head_stride=byte_stride(kv_cache, 1),
+            table_stride=tokens.block_table.stride(0),
+            key_stride=byte_stride(key_out),
+            value_stride=byte_stride(value_out),
+            num_tokens=tokens.num_tokens,
+            num_reqs=tokens.block_table.shape[0],
+            **transform_addresses(pages.transforms),
+        ),
     )

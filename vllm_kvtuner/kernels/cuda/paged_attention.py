@@ -1,49 +1,29 @@
-"""Launch paged_attention.cu: decode attention straight on packed pages, in one kernel.
+"""Launch paged_attention.cu: decode attention straight on packed pages, in one kernel."""
 
-The contract is that of :func:`vllm_kvtuner.kernels.triton.paged_attention.paged_attention`, the portable path.
-"""
-
-import ctypes
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from vllm_kvtuner.kernels.contract import check_cache
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
+from vllm_kvtuner.kernels.cuda.paged_attention_config import (
+    FEW_SEGMENTS,
+    MAX_CTAS_PER_MULTIPROCESSOR,
+    PASS_ROWS,
+    pass_rows,
+)
 from vllm_kvtuner.kernels.cuda.rows import byte_stride
+from vllm_kvtuner.kernels.cuda.variant import ARGUMENTS, Variant
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
-MAX_QUERY_LEN = 16
-"""Query tokens per request that one launch serves."""
-MAX_CTAS_PER_MULTIPROCESSOR = 4
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 """Compute capabilities with 100 KB of shared memory in a multiprocessor."""
-RESERVED_SHARED_BYTES = 1024
-"""Shared memory that the system takes of each CTA."""
-PASS_ROWS = (4, 8)
-"""Query rows (heads of the group times query tokens) of one pass over the tokens."""
-FEW_SEGMENTS = {4: 8, 8: 16}
-"""By rows of a pass, requests times KV heads of the largest batches that larger CTAs serve."""
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """Knobs of one variant.
-
-    Args:
-        stage_tokens: cached tokens that a warp's copy brings.
-        num_stages: copies that a warp has in flight.
-        min_ctas: CTAs per multiprocessor that registers and shared memory must allow.
-        num_warps: of a CTA.
-    """
-
-    stage_tokens: int
-    num_stages: int
-    min_ctas: int
-    num_warps: int = 4
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -66,7 +46,7 @@ def _workspace_parts(
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     slots = 2 * MAX_CTAS_PER_MULTIPROCESSOR * num_sms
     rows = pass_rows(num_heads // num_kv_heads * max_query_len)
-    segments = max_num_reqs * num_kv_heads * math.ceil(num_heads // num_kv_heads * MAX_QUERY_LEN / PASS_ROWS[0])
+    segments = max_num_reqs * num_kv_heads * math.ceil(num_heads // num_kv_heads * MAX_DECODE_QUERY_LEN / PASS_ROWS[0])
     return {
         "partial": ((slots, rows, head_size), torch.float32),
         "state": ((slots, rows, 2), torch.float32),
@@ -88,66 +68,6 @@ def decode_workspace(
     parts = _workspace_parts(max_num_reqs, max_query_len, num_heads, num_kv_heads, head_size, num_sms)
     tensors = {k: torch.zeros(shape, dtype=dtype, device=device) for k, (shape, dtype) in parts.items()}
     return DecodeWorkspace(**tensors)
-
-
-def pass_rows(rows: int) -> int:
-    """Rows of a pass that serves ``rows`` query rows per KV head."""
-    return PASS_ROWS[0] if rows <= PASS_ROWS[0] else PASS_ROWS[1]
-
-
-def decode_config(
-    layout: PageLayout, rows: int, offset_pairs: int, shared_bytes_per_sm: int, few: bool = False
-) -> DecodeConfig:
-    """Knobs for a layout, rows of a pass and a multiprocessor's shared memory, from sweeps on an H200.
-
-    As many CTAs as registers and shared memory allow, two stages (more only lengthen the way to memory), and stages as
-    long as fit. See docs/notes/stages-and-rings.md.
-
-    Args:
-        few: whether there are so few segments (``FEW_SEGMENTS``) that most CTAs have a part of one. Then larger CTAs
-            leave fewer parts.
-    """
-    bits = layout.pair.nominal_bits
-    # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
-    min_ctas = 2 if bits >= 3 else 3
-    long_rows = layout.head_size > 128
-    if rows > PASS_ROWS[0] or long_rows:
-        min_ctas = 2
-    num_stages, stage_tokens, num_warps = 2, 64, 4
-    if rows > PASS_ROWS[0] and long_rows:
-        stage_tokens = 32  # by registers
-    if few or (rows > PASS_ROWS[0] and long_rows and bits >= 4):
-        min_ctas, num_warps = 1, 8
-
-    def fits() -> bool:
-        config = DecodeConfig(stage_tokens, num_stages, min_ctas, num_warps)
-        cta = shared_bytes(layout, rows, config, offset_pairs)
-        return min_ctas * (cta + RESERVED_SHARED_BYTES) <= shared_bytes_per_sm
-
-    while not fits() and min_ctas > 2:
-        min_ctas -= 1
-    while not fits() and stage_tokens > 16:
-        stage_tokens //= 2
-    while not fits() and min_ctas > 1:
-        min_ctas -= 1
-    while not fits() and num_warps > 2:  # many offset pairs of a large head, which turn in steps of ANGLE_STEP
-        num_warps //= 2
-    while layout.block_size % stage_tokens and stage_tokens % layout.block_size:
-        stage_tokens //= 2
-    return DecodeConfig(stage_tokens, num_stages, min_ctas, num_warps)
-
-
-def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pairs: int) -> int:
-    """Dynamic shared memory of a CTA: at least the size of the kernel's struct."""
-    ring = config.num_warps * config.num_stages * config.stage_tokens * layout.content_bytes
-    outputs = config.num_warps * rows * layout.head_size * 4
-    queries = 2 * rows * layout.head_size * 2 + rows // 4 * 8 * (layout.head_size + 16)
-    offset = offset_pairs * (16 + 48 * config.num_warps + 8 * rows)
-    if offset_pairs > 8 or rows > PASS_ROWS[0] or config.stage_tokens == 16:  # else registers hold it
-        offset += offset_pairs * config.num_warps * rows // 4 * 64
-    elif offset_pairs:
-        offset += 256
-    return ring + outputs + queries + offset + 320 * max(config.num_warps, 2)
 
 
 def unsupported(
@@ -173,75 +93,6 @@ def unsupported(
     return None
 
 
-def _defines(
-    layout: PageLayout,
-    group: int,
-    rows: int,
-    config: DecodeConfig,
-    dtype: torch.dtype,
-    transforms: LayerTransforms,
-    offset_pairs: int,
-    sliding_window: int | None,
-    soft_cap: bool,
-    skip_newest: int = 0,
-    write_lse: bool = False,
-    skip_first: int = 0,
-) -> dict[str, int]:
-    return {
-        "SHARED_BYTES": shared_bytes(layout, rows, config, offset_pairs),
-        "HEAD_SIZE": layout.head_size,
-        "K_BITS": layout.k_bits,
-        "V_BITS": layout.v_bits,
-        "BLOCK_SIZE": layout.block_size,
-        "GROUP": group,
-        "PASS_ROWS": rows,
-        "NUM_WARPS": config.num_warps,
-        "STAGE_TOKENS": config.stage_tokens,
-        "NUM_STAGES": config.num_stages,
-        "MIN_CTAS": config.min_ctas,
-        "QUERY_BF16": int(dtype == torch.bfloat16),
-        "KEY_HADAMARD": int(transforms.key_hadamard),
-        "VALUE_HADAMARD": int(transforms.value_hadamard),
-        "KEY_EQUALIZATION": int(transforms.key_equalization is not None),
-        "OFFSET_PAIRS": offset_pairs,
-        "ANGLE_STEP": ANGLE_STEP,
-        "WINDOW": sliding_window - skip_newest if sliding_window else 0,
-        "SKIP_NEWEST": skip_newest,
-        "SKIP_FIRST": skip_first,
-        "WRITE_LSE": int(write_lse),
-        "SOFT_CAP": int(soft_cap),
-    }
-
-
-@kept_with_transforms
-def _build(
-    transforms: LayerTransforms,
-    layout: PageLayout,
-    group: int,
-    rows: int,
-    dtype: torch.dtype,
-    sliding_window: int | None,
-    soft_cap: bool,
-    skip_newest: int,
-    write_lse: bool,
-    skip_first: int,
-    few: bool,
-    device: torch.device,
-    config: DecodeConfig | None,
-) -> BuiltKernel:
-    offset = transforms.offset_pairs
-    pairs = 0 if offset is None else len(offset.index)
-    if config is None:
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-        config = decode_config(layout, rows, pairs, shared, few)
-    defines = _defines(
-        layout, group, rows, config, dtype, transforms, pairs, sliding_window, soft_cap, skip_newest, write_lse,
-        skip_first,
-    )  # fmt: skip
-    threads = 32 * config.num_warps
-    return build("paged_attention", tuple(defines.items()), threads, defines["SHARED_BYTES"], device)
-
-
 @functools.cache
 def _fine_operands(offset: OffsetPairs, rotary: RotaryTable) -> torch.Tensor:
     """[pairs / 8, ANGLE_STEP / 16, 2, 32, 4] int32: turning on by 0 to ANGLE_STEP - 1 positions, as fp16 in two terms.
@@ -263,99 +114,107 @@ def _fine_operands(offset: OffsetPairs, rotary: RotaryTable) -> torch.Tensor:
     return words.squeeze(-1).contiguous().to(offset.index.device)
 
 
-def paged_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    max_query_len: int,
-    scale: float,
-    layout: PageLayout,
-    transforms: LayerTransforms,
-    output: torch.Tensor,
-    sliding_window: int | None = None,
-    logits_soft_cap: float = 0.0,
-    skip_newest: int = 0,
-    lse: torch.Tensor | None = None,
-    skip_first: int = 0,
-    *,
-    workspace: DecodeWorkspace,
-    config: DecodeConfig | None = None,
-    dependent: bool = False,
-    pass_query_len: int | None = None,
-) -> None:
-    """Attention of each request's 1 to 16 newest tokens over its cached tokens, themselves included.
-
-    As :func:`paged_attention_ref`, which has the arguments' shapes; ``skip_newest`` is less than
-    a sliding window, and lse contiguous. Nothing is read back to the host and nothing allocated: the launch depends on
-    shapes alone, so a CUDA graph may hold it. Rows of output beyond the last query become 0, their log-sum-exp -inf.
-    The first call of a variant compiles it.
+class _Statics(NamedTuple):
+    """What a layer's transforms give to every launch.
 
     Args:
-        workspace: from :func:`decode_workspace`, for at least this many requests and this shape of layer.
-        config: knobs, or None for :func:`decode_config`'s.
-        dependent: begin before the kernel before on the stream has ended, if that one allows it. It must not be one
-            that writes block_table, seq_lens or query_start_loc.
-        pass_query_len: query tokens of a request that a pass over its tokens has room for, max_query_len if None; less
-            where few requests have as many as that.
+        arguments: addresses by the kernel's names, 0 for what the layer has not, and rotary_pairs.
+        kept: tensors behind them that only this record keeps.
     """
-    num_tokens, num_heads, head_size = query.shape
-    num_reqs, num_kv_heads = block_table.shape[0], kv_cache.shape[1]
-    group = num_heads // num_kv_heads
-    check_cache(kv_cache, layout)
-    assert head_size == layout.head_size and num_heads == group * num_kv_heads, (query.shape, layout, num_kv_heads)
-    for tokens in (query, output):
-        assert tokens.shape == query.shape and tokens.stride(2) == 1 and tokens.stride(1) == head_size, tokens.stride()
-        assert tokens.dtype == query.dtype and tokens.dtype in (torch.float16, torch.bfloat16), tokens.dtype
-    assert 1 <= max_query_len <= MAX_QUERY_LEN, max_query_len
-    assert seq_lens.shape == (num_reqs,) and query_start_loc.shape == (num_reqs + 1,)
-    for lengths in (block_table, seq_lens, query_start_loc):
-        assert lengths.dtype == torch.int32 and lengths.stride(-1) == 1
-    assert 0 <= skip_newest < (sliding_window or math.inf), (skip_newest, sliding_window)
-    if lse is not None:
-        assert lse.shape == (num_heads, num_tokens) and lse.is_contiguous() and lse.dtype == torch.float32
+
+    arguments: dict[str, int]
+    kept: tuple[torch.Tensor, ...] = ()
+
+
+def _statics(transforms: LayerTransforms) -> _Statics:
+    equalization = transforms.key_equalization
+    arguments = {} if equalization is None else {"equalization": equalization.data_ptr()}
+    offset, rotary = transforms.offset_pairs, transforms.rotary
+    if offset is None:
+        return _Statics(arguments)
+    assert rotary is not None and rotary.frequencies is not None, "unsupported() says so"
+    fine = _fine_operands(offset, rotary)
+    arguments |= {
+        "offset": offset.numbers.data_ptr(),
+        "offset_dims": offset.dims.data_ptr(),
+        "offset_index": offset.index.data_ptr(),
+        "coarse_angles": rotary.coarse_angles.data_ptr(),
+        "fine_angles": fine.data_ptr(),
+        "rotary_pairs": rotary.rotary_dim // 2,
+    }
+    return _Statics(arguments, (offset.numbers, offset.dims, offset.index, rotary.coarse_angles, fine))
+
+
+@kept_with_transforms
+def _build(transforms: LayerTransforms, variant: Variant, device: torch.device) -> tuple[BuiltKernel, _Statics]:
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    compiled = variant.settle(transforms, shared)
+    kernel = build(compiled.source(), compiled.threads, compiled.shared_bytes, device)
+    return kernel, _statics(transforms)
+
+
+def paged_attention(
+    query: torch.Tensor,
+    queries: Queries,
+    pages: Pages,
+    shape: AttentionShape,
+    span: Span,
+    output: torch.Tensor,
+    lse: torch.Tensor | None = None,
+    *,
+    launch: Launch,
+) -> None:
+    """As :class:`vllm_kvtuner.kernels.contract.PagedAttention`, query and output fp16 or bf16.
+
+    ``launch.workspace`` comes from :func:`decode_workspace`, for at least this many requests and this shape of layer;
+    ``launch.config`` is a DecodeConfig. The first call of a variant compiles it.
+    """
+    num_tokens, num_reqs, num_kv_heads = query.shape[0], queries.num_reqs, shape.num_kv_heads
+    layout, kv_cache, group, max_query_len = pages.layout, pages.kv_cache, shape.group, queries.max_query_len
+    check_attention(query, queries, shape, output, lse)
+    pages.check()
+    assert pages.num_kv_heads == num_kv_heads and layout.head_size == shape.head_size, (kv_cache.shape, shape)
+    assert query.dtype == output.dtype and query.dtype in (torch.float16, torch.bfloat16), (query.dtype, output.dtype)
+    assert 1 <= max_query_len <= MAX_DECODE_QUERY_LEN, max_query_len
+    assert 0 <= span.skip_newest < (span.sliding_window or math.inf), span
     if num_tokens == 0:
         return
-    rows = pass_rows(group * (pass_query_len or max_query_len))
-    kernel = _build(
-        transforms, layout, group, rows, query.dtype, sliding_window, logits_soft_cap > 0, skip_newest,
-        lse is not None, skip_first, num_reqs * num_kv_heads <= FEW_SEGMENTS[rows], query.device, config,
+    rows = pass_rows(group * (launch.pass_query_len or max_query_len))
+    variant = Variant(
+        layout, group, rows, query.dtype, span, soft_cap=shape.logits_soft_cap > 0, write_lse=lse is not None,
+        few=num_reqs * num_kv_heads <= FEW_SEGMENTS[rows], config=launch.config,
     )  # fmt: skip
+    kernel, statics = _build(pages.transforms, variant, query.device)
+    workspace: DecodeWorkspace = launch.workspace
     max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
     assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"
-    grid = min(kernel.max_ctas, workspace.partial.shape[0] // 2)
-    assert workspace.partial.shape[1] >= rows and workspace.partial.shape[2] == head_size, "workspace too small"
-    log2e = math.log2(math.e)
-    rotary_pairs, offset_addresses = 0, (0,) * 5
-    if (offset := transforms.offset_pairs) is not None:
-        rotary = transforms.rotary
-        assert rotary is not None and rotary.frequencies is not None, "unsupported() says so"
-        rotary_pairs = rotary.rotary_dim // 2
-        parts = (offset.numbers, offset.dims, offset.index, rotary.coarse_angles, _fine_operands(offset, rotary))
-        offset_addresses = tuple(part.data_ptr() for part in parts)
-    integers = (num_reqs, num_tokens, num_kv_heads, max_segments, rotary_pairs)
+    slots, partial_rows, partial_size = workspace.partial.shape
+    assert partial_rows >= rows and partial_size == layout.head_size, "workspace too small"
     kernel.launch(
-        grid,
-        query.data_ptr(),
-        output.data_ptr(),
-        kv_cache.data_ptr(),
-        block_table.data_ptr(),
-        seq_lens.data_ptr(),
-        query_start_loc.data_ptr(),
-        workspace.partial.data_ptr(),
-        workspace.state.data_ptr(),
-        workspace.arrivals.data_ptr(),
-        0 if transforms.key_equalization is None else transforms.key_equalization.data_ptr(),
-        *offset_addresses,
-        *(
-            ctypes.c_uint64(n)
-            for n in (query.stride(0), output.stride(0), *(byte_stride(kv_cache, dim) for dim in (0, 1)))
+        min(kernel.max_ctas, slots // 2),
+        ARGUMENTS.structure(
+            query=query.data_ptr(),
+            output=output.data_ptr(),
+            kv_cache=kv_cache.data_ptr(),
+            block_table=queries.block_table.data_ptr(),
+            seq_lens=queries.seq_lens.data_ptr(),
+            query_start_loc=queries.query_start_loc.data_ptr(),
+            partial=workspace.partial.data_ptr(),
+            partial_state=workspace.state.data_ptr(),
+            arrivals=workspace.arrivals.data_ptr(),
+            query_stride=query.stride(0),
+            output_stride=output.stride(0),
+            block_stride=byte_stride(kv_cache, 0),
+            head_stride=byte_stride(kv_cache, 1),
+            table_stride=queries.block_table.stride(0),
+            num_reqs=num_reqs,
+            num_tokens=num_tokens,
+            num_kv_heads=num_kv_heads,
+            max_segments=max_segments,
+            scale_log2=shape.scale * LOG2_E,
+            soft_cap_log2=shape.logits_soft_cap * LOG2_E,
+            output_lse=0 if lse is None else lse.data_ptr(),
+            **statics.arguments,
         ),
-        ctypes.c_uint64(block_table.stride(0)),
-        *(ctypes.c_int32(n) for n in integers),
-        ctypes.c_float(scale * log2e),
-        ctypes.c_float(logits_soft_cap * log2e),
-        0 if lse is None else lse.data_ptr(),
-        dependent=dependent,
+        dependent=launch.dependent,
     )

@@ -120,7 +120,7 @@ def fold_query(
     rotary = transforms.rotary if transforms.key_offset is not None else None
     _fold_query_kernel[(triton.cdiv(num_rows, ROWS_PER_PROGRAM),)](
         query, transforms.key_equalization, transforms.key_offset, folded, constants, coefficients,
-        num_rows, shape.scale * math.log2(math.e), query.stride(0),
+        num_rows, shape.scale * math.log2(math.e), query.stride()[0],
         NUM_HEADS=shape.num_heads, GROUP=shape.group, HEAD_SIZE=shape.head_size, BITS=layout.k_bits,
         FOLDED_SIZE=folded.shape[1], HADAMARD=transforms.key_hadamard,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,

@@ -70,13 +70,14 @@ def gather_cache(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, valu
     if num_tokens == 0:
         return
     kv_cache, layout, transforms = pages
-    num_reqs = tokens.block_table.shape[0]
+    num_reqs, num_kv_heads = tokens.block_table.shape[0], pages.num_kv_heads
+    block_stride, head_stride, _, _ = kv_cache.stride()
     rotary = transforms.rotary if transforms.key_offset is not None else None
-    _gather_cache_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), pages.num_kv_heads, 2)](
+    _gather_cache_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), num_kv_heads, 2)](
         kv_cache, tokens.block_table, tokens.cu_seq_lens, tokens.seq_starts, key_out, value_out,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
         num_tokens, num_reqs, num_reqs.bit_length(),
-        kv_cache.stride(0), kv_cache.stride(1), tokens.block_table.stride(0), key_out.stride(0), value_out.stride(0),
+        block_stride, head_stride, tokens.block_table.stride()[0], key_out.stride()[0], value_out.stride()[0],
         HEAD_SIZE=layout.head_size, BLOCK_SIZE=layout.block_size, K_BITS=layout.k_bits, V_BITS=layout.v_bits,
         K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes, V_CODES=layout.v_codes_offset,
         K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,

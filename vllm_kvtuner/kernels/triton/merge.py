@@ -1,7 +1,11 @@
 """Segments of attention merged by log-sum-exp inside kernels; logits are to base 2.
 
-A segment is attention over a part of the tokens that rows see. A merge measures all segments against one reference,
-adds their totals and outputs, and divides at the end. A segment may be a logit alone, whose output is 0.
+A segment is attention over a part of the tokens that rows see: ``top`` that it is measured against, ``total`` of its
+unnormalized probabilities, and ``output``. A normalized one has its log-sum-exp as top and total 1. Merged are
+
+    total = sum of weight * total        output = sum of weight * output / divisor(total)
+
+with the weight of each against one reference. A segment may be a logit alone, which adds its weight to the total.
 """
 
 import triton
@@ -15,20 +19,12 @@ def finite_reference(top):
 
 
 @triton.jit
-def weighted_segment(top, total, output, reference, AXIS: tl.constexpr):
-    """Total and output of segments, measured against ``reference`` instead of ``top``.
-
-    Args:
-        top: [...] fp32, what total and output are measured against; of a normalized output the log-sum-exp.
-        total: [...], sum of the unnormalized probabilities; 1 of a normalized output.
-        output: as top, with the dimensions of a row at AXIS.
-        reference: finite, broadcast to top.
-    """
-    weight = tl.exp2(top - reference)
-    return total * weight, output * tl.expand_dims(weight, AXIS)
+def segment_weight(top, reference):
+    """Factor on total and output of a segment; 0 where it has seen nothing."""
+    return tl.exp2(top - reference)
 
 
 @triton.jit
-def normalized(output, total, AXIS: tl.constexpr):
-    """Outputs, with the dimensions of a row at AXIS, over the totals; 0 where nothing was seen."""
-    return output / tl.expand_dims(tl.where(total > 0, total, 1.0), AXIS)
+def divisor(total):
+    """What outputs are divided by: the total, or 1 where nothing was seen, so that they stay 0."""
+    return tl.where(total > 0, total, 1.0)

@@ -30,7 +30,7 @@ from vllm_kvtuner.kernels.triton.codes import (
 )
 from vllm_kvtuner.kernels.triton.common import hadamard_rows, row_warps
 from vllm_kvtuner.kernels.triton.fold_query import ROW_CONSTANTS, fold_query, folded_size
-from vllm_kvtuner.kernels.triton.merge import finite_reference, normalized, weighted_segment
+from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config, num_multiprocessors
 
 MIN_PARTIAL_ROWS = 1 << 15
@@ -316,13 +316,13 @@ def _combine_kernel(
         present = used[:, None] & (begin + step < num_splits)[None, :]
         split = first[:, None] + (begin + step)[None, :]
         lse = tl.load(lse_ptr + split, mask=present, other=float("-inf"))
+        weight = segment_weight(lse, top[:, None])
+        total += tl.sum(weight, 1)
         # A split that saw nothing wrote no output.
         wanted = (lse > float("-inf"))[:, :, None] & (dim < HEAD_SIZE)[None, None, :]
         part = tl.load(partial_ptr + split[:, :, None] * HEAD_SIZE + dim[None, None, :], mask=wanted, other=0.0)
-        part_total, part_output = weighted_segment(lse, 1.0, part, top[:, None], AXIS=2)
-        total += tl.sum(part_total, 1)
-        output += tl.sum(part_output, 1)
-    output = normalized(output, total, AXIS=1)
+        output += tl.sum(part * weight[:, :, None], 1)
+    output = output / divisor(total)[:, None]
     if HAS_LSE:
         # From base 2.
         sums = (top + tl.log2(total)) * 0.6931471805599453
@@ -358,6 +358,7 @@ def paged_attention(
     workspace: DecodeWorkspace = launch.workspace
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads, max_query_len = queries.num_reqs, pages.num_kv_heads, queries.max_query_len
+    block_stride, head_stride, _, _ = kv_cache.stride()
     group = shape.group
     pages.check()
     check_attention(query, queries, shape, output, lse)
@@ -387,7 +388,7 @@ def paged_attention(
     _attend_kernel[(num_reqs, num_kv_heads * row_tiles, num_splits)](
         workspace.query, workspace.constants, coefficients, rotary and rotary.cos_sin, kv_cache, queries.block_table,
         queries.seq_lens, queries.query_start_loc, workspace.output, workspace.lse,
-        kv_cache.stride(0) // 4, kv_cache.stride(1) // 4, queries.block_table.stride(0),
+        block_stride // 4, head_stride // 4, queries.block_table.stride()[0],
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
@@ -401,7 +402,7 @@ def paged_attention(
     rows_per_program = 16 if num_rows >= 2048 else 1
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
         workspace.output, workspace.lse, queries.query_start_loc, output, lse,
-        num_rows, num_reqs, num_splits, output.stride(0),
+        num_rows, num_reqs, num_splits, output.stride()[0],
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard, HAS_LSE=lse is not None,
         ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip

@@ -98,11 +98,12 @@ def reshape_and_cache(
     reference.
     """
     check_store(key, value, slot_mapping, positions, pages, window)
-    _, num_kv_heads, head_size = key.shape
+    kv_cache, layout, transforms = pages
+    block_stride, head_stride, _, _ = kv_cache.stride()
+    num_kv_heads, head_size = key.shape[1], layout.head_size
     num_rows = slot_mapping.shape[0] * num_kv_heads
     if num_rows == 0:
         return
-    kv_cache, layout, transforms = pages
     has_offset = transforms.key_offset is not None
     rotary = transforms.rotary if has_offset else None
     rows, row_slots = (None, None) if window is None else window
@@ -111,8 +112,8 @@ def reshape_and_cache(
     _reshape_and_cache_kernel[(triton.cdiv(num_rows, rows_per_program), 2)](
         key, value, kv_cache, slot_mapping, positions if has_offset else None,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
-        num_rows, key.stride(0), value.stride(0), kv_cache.stride(0), kv_cache.stride(1), rows, row_slots,
-        row_strides[0], row_strides[1], row_strides[2],
+        num_rows, key.stride()[0], value.stride()[0], block_stride, head_stride,
+        rows, row_slots, row_strides[0], row_strides[1], row_strides[2],
         NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Queries, Span, check_attention
-from vllm_kvtuner.kernels.triton.merge import finite_reference, normalized, weighted_segment
+from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 
 BLOCK_N = 32
 """Tokens of a tile: a window of 64 tokens is two."""
@@ -128,9 +128,9 @@ def _window_attention_kernel(
     packed = tl.load(target, mask=in_row, other=0.0)
     # Rows of padding see nothing in either.
     reference = finite_reference(tl.maximum(top, older))
-    total, output = weighted_segment(top, total, output, reference, AXIS=0)
-    older_total, older_output = weighted_segment(older, 1.0, packed.to(tl.float32), reference, AXIS=0)
-    merged = normalized(output + older_output, total + older_total, AXIS=0)
+    weight, older_weight = segment_weight(top, reference), segment_weight(older, reference)
+    total = divisor(total * weight + older_weight)
+    merged = (output * weight[None, :] + packed.to(tl.float32) * older_weight[None, :]) / total[None, :]
     tl.store(target, merged.to(output_ptr.dtype.element_ty), mask=in_row)
 
 
@@ -157,9 +157,10 @@ def window_attention(
     check_attention(query, queries, shape, output, lse)
     num_tokens, num_heads, head_size = query.shape
     _, num_kv_heads, block_size, row_size = rows.shape
+    block_stride, head_stride, place_stride, in_row_stride = rows.stride()
     group = shape.group
     assert num_heads == group * num_kv_heads and row_size == 2 * head_size, (shape, rows.shape)
-    assert rows.stride(3) == 1 and rows.dtype == query.dtype, (rows.stride(), rows.dtype)
+    assert in_row_stride == 1 and rows.dtype == query.dtype, (rows.stride(), rows.dtype)
     assert span.skip_first <= SINK_TILE, span
     max_query_len = queries.max_query_len
     pass_rows = group * (launch.pass_query_len or max_query_len)
@@ -167,8 +168,8 @@ def window_attention(
     row_tiles = triton.cdiv(group * max_query_len, block_m)
     _window_attention_kernel[(queries.num_reqs, num_kv_heads * row_tiles)](
         query, rows, queries.block_table, queries.seq_lens, queries.query_start_loc, output, lse,
-        query.stride(0), output.stride(0), rows.stride(0), rows.stride(1), rows.stride(2),
-        queries.block_table.stride(0), num_tokens, shape.scale * math.log2(math.e),
+        query.stride()[0], output.stride()[0], block_stride, head_stride, place_stride,
+        queries.block_table.stride()[0], num_tokens, shape.scale * math.log2(math.e),
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, WINDOW_TOKENS=span.skip_newest, SINK_TOKENS=span.skip_first,
         SLIDING_WINDOW=span.sliding_window or 0, SOFT_CAP=shape.logits_soft_cap,

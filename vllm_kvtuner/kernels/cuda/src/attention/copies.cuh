@@ -26,9 +26,7 @@ struct Shared {
   alignas(128) u8 ring[NUM_WARPS][NUM_STAGES][STAGE_BYTES];
   alignas(16) float output[NUM_WARPS][PASS_ROWS][HEAD_SIZE];
   alignas(16) u8 query[TILES][8][QUERY_STRIDE];
-#if OFFSET_PAIRS
-  OffsetShared offset;
-#endif
+  [[no_unique_address]] OffsetShared offset;
   u64 barriers[NUM_WARPS][NUM_STAGES];
   float unit[PASS_ROWS], sum[PASS_ROWS], offset_factor[PASS_ROWS];
   float total[NUM_WARPS][PASS_ROWS], top[NUM_WARPS][PASS_ROWS];
@@ -62,9 +60,7 @@ __device__ __forceinline__ void fetch_queries(const Arguments& a, Shared& shared
 // Those, and what belongs to its key offset.
 __device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
                                            int lane) {
-#if OFFSET_PAIRS
   fetch_offset(a, shared.offset, cursor, segment % 2, warp, lane);
-#endif
   fetch_queries(a, shared, cursor, segment, warp, lane);
 }
 
@@ -101,11 +97,11 @@ struct Producer {
   }
 
   // To the next stage of this warp, which may be in a later segment.
-  __device__ __forceinline__ void settle(const Arguments& a, int first, int last, int warp, int lane) {
+  __device__ __forceinline__ void settle(const Arguments& a, const Share& share, int warp, int lane) {
     if (token >= last_token) {
       Cursor at = shared->producers[warp];
       do {
-        more = at.next(a, first, last);
+        more = at.next(a, share);
         if (!more) return;
         segment++;
         enter(a, at, warp, lane);
@@ -161,8 +157,8 @@ struct Producer {
     for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
   }
 
-  __device__ __forceinline__ void issue(const Arguments& a, int first, int last, int warp, int lane, u8* target,
-                                        u64* barrier, u64 policy) {
+  __device__ __forceinline__ void issue(const Arguments& a, const Share& share, int warp, int lane, u8* target, u64* barrier,
+                                        u64 policy) {
     if (more) {
       u32 source_blocks[ENTRIES];
       blocks_of_stage(source_blocks);
@@ -171,7 +167,7 @@ struct Producer {
 #if __CUDA_ARCH__ >= 900
       if (elect_one()) {
         const u32 mbarrier = shared_address(barrier);
-        barrier_expect(mbarrier, WHOLE_CHUNKS ? copies() * PIECE_BYTES : STAGE_BYTES);
+        barrier_expect(mbarrier, WHOLE_CHUNKS ? copies() * Piece::BYTES : STAGE_BYTES);
         for_copies([&](int i) {
           const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
           copy_bulk(at + copy.target, copy.source, copy.bytes, mbarrier, policy);
@@ -184,7 +180,7 @@ struct Producer {
       });
 #endif
       token += NUM_WARPS * STAGE_TOKENS;
-      settle(a, first, last, warp, lane);
+      settle(a, share, warp, lane);
     }
 #if __CUDA_ARCH__ < 900
     copies_commit();
@@ -199,10 +195,11 @@ struct Producer {
   // Copy i of a stage: a whole chunk, or a part of one in pages/layout.py's order.
   __device__ __forceinline__ Copy copy_of(const Arguments& a, int i, u32 block) const {
     const u8* chunk = head + (u64)block * (u32)a.block_stride;  // a stride of 32 bits: one instruction less
-    if (WHOLE_CHUNKS) return {chunk, PIECE_BYTES, (u32)i * PIECE_BYTES};
-    const int width = i == 0 ? K_ROW : i == 1 ? V_ROW : 4;
-    const int before = i == 0 ? 0 : i == 1 ? K_ROW : i == 2 ? K_ROW + V_ROW : K_ROW + V_ROW + 4;
-    return {chunk + before * BLOCK_SIZE + (u32)token % BLOCK_SIZE * width, (u32)(width * PIECE_TOKENS),
-            (u32)(before * PIECE_TOKENS)};
+    if (WHOLE_CHUNKS) return {chunk, Piece::BYTES, (u32)i * Piece::BYTES};
+    // Part i of the chunk, and of the piece in shared memory.
+    const int width = i == 0 ? K_ROW : i == 1 ? V_ROW : Chunk::META_ROW;
+    const int source = i == 0 ? Chunk::K_CODES : i == 1 ? Chunk::V_CODES : i == 2 ? Chunk::K_META : Chunk::V_META;
+    const int place = i == 0 ? Piece::K_CODES : i == 1 ? Piece::V_CODES : i == 2 ? Piece::K_META : Piece::V_META;
+    return {chunk + source + (u32)token % BLOCK_SIZE * width, (u32)(width * PIECE_TOKENS), (u32)place};
   }
 };

@@ -11,28 +11,7 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
   const u16* raw = shared.raw_query[shared.segment % 2][row];
 #pragma unroll
   for (int i = 0; i < NUMBERS; i++) x[i] = present ? load_query(raw + i * 32 + lane) : 0.0f;
-#if OFFSET_PAIRS
-  float2 coefficients[(OFFSET_PAIRS + 31) / 32];
-  float largest = 0.0f;
-#pragma unroll
-  for (int i = 0; i < (OFFSET_PAIRS + 31) / 32; i++) {
-    int pair = i * 32 + lane;
-    coefficients[i] = make_float2(0.0f, 0.0f);
-    if (present && pair < OFFSET_PAIRS) {
-      const int dims = shared.offset.dims[pair];
-      const float first = load_query(raw + (dims & 0xFFFF)), second = load_query(raw + (dims >> 16));
-      const float2 m = shared.offset.numbers[shared.segment % 2][warp][pair];
-      // q . R_t m is the sum over pairs of (q_a m_a + q_b m_b) cos + (q_b m_a - q_a m_b) sin.
-      coefficients[i] = make_float2(first * m.x + second * m.y, second * m.x - first * m.y);
-      largest = fmaxf(largest, fmaxf(fabsf(coefficients[i].x), fabsf(coefficients[i].y)));
-    }
-  }
-  largest = fmaxf(warp_max(largest), 1e-30f);
-#pragma unroll
-  for (int i = 0; i < (OFFSET_PAIRS + 31) / 32; i++)
-    if (i * 32 + lane < OFFSET_PAIRS)
-      shared.offset.coefficients[row][i * 32 + lane] = make_float2(coefficients[i].x / largest, coefficients[i].y / largest);
-#endif
+  const float offset_unit = fold_offset(shared.offset, raw, present, shared.segment % 2, row, warp, lane);
 #if KEY_EQUALIZATION
 #pragma unroll
   for (int i = 0; i < NUMBERS; i++) x[i] *= a.equalization[kv_head * HEAD_SIZE + i * 32 + lane];
@@ -75,9 +54,7 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
     constexpr float HIGHEST = (float)(1 << ((K_FIELDS - 1) * K_BITS));
     shared.unit[row] = unit * a.scale_log2 / HIGHEST;
     shared.sum[row] = sum * HIGHEST;
-#if OFFSET_PAIRS
-    shared.offset_factor[row] = largest / unit * HIGHEST;
-#endif
+    if constexpr (OFFSET_PAIRS > 0) shared.offset_factor[row] = offset_unit / unit * HIGHEST;
   }
 }
 
@@ -98,9 +75,7 @@ __device__ __forceinline__ void load_rows(const Shared& shared, const Request& r
     const int row = 4 * tile + t;
     rows.unit[tile] = shared.unit[row];
     rows.sum[tile] = shared.sum[row];
-#if OFFSET_PAIRS
-    rows.offset_factor[tile] = shared.offset_factor[row];
-#endif
+    if constexpr (OFFSET_PAIRS > 0) rows.offset_factor[tile] = shared.offset_factor[row];
     int query, member;
     row_of(request, pass, row, query, member);
     rows.limit[tile] = min(request.len - request.num_queries + 1 + query, request.len);

@@ -1,4 +1,9 @@
 // paged_attention.cu: from warps' sums to output rows.
+//
+// A row's (reference to base 2, total, unnormalized output) meet in two places, the parts of warps in add_up and those of
+// CTAs in merge_segment, and every row is normalized once, in write_row. What counts once for a row beside its tokens, as the
+// logit of an attention sink does, belongs there: a further segment with output 0, before total divides and log-sum-exp is
+// written. add_up and merge_segment see parts of a row and must not count it.
 #pragma once
 
 // A warp's sums of a segment to where those of all warps are added up.
@@ -161,8 +166,8 @@ __device__ __forceinline__ void announce_part(const Arguments& a, Shared& shared
     int arrived = 0;
     if (lane == 0) arrived = arrive(arrivals);
     // While it is on its way.
-    const int first = shares.owner(cursor.begin + a.visit);
-    const int last = shares.owner(cursor.begin + a.visit + request.stages - 1);
+    const int first = shares.owner(cursor.begin + shares.visit);
+    const int last = shares.owner(cursor.begin + shares.visit + request.stages - 1);
     if (lane == 0) {
       shared.parts.first = first;
       shared.parts.last = last;

@@ -2,7 +2,7 @@
 //
 // q . R_t m = sum over pairs of x cos(w t) + y sin(w t): the coefficients (x, y) turn with the stage's first token, what is left
 // of the angle is in A operands that are the same for all stages. A stage of 64 tokens is two of ANGLE_STEP, in even columns
-// the first, in odd ones the second.
+// the first, in odd ones the second. Layers without an offset have the empty twins at the end of this file.
 #pragma once
 
 #if OFFSET_PAIRS
@@ -59,6 +59,33 @@ struct OffsetLoads {
   }
 };
 
+// A row's coefficients, in units of what it returns, which is 1e-30 at least.
+__device__ __forceinline__ float fold_offset(OffsetShared& offset, const u16* raw, bool present, int at, int row, int warp,
+                                             int lane) {
+  constexpr int COUNT = (OFFSET_PAIRS + 31) / 32;
+  float2 coefficients[COUNT];
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    int pair = i * 32 + lane;
+    coefficients[i] = make_float2(0.0f, 0.0f);
+    if (present && pair < OFFSET_PAIRS) {
+      const int dims = offset.dims[pair];
+      const float first = load_query(raw + (dims & 0xFFFF)), second = load_query(raw + (dims >> 16));
+      const float2 m = offset.numbers[at][warp][pair];
+      // q . R_t m is the sum over pairs of (q_a m_a + q_b m_b) cos + (q_b m_a - q_a m_b) sin.
+      coefficients[i] = make_float2(first * m.x + second * m.y, second * m.x - first * m.y);
+      largest = fmaxf(largest, fmaxf(fabsf(coefficients[i].x), fabsf(coefficients[i].y)));
+    }
+  }
+  largest = fmaxf(warp_max(largest), 1e-30f);
+#pragma unroll
+  for (int i = 0; i < COUNT; i++)
+    if (i * 32 + lane < OFFSET_PAIRS)
+      offset.coefficients[row][i * 32 + lane] = make_float2(coefficients[i].x / largest, coefficients[i].y / largest);
+  return largest;
+}
+
 __device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int warp,
                                              int lane) {
   const int token = (cursor.request.first_stage + cursor.stage_begin + warp) * STAGE_TOKENS;
@@ -78,7 +105,10 @@ __device__ __forceinline__ float2 turned_by(const float2& c, const float2& angle
   return make_float2(c.x * angle.x + c.y * angle.y, c.y * angle.x - c.x * angle.y);
 }
 
-struct OffsetTurns {
+// The offset's part of a warp's logits.
+struct KeyOffset {
+  OffsetShared& shared;
+  int warp;
   // Of few pairs in registers; of others in shared memory, and A operands in the L1 cache: no registers would be left.
   float2 coefficients[2], turn[2];
   uint4 fine[constant_min(GROUPS, 2)][2];
@@ -91,7 +121,7 @@ struct OffsetTurns {
 #pragma unroll
         for (int term = 0; term < 2; term++) fine[i][term] = fine_operand(a, 0, i, term, lane);
   }
-  __device__ __forceinline__ void enter(OffsetShared& shared, int at, int warp, int lane) {
+  __device__ __forceinline__ void enter(int at, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int step = 0; step < OFFSET_STEPS; step++)
@@ -105,20 +135,19 @@ struct OffsetTurns {
           if (OFFSET_STAYS)
             coefficients[b] = c, turn[b] = shared.turn[pair];
           else
-            *place(shared, step, tile, b, warp, lane) = c;
+            *place(step, tile, b, lane) = c;
         }
       }
   }
-  static __device__ __forceinline__ float2* place(OffsetShared& shared, int step, int tile, int b, int warp, int lane) {
+  __device__ __forceinline__ float2* place(int step, int tile, int b, int lane) {
     return &shared.turned[OFFSET_STAYS ? 0 : ((warp * OFFSET_STEPS + step) * TILES + tile) * 2 + b][lane];
   }
   static __device__ __forceinline__ uint4 fine_operand(const Arguments& a, int step, int i, int term, int lane) {
     return __ldg(a.fine_angles + ((step * (ANGLE_STEP / 16) + i) * 2 + term) * 32 + lane);
   }
   // A column's operand of a pair, in two terms of fp16; the coefficients then turn to the next stage.
-  __device__ __forceinline__ void operand(OffsetShared& shared, int step, int tile, int b, int warp, int lane, u32& high,
-                                          u32& low) {
-    float2* kept = place(shared, step, tile, b, warp, lane);
+  __device__ __forceinline__ void operand(int step, int tile, int b, int lane, u32& high, u32& low) {
+    float2* kept = place(step, tile, b, lane);
     const float2 c = OFFSET_STAYS ? coefficients[b] : *kept;
     high = pack_fp16(c.x, c.y);
     const float2 rounded = unpack_fp16(high);
@@ -129,38 +158,57 @@ struct OffsetTurns {
     else
       *kept = next;
   }
-};
 
-// q . R_t m of a stage's tokens from position `token`, in units of offset_factor.
-__device__ __forceinline__ void offset_products(const Arguments& a, OffsetShared& shared, int token, OffsetTurns& turns, int warp,
-                                                int lane, float (&sums)[GROUPS][TILES][2]) {
-  constexpr int FINE = constant_min(GROUPS, 2);
-  float products[FINE][TILES][4] = {};
+  // q . R_t m of a stage's tokens from position `token`, in units of offset_factor.
+  __device__ __forceinline__ void products(const Arguments& a, int token, int lane, float (&sums)[GROUPS][TILES][2]) {
+    constexpr int FINE = constant_min(GROUPS, 2);
+    float products[FINE][TILES][4] = {};
 #pragma unroll 2
-  for (int step = 0; step < OFFSET_STEPS; step++) {
-    u32 high[TILES][2], low[TILES][2];
+    for (int step = 0; step < OFFSET_STEPS; step++) {
+      u32 high[TILES][2], low[TILES][2];
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
+      for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-      for (int b = 0; b < 2; b++) turns.operand(shared, step, tile, b, warp, lane, high[tile][b], low[tile][b]);
+        for (int b = 0; b < 2; b++) operand(step, tile, b, lane, high[tile][b], low[tile][b]);
 #pragma unroll
-    for (int i = 0; i < FINE; i++) {
-      const int place = GROUPS == 1 ? token / 16 % (ANGLE_STEP / 16) : i;
-      const uint4 fine = OFFSET_STAYS ? turns.fine[i][0] : OffsetTurns::fine_operand(a, step, place, 0, lane);
-      const uint4 finer = OFFSET_STAYS ? turns.fine[i][1] : OffsetTurns::fine_operand(a, step, place, 1, lane);
+      for (int i = 0; i < FINE; i++) {
+        const int place = GROUPS == 1 ? token / 16 % (ANGLE_STEP / 16) : i;
+        const uint4 coarser = OFFSET_STAYS ? fine[i][0] : fine_operand(a, step, place, 0, lane);
+        const uint4 finer = OFFSET_STAYS ? fine[i][1] : fine_operand(a, step, place, 1, lane);
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-        mma_fp16(products[i][tile], finer.x, finer.y, finer.z, finer.w, high[tile][0], high[tile][1]);
-        mma_fp16(products[i][tile], fine.x, fine.y, fine.z, fine.w, low[tile][0], low[tile][1]);
-        mma_fp16(products[i][tile], fine.x, fine.y, fine.z, fine.w, high[tile][0], high[tile][1]);
+        for (int tile = 0; tile < TILES; tile++) {
+          mma_fp16(products[i][tile], finer.x, finer.y, finer.z, finer.w, high[tile][0], high[tile][1]);
+          mma_fp16(products[i][tile], coarser.x, coarser.y, coarser.z, coarser.w, low[tile][0], low[tile][1]);
+          mma_fp16(products[i][tile], coarser.x, coarser.y, coarser.z, coarser.w, high[tile][0], high[tile][1]);
+        }
       }
     }
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) sums[group][tile][half] = products[group % FINE][tile][2 * half + group / 2];
   }
-#pragma unroll
-  for (int group = 0; group < GROUPS; group++)
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) sums[group][tile][half] = products[group % FINE][tile][2 * half + group / 2];
-}
+};
+#else
+struct OffsetShared {};
+
+struct OffsetLoads {
+  __device__ __forceinline__ void ask_pairs(const Arguments&, int) {}
+  __device__ __forceinline__ void ask_angles(const Arguments&, int) {}
+  __device__ __forceinline__ void keep(OffsetShared&, int) const {}
+};
+
+__device__ __forceinline__ float fold_offset(OffsetShared&, const u16*, bool, int, int, int, int) { return 0.0f; }
+
+__device__ __forceinline__ void fetch_offset(const Arguments&, OffsetShared&, const Cursor&, int, int, int) {}
+
+struct KeyOffset {
+  OffsetShared& shared;
+  int warp;
+  __device__ __forceinline__ void load(const Arguments&, int) {}
+  __device__ __forceinline__ void enter(int, int) {}
+  __device__ __forceinline__ void products(const Arguments&, int, int, float (&)[GROUPS][TILES][2]) {}
+};
 #endif

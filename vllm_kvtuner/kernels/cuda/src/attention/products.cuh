@@ -23,13 +23,8 @@ struct RowConstants {
   int limit[TILES];  // tokens that the row sees
   int seen_by_all;   // tokens that every row sees
   int len;           // tokens of the request
-#if OFFSET_PAIRS
-  float offset_factor[TILES];
-#endif
+  float offset_factor[TILES];  // logits per unit of the key offset's products, if there is one
 };
-
-// Ones in the lowest `bits` of each byte of a word.
-__device__ __forceinline__ constexpr u32 lowest_bits(int bits) { return 0x01010101u * ((1u << bits) - 1); }
 
 template <int WORDS>
 __device__ __forceinline__ void load_run(u32* words, const u8* pointer) {
@@ -80,7 +75,7 @@ __device__ __forceinline__ void key_products(const u8* keys, const RowConstants&
   for (int i = 0; i < K_WORDS; i += 2) {
 #pragma unroll
     for (int field = 0; field < K_FIELDS; field++) {
-      const u32 mask = CUMULATIVE_KEYS ? lowest_bits((field + 1) * K_BITS) : lowest_bits(K_BITS) << (field * K_BITS);
+      const u32 mask = CUMULATIVE_KEYS ? KeyCodes::lowest_fields(field + 1) : KeyCodes::lowest_fields(1) << (field * K_BITS);
       u32 a0 = words[0][i] & mask, a1 = words[1][i] & mask;
       if (i + 1 < K_WORDS) {
         u32 a2 = words[0][i + 1] & mask, a3 = words[1][i + 1] & mask;
@@ -152,7 +147,7 @@ struct ValueBytes {
 
   static __device__ __forceinline__ const u8* value_row(const u8* stage, int group, int token) {
     const int place = group * 16;
-    return stage + place / PIECE_TOKENS * PIECE_BYTES + V_CODES + (place % PIECE_TOKENS + token) * V_ROW;
+    return stage + place / PIECE_TOKENS * Piece::BYTES + Piece::V_CODES + (place % PIECE_TOKENS + token) * V_ROW;
   }
 };
 
@@ -169,7 +164,7 @@ __device__ __forceinline__ void value_products(const u8* stage, const u32 (&weig
     for (int unit = 0; unit < V_RUN; unit++) {
 #pragma unroll
       for (int field = 0; field < V_FIELDS; field++) {
-        const u32 mask = lowest_bits((field + 1) * V_BITS);
+        const u32 mask = ValueCodes::lowest_fields(field + 1);
         int sums[TILES][4] = {};
 #pragma unroll
         for (int group = 0; group < GROUPS; group += 2) {

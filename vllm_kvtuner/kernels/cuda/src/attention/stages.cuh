@@ -1,32 +1,5 @@
-// paged_attention.cu: its arguments, and which stages of which segments a CTA reads.
+// paged_attention.cu: which stages of which segments a CTA reads.
 #pragma once
-
-struct Arguments {
-  const u16* query;              // [tokens][heads][HEAD_SIZE]
-  u16* output;                   // likewise
-  const u8* kv_cache;            // chunks of PageLayout
-  const int* block_table;        // [requests][blocks]
-  const int* seq_lens;           // [requests]
-  const int* query_start_loc;    // [requests + 1]
-  float* partial;                // [2 CTAs][PASS_ROWS][HEAD_SIZE], unnormalized
-  float2* partial_state;         // [2 CTAs][PASS_ROWS], reference to base 2 and total
-  int* arrivals;                 // [segments], 0 between launches
-  const float* equalization;     // [KV heads][HEAD_SIZE]
-  const float2* offset;          // [KV heads][OFFSET_PAIRS], the offset's numbers before RoPE
-  const int* offset_dims;        // [OFFSET_PAIRS], dimensions of a pair: first | second << 16
-  const int* offset_index;       // [OFFSET_PAIRS], of the rotary embedding's pairs
-  const float2* coarse_angles;   // [positions / ANGLE_STEP][rotary_pairs], cosine and sine at every ANGLE_STEP-th position
-  const uint4* fine_angles;      // [OFFSET_PAIRS / 8][ANGLE_STEP / 16][2 terms][32 lanes], A operands of 16 positions
-  u64 query_stride, output_stride;                 // numbers from token to token
-  u64 block_stride, head_stride, table_stride;     // bytes, bytes, numbers
-  int num_reqs, num_tokens, num_kv_heads;
-  int max_segments;              // of a request
-  int rotary_pairs;
-  float scale_log2;              // logits to base 2 per unit of q . k
-  float soft_cap_log2;           // the cap to base 2
-  int visit;                     // stages that a segment counts for besides its own, found by share_out
-  float* output_lse;             // [heads][tokens], if WRITE_LSE
-};
 
 __device__ __forceinline__ float load_query(const u16* pointer) {
 #if QUERY_BF16
@@ -70,21 +43,27 @@ struct Request {
   __device__ __forceinline__ int segments(const Arguments& a) const { return passes * a.num_kv_heads; }
 };
 
-// A place in the row of segments, in which a segment of n stages has `visit` + n units, the stages last.
+// A CTA's share of the row of segments, in which a segment of n stages has `visit` + n units, the stages last.
+struct Share {
+  int first, last;  // flat index of its first unit, and of the next CTA's
+  int visit;        // what folding, merging and changing over cost with a segment, in stages
+};
+
+// A place in the row of segments.
 struct Cursor {
   Request request;
   int kv_head, pass;
   int begin;    // flat index of the segment's first unit
   int stage_begin, stage_end;  // this CTA's share of the segment
 
-  __device__ __forceinline__ void share(const Arguments& a, int first, int last) {
-    stage_begin = max(first - begin - a.visit, 0);
-    stage_end = min(last - begin - a.visit, request.stages);
+  __device__ __forceinline__ void clip(const Share& share) {
+    stage_begin = max(share.first - begin - share.visit, 0);
+    stage_end = min(share.last - begin - share.visit, request.stages);
   }
   // To the next segment; false at the end of the CTA's share.
-  __device__ __forceinline__ bool next(const Arguments& a, int first, int last) {
-    begin += a.visit + request.stages;
-    if (begin + a.visit >= last) return false;
+  __device__ __forceinline__ bool next(const Arguments& a, const Share& share) {
+    begin += share.visit + request.stages;
+    if (begin + share.visit >= share.last) return false;
     if (++pass == request.passes) {
       pass = 0;
       if (++kv_head == a.num_kv_heads) {
@@ -93,7 +72,7 @@ struct Cursor {
         while (request.stages == 0);
       }
     }
-    share(a, first, last);
+    clip(share);
     return true;
   }
 };
@@ -102,14 +81,16 @@ struct Cursor {
 // without stages.
 struct Shares {
   int ctas, even, left;  // even shares, the first `left` of which have one unit more
+  int visit;             // as in Share
 
-  __device__ __forceinline__ Shares(int units, int max_ctas, int least) {
-    ctas = min(max_ctas, units ? max(units / least, 1) : 0);
+  __device__ __forceinline__ Shares(int units, int max_ctas, int visit) : visit(visit) {
+    ctas = min(max_ctas, units ? max(units / (visit + NUM_WARPS), 1) : 0);
     even = units / max(ctas, 1);
     left = units - even * ctas;
   }
   // The flat index of a CTA's first unit.
   __device__ __forceinline__ int begin(int cta) const { return cta * even + min(cta, left); }
+  __device__ __forceinline__ Share of(int cta) const { return {begin(cta), begin(cta + 1), visit}; }
   // The CTA whose share the unit is in.
   __device__ __forceinline__ int owner(int unit) const {
     const int longer = left * (even + 1);
@@ -117,9 +98,8 @@ struct Shares {
   }
 };
 
-// Shares of all requests' stages, and a.visit: what folding, merging and changing over cost with a segment. Every warp
-// finds them for itself.
-__device__ __forceinline__ Shares share_out(Arguments& a, int lane) {
+// Shares of all requests' stages. Every warp finds them for itself.
+__device__ __forceinline__ Shares share_out(const Arguments& a, int lane) {
   int stages = 0, segments = 0;
   for (int r = lane; r < a.num_reqs; r += 32) {
     Request request;
@@ -130,19 +110,19 @@ __device__ __forceinline__ Shares share_out(Arguments& a, int lane) {
   stages = __reduce_add_sync(FULL_WARP, stages);
   segments = __reduce_add_sync(FULL_WARP, segments);
   // Where shares are small, it is better to have more of them.
-  a.visit = min(MAX_VISIT, stages / (NUM_WARPS * (int)gridDim.x));
-  return Shares(stages + a.visit * segments, gridDim.x, a.visit + NUM_WARPS);
+  const int visit = min(MAX_VISIT, stages / (NUM_WARPS * (int)gridDim.x));
+  return Shares(stages + visit * segments, gridDim.x, visit);
 }
 
-// The cursor's place for flat index `first`.
-__device__ __forceinline__ void find(const Arguments& a, int first, int last, int lane, Cursor& cursor) {
+// The cursor's place where a share begins.
+__device__ __forceinline__ void find(const Arguments& a, const Share& share, int lane, Cursor& cursor) {
   int before = 0;
   for (int base = 0;; base += 32) {
     Request request;
     int units = 0;
     if (base + lane < a.num_reqs) {
       request.load(a, base + lane);
-      units = (a.visit + request.stages) * request.segments(a);
+      units = (share.visit + request.stages) * request.segments(a);
     }
     int until = units;
 #pragma unroll
@@ -150,16 +130,16 @@ __device__ __forceinline__ void find(const Arguments& a, int first, int last, in
       int other = __shfl_up_sync(FULL_WARP, until, step);
       if (lane >= step) until += other;
     }
-    u32 beyond = __ballot_sync(FULL_WARP, before + until > first);
+    u32 beyond = __ballot_sync(FULL_WARP, before + until > share.first);
     if (beyond) {
       int found = __ffs(beyond) - 1;
       int start = before + __shfl_sync(FULL_WARP, until - units, found);
       cursor.request.load(a, base + found);
-      const int segment = (first - start) / (a.visit + cursor.request.stages);
+      const int segment = (share.first - start) / (share.visit + cursor.request.stages);
       cursor.kv_head = segment / cursor.request.passes;
       cursor.pass = segment % cursor.request.passes;
-      cursor.begin = start + segment * (a.visit + cursor.request.stages);
-      cursor.share(a, first, last);
+      cursor.begin = start + segment * (share.visit + cursor.request.stages);
+      cursor.clip(share);
       return;
     }
     before += __shfl_sync(FULL_WARP, until, 31);

@@ -38,36 +38,29 @@ __device__ __forceinline__ void weigh(const float (&logits)[GROUPS][TILES][2], c
 
 // A stage, whose first token is `token`.
 __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int token, const RowConstants& rows,
-#if OFFSET_PAIRS
-                                       OffsetShared& shared, OffsetTurns& turns, int warp,
-#endif
-                                       int lane, Accumulators& sums) {
+                                       KeyOffset& offset, int lane, Accumulators& sums) {
   const int g = lane / 4;
   float logits[GROUPS][TILES][2], scale[GROUPS][2], minimum[GROUPS][2];
-#if OFFSET_PAIRS
   float offsets[GROUPS][TILES][2];
-  offset_products(a, shared, token, turns, warp, lane, offsets);
-#endif
+  offset.products(a, token, lane, offsets);
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
     const int place = group * 16;
-    const u8* piece = stage + place / PIECE_TOKENS * PIECE_BYTES;
+    const u8* piece = stage + place / PIECE_TOKENS * Piece::BYTES;
     const int within = place % PIECE_TOKENS;
     int dots[TILES][2];
     key_products(piece + within * K_ROW, rows, lane, dots);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = token_of_row(g) + 8 * half;
-      const float2 k_meta = unpack_fp16(*(const u32*)(piece + K_META + (within + row) * 4));
-      const float2 v_meta = unpack_fp16(*(const u32*)(piece + V_META + (within + row) * 4));
+      const float2 k_meta = unpack_fp16(*(const u32*)(piece + Piece::K_META + (within + row) * Piece::META_ROW));
+      const float2 v_meta = unpack_fp16(*(const u32*)(piece + Piece::V_META + (within + row) * Piece::META_ROW));
       scale[group][half] = v_meta.x;
       minimum[group][half] = v_meta.y;
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
         float logit = fmaf(k_meta.x, __int2float_rn(dots[tile][half]), k_meta.y * rows.sum[tile]);
-#if OFFSET_PAIRS
-        logit = fmaf(offsets[group][tile][half], rows.offset_factor[tile], logit);
-#endif
+        if constexpr (OFFSET_PAIRS > 0) logit = fmaf(offsets[group][tile][half], rows.offset_factor[tile], logit);
 #if SOFT_CAP
         // To base 2, and in units of 1: cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
         const float power = exp2_approx(logit * rows.unit[tile] * (2.885390081777927f / a.soft_cap_log2));

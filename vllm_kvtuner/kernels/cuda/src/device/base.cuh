@@ -1,0 +1,58 @@
+// What all kernels use: integer types, warps, and how a launch overlaps the one before. No header of the CUDA toolkit is
+// included, so that NVRTC alone compiles it.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define FULL_WARP 0xFFFFFFFFu
+
+__device__ __forceinline__ constexpr int constant_min(int a, int b) { return a < b ? a : b; }
+__device__ __forceinline__ constexpr int constant_max(int a, int b) { return a < b ? b : a; }
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x += __shfl_xor_sync(FULL_WARP, x, step);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step; step >>= 1) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, step));
+  return x;
+}
+
+// Whether this lane is the one that acts for its warp.
+__device__ __forceinline__ bool elect_one() {
+#if __CUDA_ARCH__ >= 900
+  u32 elected;
+  asm volatile("{.reg .pred is;\n elect.sync _|is, 0xFFFFFFFF;\n selp.u32 %0, 1, 0, is;}" : "=r"(elected));
+  return elected;
+#else
+  return threadIdx.x % 32 == 0;
+#endif
+}
+
+__device__ __forceinline__ int arrive(int* counter) {
+  int before;
+  asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// Waits for the end of the kernel before on the stream, if this one was launched to overlap it.
+__device__ __forceinline__ void dependency_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel on the stream start if it was launched to overlap this one; it waits for this one's end itself.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
