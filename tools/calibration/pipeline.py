@@ -267,22 +267,22 @@ def read_costs(out: Path) -> dict[str, dict[str, Any]]:
     return read_artifact(path, COSTS_SCHEMA, ("stages",))["stages"] if path.exists() else {}
 
 
-class _Engine:
+class _EngineEvaluator:
     """A calibration engine with the file that its statics are read from."""
 
-    def __init__(self, settings: EvaluatorSpec) -> None:
+    def __init__(self, spec: EvaluatorSpec) -> None:
         self._folder = TemporaryDirectory(prefix="kvtuner-statics-")
         statics = None
-        if settings.statics is not None:
+        if spec.statics is not None:
             statics = Path(self._folder.name) / STATICS_FILE
-            statics.write_bytes(settings.statics)
+            statics.write_bytes(spec.statics)
         self._engine = CalibrationEngine(
-            settings.model,
-            settings.windows,
-            transforms=ModelTransforms(overrides=settings.transforms, statics=statics),
-            room=CacheRoom(settings.unquantized, settings.recent_window),
-            kv_memory_bytes=settings.kv_memory_bytes,
-            dtype=settings.dtype,
+            spec.model,
+            spec.windows,
+            transforms=ModelTransforms(overrides=spec.transforms, statics=statics),
+            room=CacheRoom(spec.unquantized, spec.recent_window),
+            kv_memory_bytes=spec.kv_memory_bytes,
+            dtype=spec.dtype,
         )
 
     def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
@@ -293,9 +293,9 @@ class _Engine:
         self._folder.cleanup()
 
 
-def start_engine(settings: EvaluatorSpec) -> Evaluator:
+def start_engine(spec: EvaluatorSpec) -> Evaluator:
     """vLLM as the measuring instrument."""
-    return _Engine(settings)
+    return _EngineEvaluator(spec)
 
 
 def join(storage: str, study_name: str | None) -> None:

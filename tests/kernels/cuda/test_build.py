@@ -7,6 +7,7 @@ import itertools
 import os
 import re
 import resource
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -239,7 +240,7 @@ def test_sources_are_whole():
 @pytest.mark.quick(1)
 @pytest.mark.parametrize("stem", SOURCES)
 def test_the_hosts_arguments_are_the_kernels(stem):
-    """In order and place: a parameter follows the one before as a member of a structure does."""
+    """By name, in order, in place and of one size: the driver copies as many bytes of each as the kernel takes."""
     arguments, source = SOURCES[stem]
     structure = arguments.structure
     assert [name for name, _ in structure._fields_] == [field.name for field in arguments.fields]
@@ -255,6 +256,41 @@ def test_the_hosts_arguments_are_the_kernels(stem):
         headers=tuple({**headers, "arguments.cuh": headers["arguments.cuh"] + "\n".join(checks) + "\n"}.items())
     )
     assert f".text.{stem}".encode() in bytes(build.compile_cubin(checked, "sm_90", None).code)
+
+
+@pytest.mark.parametrize(("dependent", "overlaps"), [(True, True), (True, False), (False, True)])
+def test_a_launch_hands_every_argument_to_the_driver(dependent, overlaps, monkeypatch):
+    """Each where it stands in the structure; overlapping only where both the caller and the card allow it."""
+    launches = []
+
+    def driver_launch(config, function, parameters, extra):
+        values = [ctypes.c_uint32.from_address(int(address)).value for address in parameters]
+        launches.append((config, function, values, extra))
+        return (build.driver.CUresult.CUDA_SUCCESS,)
+
+    monkeypatch.setattr(build.driver, "cuLaunchKernelEx", driver_launch)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    kernel = build.BuiltKernel("gather_cache", None, 1234, 128, 1000, 264, overlaps)
+    names = [field.name for field in gather_cache.ARGUMENTS.fields]
+    given = {name: index + 1 for index, name in enumerate(names)}
+    kernel.launch(7, gather_cache.ARGUMENTS.structure(**given), dependent=dependent)
+    ((config, function, values, extra),) = launches
+    assert (function, values, extra) == (1234, list(given.values()), 0)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (7, 1, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (128, 1, 1)
+    assert (config.sharedMemBytes, int(config.hStream)) == (1000, 77)
+    serialization = build.driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attributes = [(it.id, it.value.programmaticStreamSerializationAllowed) for it in config.attrs]
+    assert attributes == [(serialization, 1)] * (dependent and overlaps)
+
+
+def test_the_driver_says_why_it_refuses(monkeypatch):
+    refused = build.driver.CUresult.CUDA_ERROR_INVALID_VALUE
+    monkeypatch.setattr(build.driver, "cuLaunchKernelEx", lambda *arguments: (refused,))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=77))
+    kernel = build.BuiltKernel("gather_cache", None, 1234, 128, 1000, 264, True)
+    with pytest.raises(RuntimeError, match=r"gather_cache: 7 CTAs of 128 threads .* CUDA_ERROR_INVALID_VALUE"):
+        kernel.launch(7, gather_cache.ARGUMENTS.structure())
 
 
 def test_the_header_of_a_page_has_the_layouts_numbers():

@@ -100,7 +100,7 @@ constexpr float OUTPUT_UNIT = 0x1p-48f;  // of Accumulators.output
 
 extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     paged_attention(ARGUMENT_LIST) {
-  const Arguments a = {ARGUMENT_NAMES};
+  Work a = {{ARGUMENT_NAMES}};
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *(Shared*)memory;
   const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
@@ -146,7 +146,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   producer.segment = 0;
   producer.more = true;
   producer.enter(a, shared.cursors[0], warp, lane);
-  KeyOffset key_offset = {shared.offset, warp};
+  KeyOffset key_offset(shared.offset, warp);
   key_offset.load(a, lane);
   fetch_offset(a, shared.offset, shared.cursors[0], 0, warp, lane);
   // Other requests' tokens of this step may stand in these blocks, so they are copied only when the store has ended. Where there

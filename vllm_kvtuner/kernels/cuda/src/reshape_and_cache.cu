@@ -241,10 +241,11 @@ __device__ __forceinline__ int store_tiles(const Arguments& a, int tile, int ste
     if (slot < 0) continue;
     const u32 block = (u32)slot / Chunk::TOKENS, place = (u32)slot % Chunk::TOKENS;
     u8* chunk = a.kv_cache + (u64)block * a.block_stride + (u64)head * a.head_stride;
-    u8* row = chunk + ((is_key ? Chunk::K_CODES : Chunk::V_CODES) + place * SHARE::ROW_BYTES);
-    write_codes<CODES, SHARE>(row, x, range, part);
-    u8* meta = chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + place * Chunk::META_ROW);
-    if (part == 0) *(u32*)meta = pack_fp16(range.scale, range.minimum);
+    write_codes<CODES, SHARE>(chunk + ((is_key ? Chunk::K_CODES : Chunk::V_CODES) + place * SHARE::ROW_BYTES), x,
+                              range, part);
+    if (part == 0)
+      *(u32*)(chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + place * Chunk::META_ROW)) =
+          pack_fp16(range.scale, range.minimum);
   }
   return tile;
 }

@@ -97,7 +97,7 @@ struct Producer {
   }
 
   // To the next stage of this warp, which may be in a later segment.
-  __device__ __forceinline__ void settle(const Arguments& a, const Share& share, int warp, int lane) {
+  __device__ __forceinline__ void settle(const Work& a, const Share& share, int warp, int lane) {
     if (token >= last_token) {
       Cursor at = shared->producers[warp];
       do {
@@ -157,7 +157,7 @@ struct Producer {
     for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
   }
 
-  __device__ __forceinline__ void issue(const Arguments& a, const Share& share, int warp, int lane, u8* target, u64* barrier,
+  __device__ __forceinline__ void issue(const Work& a, const Share& share, int warp, int lane, u8* target, u64* barrier,
                                         u64 policy) {
     if (more) {
       u32 source_blocks[ENTRIES];

@@ -157,7 +157,7 @@ __device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& 
 
 // Announces a CTA's part, and merges the segment if all its other parts are there. Where the part ends and not at the CTA's end,
 // which is no faster.
-__device__ __forceinline__ void announce_part(const Arguments& a, Shared& shared, const Cursor& cursor,
+__device__ __forceinline__ void announce_part(const Work& a, Shared& shared, const Cursor& cursor,
                                               const Shares& shares, int warp, int lane) {
   const Request& request = cursor.request;
   if (warp == 0) {
@@ -166,8 +166,8 @@ __device__ __forceinline__ void announce_part(const Arguments& a, Shared& shared
     int arrived = 0;
     if (lane == 0) arrived = arrive(arrivals);
     // While it is on its way.
-    const int first = shares.owner(cursor.begin + shares.visit);
-    const int last = shares.owner(cursor.begin + shares.visit + request.stages - 1);
+    const int first = shares.owner(cursor.begin + a.visit);
+    const int last = shares.owner(cursor.begin + a.visit + request.stages - 1);
     if (lane == 0) {
       shared.parts.first = first;
       shared.parts.last = last;

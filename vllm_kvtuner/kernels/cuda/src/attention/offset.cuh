@@ -113,6 +113,7 @@ struct KeyOffset {
   float2 coefficients[2], turn[2];
   uint4 fine[constant_min(GROUPS, 2)][2];
 
+  __device__ __forceinline__ KeyOffset(OffsetShared& shared, int warp) : shared(shared), warp(warp) {}
   // What does not depend on segments.
   __device__ __forceinline__ void load(const Arguments& a, int lane) {
     if (OFFSET_STAYS)
@@ -205,8 +206,7 @@ __device__ __forceinline__ float fold_offset(OffsetShared&, const u16*, bool, in
 __device__ __forceinline__ void fetch_offset(const Arguments&, OffsetShared&, const Cursor&, int, int, int) {}
 
 struct KeyOffset {
-  OffsetShared& shared;
-  int warp;
+  __device__ __forceinline__ KeyOffset(OffsetShared&, int) {}
   __device__ __forceinline__ void load(const Arguments&, int) {}
   __device__ __forceinline__ void enter(int, int) {}
   __device__ __forceinline__ void products(const Arguments&, int, int, float (&)[GROUPS][TILES][2]) {}

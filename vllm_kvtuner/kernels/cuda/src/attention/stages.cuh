@@ -21,6 +21,11 @@ __device__ __forceinline__ u16 round_output(float x) {
 // that shared memory's banks are met evenly by keys (lanes g) and by values (lanes t).
 __device__ __forceinline__ int token_of_row(int row) { return row ^ (row >> 1 & 1); }
 
+// The arguments, and what every warp finds from them before it works.
+struct Work : Arguments {
+  int visit;  // what folding, merging and changing over cost with a segment, in stages; see share_out
+};
+
 struct Request {
   int index, len, num_queries, first_query;  // len: tokens that the newest query sees, or would without a window
   int first_stage;  // the first that any query sees
@@ -46,7 +51,6 @@ struct Request {
 // A CTA's share of the row of segments, in which a segment of n stages has `visit` + n units, the stages last.
 struct Share {
   int first, last;  // flat index of its first unit, and of the next CTA's
-  int visit;        // what folding, merging and changing over cost with a segment, in stages
 };
 
 // A place in the row of segments.
@@ -56,14 +60,14 @@ struct Cursor {
   int begin;    // flat index of the segment's first unit
   int stage_begin, stage_end;  // this CTA's share of the segment
 
-  __device__ __forceinline__ void clip(const Share& share) {
-    stage_begin = max(share.first - begin - share.visit, 0);
-    stage_end = min(share.last - begin - share.visit, request.stages);
+  __device__ __forceinline__ void clip(const Work& a, const Share& share) {
+    stage_begin = max(share.first - begin - a.visit, 0);
+    stage_end = min(share.last - begin - a.visit, request.stages);
   }
   // To the next segment; false at the end of the CTA's share.
-  __device__ __forceinline__ bool next(const Arguments& a, const Share& share) {
-    begin += share.visit + request.stages;
-    if (begin + share.visit >= share.last) return false;
+  __device__ __forceinline__ bool next(const Work& a, const Share& share) {
+    begin += a.visit + request.stages;
+    if (begin + a.visit >= share.last) return false;
     if (++pass == request.passes) {
       pass = 0;
       if (++kv_head == a.num_kv_heads) {
@@ -72,7 +76,7 @@ struct Cursor {
         while (request.stages == 0);
       }
     }
-    clip(share);
+    clip(a, share);
     return true;
   }
 };
@@ -81,16 +85,15 @@ struct Cursor {
 // without stages.
 struct Shares {
   int ctas, even, left;  // even shares, the first `left` of which have one unit more
-  int visit;             // as in Share
 
-  __device__ __forceinline__ Shares(int units, int max_ctas, int visit) : visit(visit) {
-    ctas = min(max_ctas, units ? max(units / (visit + NUM_WARPS), 1) : 0);
+  __device__ __forceinline__ Shares(int units, int max_ctas, int least) {
+    ctas = min(max_ctas, units ? max(units / least, 1) : 0);
     even = units / max(ctas, 1);
     left = units - even * ctas;
   }
   // The flat index of a CTA's first unit.
   __device__ __forceinline__ int begin(int cta) const { return cta * even + min(cta, left); }
-  __device__ __forceinline__ Share of(int cta) const { return {begin(cta), begin(cta + 1), visit}; }
+  __device__ __forceinline__ Share of(int cta) const { return {begin(cta), begin(cta + 1)}; }
   // The CTA whose share the unit is in.
   __device__ __forceinline__ int owner(int unit) const {
     const int longer = left * (even + 1);
@@ -98,8 +101,8 @@ struct Shares {
   }
 };
 
-// Shares of all requests' stages. Every warp finds them for itself.
-__device__ __forceinline__ Shares share_out(const Arguments& a, int lane) {
+// Shares of all requests' stages, and a.visit. Every warp finds them for itself.
+__device__ __forceinline__ Shares share_out(Work& a, int lane) {
   int stages = 0, segments = 0;
   for (int r = lane; r < a.num_reqs; r += 32) {
     Request request;
@@ -110,19 +113,19 @@ __device__ __forceinline__ Shares share_out(const Arguments& a, int lane) {
   stages = __reduce_add_sync(FULL_WARP, stages);
   segments = __reduce_add_sync(FULL_WARP, segments);
   // Where shares are small, it is better to have more of them.
-  const int visit = min(MAX_VISIT, stages / (NUM_WARPS * (int)gridDim.x));
-  return Shares(stages + visit * segments, gridDim.x, visit);
+  a.visit = min(MAX_VISIT, stages / (NUM_WARPS * (int)gridDim.x));
+  return Shares(stages + a.visit * segments, gridDim.x, a.visit + NUM_WARPS);
 }
 
 // The cursor's place where a share begins.
-__device__ __forceinline__ void find(const Arguments& a, const Share& share, int lane, Cursor& cursor) {
+__device__ __forceinline__ void find(const Work& a, const Share& share, int lane, Cursor& cursor) {
   int before = 0;
   for (int base = 0;; base += 32) {
     Request request;
     int units = 0;
     if (base + lane < a.num_reqs) {
       request.load(a, base + lane);
-      units = (share.visit + request.stages) * request.segments(a);
+      units = (a.visit + request.stages) * request.segments(a);
     }
     int until = units;
 #pragma unroll
@@ -135,11 +138,11 @@ __device__ __forceinline__ void find(const Arguments& a, const Share& share, int
       int found = __ffs(beyond) - 1;
       int start = before + __shfl_sync(FULL_WARP, until - units, found);
       cursor.request.load(a, base + found);
-      const int segment = (share.first - start) / (share.visit + cursor.request.stages);
+      const int segment = (share.first - start) / (a.visit + cursor.request.stages);
       cursor.kv_head = segment / cursor.request.passes;
       cursor.pass = segment % cursor.request.passes;
-      cursor.begin = start + segment * (share.visit + cursor.request.stages);
-      cursor.clip(share);
+      cursor.begin = start + segment * (a.visit + cursor.request.stages);
+      cursor.clip(a, share);
       return;
     }
     before += __shfl_sync(FULL_WARP, until, 31);
