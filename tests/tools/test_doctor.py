@@ -334,19 +334,19 @@ def test_it_leaves_random_numbers_as_they_were():
 
 
 def swap_codes(self, key, value, *rest):
-    STORE(self, value, key, *rest)
+    STORE(value, key, *rest)
 
 
 def miss_a_token(self, key, value, slots, *rest):
-    STORE(self, key, value, slots[:-1], *rest)
+    STORE(key, value, slots[:-1], *rest)
 
 
 def forget_transforms(self, key, value, slots, positions, pages):
-    STORE(self, key, value, slots, positions, pages._replace(transforms=LayerTransforms()))
+    STORE(key, value, slots, positions, pages._replace(transforms=LayerTransforms()))
 
 
 def gather_the_wrong_tokens(self, pages, tokens, *outputs):
-    GATHER(self, pages, tokens._replace(block_table=tokens.block_table.roll(1, 0)), *outputs)
+    GATHER(pages, tokens._replace(block_table=tokens.block_table.roll(1, 0)), *outputs)
 
 
 def attend_to_one_token_less(self, query, queries, *rest):

@@ -308,19 +308,13 @@ class KernelSet(Protocol):
     def wake_up(self) -> None:
         """Make the scratch ready again after a sleep of level 2, which discards what lies beside the weights."""
 
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        positions: torch.Tensor | None,
-        pages: Pages,
-        window: WindowRows | None = None,
-    ) -> None:
-        """As :class:`ReshapeAndCache`."""
+    @property
+    def store(self) -> ReshapeAndCache:
+        """New tokens into the layer's pages."""
 
-    def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
-        """As :class:`GatherCache`."""
+    @property
+    def gather(self) -> GatherCache:
+        """Tokens back from the layer's pages."""
 
     def attend(
         self,

@@ -70,13 +70,7 @@ class GpuKernels:
         self._rows: _RowKernels | None = None
 
     def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, has_offset: bool) -> None:
-        """Take the decode kernel's scratch, so that it is counted before the cache is sized.
-
-        Args:
-            pair: of the layer.
-            transforms: of the layer, without statics that are bound later.
-            has_offset: whether a key offset is, which may leave the layer to the portable kernel.
-        """
+        """Take the decode kernel's scratch; a key offset may leave the layer to the portable kernel later."""
         layout = PageLayout(pair, self.shape.head_size, BLOCK_SIZE_MULTIPLE)
         kernel = self._choose(layout, transforms)
         workspace = self._workspace(kernel)
@@ -143,13 +137,7 @@ class GpuKernels:
     def warm_up(
         self, pages: Pages, workspace: tuple[torch.Tensor, torch.Tensor], window_rows: torch.Tensor | None = None
     ) -> None:
-        """Compile the kernels at the row counts that they tell apart, without storing anything.
-
-        Args:
-            pages: of the layer.
-            workspace: [tokens, num_kv_heads, head_size] of the model's dtype, twice, to gather into.
-            window_rows: cache of a recent window that keeps new tokens as they are, if the layer has one.
-        """
+        """Compile the kernels at the row counts that they tell apart, without storing anything."""
         kv_heads, size, dtype = self.shape.num_kv_heads, self.shape.head_size, workspace[0].dtype
         reqs, longest = min(self.limits.max_num_seqs, WARM_UP_TOKENS), self.limits.max_decode_query_len
         for count, query_len in {(1, 1), (reqs, 1), (1, longest), (reqs, longest), (1, MAX_DECODE_QUERY_LEN)}:

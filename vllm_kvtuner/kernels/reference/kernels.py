@@ -2,7 +2,7 @@
 
 import torch
 
-from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, Pages, Queries, Span, WindowRows
+from vllm_kvtuner.kernels.contract import AttentionShape, Pages, Queries, Span
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref
 from vllm_kvtuner.kernels.reference.window_attention import window_attention_ref
@@ -18,6 +18,9 @@ class ReferenceKernels:
         span: cached tokens that decoding serves.
     """
 
+    store = staticmethod(reshape_and_cache_ref)
+    gather = staticmethod(gather_cache_ref)
+
     def __init__(self, shape: AttentionShape, span: Span) -> None:
         self.shape = shape
         self.span = span
@@ -30,22 +33,6 @@ class ReferenceKernels:
 
     def wake_up(self) -> None:
         """Nothing is kept over a sleep."""
-
-    def store(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        positions: torch.Tensor | None,
-        pages: Pages,
-        window: WindowRows | None = None,
-    ) -> None:
-        """As the contract's ReshapeAndCache."""
-        reshape_and_cache_ref(key, value, slot_mapping, positions, pages, window)
-
-    def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
-        """As the contract's GatherCache."""
-        gather_cache_ref(pages, tokens, key_out, value_out)
 
     def attend(
         self,
