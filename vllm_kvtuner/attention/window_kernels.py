@@ -98,9 +98,6 @@ class LayerWindow(ABC):
         assert window is not None
         return metadata.decodes._replace(block_table=window.block_table[: metadata.num_decodes])
 
-    def _empty_lse(self, output: torch.Tensor) -> torch.Tensor:
-        return torch.empty(output.shape[1], output.shape[0], dtype=torch.float32, device=output.device)
-
 
 class ReferenceWindow(LayerWindow):
     """On a CPU: merged in fp32."""
@@ -109,7 +106,7 @@ class ReferenceWindow(LayerWindow):
 
     def room_for_older(self, output: torch.Tensor) -> Segment:
         """As the interface has it."""
-        return Segment(torch.empty(output.shape, device=output.device), self._empty_lse(output))
+        return Segment.into(torch.empty(output.shape, device=output.device))
 
     def merge(
         self,
@@ -133,7 +130,7 @@ class GpuWindow(LayerWindow):
 
     def room_for_older(self, output: torch.Tensor) -> Segment:
         """As the interface has it."""
-        return Segment(output, self._empty_lse(output))
+        return Segment.into(output)
 
     def merge(
         self,
@@ -148,7 +145,7 @@ class GpuWindow(LayerWindow):
         if not self.cache.is_packed:
             self.kernels.merge_window(query, queries, self.cache.kv_cache, older.output, older.lse)
             return
-        newest = Segment(torch.empty_like(output), torch.empty_like(older.lse))
+        newest = Segment.into(torch.empty_like(output))
         self.packed.attend(query, queries, self.cache.pages(transforms), newest.output, newest.lse)
         merge_segments(Segment(older.output.clone(), older.lse), newest, output)
 
