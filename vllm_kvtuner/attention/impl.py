@@ -248,10 +248,13 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         tokens = metadata.num_decode_tokens
         if tokens < query.shape[0]:
             query, output = query[:tokens], output[:tokens]
-        if self.served.window is None:
-            self.served.kernels.attend(query, metadata.decodes, pages, output)
-        else:
-            self.served.window.decode(query, metadata, pages, output)
+        kernels, _, window = self.served
+        if window is None:
+            kernels.attend(query, metadata.decodes, pages, output)
+            return
+        older = window.room_for_older(output)
+        kernels.attend(query, metadata.decodes, pages, older.output, older.lse)
+        window.merge(query, metadata, pages.transforms, older, output)
 
 
 _page_layout = functools.cache(PageLayout)

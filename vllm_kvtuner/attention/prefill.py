@@ -141,7 +141,7 @@ class GpuPrefill:
             fresh = (batch.key[tokens], batch.value[tokens])
             result = self._attend(query, fresh, lens, lens, causal=True, window=self.kernels.span.sliding_window)
         elif plan.context:
-            result = result._replace(lse=query.new_empty(query.shape[1], plan.num_tokens, dtype=torch.float32))
+            result = Segment.into(output[tokens])
         for part, newest in itertools.zip_longest(plan.causal, plan.newest):
             segment = self._whole_requests(batch, part, newest)
             first = part.first_token - plan.first_token
@@ -261,9 +261,7 @@ class ReferencePrefill:
             attention_ref(query, keys, values, shape, span, output)
             return
         self._put_sink_tokens(batch, prompt, first, cached_end, (keys, values))
-        older, newest = (
-            Segment(torch.empty(query.shape), torch.empty(query.shape[1], prompt.num_queries)) for _ in range(2)
-        )
+        older, newest = (Segment.into(torch.empty(query.shape)) for _ in range(2))
         # Sink tokens are among the keys.
         attention_ref(query, keys, values, shape, span._replace(skip_first=0), older.output, older.lse)
         keys, values = self._newest(batch, prompt, fresh)

@@ -28,6 +28,6 @@ def merge_segments(first: Segment, second: Segment, output: torch.Tensor, lse: t
 
 def merged(first: Segment, second: Segment) -> Segment:
     """Two segments as one."""
-    both = Segment(torch.empty_like(first.output), torch.empty_like(first.lse))
+    both = Segment.into(torch.empty_like(first.output))
     merge_segments(first, second, both.output, both.lse)
     return both

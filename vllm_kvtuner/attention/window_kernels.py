@@ -12,7 +12,7 @@ from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import CacheSlice
 from vllm_kvtuner.attention.segments import merge_segments
 from vllm_kvtuner.attention.window_cache import RecentCache
-from vllm_kvtuner.kernels.contract import CachedTokens, KernelSet, Pages, Queries, Segment, WindowRows
+from vllm_kvtuner.kernels.contract import CachedTokens, KernelSet, Queries, Segment, WindowRows
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.reference.rows import gather_rows_ref
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -66,13 +66,25 @@ class LayerWindow(ABC):
             gather_rows_ref(self.cache.kv_cache, tokens, key_out, value_out)
 
     @abstractmethod
-    def decode(self, query: torch.Tensor, metadata: KVTunerMetadata, pages: Pages, output: torch.Tensor) -> None:
-        """Attention of the batch's decodes over packed pages and window.
+    def room_for_older(self, output: torch.Tensor) -> Segment:
+        """Where attention of the batch's decodes over the packed pages goes, for :meth:`merge`; may be ``output``'s."""
+
+    @abstractmethod
+    def merge(
+        self,
+        query: torch.Tensor,
+        metadata: KVTunerMetadata,
+        transforms: LayerTransforms,
+        older: Segment,
+        output: torch.Tensor,
+    ) -> None:
+        """Merge attention of the batch's decodes over the window with that over the packed pages.
 
         Args:
             query: [num_decode_tokens, num_heads, head_size].
             metadata: of the batch, that of the packed pages.
-            pages: of the layer.
+            transforms: of the layer.
+            older: in :meth:`room_for_older`, attention over what the window does not hold; may be overwritten.
             output: as query.
         """
 
@@ -86,22 +98,28 @@ class LayerWindow(ABC):
         assert window is not None
         return metadata.decodes._replace(block_table=window.block_table[: metadata.num_decodes])
 
-    def _empty_lse(self, query: torch.Tensor) -> torch.Tensor:
-        return torch.empty(query.shape[1], query.shape[0], dtype=torch.float32, device=query.device)
-
 
 class ReferenceWindow(LayerWindow):
     """On a CPU: merged in fp32."""
 
     kernels: ReferenceKernels
 
-    def decode(self, query: torch.Tensor, metadata: KVTunerMetadata, pages: Pages, output: torch.Tensor) -> None:
+    def room_for_older(self, output: torch.Tensor) -> Segment:
         """As the interface has it."""
-        merged, lse = torch.empty(output.shape, device=query.device), self._empty_lse(query)
-        self.kernels.attend(query, metadata.decodes, pages, merged, lse)
-        rows = self.cache.pages(pages.transforms) if self.cache.is_packed else self.cache.kv_cache
-        self.kernels.merge_window(query, self.queries(metadata), rows, merged, lse)
-        output.copy_(merged)
+        return Segment.into(torch.empty(output.shape, device=output.device))
+
+    def merge(
+        self,
+        query: torch.Tensor,
+        metadata: KVTunerMetadata,
+        transforms: LayerTransforms,
+        older: Segment,
+        output: torch.Tensor,
+    ) -> None:
+        """As the interface has it."""
+        rows = self.cache.pages(transforms) if self.cache.is_packed else self.cache.kv_cache
+        self.kernels.merge_window(query, self.queries(metadata), rows, older.output, older.lse)
+        output.copy_(older.output)
 
     def warm_up(self, transforms: LayerTransforms, workspace: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Nothing is compiled."""
@@ -110,17 +128,26 @@ class ReferenceWindow(LayerWindow):
 class GpuWindow(LayerWindow):
     """On a GPU: one kernel more beside 16 bits, and a second decode and vLLM's merge beside 8."""
 
-    def decode(self, query: torch.Tensor, metadata: KVTunerMetadata, pages: Pages, output: torch.Tensor) -> None:
+    def room_for_older(self, output: torch.Tensor) -> Segment:
         """As the interface has it."""
-        older = Segment(output, self._empty_lse(query))
-        self.kernels.attend(query, metadata.decodes, pages, older.output, older.lse)
+        return Segment.into(output)
+
+    def merge(
+        self,
+        query: torch.Tensor,
+        metadata: KVTunerMetadata,
+        transforms: LayerTransforms,
+        older: Segment,
+        output: torch.Tensor,
+    ) -> None:
+        """As the interface has it."""
         queries = self.queries(metadata)
         if not self.cache.is_packed:
             self.kernels.merge_window(query, queries, self.cache.kv_cache, older.output, older.lse)
             return
-        newest = Segment(torch.empty_like(output), torch.empty_like(older.lse))
-        self.packed.attend(query, queries, self.cache.pages(pages.transforms), newest.output, newest.lse)
-        merge_segments(Segment(output.clone(), older.lse), newest, output)
+        newest = Segment.into(torch.empty_like(output))
+        self.packed.attend(query, queries, self.cache.pages(transforms), newest.output, newest.lse)
+        merge_segments(Segment(older.output.clone(), older.lse), newest, output)
 
     def warm_up(self, transforms: LayerTransforms, workspace: tuple[torch.Tensor, torch.Tensor]) -> None:
         """As the interface has it."""

@@ -163,6 +163,12 @@ class Segment(NamedTuple):
     output: torch.Tensor
     lse: torch.Tensor
 
+    @classmethod
+    def into(cls, output: torch.Tensor) -> "Segment":
+        """A segment to be written, its output there."""
+        num_tokens, num_heads, _ = output.shape
+        return cls(output, torch.empty(num_heads, num_tokens, dtype=torch.float32, device=output.device))
+
 
 class Launch(NamedTuple):
     """How a GPU kernel is launched, besides what it computes.

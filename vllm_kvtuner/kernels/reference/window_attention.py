@@ -40,7 +40,7 @@ def window_attention_ref(
         visible = (distance >= 0) & ((distance < span.skip_newest) | (token < span.skip_first))
         if span.sliding_window is not None:
             visible &= distance < span.sliding_window
-        newest = Segment(torch.empty_like(query[fresh], dtype=torch.float32), torch.empty_like(lse[:, fresh]))
+        newest = Segment.into(torch.empty_like(query[fresh], dtype=torch.float32))
         attention_ref(query[fresh], keys[cached], values[cached], shape, visible, newest.output, newest.lse)
         merge_segments_ref(Segment(output[fresh], lse[:, fresh]), newest, output[fresh])
 
