@@ -1,7 +1,6 @@
 """Every seam against the installed vLLM: which one a version breaks, in seconds and without an engine."""
 
 import ast
-import importlib
 import inspect
 from pathlib import Path
 
@@ -27,10 +26,13 @@ def test_the_installed_vllm_has(seam):
     assert problem is None, problem
 
 
-@pytest.mark.parametrize("seam", SEAMS, ids=lambda seam: seam.target)
-def test_a_seam_says_where_it_is_described(seam):
-    module, _, name = f"vllm_kvtuner.{seam.used_by}".rpartition(".")
-    assert inspect.getdoc(getattr(importlib.import_module(module), name))
+@pytest.mark.parametrize("used_by", sorted({seam.used_by for seam in SEAMS}))
+def test_a_seam_says_where_it_is_described(used_by):
+    """Read, not imported: a broken seam may keep modules from being imported, and is to fail as itself alone."""
+    module, _, name = used_by.rpartition(".")
+    body = ast.parse((PACKAGE / module.replace(".", "/")).with_suffix(".py").read_text()).body
+    (found,) = [node for node in body if getattr(node, "name", "") == name]
+    assert ast.get_docstring(found)
 
 
 @pytest.mark.parametrize("version", [version for versions in SERVED_VERSIONS.values() for version in versions])

@@ -149,9 +149,10 @@ def test_broken_statics(diagnose, model, profile):
 
 @cpu_only
 def test_a_vllm_that_is_not_served(diagnose, monkeypatch):
-    monkeypatch.setattr(vllm, "__version__", "0.33.0+cpu")
+    monkeypatch.setitem(machine.SERVED_VERSIONS, "cpu", ("0.1.0", "0.2.0"))
+    monkeypatch.setattr(vllm, "__version__", "0.3.0+cpu")
     (problem,) = diagnose("--profile", "K8V8")["problems"]
-    assert problem == "vLLM 0.33.0+cpu for cpu is not served, since the plugin fits 0.32.0's internals"
+    assert problem == "vLLM 0.3.0+cpu for cpu is not served, since the plugin fits 0.1.0's and 0.2.0's internals"
 
 
 def test_a_vllm_whose_internals_differ(diagnose, monkeypatch):

@@ -63,6 +63,10 @@ _LAYERS = (
         "compat.layers.register_backend", ("backend", "class_path"),
     ),
     Seam(
+        "new names of attention backends", "vllm.v1.attention.backends.registry:AttentionBackendEnum.register",
+        "compat.layers.register_backend", ("name", "value"),
+    ),
+    Seam(
         "a layer's backend by its name", _ATTENTION + "AttentionBackendEnum.__members__",
         "compat.layers.register_backend",
     ),
