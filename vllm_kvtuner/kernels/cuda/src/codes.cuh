@@ -20,6 +20,7 @@ struct UniformCodes {
   static constexpr int CODE_BITS = BITS;
   static constexpr int LEVELS = (1 << BITS) - 1;  // the largest code
   static constexpr int FIELDS = 8 / BITS;         // codes of a byte
+  static constexpr int FIELD_SHIFT = BITS;        // a masked code of field i counts 2^(i * FIELD_SHIFT) times
 
   // Ones in each byte of a word where its lowest `fields` codes stand.
   static __device__ __forceinline__ constexpr u32 lowest_fields(int fields) {
