@@ -8,6 +8,8 @@ takes them by the slice: slice i of a row is code i of every word (bits i * bits
 import triton
 import triton.language as tl
 
+from vllm_kvtuner.kernels.triton.common import load_padded
+
 
 @triton.jit
 def byte_columns(HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
@@ -133,9 +135,41 @@ def num_slices(bits):
 
 
 @triton.constexpr_function
-def slice_width(row_bytes):
+def slice_words(head_size, bits):
+    """Words of a slice."""
+    return head_size // num_slices(bits)
+
+
+@triton.constexpr_function
+def slice_width(head_size, bits):
     """Words of a slice, padding included: as many as a product of matrices takes at least."""
-    return max(triton.next_power_of_2(row_bytes // 2), 16)
+    return max(triton.next_power_of_2(slice_words(head_size, bits)), 16)
+
+
+@triton.jit
+def load_key_words(row_ptr, word, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
+    """The words of rows for :func:`code_slice`: two in each uint32 [rows, words / 2], padding 0.
+
+    Args:
+        row_ptr: uint32 pointers [rows], where the codes of each row begin.
+        word: int32 [words / 2], 0, 1, ... up to half of slice_width.
+    """
+    WORDS: tl.constexpr = slice_words(HEAD_SIZE, BITS)
+    WIDTH: tl.constexpr = slice_width(HEAD_SIZE, BITS)
+    return load_padded(row_ptr[:, None] + word[None, :], word[None, :], WORDS // 2, WIDTH != WORDS)
+
+
+@triton.jit
+def load_value_words(row_ptr, word, HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
+    """The words of rows, each row a column, for :func:`pair_columns`: uint16 [words, rows], padding 0.
+
+    Args:
+        row_ptr: uint16 pointers [rows], where the codes of each row begin.
+        word: int32 [words], 0, 1, ... up to slice_width.
+    """
+    WORDS: tl.constexpr = slice_words(HEAD_SIZE, BITS)
+    WIDTH: tl.constexpr = slice_width(HEAD_SIZE, BITS)
+    return load_padded(row_ptr[None, :] + word[:, None], word[:, None], WORDS, WIDTH != WORDS)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What several kernels share beside codes: the key offset and the Hadamard rotation."""
+"""What several kernels share beside codes: padded loads, the key offset and the Hadamard rotation."""
 
 import triton
 import triton.language as tl
@@ -7,6 +7,15 @@ import triton.language as tl
 def row_warps(head_size: int) -> int:
     """Warps of a program on whole rows of ``head_size``, the Hadamard matrix in registers included."""
     return 8 if head_size > 128 else 4
+
+
+@triton.jit
+def load_padded(pointers, index, SIZE: tl.constexpr, PADDED: tl.constexpr):
+    """A tile that ``index`` along one axis pads with zeros beyond SIZE, if PADDED; otherwise a plain load."""
+    if PADDED:
+        return tl.load(pointers, mask=index < SIZE, other=0)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit

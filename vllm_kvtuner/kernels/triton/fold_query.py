@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import AttentionShape
-from vllm_kvtuner.kernels.triton.codes import num_slices, slice_dim, slice_shift, slice_width
+from vllm_kvtuner.kernels.triton.codes import num_slices, slice_dim, slice_shift, slice_width, slice_words
 from vllm_kvtuner.kernels.triton.common import fp16_unit, hadamard_rows, row_warps
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -44,8 +44,8 @@ def _fold_query_kernel(
     Logits come out to base 2 as constants[0] * (s_t dot + m_t constants[1] + offset dot * constants[2] + constants[3]),
     dot being the product of the folded row with the codes as subnormals.
     """
-    WORDS: tl.constexpr = HEAD_SIZE * BITS // 16
-    WIDTH: tl.constexpr = slice_width(2 * WORDS)
+    WORDS: tl.constexpr = slice_words(HEAD_SIZE, BITS)
+    WIDTH: tl.constexpr = slice_width(HEAD_SIZE, BITS)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = row < num_rows
     head = row % NUM_HEADS

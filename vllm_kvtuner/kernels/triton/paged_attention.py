@@ -21,14 +21,17 @@ from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.kernels.triton.codes import (
     code_slice,
+    load_key_words,
     load_meta,
+    load_value_words,
     num_slices,
     pair_columns,
     slice_dim,
     slice_shift,
     slice_width,
+    slice_words,
 )
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, row_warps
+from vllm_kvtuner.kernels.triton.common import hadamard_rows, load_padded, row_warps
 from vllm_kvtuner.kernels.triton.fold_query import ROW_CONSTANTS, fold_query, folded_size
 from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config, num_multiprocessors
@@ -97,15 +100,6 @@ def _load_block(table_ptr, start, index, seq_len, BLOCK_SIZE: tl.constexpr, BLOC
         return tl.load(table_ptr + token // BLOCK_SIZE, mask=token < seq_len, other=0)
 
 
-@triton.jit
-def _load_padded(pointers, index, SIZE: tl.constexpr, PADDED: tl.constexpr):
-    """A tile that ``index`` along one axis pads with zeros beyond SIZE, if PADDED; otherwise a plain load."""
-    if PADDED:
-        return tl.load(pointers, mask=index < SIZE, other=0)
-    else:
-        return tl.load(pointers)
-
-
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend_kernel(
     folded_ptr, constants_ptr, coefficients_ptr, cos_sin_ptr, kv_cache_ptr, block_table_ptr, seq_lens_ptr,
@@ -125,8 +119,8 @@ def _attend_kernel(
     """
     K_SLICES: tl.constexpr = num_slices(K_BITS)
     V_SLICES: tl.constexpr = num_slices(V_BITS)
-    K_WIDTH: tl.constexpr = slice_width(K_ROW)
-    V_WIDTH: tl.constexpr = slice_width(V_ROW)
+    K_WIDTH: tl.constexpr = slice_width(HEAD_SIZE, K_BITS)
+    V_WIDTH: tl.constexpr = slice_width(HEAD_SIZE, V_BITS)
     request = tl.program_id(0)
     kv_head = tl.program_id(1) // ROW_TILES
     split, num_splits = tl.program_id(2), tl.num_programs(2)
@@ -187,7 +181,7 @@ def _attend_kernel(
     halves = words.to(tl.pointer_type(tl.uint16))
     index = tl.arange(0, BLOCK_N)
     k_word = tl.arange(0, K_WIDTH // 2)
-    v_half = tl.arange(0, V_WIDTH)
+    v_word = tl.arange(0, V_WIDTH)
     block = _load_block(table, begin, index, seen_len, BLOCK_SIZE, BLOCK_N)
     for start in tl.range(begin, end, BLOCK_N):
         token = start + index
@@ -202,13 +196,9 @@ def _attend_kernel(
         block = _load_block(table, start + BLOCK_N, index, seen_len, BLOCK_SIZE, BLOCK_N)
         place = index % BLOCK_SIZE if BLOCK_N % BLOCK_SIZE == 0 else token % BLOCK_SIZE
         k_place = chunk + place * (K_ROW // 4)
-        k_codes = _load_padded(
-            words + k_place[:, None] + k_word[None, :], k_word[None, :], K_ROW // 4, K_WIDTH * 2 != K_ROW
-        )
+        k_codes = load_key_words(words + k_place, k_word, HEAD_SIZE, K_BITS)
         v_place = chunk * 2 + (V_CODES // 2 + place * (V_ROW // 2))
-        v_codes = _load_padded(
-            halves + v_place[None, :] + v_half[:, None], v_half[:, None], V_ROW // 2, V_WIDTH * 2 != V_ROW
-        )
+        v_codes = load_value_words(halves + v_place, v_word, HEAD_SIZE, V_BITS)
         k_scale, k_minimum = load_meta(words + chunk + (K_META // 4 + place), seen)
         v_scale, v_minimum = load_meta(words + chunk + (V_META // 4 + place), seen)
 
@@ -226,7 +216,7 @@ def _attend_kernel(
         if ROTARY_DIM > 0:
             position = tl.minimum(token, seen_len - 1).to(tl.int64)
             angles = cos_sin_ptr + position[:, None] * ROTARY_DIM + entry[None, :]
-            angles = _load_padded(angles, entry[None, :], ROTARY_DIM, ENTRIES != ROTARY_DIM)
+            angles = load_padded(angles, entry[None, :], ROTARY_DIM, ENTRIES != ROTARY_DIM)
             offset = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             if SPLIT_ANGLES:
                 angles = angles.to(tl.float32)
@@ -277,12 +267,12 @@ def _attend_kernel(
             new_outputs += (tl.dot(code_slice(v_words, i, V_BITS), weights, outputs[i] * decay[None, :]),)  # type: ignore[assignment]
         outputs = new_outputs
 
-    is_dim = (v_half < V_ROW // 2)[:, None] & is_row[None, :]
+    is_dim = (v_word < slice_words(HEAD_SIZE, V_BITS))[:, None] & is_row[None, :]
     for i in tl.static_range(V_SLICES):
         # Undo the lift (2^14) and the codes' power of two (2^(shift - 24)).
         undo = lift * 2.0**10 / (1 << slice_shift(i, V_BITS)).to(tl.float32)
         out = (outputs[i] * undo + minima[None, :]) / total[None, :]
-        dim = slice_dim(i, v_half, HEAD_SIZE, V_BITS)
+        dim = slice_dim(i, v_word, HEAD_SIZE, V_BITS)
         tl.store(partial_ptr + out_row[None, :] * HEAD_SIZE + dim[:, None], out, mask=is_dim)
     tl.store(lse_ptr + out_row, top + tl.log2(total), mask=is_row)
 

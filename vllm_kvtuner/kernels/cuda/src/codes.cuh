@@ -17,8 +17,10 @@ struct __align__(16) Range {
 // Asymmetric uniform codes per row: row ~ scale * code + minimum, scale and minimum fp16.
 template <int BITS>
 struct UniformCodes {
+  static constexpr int CODE_BITS = BITS;
   static constexpr int LEVELS = (1 << BITS) - 1;  // the largest code
   static constexpr int FIELDS = 8 / BITS;         // codes of a byte
+  static constexpr int FIELD_SHIFT = BITS;        // a masked code of field i counts 2^(i * FIELD_SHIFT) times
 
   // Ones in each byte of a word where its lowest `fields` codes stand.
   static __device__ __forceinline__ constexpr u32 lowest_fields(int fields) {
@@ -63,7 +65,31 @@ struct UniformCodes {
     return __float_as_uint(__fmaf_rd(__saturatef(fmaf(place, 1.0f / SIZE, 0.5f / SIZE)), SIZE, MAGIC));
   }
 
-  // Bytes of a lane's codes in run number `run`, whose numbers SHARE (device/rows.cuh) has in x.
+  // Bytes of a row's codes that a lane holds; SHARE (device/rows.cuh) says which, and part is the lane's place in the row.
+  template <class SHARE>
+  struct Bytes {
+    u32 words[SHARE::BYTE_RUNS][(SHARE::RUN + 3) / 4];
+
+    // From the row whose codes begin `offset` bytes into a chunk.
+    __device__ __forceinline__ void load(const u8* chunk, u32 offset, int part) {
+#pragma unroll
+      for (int run = 0; run < SHARE::BYTE_RUNS; run++)
+        load_bytes<SHARE::RUN>(words[run], chunk + (offset + run * SHARE::STRIDE + part * SHARE::RUN));
+    }
+  };
+
+  // Packs a lane's codes and writes them to the row's place in its chunk.
+  template <class SHARE>
+  static __device__ __forceinline__ void write(u8* row, const float (&x)[SHARE::COUNT], const Range& range, int part) {
+#pragma unroll
+    for (int run = 0; run < SHARE::BYTE_RUNS; run++) {
+      u32 words[(SHARE::RUN + 3) / 4];
+      pack<SHARE>(words, x, range, run);
+      store_bytes<SHARE::RUN>(row + run * SHARE::STRIDE + part * SHARE::RUN, words);
+    }
+  }
+
+  // Bytes of a lane's codes in run number `run`, whose numbers SHARE has in x.
   template <class SHARE>
   static __device__ __forceinline__ void pack(u32 (&words)[(SHARE::RUN + 3) / 4], const float (&x)[SHARE::COUNT],
                                               const Range& range, int run) {
@@ -82,15 +108,14 @@ struct UniformCodes {
 
   // Codes of a row as whole floats, from the bytes that a lane holds.
   template <class SHARE>
-  static __device__ __forceinline__ void unpack(float (&x)[SHARE::COUNT],
-                                                const u32 (&words)[SHARE::BYTE_RUNS][(SHARE::RUN + 3) / 4]) {
+  static __device__ __forceinline__ void unpack(float (&x)[SHARE::COUNT], const Bytes<SHARE>& bytes) {
 #pragma unroll
     for (int field = 0; field < FIELDS; field++) {
 #pragma unroll
       for (int run = 0; run < SHARE::BYTE_RUNS; run++) {
 #pragma unroll
         for (int v = 0; v < SHARE::RUN; v++) {
-          const u32 codes = words[run][v / 4] >> (field * BITS) & lowest_fields(1);
+          const u32 codes = bytes.words[run][v / 4] >> (field * BITS) & lowest_fields(1);
           x[(field * SHARE::BYTE_RUNS + run) * SHARE::RUN + v] =
               __uint_as_float(__byte_perm(codes, __float_as_uint(MAGIC), 0x7650 + v % 4)) - MAGIC;
         }
@@ -109,3 +134,7 @@ struct UniformCodes {
     return __byte_perm(__byte_perm(a, b, 0x0040), __byte_perm(c, d, 0x0040), 0x5410);
   }
 };
+
+// The format of codes of BITS, as code_format of pages/codes.py gives it.
+template <int BITS>
+using CodeFormat = UniformCodes<BITS>;

@@ -43,7 +43,7 @@ struct Place {
 // The tile of keys or of values with number `index`.
 template <int BITS, int LANES, bool HADAMARD>
 __device__ __forceinline__ void gather_tile(const Arguments& a, u32 index, bool is_key, int lane) {
-  using CODES = UniformCodes<BITS>;
+  using CODES = CodeFormat<BITS>;
   using SHARE = RowShare<HEAD_SIZE, CODES, LANES>;
   constexpr int RUN = SHARE::RUN, COUNT = SHARE::COUNT, TURNS = TILE_TOKENS / SHARE::ROWS;
   const int group = lane / LANES, part = lane % LANES;
@@ -52,7 +52,8 @@ __device__ __forceinline__ void gather_tile(const Arguments& a, u32 index, bool 
   const Place place(a, min(first + lane % TILE_TOKENS, a.num_tokens - 1));
   const u8* cached = a.kv_cache + (u64)head * a.head_stride;
 
-  u32 words[TURNS][SHARE::BYTE_RUNS][(RUN + 3) / 4], meta[TURNS];
+  typename CODES::template Bytes<SHARE> bytes[TURNS];
+  u32 meta[TURNS];
   int position[TURNS];
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
@@ -60,16 +61,13 @@ __device__ __forceinline__ void gather_tile(const Arguments& a, u32 index, bool 
     position[turn] = __shfl_sync(FULL_WARP, place.position, row);
     const u8* chunk = cached + __shfl_sync(FULL_WARP, place.page, row);
     const u32 slot = (u32)position[turn] % Chunk::TOKENS;
-#pragma unroll
-    for (int run = 0; run < SHARE::BYTE_RUNS; run++)
-      load_bytes<RUN>(words[turn][run], chunk + ((is_key ? Chunk::K_CODES : Chunk::V_CODES) + slot * SHARE::ROW_BYTES +
-                                                 run * SHARE::STRIDE + part * RUN));
+    bytes[turn].load(chunk, (is_key ? Chunk::K_CODES : Chunk::V_CODES) + slot * SHARE::ROW_BYTES, part);
     meta[turn] = __ldg((const u32*)(chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + slot * Chunk::META_ROW)));
   }
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
     float x[COUNT];
-    CODES::template unpack<SHARE>(x, words[turn]);
+    CODES::template unpack<SHARE>(x, bytes[turn]);
     const float2 meta_of_row = unpack_fp16(meta[turn]);  // scale and minimum
     if (HADAMARD) {
       // Of the codes, whose sums are exact. All numbers of a block but its first get nothing of the minimum.

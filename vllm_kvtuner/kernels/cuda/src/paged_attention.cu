@@ -48,18 +48,22 @@ static_assert(HEAD_SIZE % 32 == 0 && HEAD_SIZE * V_BITS % 128 == 0, "head size")
 static_assert(PASS_ROWS == 4 || PASS_ROWS == 8, "rows");
 
 // Words of a key row in a lane: lane t = lane % 4 holds words in runs of K_RUN, as wide as rows are aligned.
-using KeyCodes = UniformCodes<K_BITS>;
+using KeyCodes = CodeFormat<K_BITS>;
 constexpr int K_FIELDS = KeyCodes::FIELDS;
-constexpr int K_WORDS_ROW = K_ROW / 4;
+constexpr int K_FIELD = HEAD_SIZE / K_FIELDS;  // numbers of a row that stand in one field of their bytes
+constexpr int K_SHIFT = KeyCodes::FIELD_SHIFT;
+constexpr int K_WORDS_ROW = K_FIELD / 4;
 constexpr int K_WORDS = (K_WORDS_ROW + 3) / 4;
 // Of narrow rows lanes take every fourth word, as matrices of 8 rows' 16 bytes give them.
 constexpr bool K_MATRICES = K_ROW == 16 || K_ROW == 32;
 constexpr int K_RUN = K_MATRICES ? 1 : K_WORDS_ROW % 16 == 0 ? 4 : K_WORDS_ROW % 8 == 0 ? 2 : 1;
 // A *unit* of values: two neighbouring bytes of a row in each lane, g = lane / 4. Where rows are wide, a lane holds runs of
 // V_RUN units, since matrices of 16-byte pieces of such rows would meet in the same of shared memory's banks.
-using ValueCodes = UniformCodes<V_BITS>;
+using ValueCodes = CodeFormat<V_BITS>;
 constexpr int V_FIELDS = ValueCodes::FIELDS;
-constexpr int V_UNITS = V_ROW / 16;
+constexpr int V_FIELD = HEAD_SIZE / V_FIELDS;
+constexpr int V_SHIFT = ValueCodes::FIELD_SHIFT;
+constexpr int V_UNITS = V_FIELD / 16;
 constexpr bool V_MATRICES = V_ROW <= 32 || V_UNITS % 2;
 constexpr int V_MAX_RUN = PASS_ROWS * HEAD_SIZE > 1024 ? 2 : 8;  // by registers
 constexpr int V_RUN = V_MATRICES ? 1 : constant_min(V_UNITS % 8 == 0 ? 8 : V_UNITS % 4 == 0 ? 4 : 2, V_MAX_RUN);

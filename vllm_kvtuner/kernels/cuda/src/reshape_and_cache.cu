@@ -107,17 +107,6 @@ __device__ __forceinline__ int best_range(const float (&x)[SHARE::COUNT], const 
   }
 }
 
-// Packs a lane's codes and writes them to the row's place in its chunk.
-template <class CODES, class SHARE>
-__device__ __forceinline__ void write_codes(u8* row, const float (&x)[SHARE::COUNT], const Range& range, int part) {
-#pragma unroll
-  for (int run = 0; run < SHARE::BYTE_RUNS; run++) {
-    u32 words[(SHARE::RUN + 3) / 4];
-    CODES::template pack<SHARE>(words, x, range, run);
-    store_bytes<SHARE::RUN>(row + run * SHARE::STRIDE + part * SHARE::RUN, words);
-  }
-}
-
 // A tile's numbers as they stand in memory, and where they go.
 template <class SHARE>
 struct Tile {
@@ -167,7 +156,7 @@ struct Tile {
 template <int BITS, int LANES, bool HADAMARD>
 __device__ __forceinline__ int store_tiles(const Arguments& a, int tile, int step, int end, int key_tiles,
                                            Range (&all_ranges)[MAX_ROWS][RANGE_STEPS], int lane) {
-  using CODES = UniformCodes<BITS>;
+  using CODES = CodeFormat<BITS>;
   using SHARE = RowShare<HEAD_SIZE, CODES, LANES>;
   static_assert(SHARE::ROWS <= MAX_ROWS, "rows");
   constexpr int COUNT = SHARE::COUNT;
@@ -241,8 +230,8 @@ __device__ __forceinline__ int store_tiles(const Arguments& a, int tile, int ste
     if (slot < 0) continue;
     const u32 block = (u32)slot / Chunk::TOKENS, place = (u32)slot % Chunk::TOKENS;
     u8* chunk = a.kv_cache + (u64)block * a.block_stride + (u64)head * a.head_stride;
-    write_codes<CODES, SHARE>(chunk + ((is_key ? Chunk::K_CODES : Chunk::V_CODES) + place * SHARE::ROW_BYTES), x,
-                              range, part);
+    CODES::template write<SHARE>(chunk + ((is_key ? Chunk::K_CODES : Chunk::V_CODES) + place * SHARE::ROW_BYTES), x,
+                                  range, part);
     if (part == 0)
       *(u32*)(chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + place * Chunk::META_ROW)) =
           pack_fp16(range.scale, range.minimum);

@@ -20,10 +20,10 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
   hadamard_row(x, lane);
 #endif
   // Bytes hold a field and those below it. So what a field's number is multiplied by is taken off where the field above, of the
-  // same byte, is multiplied too: sum of q_f c_f = sum of (q_f - q_(f + 1) / 2^K_BITS) (c_f + what stands below it).
-  constexpr int FIELD = CUMULATIVE_KEYS ? K_ROW / 32 : NUMBERS;
+  // same byte, is multiplied too: sum of q_f c_f = sum of (q_f - q_(f + 1) / 2^K_SHIFT) (c_f + what stands below it).
+  constexpr int FIELD = CUMULATIVE_KEYS ? K_FIELD / 32 : NUMBERS;
 #pragma unroll
-  for (int i = 0; i + FIELD < NUMBERS; i++) x[i] -= x[i + FIELD] * (1.0f / (float)(1 << K_BITS));
+  for (int i = 0; i + FIELD < NUMBERS; i++) x[i] -= x[i + FIELD] * (1.0f / (float)(1 << K_SHIFT));
   float absmax = 0.0f;
 #pragma unroll
   for (int i = 0; i < NUMBERS; i++) absmax = fmaxf(absmax, fabsf(x[i]));
@@ -44,14 +44,14 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
     // With its share in the fields below.
     float shares = 1.0f;
 #pragma unroll
-    for (int below = 0; below < i / FIELD; below++) shares = fmaf(shares, 1.0f / (float)(1 << K_BITS), 1.0f);
+    for (int below = 0; below < i / FIELD; below++) shares = fmaf(shares, 1.0f / (float)(1 << K_SHIFT), 1.0f);
     sum = fmaf((float)fixed, shares, sum);
     high[i * 32 + lane] = (u8)((fixed + 128) >> 8);
     high[QUERY_STRIDE + i * 32 + lane] = (u8)fixed;
   }
   sum = warp_sum(sum);
   if (lane == 0) {
-    constexpr float HIGHEST = (float)(1 << ((K_FIELDS - 1) * K_BITS));
+    constexpr float HIGHEST = (float)(1 << ((K_FIELDS - 1) * K_SHIFT));
     shared.unit[row] = unit * a.scale_log2 / HIGHEST;
     shared.sum[row] = sum * HIGHEST;
     if constexpr (OFFSET_PAIRS > 0) shared.offset_factor[row] = offset_unit / unit * HIGHEST;
@@ -70,7 +70,7 @@ __device__ __forceinline__ void load_rows(const Shared& shared, const Request& r
         const int word = i / K_RUN * 4 * K_RUN + t * K_RUN + i % K_RUN;
         rows.query[tile][field][i] = 0;
         if (K_WORDS_ROW % 4 == 0 || word < K_WORDS_ROW)
-          rows.query[tile][field][i] = *(const u32*)&shared.query[tile][g][4 * word + field * K_ROW];
+          rows.query[tile][field][i] = *(const u32*)&shared.query[tile][g][4 * word + field * K_FIELD];
       }
     const int row = 4 * tile + t;
     rows.unit[tile] = shared.unit[row];

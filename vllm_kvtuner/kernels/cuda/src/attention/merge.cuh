@@ -24,7 +24,7 @@ __device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int war
       for (int half = 0; half < 2; half++) {
         const int field = i % V_FIELDS;
         const float below = field ? sums.output[tile][constant_max(i - 1, 0)][half] : 0.0f;
-        const float unit = 1.0f / OUTPUT_UNIT / (float)(1 << (field * V_BITS));
+        const float unit = 1.0f / OUTPUT_UNIT / (float)(1 << (field * V_SHIFT));
         output[value_dim(i, half, g)] = fmaf(sums.output[tile][i][half] - below, unit, sums.minima[tile]);
       }
     if (g == 0) {

@@ -40,7 +40,7 @@ __device__ __forceinline__ void load_run(u32* words, const u8* pointer) {
 }
 
 // Integer dot products of 16 tokens with all rows: lane (g, t) gets tokens token_of_row(g) and 8 more of row t of each
-// tile, times 2^((K_FIELDS - 1) K_BITS).
+// tile, times 2^((K_FIELDS - 1) K_SHIFT).
 __device__ __forceinline__ void key_products(const u8* keys, const RowConstants& rows, int lane, int (&dots)[TILES][2]) {
   const int g = lane / 4, t = lane % 4;
   u32 words[2][K_WORDS];
@@ -75,7 +75,7 @@ __device__ __forceinline__ void key_products(const u8* keys, const RowConstants&
   for (int i = 0; i < K_WORDS; i += 2) {
 #pragma unroll
     for (int field = 0; field < K_FIELDS; field++) {
-      const u32 mask = CUMULATIVE_KEYS ? KeyCodes::lowest_fields(field + 1) : KeyCodes::lowest_fields(1) << (field * K_BITS);
+      const u32 mask = CUMULATIVE_KEYS ? KeyCodes::lowest_fields(field + 1) : KeyCodes::lowest_fields(1) << (field * K_SHIFT);
       u32 a0 = words[0][i] & mask, a1 = words[1][i] & mask;
       if (i + 1 < K_WORDS) {
         u32 a2 = words[0][i + 1] & mask, a3 = words[1][i + 1] & mask;
@@ -96,8 +96,8 @@ __device__ __forceinline__ void key_products(const u8* keys, const RowConstants&
       int high = 0, low = 0;
 #pragma unroll
       for (int field = 0; field < K_FIELDS; field++) {
-        high += sums[tile][field][2 * half] << ((K_FIELDS - 1 - field) * K_BITS);
-        low += sums[tile][field][2 * half + 1] << ((K_FIELDS - 1 - field) * K_BITS);
+        high += sums[tile][field][2 * half] << ((K_FIELDS - 1 - field) * K_SHIFT);
+        low += sums[tile][field][2 * half + 1] << ((K_FIELDS - 1 - field) * K_SHIFT);
       }
       dots[tile][half] = (high << 8) + low;
     }
@@ -196,5 +196,5 @@ __device__ __forceinline__ void value_products(const u8* stage, const u32 (&weig
 // The dimension whose codes sum number [tile][half] of a lane holds, with those of lower fields below them, as masked.
 __device__ __forceinline__ int value_dim(int tile, int half, int g) {
   const int unit = tile / V_FIELDS, field = tile % V_FIELDS;
-  return (unit / V_RUN * 8 + g) * (2 * V_RUN) + unit % V_RUN * 2 + half + field * V_ROW;
+  return (unit / V_RUN * 8 + g) * (2 * V_RUN) + unit % V_RUN * 2 + half + field * V_FIELD;
 }

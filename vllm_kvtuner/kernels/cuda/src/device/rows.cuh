@@ -108,9 +108,10 @@ template <int SIZE_, class CODES, int LANES_>
 struct RowShare {
   static constexpr int SIZE = SIZE_, LANES = LANES_;
   static constexpr int FIELDS = CODES::FIELDS;
-  static constexpr int ROW_BYTES = SIZE / FIELDS;
-  static_assert(ROW_BYTES % LANES == 0, "lanes");
-  static constexpr int PART = ROW_BYTES / LANES;
+  static constexpr int ROW_BYTES = SIZE * CODES::CODE_BITS / 8;
+  static constexpr int FIELD_SIZE = SIZE / FIELDS;  // numbers of a row that stand in one field of their bytes
+  static_assert(FIELD_SIZE % LANES == 0, "lanes");
+  static constexpr int PART = FIELD_SIZE / LANES;
   static constexpr int RUN = PART % 8 == 0 ? 8 : PART % 4 == 0 ? 4 : PART % 2 == 0 ? 2 : 1;
   static constexpr int STRIDE = LANES * RUN;
   static constexpr int BYTE_RUNS = PART / RUN;
