@@ -10,7 +10,8 @@ serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9
 	@$(VENV)/bin/kvtuner demo $(SERVE_ARGS)
 
 check: lint  ## In under a minute on two cores: linters, types, and the quick tests, which start no engine
-	$(VENV)/bin/python -m pytest -q -n 2 -m "not gpu and not engine and not slow" $(TEST_ARGS)
+	$(VENV)/bin/python -m pytest -q -n 2 -m "not gpu and not engine and not slow" \
+		--ignore tests/serving --ignore tests/e2e $(TEST_ARGS)  # nothing of theirs would run, and importing them takes seconds
 
 test: lint  ## All CPU tests, which is what CI runs; TEST_ARGS="tests/profile -k layers" runs some
 	$(VENV)/bin/python -m pytest $(TEST_ARGS)
