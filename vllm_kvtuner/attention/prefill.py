@@ -134,14 +134,13 @@ class GpuPrefill:
         """Attention of the prefills' tokens into their rows of output [num_tokens, num_heads, head_size]."""
         plan = batch.plan
         tokens = slice(plan.first_token, plan.first_token + plan.num_tokens)
-        query = batch.query[tokens]
-        result = Segment(output[tokens], query.new_empty(0))
+        target = output[tokens]
         if plan.fresh:
             lens = Lengths(plan.cu_query_lens, plan.max_query_len)
-            fresh = (batch.key[tokens], batch.value[tokens])
-            result = self._attend(query, fresh, lens, lens, causal=True, window=self.kernels.span.sliding_window)
-        elif plan.context:
-            result = Segment.into(output[tokens])
+            fresh, window = (batch.key[tokens], batch.value[tokens]), self.kernels.span.sliding_window
+            result = self._attend(batch.query[tokens], fresh, lens, lens, causal=True, window=window)
+        else:
+            result = Segment.into(target)
         for part, newest in itertools.zip_longest(plan.causal, plan.newest):
             segment = self._whole_requests(batch, part, newest)
             first = part.first_token - plan.first_token
@@ -152,8 +151,8 @@ class GpuPrefill:
         for part in plan.context:
             context = self._attend_slice(batch, part, causal=False, window=None)
             result = merged(context, result)
-        if result.output.data_ptr() != output[tokens].data_ptr():
-            output[tokens] = result.output
+        if result.output is not target:
+            target.copy_(result.output)
 
     def _whole_requests(self, batch: Prefills, part: CacheSlice, newest: CacheSlice | None) -> Segment:
         """Attention of a slice's requests over it, under the causal mask, and over what the recent window holds."""

@@ -132,6 +132,8 @@ class RecentCache(AttentionLayerBase):
     ) -> None:
         self.layer_name = layer_name
         self.window = window
+        self.is_packed = window.pair.is_quantized
+        """Whether the window packs its tokens, in 8 bits. Asked for in every step."""
         self.num_kv_heads = num_kv_heads
         self.head_size = head_size
         self.dtype = dtype
@@ -154,11 +156,6 @@ class RecentCache(AttentionLayerBase):
             num_steps=vllm_config.max_concurrent_batches,
             sink_tokens=self.window.sink_tokens,
         )
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the window packs its tokens, in 8 bits."""
-        return self.window.pair.is_quantized
 
     def pages(self, transforms: LayerTransforms) -> Pages:
         """Of an 8-bit window, with the transforms of its layer."""

@@ -35,8 +35,7 @@ class LayerWindow(ABC):
     def rows(self) -> WindowRows | None:
         """Where the store of the packed pages keeps the batch's new tokens too; None for a window of 8 bits, and in a
         warm-up, in which no token has a slot."""
-        metadata = self.cache.metadata
-        if self.cache.is_packed or metadata is None:
+        if self.cache.is_packed or (metadata := self.cache.metadata) is None:
             return None
         return WindowRows(self.cache.kv_cache, metadata.slot_mapping)
 
@@ -44,8 +43,7 @@ class LayerWindow(ABC):
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms
     ) -> None:
         """Store the new tokens of the batch in flight in a window of 8 bits; arguments as the contract has them."""
-        metadata = self.cache.metadata
-        if self.cache.is_packed and metadata is not None:
+        if self.cache.is_packed and (metadata := self.cache.metadata) is not None:
             self.packed.store(key, value, metadata.slot_mapping, positions, self.cache.pages(transforms))
 
     def read(
