@@ -43,3 +43,10 @@ def test_no_other_page_for_users_names_them():
     lines = [line for page in pages if page != TABLE for line in page.read_text().splitlines()]
     named = [line for line in lines if re.search(rf"(?i)vllm.*\bv?({served})\b", line)]
     assert [line for line in named if not re.search(r"\d{4}-\d\d-\d\d", line)] == []
+
+
+def test_versions_are_compared_by_their_numbers():
+    """A build from source may have none."""
+    versions = ["0.9.2", "0.32.0", "0.32.0.post1", "0.33.0rc1+cpu", "dev"]
+    assert versions == sorted(versions, key=release)
+    assert release("0.33.0+cpu") == release("0.33.0") == (0, 33, 0)

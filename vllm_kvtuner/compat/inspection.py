@@ -4,6 +4,7 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +13,9 @@ ANY_KEYWORD = "**"
 
 
 def release(version: str) -> tuple[int, ...]:
-    """The numbers of a version, to compare it by."""
-    return tuple(int(number) for number in re.findall(r"^[\d.]*\d", version)[0].split("."))
+    """The numbers of a version, to compare it by. One without, as source builds may have, counts as newer than all."""
+    numbers = re.match(r"\d+(?:\.\d+)*", version)
+    return (sys.maxsize,) if numbers is None else tuple(map(int, numbers[0].split(".")))
 
 
 @dataclass(frozen=True)
