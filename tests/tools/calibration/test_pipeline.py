@@ -30,6 +30,8 @@ from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 from vllm_kvtuner.profile.statics import LayerStatics, load_statics, save_statics
 
+pytestmark = pytest.mark.slow  # whole calibrations, though on a stand-in for engines
+
 AFTER_SENSITIVITY = STAGES[2:]
 OFFSETS = {layer: LayerStatics(key_offset=np.full((2, 64), layer, dtype=np.float32)) for layer in (0, 2, 3)}
 STATICS = TransformSettings(key_offset=True, key_hadamard=True)
