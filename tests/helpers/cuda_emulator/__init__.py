@@ -23,7 +23,7 @@ from vllm_kvtuner.kernels.cuda.build import SOURCES, Source
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
 COMPILER = shutil.which("g++")
-OPTIONS = ("-O1", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
+OPTIONS = ("-O1", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-g")
 OPTIONS += ("-shared", "-fPIC")
 NUM_SMS = 3
 CTAS = NUM_SMS
@@ -34,6 +34,9 @@ _MMA = "const u32 words[] = {{{words}}}; multiply<{k}, {per_word}>(c, words, {a}
 BODIES = {
     "shared_address(": "return (u32)((const u8*)pointer - memory);",
     "exp2_approx(": "return exp2f(x);",
+    "log2_approx(": "return std::log2(x);",
+    "max_fp16(": "return max_halves(a, b);",
+    "meet_warps(": "meet_some(number, threads, __LINE__);",
     "reciprocal_approx(": "return 1.0f / x;",
     "unpack_fp16(": "return {half_to_float(word & 0xFFFF), half_to_float(word >> 16)};",
     "pack_fp16(": "return float_to_half(low) | float_to_half(high) << 16;",
@@ -123,6 +126,7 @@ def _library(source: Source, shared_bytes: int) -> ctypes.CDLL:
             built = subprocess.run(command, capture_output=True, text=True)
             assert built.returncode == 0, built.stderr[:4000]
             folder.mkdir(exist_ok=True)
+            shutil.copy(f"{scratch}/kernel.cpp", folder / "kernel.cpp")
             shutil.move(f"{scratch}/kernel.so", folder / "kernel.so")
     return ctypes.CDLL(str(folder / "kernel.so"))
 
@@ -133,11 +137,11 @@ class EmulatedKernel:
     max_ctas = CTAS
 
     def __init__(self, source: Source, block: int, shared_bytes: int) -> None:
+        self.block = block
         self._function = _library(source, shared_bytes).emulate
-        self._block = block
 
     def launch(self, grid: int, arguments: ctypes.Structure, dependent: bool = False) -> None:
-        self._function(ctypes.c_uint(grid), ctypes.c_int(self._block), ctypes.byref(arguments))
+        self._function(ctypes.c_uint(grid), ctypes.c_int(self.block), ctypes.byref(arguments))
 
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,6 +174,18 @@ static void meet_all(int line) {
 }
 #define __syncthreads() meet_all(__LINE__)
 
+// A numbered barrier of `threads` threads.
+static void meet_some(int number, int threads, int line) {
+  static int came[16], rounds[16];
+  if (number < 1 || number > 15 || threads % 32) fail("no such barrier", line);
+  const int round = rounds[number];
+  if (++came[number] == threads) {
+    came[number] = 0;
+    rounds[number]++;
+  }
+  while (rounds[number] == round) take_turns();
+}
+
 static void run_fiber() {
   kernel_body();
   ended[current] = true;
@@ -211,6 +223,11 @@ static void run_cta(unsigned cta, unsigned ctas, int threads, void (*body)()) {
 
 static float half_to_float(uint32_t bits) { return _cvtsh_ss((unsigned short)bits); }
 static uint32_t float_to_half(float x) { return _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT); }
+static uint32_t max_halves(uint32_t a, uint32_t b) {
+  uint32_t result = 0;
+  for (int i = 0; i < 32; i += 16) result |= float_to_half(std::fmax(half_to_float(a >> i & 0xFFFF), half_to_float(b >> i & 0xFFFF))) << i;
+  return result;
+}
 static uint32_t float_to_bfloat(float x) {
   const uint32_t bits = __float_as_uint(x);
   return x != x ? bits >> 16 | 64 : bits + 0x7FFF + (bits >> 16 & 1) >> 16;

@@ -12,6 +12,7 @@ from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transf
 from vllm_kvtuner.kernels.cuda.paged_attention_config import (
     FEW_SEGMENTS,
     MAX_CTAS_PER_MULTIPROCESSOR,
+    MAX_WARPS_PER_MULTIPROCESSOR,
     PASS_ROWS,
     pass_rows,
 )
@@ -34,11 +35,13 @@ class DecodeWorkspace:
         partial: [2 * CTAs, rows of a pass, head_size] fp32, unnormalized outputs of segments that CTAs share.
         state: [2 * CTAs, rows of a pass, 2] fp32, their reference to base 2 and total.
         arrivals: [segments] int32, 0 between launches.
+        aside: [warps, rows of a pass * head_size] fp32, sums that a warp sets aside in a long segment.
     """
 
     partial: torch.Tensor
     state: torch.Tensor
     arrivals: torch.Tensor
+    aside: torch.Tensor
 
 
 def _workspace_parts(
@@ -51,6 +54,7 @@ def _workspace_parts(
         "partial": ((slots, rows, head_size), torch.float32),
         "state": ((slots, rows, 2), torch.float32),
         "arrivals": ((segments,), torch.int32),
+        "aside": ((MAX_WARPS_PER_MULTIPROCESSOR * num_sms, rows * head_size), torch.float32),
     }
 
 
@@ -191,7 +195,7 @@ def paged_attention(
     slots, partial_rows, partial_size = workspace.partial.shape
     assert partial_rows >= rows and partial_size == layout.head_size, "workspace too small"
     kernel.launch(
-        min(kernel.max_ctas, slots // 2),
+        min(kernel.max_ctas, slots // 2, workspace.aside.shape[0] * 32 // kernel.block),
         ARGUMENTS.structure(
             query=query.data_ptr(),
             output=output.data_ptr(),
@@ -202,6 +206,7 @@ def paged_attention(
             partial=workspace.partial.data_ptr(),
             partial_state=workspace.state.data_ptr(),
             arrivals=workspace.arrivals.data_ptr(),
+            aside=workspace.aside.data_ptr(),
             query_stride=query.stride(0),
             output_stride=output.stride(0),
             block_stride=byte_stride(kv_cache, 0),

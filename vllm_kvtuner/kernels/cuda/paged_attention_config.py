@@ -1,15 +1,16 @@
 """Knobs of paged_attention.cu and the heuristics that set them, apart from the launcher so that they can be swept."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vllm_kvtuner.pages.layout import PageLayout
 
 MAX_CTAS_PER_MULTIPROCESSOR = 4
+MAX_WARPS_PER_MULTIPROCESSOR = 16
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that the system takes of each CTA."""
-PASS_ROWS = (4, 8)
+PASS_ROWS = (4, 8, 16, 32)
 """Query rows (heads of the group times query tokens) of one pass over the tokens."""
-FEW_SEGMENTS = {4: 8, 8: 16}
+FEW_SEGMENTS = {4: 8, 8: 16, 16: 16, 32: 16}
 """By rows of a pass, requests times KV heads of the largest batches that larger CTAs serve."""
 
 
@@ -28,11 +29,14 @@ class DecodeConfig:
     num_stages: int
     min_ctas: int
     num_warps: int = 4
+    row_groups: int = 1
+    fp16: bool = False
+    query_registers: int = 64
 
 
 def pass_rows(rows: int) -> int:
     """Rows of a pass that serves ``rows`` query rows per KV head."""
-    return PASS_ROWS[0] if rows <= PASS_ROWS[0] else PASS_ROWS[1]
+    return next((size for size in PASS_ROWS if rows <= size), PASS_ROWS[-1])
 
 
 def decode_config(
@@ -47,44 +51,63 @@ def decode_config(
         few: whether there are so few segments (``FEW_SEGMENTS``) that most CTAs have a part of one. Then larger CTAs
             leave fewer parts.
     """
-    bits = layout.pair.nominal_bits
-    # Wide rows want long stages; narrow ones want warps, whose arithmetic limits them.
-    min_ctas = 2 if bits >= 3 else 3
-    long_rows = layout.head_size > 128
-    if rows > PASS_ROWS[0] or long_rows:
-        min_ctas = 2
-    num_stages, stage_tokens, num_warps = 2, 64, 4
-    if rows > PASS_ROWS[0] and long_rows:
-        stage_tokens = 32  # by registers
-    if few or (rows > PASS_ROWS[0] and long_rows and bits >= 4):
-        min_ctas, num_warps = 1, 8
+    config = _few_rows(layout, few) if rows <= PASS_ROWS[0] else _many_rows(layout, rows, few)
 
     def fits() -> bool:
-        config = DecodeConfig(stage_tokens, num_stages, min_ctas, num_warps)
         cta = shared_bytes(layout, rows, config, offset_pairs)
-        return min_ctas * (cta + RESERVED_SHARED_BYTES) <= shared_bytes_per_sm
+        return config.min_ctas * (cta + RESERVED_SHARED_BYTES) <= shared_bytes_per_sm
 
-    while not fits() and min_ctas > 2:
-        min_ctas -= 1
-    while not fits() and stage_tokens > 16:
-        stage_tokens //= 2
-    while not fits() and min_ctas > 1:
-        min_ctas -= 1
-    while not fits() and num_warps > 2:  # many offset pairs of a large head, which turn in steps of ANGLE_STEP
-        num_warps //= 2
-    while layout.block_size % stage_tokens and stage_tokens % layout.block_size:
-        stage_tokens //= 2
-    return DecodeConfig(stage_tokens, num_stages, min_ctas, num_warps)
+    least = config.num_warps // 2 if config.fp16 else 2
+    while config.fp16 and not fits() and config.stage_tokens > 32:
+        config = replace(config, stage_tokens=config.stage_tokens // 2)
+    while not fits() and config.min_ctas > 2:
+        config = replace(config, min_ctas=config.min_ctas - 1)
+    while not fits() and config.stage_tokens > 16:
+        config = replace(config, stage_tokens=config.stage_tokens // 2)
+    while not fits() and config.min_ctas > 1:
+        config = replace(config, min_ctas=config.min_ctas - 1)
+    # Many offset pairs of a large head, which turn in steps of ANGLE_STEP.
+    while not fits() and config.num_warps > least:
+        config = replace(config, num_warps=config.num_warps // 2)
+    while layout.block_size % config.stage_tokens and config.stage_tokens % layout.block_size:
+        config = replace(config, stage_tokens=config.stage_tokens // 2)
+    return config
+
+
+def _few_rows(layout: PageLayout, few: bool) -> DecodeConfig:
+    """Wide rows want long stages; narrow ones want warps, whose arithmetic limits them."""
+    if few:
+        return DecodeConfig(64, 2, min_ctas=1, num_warps=8)
+    return DecodeConfig(64, 2, min_ctas=3 if layout.pair.nominal_bits < 3 and layout.head_size <= 128 else 2)
+
+
+def _many_rows(layout: PageLayout, rows: int, few: bool) -> DecodeConfig:
+    """As many warps as registers for the rows' sums allow."""
+    long_rows = layout.head_size > 128
+    row_groups = 2 if long_rows and rows > 16 else 1
+    min_ctas = 3 if rows == 8 and not long_rows else 2
+    config = DecodeConfig(64, 2, min_ctas, 4, row_groups, fp16=True, query_registers=64 if rows <= 16 and not long_rows else 0)
+    if few or (long_rows and rows > 8):
+        config = replace(config, min_ctas=1, num_warps=8)
+    return config
 
 
 def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pairs: int) -> int:
     """Dynamic shared memory of a CTA: at least the size of the kernel's struct."""
-    ring = config.num_warps * config.num_stages * config.stage_tokens * layout.content_bytes
-    outputs = config.num_warps * rows * layout.head_size * 4
-    queries = 2 * rows * layout.head_size * 2 + rows // 4 * 8 * (layout.head_size + 16)
+    size, stage_warps = layout.head_size, config.num_warps // config.row_groups
+    ring = stage_warps * config.num_stages * config.stage_tokens * layout.content_bytes
+    raw_queries = 2 * rows * size * 2
     offset = offset_pairs * (16 + 48 * config.num_warps + 8 * rows)
+    if config.fp16:
+        outputs = stage_warps * 8 * config.row_groups * size * 4
+        terms = 2
+        queries = terms * rows * 2 * max(size, 128) + 16 * rows
+        offset += offset_pairs * config.num_warps * (rows // config.row_groups) * (16 if config.stage_tokens == 64 else 8)
+        return ring + outputs + queries + raw_queries + offset + 512 + 384 * max(config.num_warps, 2)
+    outputs = stage_warps * rows * size * 4
+    queries = rows // 4 * 8 * (size + 16)
     if offset_pairs > 8 or rows > PASS_ROWS[0] or config.stage_tokens == 16:  # else registers hold it
         offset += offset_pairs * config.num_warps * rows // 4 * 64
     elif offset_pairs:
         offset += 256
-    return ring + outputs + queries + offset + 320 * max(config.num_warps, 2)
+    return ring + outputs + queries + raw_queries + offset + 320 * max(config.num_warps, 2)

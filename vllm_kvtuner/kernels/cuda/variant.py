@@ -47,6 +47,7 @@ ARGUMENTS = Arguments(
     Field("float", "scale_log2", "logits to base 2 per unit of q . k"),
     Field("float", "soft_cap_log2", "the cap to base 2"),
     Field("float*", "output_lse", "[heads][tokens], if WRITE_LSE"),
+    Field("float*", "aside", "[CTAs][NUM_WARPS][rows of a warp][HEAD_SIZE], if FP16_PRODUCTS: sums, see SetAside"),
 )  # fmt: skip
 
 
@@ -118,6 +119,9 @@ class CompiledVariant(NamedTuple):
             "V_BITS": layout.v_bits,
             "GROUP": variant.group,
             "PASS_ROWS": variant.pass_rows,
+            "FP16_PRODUCTS": int(config.fp16),
+            "ROW_GROUPS": config.row_groups,
+            "QUERY_REGISTERS": config.query_registers,
             "NUM_WARPS": config.num_warps,
             "STAGE_TOKENS": config.stage_tokens,
             "NUM_STAGES": config.num_stages,

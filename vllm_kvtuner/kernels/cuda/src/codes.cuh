@@ -27,6 +27,28 @@ struct UniformCodes {
     return 0x01010101u * ((1u << (fields * BITS)) - 1);
   }
 
+  // Codes of a word of 4 bytes as fp16 numbers, as they stand: word i holds 2^(spread_shift(i) - 24) times two codes. Of bytes 0
+  // and 2 their fields in order, then those of bytes 1 and 3.
+  static __device__ __forceinline__ void spread(u32 word, u32 (&halves)[2 * FIELDS]) {
+    static_assert(BITS == 2 || BITS == 4 || BITS == 8, "fp16 numbers of 10 bits hold these");
+    if constexpr (BITS == 8) {
+      halves[0] = word & 0x00FF00FFu;
+      halves[1] = __byte_perm(word, 0, 0x4341);
+    } else {
+      const u32 up = word >> (BITS == 2 ? 6 : 8);
+#pragma unroll
+      for (int i = 0; i < 2 * FIELDS; i++) {
+        const bool moved = BITS == 2 ? i > FIELDS : i >= FIELDS;
+        halves[i] = (moved ? up : word) & (0x00010001u * LEVELS) << spread_shift(i);
+      }
+    }
+  }
+  static __device__ __forceinline__ constexpr int spread_shift(int i) {
+    const int shift = i % FIELDS * BITS;
+    // The lowest field of a high byte fits where it is, and with it the three above, moved.
+    return BITS == 2 && i >= FIELDS ? (i == FIELDS ? 8 : shift + 2) : shift;
+  }
+
   // The range of a row between low and high, shrunk by factor number `step` about its middle; rounded as pages/codes.py
   // does.
   static __device__ __forceinline__ Range make_range(float low, float high, int step) {

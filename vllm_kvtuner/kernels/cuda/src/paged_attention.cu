@@ -1,7 +1,8 @@
 // Decode attention straight on packed pages, one launch: fold the queries, attend, merge, rotate back.
 //
-// Defined by the build: HEAD_SIZE, K_BITS, V_BITS, GROUP (query heads per KV head), PASS_ROWS (query rows of a
-// pass, 4 or 8), NUM_WARPS, STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
+// Defined by the build: HEAD_SIZE, K_BITS, V_BITS, GROUP (query heads per KV head), PASS_ROWS (query rows of a pass),
+// FP16_PRODUCTS (0 or 1), ROW_GROUPS (warps that read the same stages, each for its part of a pass's rows), NUM_WARPS,
+// STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
 // OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (32), WINDOW (tokens that
 // a query sees, 0: all), SKIP_NEWEST and SKIP_FIRST (tokens that it does not see, its newest and the request's first),
 // WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
@@ -13,10 +14,7 @@
 // one that ends last, in the order of the CTAs, so that results do not depend on timing.
 //
 // Arithmetic (s a row's scale, m its minimum): logit = s_t (q . codes_t) + m_t sum(q), and the output is
-// sum_t (P_t s_t) codes_t + sum_t P_t m_t. Key codes are multiplied as unsigned bytes with q in 16-bit fixed point, whose
-// high and low byte are two columns of the matrix instruction, so that 4 rows fill its 8. So are the weights P_t s_t, in units
-// of 1 / 65535 of a stage's largest of their row, and value codes are unsigned bytes too. A stage's integer sums are less than
-// 2^24: as fp32 numbers they are that many times 2^-149 as they stand, and are added up without being converted.
+// sum_t (P_t s_t) codes_t + sum_t P_t m_t. Few rows are multiplied in bytes (attention/bytes), many in fp16 (attention/halves).
 #include "device/base.cuh"
 #include "device/numbers.cuh"
 #include "device/mma.cuh"
@@ -28,7 +26,10 @@
 #include "page_layout.cuh"
 #include "arguments.cuh"
 
-constexpr int TILES = PASS_ROWS / 4;
+// Rows of one warp, and warps with stages of their own.
+constexpr int WARP_ROWS = PASS_ROWS / ROW_GROUPS;
+constexpr int STAGE_WARPS = NUM_WARPS / ROW_GROUPS;
+static_assert(WARP_ROWS * ROW_GROUPS == PASS_ROWS && STAGE_WARPS * ROW_GROUPS == NUM_WARPS, "row groups");
 
 constexpr int BLOCK_SIZE = Chunk::TOKENS;
 constexpr int K_ROW = Piece::K_ROW;
@@ -45,7 +46,6 @@ constexpr int STAGE_BYTES = PIECES * Piece::BYTES;
 static_assert(PIECE_TOKENS == constant_min(BLOCK_SIZE, STAGE_TOKENS), "piece");
 static_assert((BLOCK_SIZE % STAGE_TOKENS == 0 || STAGE_TOKENS % BLOCK_SIZE == 0), "block");
 static_assert(HEAD_SIZE % 32 == 0 && HEAD_SIZE * V_BITS % 128 == 0, "head size");
-static_assert(PASS_ROWS == 4 || PASS_ROWS == 8, "rows");
 
 // Words of a key row in a lane: lane t = lane % 4 holds words in runs of K_RUN, as wide as rows are aligned.
 using KeyCodes = CodeFormat<K_BITS>;
@@ -65,41 +65,40 @@ constexpr int V_FIELD = HEAD_SIZE / V_FIELDS;
 constexpr int V_SHIFT = ValueCodes::FIELD_SHIFT;
 constexpr int V_UNITS = V_FIELD / 16;
 constexpr bool V_MATRICES = V_ROW <= 32 || V_UNITS % 2;
-constexpr int V_MAX_RUN = PASS_ROWS * HEAD_SIZE > 1024 ? 2 : 8;  // by registers
-constexpr int V_RUN = V_MATRICES ? 1 : constant_min(V_UNITS % 8 == 0 ? 8 : V_UNITS % 4 == 0 ? 4 : 2, V_MAX_RUN);
+__device__ __forceinline__ constexpr int value_run(int most) {
+  return V_MATRICES ? 1 : constant_min(V_UNITS % 8 == 0 ? 8 : V_UNITS % 4 == 0 ? 4 : 2, most);
+}
 constexpr int V_TILES = HEAD_SIZE / 16;
-// Codes of a byte are masked from its lowest bit up, and what lies below is taken off the sums: the highest needs no mask.
-// 2-bit keys have it in the query instead, where fields of the same byte meet in a lane of fold_row; with 4 bits that saves
-// less than the query's exactness is worth.
-constexpr bool CUMULATIVE_KEYS = K_BITS == 2 && K_ROW % 32 == 0;
-
-// A stage is attended to at once: as much as registers hold, since warps wait for their own instructions.
 constexpr int GROUPS = STAGE_TOKENS / 16;
 constexpr int NUMBERS = HEAD_SIZE / 32;
-constexpr int QUERY_STRIDE = HEAD_SIZE + 16;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
 constexpr int MAX_VISIT = 12;
-constexpr int MIN_PREFETCHED = 4 * NUM_WARPS;  // units of a share, at least, whose first stages are prefetched
+constexpr int MIN_PREFETCHED = 4 * STAGE_WARPS;  // units of a share, at least, whose first stages are prefetched
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
-// Whether registers hold a key offset's pairs as long as a warp reads a segment.
-constexpr bool OFFSET_STAYS = OFFSET_STEPS == 1 && TILES == 1 && GROUPS > 1;
-constexpr int TURNED = OFFSET_STAYS ? 1 : NUM_WARPS * OFFSET_STEPS * TILES * 2;
 static_assert(STAGE_TOKENS == 16 || STAGE_TOKENS == 32 || STAGE_TOKENS == 64, "stage");
 
 #define MASKED __int_as_float(0xFF800000)
 constexpr float NOTHING = -1e30f;      // the reference of a row that has seen nothing
-constexpr float MAX_TOTAL = 0x1p16f;     // of P of a lane's tokens in a stage, before the reference is set anew
-constexpr float MIN_WEIGHT = 0x1p-100f;  // of a stage's largest weight, so that it has an inverse
-constexpr float FULL_WEIGHT = 65535.0f;  // the largest weight of a stage in fixed point
-constexpr float OUTPUT_UNIT = 0x1p-48f;  // of Accumulators.output
 
 // The parts read the constants above.
 #include "attention/stages.cuh"
+#if FP16_PRODUCTS
+#include "attention/halves/registers.cuh"
+#else
+#include "attention/bytes/registers.cuh"
+#endif
 #include "attention/offset.cuh"
 #include "attention/copies.cuh"
-#include "attention/products.cuh"
-#include "attention/step.cuh"
-#include "attention/fold.cuh"
+#include "attention/loads.cuh"
+#if FP16_PRODUCTS
+#include "attention/halves/products.cuh"
+#include "attention/halves/step.cuh"
+#include "attention/halves/fold.cuh"
+#else
+#include "attention/bytes/products.cuh"
+#include "attention/bytes/step.cuh"
+#include "attention/bytes/fold.cuh"
+#endif
 #include "attention/merge.cuh"
 
 extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
@@ -108,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *(Shared*)memory;
   const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
+  const int stage_warp = warp / ROW_GROUPS, row_group = warp % ROW_GROUPS;
 
   OffsetLoads loads;
   loads.ask_pairs(a, thread);
@@ -138,8 +138,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   u64 policy = 0;
 #if __CUDA_ARCH__ >= 900
   policy = policy_evict_first();
-  if (lane == 0) {
-    for (int i = 0; i < NUM_STAGES; i++) barrier_init(shared_address(&shared.barriers[warp][i]));
+  if (lane == 0 && row_group == 0) {
+    for (int i = 0; i < NUM_STAGES; i++) barrier_init(shared_address(&shared.barriers[stage_warp][i]));
     barrier_init_done();
   }
 #endif
@@ -155,7 +155,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   fetch_offset(a, shared.offset, shared.cursors[0], 0, warp, lane);
   // Other requests' tokens of this step may stand in these blocks, so they are copied only when the store has ended. Where there
   // is little to read, to ask twice takes longer than it saves.
-  if (shares.even >= MIN_PREFETCHED) producer.prefetch(a);
+  if (shares.even >= MIN_PREFETCHED) producer.prefetch(a, warp);
   const bool clear = must_clear(a);
   // Up to here only what steps share was read, which no kernel just before this one writes, or brought to the L2 cache.
   dependency_wait();
@@ -167,7 +167,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
 #endif
 #pragma unroll 1
   for (int i = 0; i < NUM_STAGES; i++)
-    producer.issue(a, share, warp, lane, shared.ring[warp][i], &shared.barriers[warp][i], policy);
+    producer.issue(a, share, warp, lane, shared.ring[stage_warp][i], &shared.barriers[stage_warp][i], policy);
 
   if (clear) clear_rows(a, thread);
   int slot = 0;
@@ -182,7 +182,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     if (!fetched) fetch_rows(a, shared, cursor, shared.segment, warp, lane);
     copies_wait_all();
     __syncwarp();
-    for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) fold_row(a, shared, cursor, row, warp, lane);
+    fold_rows(a, shared, cursor, warp, lane);
     __syncthreads();
     if (thread == 0) {
       Cursor next = cursor;
@@ -190,34 +190,38 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
       shared.cursors[(shared.segment + 1) % 2] = next;
     }
     RowConstants rows;
-    load_rows(shared, request, cursor.pass, lane, rows);
+    load_rows(shared, request, cursor.pass, row_group, lane, rows);
 
     const int first_stage = request.first_stage, stage_end = cursor.stage_end;
-    key_offset.enter(shared.segment % 2, lane);
+    key_offset.enter(shared.segment % 2, row_group, lane);
     sums.clear();
+    SetAside aside(a, cta, warp);
 #pragma unroll 1
-    for (int stage = cursor.stage_begin + warp; stage < stage_end; stage += NUM_WARPS) {
+    for (int stage = cursor.stage_begin + stage_warp; stage < stage_end; stage += STAGE_WARPS) {
 #if __CUDA_ARCH__ >= 900
-      barrier_wait(shared_address(&shared.barriers[warp][slot]), parity);
+      barrier_wait(shared_address(&shared.barriers[stage_warp][slot]), parity);
 #else
       copies_wait<NUM_STAGES - 1>();
-      __syncwarp();
+      meet_row_groups(stage_warp);
 #endif
-      attend(a, shared.ring[warp][slot], (first_stage + stage) * STAGE_TOKENS, rows, key_offset, lane, sums);
-      __syncwarp();
-      producer.issue(a, share, warp, lane, shared.ring[warp][slot], &shared.barriers[warp][slot], policy);
+      attend(a, shared, shared.ring[stage_warp][slot], (first_stage + stage) * STAGE_TOKENS, rows, key_offset, lane, sums, aside);
+      meet_row_groups(stage_warp);
+      producer.issue(a, share, warp, lane, shared.ring[stage_warp][slot], &shared.barriers[stage_warp][slot], policy);
       if (++slot == NUM_STAGES) {
         slot = 0;
         parity ^= 1;
       }
     }
-    keep(shared, sums, warp, lane);
-    __syncthreads();
-
-    more = shared.more;
+    aside.take_back(sums, lane);
     const bool whole = cursor.stage_begin == 0 && cursor.stage_end == request.stages;
-    end_segment(a, shared, cursor, whole, cta, warp, lane);
-    __syncthreads();
+#pragma unroll
+    for (int round = 0; round < PASS_ROWS / ROUND_ROWS; round++) {
+      keep(shared, sums, round, stage_warp, row_group, lane);
+      __syncthreads();
+      end_rows(a, shared, cursor, whole, cta, round, warp, lane);
+      __syncthreads();
+    }
+    more = shared.more;
     if (!whole) announce_part(a, shared, cursor, shares, warp, lane);
     if (thread == 0) shared.segment++;
     __syncthreads();

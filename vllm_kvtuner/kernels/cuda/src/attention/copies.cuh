@@ -23,13 +23,12 @@ struct Parts {
 };
 
 struct Shared {
-  alignas(128) u8 ring[NUM_WARPS][NUM_STAGES][STAGE_BYTES];
-  alignas(16) float output[NUM_WARPS][PASS_ROWS][HEAD_SIZE];
-  alignas(16) u8 query[TILES][8][QUERY_STRIDE];
+  alignas(128) u8 ring[STAGE_WARPS][NUM_STAGES][STAGE_BYTES];
+  alignas(16) float output[STAGE_WARPS][ROUND_ROWS][HEAD_SIZE];
+  FoldedQueries folded;
   [[no_unique_address]] OffsetShared offset;
-  u64 barriers[NUM_WARPS][NUM_STAGES];
-  float unit[PASS_ROWS], sum[PASS_ROWS], offset_factor[PASS_ROWS];
-  float total[NUM_WARPS][PASS_ROWS], top[NUM_WARPS][PASS_ROWS];
+  u64 barriers[STAGE_WARPS][NUM_STAGES];
+  float total[STAGE_WARPS][ROUND_ROWS], top[STAGE_WARPS][ROUND_ROWS];
   // Queries as they are of this segment and the next, row by row, and which segments of the CTA those are: copied by
   // the warp that folds them, as soon as its copies come to that segment, since the way to memory is long then.
   alignas(16) u16 raw_query[2][PASS_ROWS][HEAD_SIZE];
@@ -64,6 +63,14 @@ __device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, c
   fetch_queries(a, shared, cursor, segment, warp, lane);
 }
 
+// Where the warps that read the same stages wait for each other.
+__device__ __forceinline__ void meet_row_groups(int stage_warp) {
+  if constexpr (ROW_GROUPS == 1)
+    __syncwarp();
+  else
+    meet_warps(1 + stage_warp, 32 * ROW_GROUPS);
+}
+
 struct Producer {
   Shared* shared;
   int segment;     // of the CTA
@@ -81,7 +88,7 @@ struct Producer {
   __device__ __forceinline__ void enter(const Arguments& a, const Cursor& at, int warp, int lane) {
     head = a.kv_cache + at.kv_head * a.head_stride;
     table = a.block_table + at.request.index * a.table_stride;
-    token = (at.request.first_stage + at.stage_begin + warp) * STAGE_TOKENS;
+    token = (at.request.first_stage + at.stage_begin + warp / ROW_GROUPS) * STAGE_TOKENS;
     last_token = (at.request.first_stage + at.stage_end) * STAGE_TOKENS;
     len = at.request.len;
     blocks = look_up(lane, 0);
@@ -92,7 +99,7 @@ struct Producer {
   // Entries beyond the request may be stale and are not read.
   __device__ __forceinline__ int look_up(int lane, int stages_ahead) const {
     const int of_lane =
-        token + (stages_ahead + lane / ENTRIES) * (NUM_WARPS * STAGE_TOKENS) + lane % ENTRIES * PIECE_TOKENS;
+        token + (stages_ahead + lane / ENTRIES) * (STAGE_WARPS * STAGE_TOKENS) + lane % ENTRIES * PIECE_TOKENS;
     return of_lane < min(last_token, len) ? table[of_lane / BLOCK_SIZE] : 0;
   }
 
@@ -121,9 +128,9 @@ struct Producer {
   }
 
   // Brings the stage to the L2 cache, where it may yet be written to.
-  __device__ __forceinline__ void prefetch(const Arguments& a) const {
+  __device__ __forceinline__ void prefetch(const Arguments& a, int warp) const {
 #if __CUDA_ARCH__ >= 900
-    if (token >= last_token) return;
+    if (token >= last_token || warp % ROW_GROUPS) return;
     u32 source_blocks[ENTRIES];
     blocks_of_stage(source_blocks);
     if (elect_one())
@@ -164,8 +171,9 @@ struct Producer {
       blocks_of_stage(source_blocks);
       looked_up++;
       const u32 at = shared_address(target);
+      const bool copies_stage = warp % ROW_GROUPS == 0;  // the others only follow
 #if __CUDA_ARCH__ >= 900
-      if (elect_one()) {
+      if (copies_stage && elect_one()) {
         const u32 mbarrier = shared_address(barrier);
         barrier_expect(mbarrier, WHOLE_CHUNKS ? copies() * Piece::BYTES : STAGE_BYTES);
         for_copies([&](int i) {
@@ -174,12 +182,12 @@ struct Producer {
         });
       }
 #else
-      for_copies([&](int i) {
+      if (copies_stage) for_copies([&](int i) {
         const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
         for (u32 j = lane * 16; j < copy.bytes; j += 512) copy_16(at + copy.target + j, copy.source + j);
       });
 #endif
-      token += NUM_WARPS * STAGE_TOKENS;
+      token += STAGE_WARPS * STAGE_TOKENS;
       settle(a, share, warp, lane);
     }
 #if __CUDA_ARCH__ < 900

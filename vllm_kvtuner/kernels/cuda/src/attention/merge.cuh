@@ -6,49 +6,27 @@
 // written. add_up and merge_segment see parts of a row and must not count it.
 #pragma once
 
-// A warp's sums of a segment to where those of all warps are added up.
-__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int warp, int lane) {
-  const int g = lane / 4, t = lane % 4;
-#pragma unroll
-  for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-    for (int step = 4; step < 32; step <<= 1) {
-      sums.total[tile] += __shfl_xor_sync(FULL_WARP, sums.total[tile], step);
-      sums.minima[tile] += __shfl_xor_sync(FULL_WARP, sums.minima[tile], step);
-    }
-    const int row = 4 * tile + t;
-    float* output = shared.output[warp][row];
-#pragma unroll
-    for (int i = 0; i < V_TILES; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        const int field = i % V_FIELDS;
-        const float below = field ? sums.output[tile][constant_max(i - 1, 0)][half] : 0.0f;
-        const float unit = 1.0f / OUTPUT_UNIT / (float)(1 << (field * V_SHIFT));
-        output[value_dim(i, half, g)] = fmaf(sums.output[tile][i][half] - below, unit, sums.minima[tile]);
-      }
-    if (g == 0) {
-      shared.total[warp][row] = sums.total[tile];
-      shared.top[warp][row] = sums.reference[tile];
-    }
-  }
+// The row of a pass whose sums warps keep at place `index` in a round; see keep.
+__device__ __forceinline__ int row_of_round(int round, int index) {
+  constexpr int ROWS = ROUND_ROWS / ROW_GROUPS;
+  return ROW_GROUPS == 1 ? round * ROWS + index : index / ROWS * WARP_ROWS + round * ROWS + index % ROWS;
 }
 
 // A row of what all warps have kept, unnormalized: number i * 32 + lane in x[i].
-__device__ __forceinline__ void add_up(const Shared& shared, int row, int lane, float (&x)[NUMBERS], float& top,
+__device__ __forceinline__ void add_up(const Shared& shared, int index, int lane, float (&x)[NUMBERS], float& top,
                                        float& total) {
   top = NOTHING;
 #pragma unroll
-  for (int i = 0; i < NUM_WARPS; i++) top = fmaxf(top, shared.top[i][row]);
+  for (int i = 0; i < STAGE_WARPS; i++) top = fmaxf(top, shared.top[i][index]);
   total = 0.0f;
 #pragma unroll
   for (int j = 0; j < NUMBERS; j++) x[j] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < NUM_WARPS; i++) {
-    const float weight = exp2_approx(shared.top[i][row] - top);
-    total = fmaf(shared.total[i][row], weight, total);
+  for (int i = 0; i < STAGE_WARPS; i++) {
+    const float weight = exp2_approx(shared.top[i][index] - top);
+    total = fmaf(shared.total[i][index], weight, total);
 #pragma unroll
-    for (int j = 0; j < NUMBERS; j++) x[j] = fmaf(shared.output[i][row][j * 32 + lane], weight, x[j]);
+    for (int j = 0; j < NUMBERS; j++) x[j] = fmaf(shared.output[i][index][j * 32 + lane], weight, x[j]);
   }
 }
 
@@ -78,14 +56,15 @@ __device__ __forceinline__ void write_row(const Arguments& a, const Cursor& curs
   for (int i = 0; i < NUMBERS; i++) target[i * 32 + lane] = round_output(x[i]);
 }
 
-// A whole segment's sums to the output, or those of a part to where they are merged. Only a CTA's first segment and its last
-// can be parts.
-__device__ __forceinline__ void end_segment(const Arguments& a, Shared& shared, const Cursor& cursor, bool whole, int cta,
-                                            int warp, int lane) {
+// A whole segment's sums to the output, or those of a part to where they are merged, of one round's rows. Only a CTA's first
+// segment and its last can be parts.
+__device__ __forceinline__ void end_rows(const Arguments& a, Shared& shared, const Cursor& cursor, bool whole, int cta,
+                                         int round, int warp, int lane) {
   const int place = cursor.stage_begin > 0 ? 0 : 1, slot = 2 * cta + place;
-  for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
+  for (int index = warp; index < ROUND_ROWS; index += NUM_WARPS) {
+    const int row = row_of_round(round, index);
     float x[NUMBERS], top, total;
-    add_up(shared, row, lane, x, top, total);
+    add_up(shared, index, lane, x, top, total);
     if (whole) {
       write_row(a, cursor, row, x, top, total, lane);
       continue;

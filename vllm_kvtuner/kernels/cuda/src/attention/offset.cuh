@@ -6,7 +6,10 @@
 #pragma once
 
 #if OFFSET_PAIRS
-static_assert(NUM_WARPS * STAGE_TOKENS % ANGLE_STEP == 0, "a warp's next stage is a whole number of steps further on");
+// Whether registers hold a key offset's pairs as long as a warp reads a segment.
+constexpr bool OFFSET_STAYS = !FP16_PRODUCTS && OFFSET_STEPS == 1 && TILES == 1 && GROUPS > 1;
+constexpr int TURNED = OFFSET_STAYS ? 1 : NUM_WARPS * OFFSET_STEPS * TILES * 2 * OFFSET_TURNS;
+static_assert(STAGE_WARPS * STAGE_TOKENS % ANGLE_STEP == 0, "a warp's next stage is a whole number of steps further on");
 
 struct OffsetShared {
   // Of all segments: dimensions of a pair, which of the rotary embedding's it is, how far it turns from a warp's stage to its next.
@@ -46,7 +49,7 @@ struct OffsetLoads {
   }
   __device__ __forceinline__ void ask_angles(const Arguments& a, int thread) {
     for_pairs(thread, [&](int i, int) {
-      angle[i] = __ldg(a.coarse_angles + NUM_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index[i]);
+      angle[i] = __ldg(a.coarse_angles + STAGE_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index[i]);
       amplitude[i] = __ldg(&a.coarse_angles[index[i]].x);
     });
   }
@@ -88,7 +91,7 @@ __device__ __forceinline__ float fold_offset(OffsetShared& offset, const u16* ra
 
 __device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int warp,
                                              int lane) {
-  const int token = (cursor.request.first_stage + cursor.stage_begin + warp) * STAGE_TOKENS;
+  const int token = (cursor.request.first_stage + cursor.stage_begin + warp / ROW_GROUPS) * STAGE_TOKENS;
 #pragma unroll 1
   for (int i = lane * 2; i < OFFSET_PAIRS; i += 64)
     copy_16(shared_address(&offset.numbers[at][warp][i]), a.offset + cursor.kv_head * OFFSET_PAIRS + i);
@@ -122,37 +125,44 @@ struct KeyOffset {
 #pragma unroll
         for (int term = 0; term < 2; term++) fine[i][term] = fine_operand(a, 0, i, term, lane);
   }
-  __device__ __forceinline__ void enter(int at, int lane) {
+  __device__ __forceinline__ void enter(int at, int row_group, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int step = 0; step < OFFSET_STEPS; step++)
 #pragma unroll
       for (int b = 0; b < 2; b++) {
         const int pair = step * 8 + t + 4 * b;
-        const float2 angle = shared.angles[at][warp][step][b][g % 2][t];
 #pragma unroll
-        for (int tile = 0; tile < TILES; tile++) {
-          const float2 c = turned_by(shared.coefficients[4 * tile + g / 2][pair], angle);
-          if (OFFSET_STAYS)
-            coefficients[b] = c, turn[b] = shared.turn[pair];
-          else
-            *place(step, tile, b, lane) = c;
+        for (int turn_index = 0; turn_index < OFFSET_TURNS; turn_index++) {
+          const float2 angle = shared.angles[at][warp][step][b][OFFSET_TURNS == 2 ? turn_index : g % 2][t];
+#pragma unroll
+          for (int tile = 0; tile < TILES; tile++) {
+            const int row = row_group * WARP_ROWS + row_of_column(tile, g);
+            const float2 c = turned_by(shared.coefficients[row][pair], angle);
+            if (OFFSET_STAYS)
+              coefficients[b] = c, turn[b] = shared.turn[pair];
+            else
+              *place(step, tile, b, turn_index, lane) = c;
+          }
         }
       }
   }
-  __device__ __forceinline__ float2* place(int step, int tile, int b, int lane) {
-    return &shared.turned[OFFSET_STAYS ? 0 : ((warp * OFFSET_STEPS + step) * TILES + tile) * 2 + b][lane];
+  __device__ __forceinline__ float2* place(int step, int tile, int b, int turn_index, int lane) {
+    const int index = (((warp * OFFSET_STEPS + step) * TILES + tile) * 2 + b) * OFFSET_TURNS + turn_index;
+    return &shared.turned[OFFSET_STAYS ? 0 : index][lane];
   }
   static __device__ __forceinline__ uint4 fine_operand(const Arguments& a, int step, int i, int term, int lane) {
     return __ldg(a.fine_angles + ((step * (ANGLE_STEP / 16) + i) * 2 + term) * 32 + lane);
   }
-  // A column's operand of a pair, in two terms of fp16; the coefficients then turn to the next stage.
-  __device__ __forceinline__ void operand(int step, int tile, int b, int lane, u32& high, u32& low) {
-    float2* kept = place(step, tile, b, lane);
+  // A column's operand of a pair, in two terms of fp16; if `last`, the coefficients then turn to the next stage.
+  __device__ __forceinline__ void operand(int step, int tile, int b, int turn_index, bool last, int lane, u32& high,
+                                          u32& low) {
+    float2* kept = place(step, tile, b, turn_index, lane);
     const float2 c = OFFSET_STAYS ? coefficients[b] : *kept;
     high = pack_fp16(c.x, c.y);
     const float2 rounded = unpack_fp16(high);
     low = pack_fp16(c.x - rounded.x, c.y - rounded.y);
+    if (!last) return;
     const float2 next = turned_by(c, OFFSET_STAYS ? turn[b] : shared.turn[step * 8 + lane % 4 + 4 * b]);
     if (OFFSET_STAYS)
       coefficients[b] = next;
@@ -160,20 +170,21 @@ struct KeyOffset {
       *kept = next;
   }
 
-  // q . R_t m of a stage's tokens from position `token`, in units of offset_factor.
-  __device__ __forceinline__ void products(const Arguments& a, int token, int lane, float (&sums)[GROUPS][TILES][2]) {
-    constexpr int FINE = constant_min(GROUPS, 2);
-    float products[FINE][TILES][4] = {};
+  // q . R_t m of COUNT times 16 tokens from position `token`, in units of offset_factor, as the matrix instruction leaves them.
+  // `last`: whether no other tokens of this stage are with these coefficients.
+  template <int COUNT>
+  __device__ __forceinline__ void products(const Arguments& a, int token, int turn_index, bool last, int lane,
+                                           float (&products)[COUNT][TILES][4]) {
 #pragma unroll 2
     for (int step = 0; step < OFFSET_STEPS; step++) {
       u32 high[TILES][2], low[TILES][2];
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-        for (int b = 0; b < 2; b++) operand(step, tile, b, lane, high[tile][b], low[tile][b]);
+        for (int b = 0; b < 2; b++) operand(step, tile, b, turn_index, last, lane, high[tile][b], low[tile][b]);
 #pragma unroll
-      for (int i = 0; i < FINE; i++) {
-        const int place = GROUPS == 1 ? token / 16 % (ANGLE_STEP / 16) : i;
+      for (int i = 0; i < COUNT; i++) {
+        const int place = COUNT == 1 ? token / 16 % (ANGLE_STEP / 16) : i;
         const uint4 coarser = OFFSET_STAYS ? fine[i][0] : fine_operand(a, step, place, 0, lane);
         const uint4 finer = OFFSET_STAYS ? fine[i][1] : fine_operand(a, step, place, 1, lane);
 #pragma unroll
@@ -184,12 +195,6 @@ struct KeyOffset {
         }
       }
     }
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++)
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) sums[group][tile][half] = products[group % FINE][tile][2 * half + group / 2];
   }
 };
 #else
@@ -208,7 +213,8 @@ __device__ __forceinline__ void fetch_offset(const Arguments&, OffsetShared&, co
 struct KeyOffset {
   __device__ __forceinline__ KeyOffset(OffsetShared&, int) {}
   __device__ __forceinline__ void load(const Arguments&, int) {}
-  __device__ __forceinline__ void enter(int, int) {}
-  __device__ __forceinline__ void products(const Arguments&, int, int, float (&)[GROUPS][TILES][2]) {}
+  __device__ __forceinline__ void enter(int, int, int) {}
+  template <int COUNT>
+  __device__ __forceinline__ void products(const Arguments&, int, int, bool, int, float (&)[COUNT][TILES][4]) {}
 };
 #endif

@@ -26,6 +26,11 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
+// Waits for `threads` threads of whole warps, which all come here with this number of a barrier.
+__device__ __forceinline__ void meet_warps(int number, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
+}
+
 // Whether this lane is the one that acts for its warp.
 __device__ __forceinline__ bool elect_one() {
 #if __CUDA_ARCH__ >= 900

@@ -18,6 +18,19 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   return y;
 }
 
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The larger ones of two pairs of fp16 numbers; of a number and NaN the number.
+__device__ __forceinline__ u32 max_fp16(u32 a, u32 b) {
+  u32 word;
+  asm("max.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+  return word;
+}
+
 // Two fp16 numbers of a word.
 __device__ __forceinline__ float2 unpack_fp16(u32 word) {
   float2 pair;

@@ -36,13 +36,20 @@ __device__ __forceinline__ void weigh(const float (&logits)[GROUPS][TILES][2], c
   }
 }
 
-// A stage, whose first token is `token`.
-__device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int token, const RowConstants& rows,
-                                       KeyOffset& offset, int lane, Accumulators& sums) {
+// Sums of products are exact, however long a segment is.
+struct SetAside {
+  __device__ __forceinline__ SetAside(const Arguments&, int, int) {}
+  __device__ __forceinline__ void take_back(Accumulators&, int) {}
+};
+
+// A stage, whose first token is `token`: at once, as much as registers hold, since warps wait for their own instructions.
+__device__ __forceinline__ void attend(const Arguments& a, const Shared&, const u8* stage, int token, const RowConstants& rows,
+                                       KeyOffset& offset, int lane, Accumulators& sums, SetAside&) {
   const int g = lane / 4;
   float logits[GROUPS][TILES][2], scale[GROUPS][2], minimum[GROUPS][2];
-  float offsets[GROUPS][TILES][2];
-  offset.products(a, token, lane, offsets);
+  // Of a stage of 64 tokens, columns are the first 32 and the second by turns.
+  float offsets[constant_min(GROUPS, 2)][TILES][4] = {};
+  offset.products(a, token, 0, true, lane, offsets);
 #pragma unroll
   for (int group = 0; group < GROUPS; group++) {
     const int place = group * 16;
@@ -60,7 +67,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++) {
         float logit = fmaf(k_meta.x, __int2float_rn(dots[tile][half]), k_meta.y * rows.sum[tile]);
-        if constexpr (OFFSET_PAIRS > 0) logit = fmaf(offsets[group][tile][half], rows.offset_factor[tile], logit);
+        if constexpr (OFFSET_PAIRS > 0) logit = fmaf(offsets[group % 2][tile][2 * half + group / 2], rows.offset_factor[tile], logit);
 #if SOFT_CAP
         // To base 2, and in units of 1: cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
         const float power = exp2_approx(logit * rows.unit[tile] * (2.885390081777927f / a.soft_cap_log2));
@@ -148,4 +155,32 @@ __device__ __forceinline__ void attend(const Arguments& a, const u8* stage, int 
     }
   }
   value_products(stage, packed, high, low, lane, sums.output);
+}
+
+// A warp's sums of a segment to where those of all warps are added up.
+__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int, int warp, int, int lane) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+    for (int step = 4; step < 32; step <<= 1) {
+      sums.total[tile] += __shfl_xor_sync(FULL_WARP, sums.total[tile], step);
+      sums.minima[tile] += __shfl_xor_sync(FULL_WARP, sums.minima[tile], step);
+    }
+    const int row = 4 * tile + t;
+    float* output = shared.output[warp][row];
+#pragma unroll
+    for (int i = 0; i < V_TILES; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int field = i % V_FIELDS;
+        const float below = field ? sums.output[tile][constant_max(i - 1, 0)][half] : 0.0f;
+        const float unit = 1.0f / OUTPUT_UNIT / (float)(1 << (field * V_SHIFT));
+        output[value_dim(i, half, g)] = fmaf(sums.output[tile][i][half] - below, unit, sums.minima[tile]);
+      }
+    if (g == 0) {
+      shared.total[warp][row] = sums.total[tile];
+      shared.top[warp][row] = sums.reference[tile];
+    }
+  }
 }

@@ -1,4 +1,4 @@
-// paged_attention.cu: queries in the frame of the stored keys.
+// paged_attention.cu: queries in the frame of the stored keys, in fixed point.
 #pragma once
 
 // A row of the query into the frame of the stored keys, in 16-bit fixed point; by one warp.
@@ -37,7 +37,7 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
 #endif
   const float inverse = 1.0f / unit;
   float sum = 0.0f;
-  u8* high = shared.query[row / 4][2 * (row % 4)];
+  u8* high = shared.folded.query[row / 4][2 * (row % 4)];
 #pragma unroll
   for (int i = 0; i < NUMBERS; i++) {
     int fixed = __float2int_rn(x[i] * inverse);
@@ -52,13 +52,18 @@ __device__ __forceinline__ void fold_row(const Arguments& a, Shared& shared, con
   sum = warp_sum(sum);
   if (lane == 0) {
     constexpr float HIGHEST = (float)(1 << ((K_FIELDS - 1) * K_SHIFT));
-    shared.unit[row] = unit * a.scale_log2 / HIGHEST;
-    shared.sum[row] = sum * HIGHEST;
-    if constexpr (OFFSET_PAIRS > 0) shared.offset_factor[row] = offset_unit / unit * HIGHEST;
+    shared.folded.unit[row] = unit * a.scale_log2 / HIGHEST;
+    shared.folded.sum[row] = sum * HIGHEST;
+    if constexpr (OFFSET_PAIRS > 0) shared.folded.offset_factor[row] = offset_unit / unit * HIGHEST;
   }
 }
 
-__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int lane,
+// All rows of a segment; every warp reads them after the CTA's next barrier.
+__device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int warp, int lane) {
+  for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) fold_row(a, shared, cursor, row, warp, lane);
+}
+
+__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int, int lane,
                                           RowConstants& rows) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -70,12 +75,12 @@ __device__ __forceinline__ void load_rows(const Shared& shared, const Request& r
         const int word = i / K_RUN * 4 * K_RUN + t * K_RUN + i % K_RUN;
         rows.query[tile][field][i] = 0;
         if (K_WORDS_ROW % 4 == 0 || word < K_WORDS_ROW)
-          rows.query[tile][field][i] = *(const u32*)&shared.query[tile][g][4 * word + field * K_FIELD];
+          rows.query[tile][field][i] = *(const u32*)&shared.folded.query[tile][g][4 * word + field * K_FIELD];
       }
     const int row = 4 * tile + t;
-    rows.unit[tile] = shared.unit[row];
-    rows.sum[tile] = shared.sum[row];
-    if constexpr (OFFSET_PAIRS > 0) rows.offset_factor[tile] = shared.offset_factor[row];
+    rows.unit[tile] = shared.folded.unit[row];
+    rows.sum[tile] = shared.folded.sum[row];
+    if constexpr (OFFSET_PAIRS > 0) rows.offset_factor[tile] = shared.folded.offset_factor[row];
     int query, member;
     row_of(request, pass, row, query, member);
     rows.limit[tile] = min(request.len - request.num_queries + 1 + query, request.len);

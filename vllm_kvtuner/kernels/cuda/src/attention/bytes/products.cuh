@@ -1,69 +1,11 @@
-// paged_attention.cu: sums and constants of one warp, and its matrix products.
+// paged_attention.cu: a warp's matrix products in bytes.
 #pragma once
-
-struct Accumulators {
-  float output[TILES][V_TILES][2];  // sums of weights times masked bytes, in OUTPUT_UNIT
-  float reference[TILES], total[TILES], minima[TILES];
-
-  __device__ __forceinline__ void clear() {
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-      for (int i = 0; i < V_TILES; i++) output[tile][i][0] = output[tile][i][1] = 0.0f;
-      reference[tile] = NOTHING;
-      total[tile] = minima[tile] = 0.0f;
-    }
-  }
-};
-
-struct RowConstants {
-  u32 query[TILES][K_FIELDS][K_WORDS];
-  float unit[TILES];  // logits to base 2 per unit of the integer dot product
-  float sum[TILES];   // of the query, in the same units
-  int limit[TILES];  // tokens that the row sees
-  int seen_by_all;   // tokens that every row sees
-  int len;           // tokens of the request
-  float offset_factor[TILES];  // logits per unit of the key offset's products, if there is one
-};
-
-template <int WORDS>
-__device__ __forceinline__ void load_run(u32* words, const u8* pointer) {
-  if constexpr (WORDS == 4) {
-    uint4 run = *(const uint4*)pointer;
-    words[0] = run.x, words[1] = run.y, words[2] = run.z, words[3] = run.w;
-  } else if constexpr (WORDS == 2) {
-    uint2 run = *(const uint2*)pointer;
-    words[0] = run.x, words[1] = run.y;
-  } else {
-    words[0] = *(const u32*)pointer;
-  }
-}
 
 // Integer dot products of 16 tokens with all rows: lane (g, t) gets tokens token_of_row(g) and 8 more of row t of each
 // tile, times 2^((K_FIELDS - 1) K_SHIFT).
 __device__ __forceinline__ void key_products(const u8* keys, const RowConstants& rows, int lane, int (&dots)[TILES][2]) {
-  const int g = lane / 4, t = lane % 4;
   u32 words[2][K_WORDS];
-  if constexpr (K_MATRICES) {
-    // The matrices of tokens token_of_row(0 to 7), then of 8 more.
-    const u8* row = keys + (token_of_row(lane % 8) + lane / 8 % 2 * 8) * K_ROW;
-    if constexpr (K_WORDS == 2) {
-      u32 four[4];
-      load_matrices(four, row + lane / 16 * 16);
-      words[0][0] = four[0], words[1][0] = four[1], words[0][K_WORDS - 1] = four[2], words[1][K_WORDS - 1] = four[3];
-    } else {
-      u32 two[2];
-      load_matrices(two, row);
-      words[0][0] = two[0], words[1][0] = two[1];
-    }
-  } else {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const u8* row = keys + (token_of_row(g) + 8 * half) * K_ROW;
-#pragma unroll
-      for (int i = 0; i < K_WORDS; i += K_RUN) load_run<K_RUN>(&words[half][i], row + (4 * i + t * K_RUN) * 4);
-    }
-  }
+  load_key_words(keys, lane, words);
   int sums[TILES][K_FIELDS][4];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
@@ -143,11 +85,6 @@ struct ValueBytes {
         }
       }
     }
-  }
-
-  static __device__ __forceinline__ const u8* value_row(const u8* stage, int group, int token) {
-    const int place = group * 16;
-    return stage + place / PIECE_TOKENS * Piece::BYTES + Piece::V_CODES + (place % PIECE_TOKENS + token) * V_ROW;
   }
 };
 

@@ -1,0 +1,126 @@
+// paged_attention.cu: a warp's matrix products of fp16 numbers.
+#pragma once
+
+// B operands of one step of the first product, of all this warp's rows.
+__device__ __forceinline__ void load_query_step(const FoldedQueries& folded, int term, int row_group, int step, int lane,
+                                                u32 (&query)[TILES][2]) {
+  const u8* matrices = folded.matrices[term][row_group][step][0][0];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile += 2) {
+    if constexpr (TILES % 2 == 0) {
+      u32 four[4];
+      load_matrices(four, matrices + tile * 256 + lane * 16);
+      query[tile][0] = four[0], query[tile][1] = four[1];
+      query[tile + 1][0] = four[2], query[tile + 1][1] = four[3];
+    } else {
+#pragma unroll
+      for (int i = 0; i < constant_min(TILES, 2); i++)
+        if (tile + i < TILES) load_matrices(query[tile + i], matrices + (tile + i) * 256 + lane % 16 * 16);
+    }
+  }
+}
+
+// Dot products of 16 tokens with all rows, in CODE_UNIT: lane (g, t) gets tokens token_of_row(g), in the first two numbers of a
+// tile, and 8 more, each of rows 2 t and 2 t + 1 of the tile.
+__device__ __forceinline__ void key_products(const FoldedQueries& folded, const u8* keys, const RowConstants& rows, int lane,
+                                             float (&dots)[TILES][4]) {
+  u32 words[2][K_WORDS];
+  load_key_words(keys, lane, words);
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int j = 0; j < 4; j++) dots[tile][j] = 0.0f;
+#pragma unroll
+  for (int i = 0; i < K_WORDS; i++) {
+    u32 codes[2][2 * K_FIELDS];
+#pragma unroll
+    for (int half = 0; half < 2; half++) KeyCodes::spread(words[half][i], codes[half]);
+#pragma unroll
+    for (int field = 0; field < K_FIELDS; field++) {
+      const int step = i * K_FIELDS + field;
+#pragma unroll
+      for (int term = TERMS - 1; term >= 0; term--) {
+        u32 query[TILES][2];
+        if (!QUERY_STAYS || term > 0) load_query_step(folded, term, rows.row_group, step, lane, query);
+#pragma unroll
+        for (int tile = 0; tile < TILES; tile++) {
+          const bool here = QUERY_STAYS && term == 0;
+          const u32 b0 = here ? rows.query[step % (QUERY_STAYS ? K_STEPS : 1)][tile][0] : query[tile][0];
+          const u32 b1 = here ? rows.query[step % (QUERY_STAYS ? K_STEPS : 1)][tile][1] : query[tile][1];
+          mma_fp16(dots[tile], codes[0][2 * field], codes[1][2 * field], codes[0][2 * field + 1], codes[1][2 * field + 1], b0, b1);
+        }
+      }
+    }
+  }
+}
+
+// Words of values for A operands: words[group][unit][i] holds the unit's two bytes in this lane, of tokens token_of_row(2 t) and
+// token_of_row(2 t + 1), or of 8 more.
+struct ValueWords {
+  u32 words[PART_GROUPS][V_RUN][2];
+
+  // Run number `run` of the tokens of PART_GROUPS groups from `first`.
+  __device__ __forceinline__ void load(const u8* stage, int first, int run, int lane) {
+    const int g = lane / 4, t = lane % 4;
+    if constexpr (V_MATRICES && PART_GROUPS == 2) {
+      u32 four[4];
+      load_transposed(four, value_row(stage, first + lane / 16, token_of_row(lane % 8) + lane / 8 % 2 * 8) + run * 16);
+      words[0][0][0] = four[0], words[0][0][1] = four[1];
+      words[PART_GROUPS - 1][0][0] = four[2], words[PART_GROUPS - 1][0][1] = four[3];
+    } else if constexpr (V_MATRICES) {
+      load_transposed(words[0][0], value_row(stage, first, token_of_row(lane % 8) + lane / 8 % 2 * 8) + run * 16);
+    } else {
+#pragma unroll
+      for (int group = 0; group < PART_GROUPS; group++) {
+        constexpr int WORDS = constant_max(V_RUN / 2, 1);
+        u32 rows[4][WORDS];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+          load_run<WORDS>(rows[i], value_row(stage, first + group, token_of_row(2 * t + i % 2) + i / 2 * 8) + (run * 8 + g) * (2 * V_RUN));
+#pragma unroll
+        for (int i = 0; i < V_RUN / 2; i++)
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            words[group][2 * i][half] = __byte_perm(rows[2 * half][i], rows[2 * half + 1][i], 0x5410);
+            words[group][2 * i + 1][half] = __byte_perm(rows[2 * half][i], rows[2 * half + 1][i], 0x7632);
+          }
+      }
+    }
+  }
+};
+
+// The second product of PART_GROUPS groups of tokens from `first`. weights[group][tile]: B operands, in ValueWords's order of tokens.
+__device__ __forceinline__ void value_products(const u8* stage, int first, const u32 (&weights)[PART_GROUPS][TILES][2], int lane,
+                                               float (&output)[V_TILES][TILES][4]) {
+#pragma unroll
+  for (int run = 0; run < V_UNITS / V_RUN; run++) {
+    ValueWords values;
+    values.load(stage, first, run, lane);
+#pragma unroll
+    for (int unit = 0; unit < V_RUN; unit++)
+#pragma unroll
+      for (int group = 0; group < PART_GROUPS; group++) {
+        u32 codes[2][2 * V_FIELDS];
+#pragma unroll
+        for (int half = 0; half < 2; half++) ValueCodes::spread(values.words[group][unit][half], codes[half]);
+#pragma unroll
+        for (int i = 0; i < V_FIELDS; i++)
+#pragma unroll
+          for (int tile = 0; tile < TILES; tile++)
+            mma_fp16(output[(run * V_RUN + unit) * V_FIELDS + i][tile], codes[0][2 * i], codes[0][2 * i + 1], codes[1][2 * i],
+                     codes[1][2 * i + 1], weights[group][tile][0], weights[group][tile][1]);
+      }
+  }
+}
+
+// The dimension that rows g (half 0) and g + 8 of an accumulator's tile stand for, and by how many bits its codes are shifted.
+struct ValueDim {
+  int dim, shift;
+
+  __device__ __forceinline__ ValueDim(int tile, int half, int g) {
+    const int unit = tile / V_FIELDS, spread = 2 * (tile % V_FIELDS) + half;
+    const int byte = spread / V_FIELDS, field = spread % V_FIELDS;
+    dim = (unit / V_RUN * 8 + g) * (2 * V_RUN) + unit % V_RUN * 2 + byte + field * V_FIELD;
+    shift = ValueCodes::spread_shift(spread);
+  }
+};

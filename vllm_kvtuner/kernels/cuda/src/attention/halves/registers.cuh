@@ -1,0 +1,80 @@
+// paged_attention.cu: what a warp holds where products are of fp16 numbers: many rows, each in one column.
+//
+// Arithmetic: codes are multiplied where they stand in a word of two, as the fp16 numbers that their bits are, 2^-24 of an integer;
+// see CodeFormat::spread. q is rounded to fp16 in units that all rows of a pass share, a power of two, and to two such numbers
+// where it is rotated or scaled, since products of 11 bits would move logits of hundreds. Weights P_t s_t are rounded to fp16:
+// the reference that exponents are relative to is set so that a row's largest is 2^8, and anew where one exceeds 2^15. Products
+// are added up in the accumulators of the matrix instruction, which cut off what is below their last bit: every ASIDE_TOKENS
+// tokens they are set aside in fp32.
+#pragma once
+
+constexpr int TILES = WARP_ROWS / 8;
+static_assert(WARP_ROWS % 8 == 0, "rows fill the columns of matrix instructions");
+constexpr int PART_GROUPS = constant_min(GROUPS, WARP_ROWS > 16 || HEAD_SIZE > 128 ? 1 : 2);  // groups of 16 tokens at once, by registers
+constexpr int OFFSET_TURNS = GROUPS == 4 ? 2 : 1;  // sets of a key offset's coefficients, one for each ANGLE_STEP of a stage
+constexpr int ROUND_ROWS = 8 * ROW_GROUPS;
+constexpr int V_RUN = value_run(V_BITS == 8 ? 4 : 8);
+
+constexpr int TERMS = KEY_HADAMARD || KEY_EQUALIZATION ? 2 : 1;  // fp16 numbers that a query's number is the sum of
+constexpr int K_STEPS = K_WORDS * K_FIELDS;  // matrix instructions along head_size, of 16 numbers
+constexpr bool QUERY_STAYS = TILES * K_STEPS <= QUERY_REGISTERS / 2;  // whether registers hold the first term
+
+constexpr int QUERY_EXPONENT = 13;            // of the largest number of a pass's queries
+constexpr float CODE_UNIT = 0x1p-24f;         // of codes as fp16 numbers
+constexpr int WEIGHT_EXPONENT = 8;            // of a row's largest weight when its reference is set
+constexpr float MIN_LOG_SCALE = -24.0f;       // of the scales that count for that
+constexpr float MAX_TOTAL = 0x1p64f;          // of P of a lane's tokens, before the reference is set anew
+constexpr int ASIDE_TOKENS = 2048;            // of one warp
+constexpr int ASIDE_STAGES = ASIDE_TOKENS / STAGE_TOKENS;
+
+// The row of column g of a tile of the key offset's products.
+__device__ __forceinline__ int row_of_column(int tile, int g) { return 8 * tile + g; }
+
+// Queries in the frame of the stored keys, of all rows: B operands of the first product.
+struct FoldedQueries {
+  // Of each step two matrices of 8 rows' 8 numbers.
+  alignas(128) u8 matrices[TERMS][ROW_GROUPS][K_STEPS][TILES][2][128];
+  float sum[PASS_ROWS], offset_factor[PASS_ROWS];
+  float largest[PASS_ROWS];
+  float unit;  // logits to base 2 per unit of q . k
+};
+
+struct Accumulators {
+  // Sums of weights times codes, in CODE_UNIT times 2^CodeFormat::spread_shift; as the matrix instruction has them.
+  float output[V_TILES][TILES][4];
+  float reference[TILES][2], total[TILES][2], minima[TILES][2];
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int column = 0; column < 2; column++) {
+        reference[tile][column] = NOTHING;
+        total[tile][column] = minima[tile][column] = 0.0f;
+      }
+    clear_output();
+  }
+
+  __device__ __forceinline__ void clear_output() {
+#pragma unroll
+    for (int i = 0; i < V_TILES; i++)
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) output[i][tile][j] = 0.0f;
+  }
+};
+
+struct RowConstants {
+  u32 query[QUERY_STAYS ? K_STEPS : 1][TILES][2];
+  float sum[TILES][2];  // of rows 2 t and 2 t + 1 of a tile
+  float unit;           // logits to base 2 per unit of q . k
+  int row_group;
+  int first_row;     // of this warp, among all rows of the request
+  int seen_by_first; // tokens that the request's first query sees
+  int seen_by_all;   // tokens that every row of the pass sees
+  int len;           // tokens of the request
+
+  // Tokens that a row sees.
+  __device__ __forceinline__ int limit(int row) const { return min(seen_by_first + (first_row + row) / GROUP, len); }
+};
