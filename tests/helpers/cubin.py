@@ -26,5 +26,5 @@ def local_memory_instructions(cubin: bytes) -> int:
         file.write(cubin)
         file.flush()
         result = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True)
-    assert re.search(r"\bI?MMA\b|\bHMMA\b", result.stdout), "no machine code of an attention kernel"
+    assert re.search(r"\b(?:I|H|HG)MMA\b", result.stdout), "no machine code of an attention kernel"
     return len(re.findall(r"\b(?:LDL|STL)\b", result.stdout))

@@ -36,7 +36,7 @@ BODIES = {
     "exp2_approx(": "return exp2f(x);",
     "log2_approx(": "return std::log2(x);",
     "max_fp16(": "return max_halves(a, b);",
-    "meet_warps(": "meet_some(number, threads, __LINE__);",
+    "meet_warps(int number, int threads)": "meet_some(number, threads, __LINE__);",
     "reciprocal_approx(": "return 1.0f / x;",
     "unpack_fp16(": "return {half_to_float(word & 0xFFFF), half_to_float(word >> 16)};",
     "pack_fp16(": "return float_to_half(low) | float_to_half(high) << 16;",
@@ -55,6 +55,19 @@ BODIES = {
     "mma_u8u8_k16(": _MMA.format(words="a0, a1, b0", k=16, per_word=4, a=2, b=1, kinds="unsigned_byte, unsigned_byte"),
     "mma_fp16(": _MMA.format(
         words="a0, a1, a2, a3, b0, b1", k=16, per_word=2, a=4, b=2, kinds="half_number, half_number"
+    ),
+    "group_mma(float (&c)[TILES][4]": (
+        "for (int tile = 0; tile < TILES; tile++) { const u8* of_tile = memory + b + tile * 256;"
+        "const u32 words[] = {a0, a1, a2, a3, *(const u32*)(of_tile + LANE * 4), *(const u32*)(of_tile + 128 + LANE * 4)};"
+        "if (!add) for (float& sum : c[tile]) sum = 0;"
+        "multiply<16, 2>(c[tile], words, 4, 2, __LINE__, half_number, half_number); }"
+    ),
+    "matrices_of(": "return (u64)((const u8*)pointer - memory);",
+    "hold(float (&c)[TILES][4]": "",
+    "meet_warps_any(": "return meet_some(number, threads, __LINE__, vote);",
+    "store_transposed(u8* row, u32 a, u32 b)": "const u32 words[] = {a, b}; write_transposed(row, words, __LINE__);",
+    "store_transposed(u8* row, u32 a, u32 b, u32 c, u32 d)": (
+        "const u32 words[] = {a, b, c, d}; write_transposed(row, words, __LINE__);"
     ),
     "transpose_8x8(": "return transposed(word, __LINE__);",
     "load_matrices(u32 (&words)[2]": "read_matrices<false>(words, row, __LINE__);",

@@ -174,16 +174,21 @@ static void meet_all(int line) {
 }
 #define __syncthreads() meet_all(__LINE__)
 
-// A numbered barrier of `threads` threads.
-static void meet_some(int number, int threads, int line) {
+// A numbered barrier of `threads` threads; whether any of them has voted.
+static bool meet_some(int number, int threads, int line, bool vote = false) {
   static int came[16], rounds[16];
+  static bool voting[16], result[16];
   if (number < 1 || number > 15 || threads % 32) fail("no such barrier", line);
   const int round = rounds[number];
+  voting[number] |= vote;
   if (++came[number] == threads) {
+    result[number] = voting[number];
+    voting[number] = false;
     came[number] = 0;
     rounds[number]++;
   }
   while (rounds[number] == round) take_turns();
+  return result[number];
 }
 
 static void run_fiber() {
@@ -284,6 +289,23 @@ static void read_matrices(uint32_t (&words)[COUNT], const unsigned char* row, in
       words[matrix] |= (uint32_t)source[TRANSPOSED ? g : 2 * t + i] << 16 * i;
     }
   }
+  part();
+}
+
+// The opposite of read_matrices<true>.
+template <int COUNT>
+static void write_transposed(unsigned char* row, const uint32_t (&words)[COUNT], int line) {
+  if (LANE < 8 * COUNT && (uintptr_t)row % 16) fail("misaligned matrix", line);
+  uint32_t address[2];
+  std::memcpy(address, &row, 8);
+  const Contribution* all = meet(address, 2, line);
+  const int g = LANE / 4, t = LANE % 4;
+  for (int matrix = 0; matrix < COUNT; matrix++)
+    for (int i = 0; i < 2; i++) {
+      unsigned short* target;
+      std::memcpy(&target, all[8 * matrix + 2 * t + i].words, 8);
+      target[g] = (unsigned short)(words[matrix] >> 16 * i);
+    }
   part();
 }
 

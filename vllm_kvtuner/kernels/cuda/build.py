@@ -29,11 +29,13 @@ class Source(NamedTuple):
         stem: name of a .cu in ``SOURCES`` and of the kernel in it.
         macros: their names and values.
         headers: parts that are generated, by the name under which the source includes them.
+        one_architecture: whether it takes instructions that only cards of exactly the architecture have.
     """
 
     stem: str
     macros: tuple[tuple[str, int], ...]
     headers: tuple[tuple[str, str], ...]
+    one_architecture: bool = False
 
     def text(self) -> str:
         """The .cu with its parts in place of their includes, so that text and macros alone decide what is built."""
@@ -133,6 +135,7 @@ def compile_cubin(source: Source, arch: str, cache: FileStreamProgramCache | Non
         ValueError: what was compiled cannot be kept, since the cache's disk is full or not writable.
     """
     macros = [(name, str(value)) for name, value in sorted(source.macros)]
+    arch += "a" if source.one_architecture else ""
     program = Program(source.text(), "c++", ProgramOptions(arch=arch, std="c++20", define_macro=macros or None))
     try:
         return program.compile("cubin", cache=cache)

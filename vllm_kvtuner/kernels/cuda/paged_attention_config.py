@@ -8,9 +8,9 @@ MAX_CTAS_PER_MULTIPROCESSOR = 4
 MAX_WARPS_PER_MULTIPROCESSOR = 16
 RESERVED_SHARED_BYTES = 1024
 """Shared memory that the system takes of each CTA."""
-PASS_ROWS = (4, 8, 16, 32)
+PASS_ROWS = (4, 8, 16, 32, 64)
 """Query rows (heads of the group times query tokens) of one pass over the tokens."""
-FEW_SEGMENTS = {4: 8, 8: 16, 16: 16, 32: 16}
+FEW_SEGMENTS = {4: 8, 8: 16, 16: 16, 32: 16, 64: 16}
 """By rows of a pass, requests times KV heads of the largest batches that larger CTAs serve."""
 
 
@@ -29,7 +29,7 @@ class DecodeConfig:
     num_stages: int
     min_ctas: int
     num_warps: int = 4
-    row_groups: int = 1
+    team_warps: int = 1
     fp16: bool = False
     query_registers: int = 64
 
@@ -84,9 +84,8 @@ def _few_rows(layout: PageLayout, few: bool) -> DecodeConfig:
 def _many_rows(layout: PageLayout, rows: int, few: bool) -> DecodeConfig:
     """As many warps as registers for the rows' sums allow."""
     long_rows = layout.head_size > 128
-    row_groups = 2 if long_rows and rows > 16 else 1
     min_ctas = 3 if rows == 8 and not long_rows else 2
-    config = DecodeConfig(64, 2, min_ctas, 4, row_groups, fp16=True, query_registers=64 if rows <= 16 and not long_rows else 0)
+    config = DecodeConfig(64, 2, min_ctas, 4, fp16=True, query_registers=64 if rows <= 16 and not long_rows else 0)
     if few or (long_rows and rows > 8):
         config = replace(config, min_ctas=1, num_warps=8)
     return config
@@ -94,17 +93,19 @@ def _many_rows(layout: PageLayout, rows: int, few: bool) -> DecodeConfig:
 
 def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pairs: int) -> int:
     """Dynamic shared memory of a CTA: at least the size of the kernel's struct."""
-    size, stage_warps = layout.head_size, config.num_warps // config.row_groups
-    ring = stage_warps * config.num_stages * config.stage_tokens * layout.content_bytes
+    size, teams = layout.head_size, config.num_warps // config.team_warps
+    ring = teams * config.num_stages * config.stage_tokens * layout.content_bytes
     raw_queries = 2 * rows * size * 2
     offset = offset_pairs * (16 + 48 * config.num_warps + 8 * rows)
     if config.fp16:
-        outputs = stage_warps * 8 * config.row_groups * size * 4
+        outputs = teams * 8 * size * 4
         terms = 2
         queries = terms * rows * 2 * max(size, 128) + 16 * rows
-        offset += offset_pairs * config.num_warps * (rows // config.row_groups) * (16 if config.stage_tokens == 64 else 8)
-        return ring + outputs + queries + raw_queries + offset + 512 + 384 * max(config.num_warps, 2)
-    outputs = stage_warps * rows * size * 4
+        turns = 2 if config.team_warps == 1 and config.stage_tokens == 64 else 1
+        offset += offset_pairs * config.num_warps * rows * 8 * turns
+        weights = teams * config.stage_tokens * rows * 2 + config.num_warps * rows * 4 if config.team_warps > 1 else 0
+        return ring + outputs + queries + raw_queries + weights + offset + 512 + 384 * max(config.num_warps, 2)
+    outputs = teams * rows * size * 4
     queries = rows // 4 * 8 * (size + 16)
     if offset_pairs > 8 or rows > PASS_ROWS[0] or config.stage_tokens == 16:  # else registers hold it
         offset += offset_pairs * config.num_warps * rows // 4 * 64

@@ -47,7 +47,7 @@ ARGUMENTS = Arguments(
     Field("float", "scale_log2", "logits to base 2 per unit of q . k"),
     Field("float", "soft_cap_log2", "the cap to base 2"),
     Field("float*", "output_lse", "[heads][tokens], if WRITE_LSE"),
-    Field("float*", "aside", "[CTAs][NUM_WARPS][rows of a warp][HEAD_SIZE], if FP16_PRODUCTS: sums, see SetAside"),
+    Field("float*", "aside", "[CTAs][NUM_WARPS][PASS_ROWS][HEAD_SIZE / TEAM_WARPS], if FP16_PRODUCTS: sums, see SetAside"),
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ class CompiledVariant(NamedTuple):
             "GROUP": variant.group,
             "PASS_ROWS": variant.pass_rows,
             "FP16_PRODUCTS": int(config.fp16),
-            "ROW_GROUPS": config.row_groups,
+            "TEAM_WARPS": config.team_warps,
             "QUERY_REGISTERS": config.query_registers,
             "NUM_WARPS": config.num_warps,
             "STAGE_TOKENS": config.stage_tokens,
@@ -150,4 +150,6 @@ class CompiledVariant(NamedTuple):
 
     def source(self) -> Source:
         """What the compiler gets."""
-        return Source("paged_attention", tuple(self.macros().items()), tuple(self.headers().items()))
+        return Source(
+            "paged_attention", tuple(self.macros().items()), tuple(self.headers().items()), self.config.team_warps > 1
+        )

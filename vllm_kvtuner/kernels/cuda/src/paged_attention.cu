@@ -1,7 +1,7 @@
 // Decode attention straight on packed pages, one launch: fold the queries, attend, merge, rotate back.
 //
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, GROUP (query heads per KV head), PASS_ROWS (query rows of a pass),
-// FP16_PRODUCTS (0 or 1), ROW_GROUPS (warps that read the same stages, each for its part of a pass's rows), NUM_WARPS,
+// FP16_PRODUCTS (0 or 1), TEAM_WARPS (warps that share their stages, 1, or 4 with the products of warp groups), NUM_WARPS,
 // STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
 // OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (32), WINDOW (tokens that
 // a query sees, 0: all), SKIP_NEWEST and SKIP_FIRST (tokens that it does not see, its newest and the request's first),
@@ -18,6 +18,7 @@
 #include "device/base.cuh"
 #include "device/numbers.cuh"
 #include "device/mma.cuh"
+#include "device/group_mma.cuh"
 #include "device/copy.cuh"
 #include "device/rows.cuh"
 #include "codes.cuh"
@@ -26,10 +27,8 @@
 #include "page_layout.cuh"
 #include "arguments.cuh"
 
-// Rows of one warp, and warps with stages of their own.
-constexpr int WARP_ROWS = PASS_ROWS / ROW_GROUPS;
-constexpr int STAGE_WARPS = NUM_WARPS / ROW_GROUPS;
-static_assert(WARP_ROWS * ROW_GROUPS == PASS_ROWS && STAGE_WARPS * ROW_GROUPS == NUM_WARPS, "row groups");
+constexpr int TEAMS = NUM_WARPS / TEAM_WARPS;  // each with a ring of stages of its own
+static_assert((TEAM_WARPS == 1 || TEAM_WARPS == 4 && FP16_PRODUCTS) && TEAMS * TEAM_WARPS == NUM_WARPS, "teams");
 
 constexpr int BLOCK_SIZE = Chunk::TOKENS;
 constexpr int K_ROW = Piece::K_ROW;
@@ -73,7 +72,7 @@ constexpr int GROUPS = STAGE_TOKENS / 16;
 constexpr int NUMBERS = HEAD_SIZE / 32;
 // What a segment counts for besides its stages, at most: measured, about 6 us of a CTA's time. See share_out.
 constexpr int MAX_VISIT = 12;
-constexpr int MIN_PREFETCHED = 4 * STAGE_WARPS;  // units of a share, at least, whose first stages are prefetched
+constexpr int MIN_PREFETCHED = 4 * TEAMS;  // units of a share, at least, whose first stages are prefetched
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
 static_assert(STAGE_TOKENS == 16 || STAGE_TOKENS == 32 || STAGE_TOKENS == 64, "stage");
 
@@ -91,8 +90,12 @@ constexpr float NOTHING = -1e30f;      // the reference of a row that has seen n
 #include "attention/copies.cuh"
 #include "attention/loads.cuh"
 #if FP16_PRODUCTS
-#include "attention/halves/products.cuh"
-#include "attention/halves/step.cuh"
+#include "attention/halves/weights.cuh"
+#if TEAM_WARPS == 1
+#include "attention/halves/alone.cuh"
+#else
+#include "attention/halves/team.cuh"
+#endif
 #include "attention/halves/fold.cuh"
 #else
 #include "attention/bytes/products.cuh"
@@ -107,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   extern __shared__ __align__(128) u8 memory[];
   Shared& shared = *(Shared*)memory;
   const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
-  const int stage_warp = warp / ROW_GROUPS, row_group = warp % ROW_GROUPS;
+  const int team = warp / TEAM_WARPS, member = warp % TEAM_WARPS;
 
   OffsetLoads loads;
   loads.ask_pairs(a, thread);
@@ -124,9 +127,9 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   {
     Cursor cursor;
     find(a, share, lane, cursor);
-    if (lane == 0) {
-      shared.producers[warp] = cursor;
-      shared.raw_segment[1][warp] = -1;
+    if (lane == 0 && member == 0) {
+      shared.producers[team] = cursor;
+      shared.raw_segment[1][team] = -1;
     }
     __syncwarp();
     if (thread == 0) {
@@ -138,8 +141,8 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   u64 policy = 0;
 #if __CUDA_ARCH__ >= 900
   policy = policy_evict_first();
-  if (lane == 0 && row_group == 0) {
-    for (int i = 0; i < NUM_STAGES; i++) barrier_init(shared_address(&shared.barriers[stage_warp][i]));
+  if (lane == 0 && member == 0) {
+    for (int i = 0; i < NUM_STAGES; i++) barrier_init(shared_address(&shared.barriers[team][i]));
     barrier_init_done();
   }
 #endif
@@ -149,25 +152,27 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   producer.shared = &shared;
   producer.segment = 0;
   producer.more = true;
-  producer.enter(a, shared.cursors[0], warp, lane);
+  producer.enter(a, shared.cursors[0], team, lane);
   KeyOffset key_offset(shared.offset, warp);
   key_offset.load(a, lane);
-  fetch_offset(a, shared.offset, shared.cursors[0], 0, warp, lane);
+  if (member == 0) fetch_offset(a, shared.offset, shared.cursors[0], 0, team, lane);
   // Other requests' tokens of this step may stand in these blocks, so they are copied only when the store has ended. Where there
   // is little to read, to ask twice takes longer than it saves.
-  if (shares.even >= MIN_PREFETCHED) producer.prefetch(a, warp);
+  if (shares.even >= MIN_PREFETCHED && member == 0) producer.prefetch(a);
   const bool clear = must_clear(a);
   // Up to here only what steps share was read, which no kernel just before this one writes, or brought to the L2 cache.
   dependency_wait();
   launch_dependents();
-  fetch_queries(a, shared, shared.cursors[0], 0, warp, lane);
-  producer.settle(a, share, warp, lane);
+  if (member == 0) {
+    fetch_queries(a, shared, shared.cursors[0], 0, team, lane);
+    producer.settle(a, share, team, lane);
 #if __CUDA_ARCH__ < 900
-  copies_wait_all();  // else the ring's copies would be waited for with them
+    copies_wait_all();  // else the ring's copies would be waited for with them
 #endif
 #pragma unroll 1
-  for (int i = 0; i < NUM_STAGES; i++)
-    producer.issue(a, share, warp, lane, shared.ring[stage_warp][i], &shared.barriers[stage_warp][i], policy);
+    for (int i = 0; i < NUM_STAGES; i++)
+      producer.issue(a, share, team, lane, shared.ring[team][i], &shared.barriers[team][i], policy);
+  }
 
   if (clear) clear_rows(a, thread);
   int slot = 0;
@@ -177,11 +182,13 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   while (more) {
     const Cursor& cursor = shared.cursors[shared.segment % 2];
     const Request& request = cursor.request;
-    const bool fetched = shared.raw_segment[shared.segment % 2][warp] == shared.segment;
-    __syncwarp();
-    if (!fetched) fetch_rows(a, shared, cursor, shared.segment, warp, lane);
-    copies_wait_all();
-    __syncwarp();
+    if (member == 0) {
+      const bool fetched = shared.raw_segment[shared.segment % 2][team] == shared.segment;
+      __syncwarp();
+      if (!fetched) fetch_rows(a, shared, cursor, shared.segment, team, lane);
+      copies_wait_all();
+    }
+    meet_team(team);
     fold_rows(a, shared, cursor, warp, lane);
     __syncthreads();
     if (thread == 0) {
@@ -190,23 +197,23 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
       shared.cursors[(shared.segment + 1) % 2] = next;
     }
     RowConstants rows;
-    load_rows(shared, request, cursor.pass, row_group, lane, rows);
+    load_rows(shared, request, cursor.pass, lane, rows);
 
     const int first_stage = request.first_stage, stage_end = cursor.stage_end;
-    key_offset.enter(shared.segment % 2, row_group, lane);
+    key_offset.enter(shared.segment % 2, lane);
     sums.clear();
     SetAside aside(a, cta, warp);
 #pragma unroll 1
-    for (int stage = cursor.stage_begin + stage_warp; stage < stage_end; stage += STAGE_WARPS) {
+    for (int stage = cursor.stage_begin + team; stage < stage_end; stage += TEAMS) {
 #if __CUDA_ARCH__ >= 900
-      barrier_wait(shared_address(&shared.barriers[stage_warp][slot]), parity);
+      barrier_wait(shared_address(&shared.barriers[team][slot]), parity);
 #else
-      copies_wait<NUM_STAGES - 1>();
-      meet_row_groups(stage_warp);
+      if (member == 0) copies_wait<NUM_STAGES - 1>();
+      meet_team(team);
 #endif
-      attend(a, shared, shared.ring[stage_warp][slot], (first_stage + stage) * STAGE_TOKENS, rows, key_offset, lane, sums, aside);
-      meet_row_groups(stage_warp);
-      producer.issue(a, share, warp, lane, shared.ring[stage_warp][slot], &shared.barriers[stage_warp][slot], policy);
+      attend(a, shared, shared.ring[team][slot], (first_stage + stage) * STAGE_TOKENS, rows, key_offset, warp, lane, sums, aside);
+      meet_team(team);
+      if (member == 0) producer.issue(a, share, team, lane, shared.ring[team][slot], &shared.barriers[team][slot], policy);
       if (++slot == NUM_STAGES) {
         slot = 0;
         parity ^= 1;
@@ -216,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     const bool whole = cursor.stage_begin == 0 && cursor.stage_end == request.stages;
 #pragma unroll
     for (int round = 0; round < PASS_ROWS / ROUND_ROWS; round++) {
-      keep(shared, sums, round, stage_warp, row_group, lane);
+      keep(shared, sums, round, warp, lane);
       __syncthreads();
       end_rows(a, shared, cursor, whole, cta, round, warp, lane);
       __syncthreads();

@@ -23,54 +23,56 @@ struct Parts {
 };
 
 struct Shared {
-  alignas(128) u8 ring[STAGE_WARPS][NUM_STAGES][STAGE_BYTES];
-  alignas(16) float output[STAGE_WARPS][ROUND_ROWS][HEAD_SIZE];
+  alignas(128) u8 ring[TEAMS][NUM_STAGES][STAGE_BYTES];
+  alignas(16) float output[TEAMS][ROUND_ROWS][HEAD_SIZE];
   FoldedQueries folded;
+  [[no_unique_address]] TeamShared teams;
   [[no_unique_address]] OffsetShared offset;
-  u64 barriers[STAGE_WARPS][NUM_STAGES];
-  float total[STAGE_WARPS][ROUND_ROWS], top[STAGE_WARPS][ROUND_ROWS];
+  u64 barriers[TEAMS][NUM_STAGES];
+  float total[NUM_WARPS][ROUND_ROWS], minima[NUM_WARPS][ROUND_ROWS], top[TEAMS][ROUND_ROWS];
   // Queries as they are of this segment and the next, row by row, and which segments of the CTA those are: copied by
-  // the warp that folds them, as soon as its copies come to that segment, since the way to memory is long then.
+  // the team that folds them, as soon as its copies come to that segment, since the way to memory is long then.
   alignas(16) u16 raw_query[2][PASS_ROWS][HEAD_SIZE];
-  int raw_segment[2][NUM_WARPS];
+  int raw_segment[2][TEAMS];
   int segment;  // of the CTA, that the warps are in
   int more;
   Parts parts;  // of the segment that has just ended
   // Only looked at where a segment ends, so not in registers: this segment and the next one.
-  Cursor cursors[2], producers[NUM_WARPS];
+  Cursor cursors[2], producers[TEAMS];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 
-// Fetches a segment's queries, each warp the rows that it folds.
-__device__ __forceinline__ void fetch_queries(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
+// Fetches a segment's queries, each team the rows that it folds; by one of its warps.
+__device__ __forceinline__ void fetch_queries(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int team,
                                               int lane) {
   const int at = segment % 2;
 #pragma unroll 1
-  for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
+  for (int row = team; row < PASS_ROWS; row += TEAMS) {
     const u16* source = query_row(a, cursor, row);
     if (source != nullptr)
 #pragma unroll 1
       for (int i = lane * 8; i < HEAD_SIZE; i += 256) copy_16(shared_address(&shared.raw_query[at][row][i]), source + i);
   }
-  if (lane == 0) shared.raw_segment[at][warp] = segment;
+  if (lane == 0) shared.raw_segment[at][team] = segment;
   __syncwarp();
 }
 
 // Those, and what belongs to its key offset.
-__device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
+__device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int team,
                                            int lane) {
-  fetch_offset(a, shared.offset, cursor, segment % 2, warp, lane);
-  fetch_queries(a, shared, cursor, segment, warp, lane);
+  fetch_offset(a, shared.offset, cursor, segment % 2, team, lane);
+  fetch_queries(a, shared, cursor, segment, team, lane);
 }
 
-// Where the warps that read the same stages wait for each other.
-__device__ __forceinline__ void meet_row_groups(int stage_warp) {
-  if constexpr (ROW_GROUPS == 1)
+// Where the warps of a team wait for each other.
+__device__ __forceinline__ void meet_team(int team) {
+  if constexpr (TEAM_WARPS == 1)
     __syncwarp();
   else
-    meet_warps(1 + stage_warp, 32 * ROW_GROUPS);
+    meet_warps(1 + team, 32 * TEAM_WARPS);
 }
 
+// What copies a team's stages, in its first warp.
 struct Producer {
   Shared* shared;
   int segment;     // of the CTA
@@ -85,10 +87,10 @@ struct Producer {
   int looked_up;   // stages used of `blocks`
   bool more;
 
-  __device__ __forceinline__ void enter(const Arguments& a, const Cursor& at, int warp, int lane) {
+  __device__ __forceinline__ void enter(const Arguments& a, const Cursor& at, int team, int lane) {
     head = a.kv_cache + at.kv_head * a.head_stride;
     table = a.block_table + at.request.index * a.table_stride;
-    token = (at.request.first_stage + at.stage_begin + warp / ROW_GROUPS) * STAGE_TOKENS;
+    token = (at.request.first_stage + at.stage_begin + team) * STAGE_TOKENS;
     last_token = (at.request.first_stage + at.stage_end) * STAGE_TOKENS;
     len = at.request.len;
     blocks = look_up(lane, 0);
@@ -99,26 +101,26 @@ struct Producer {
   // Entries beyond the request may be stale and are not read.
   __device__ __forceinline__ int look_up(int lane, int stages_ahead) const {
     const int of_lane =
-        token + (stages_ahead + lane / ENTRIES) * (STAGE_WARPS * STAGE_TOKENS) + lane % ENTRIES * PIECE_TOKENS;
+        token + (stages_ahead + lane / ENTRIES) * (TEAMS * STAGE_TOKENS) + lane % ENTRIES * PIECE_TOKENS;
     return of_lane < min(last_token, len) ? table[of_lane / BLOCK_SIZE] : 0;
   }
 
-  // To the next stage of this warp, which may be in a later segment.
-  __device__ __forceinline__ void settle(const Work& a, const Share& share, int warp, int lane) {
+  // To the next stage of this team, which may be in a later segment.
+  __device__ __forceinline__ void settle(const Work& a, const Share& share, int team, int lane) {
     if (token >= last_token) {
-      Cursor at = shared->producers[warp];
+      Cursor at = shared->producers[team];
       do {
         more = at.next(a, share);
         if (!more) return;
         segment++;
-        enter(a, at, warp, lane);
+        enter(a, at, team, lane);
 #if __CUDA_ARCH__ >= 900
         // Unless that segment is so far ahead that its place still holds another's.
-        if (segment == shared->segment + 1) fetch_rows(a, *shared, at, segment, warp, lane);
+        if (segment == shared->segment + 1) fetch_rows(a, *shared, at, segment, team, lane);
 #endif
       } while (token >= last_token);
       __syncwarp();
-      if (lane == 0) shared->producers[warp] = at;
+      if (lane == 0) shared->producers[team] = at;
       __syncwarp();
     } else if (looked_up == LOOKUP_STAGES) {
       blocks = later_blocks;
@@ -128,9 +130,9 @@ struct Producer {
   }
 
   // Brings the stage to the L2 cache, where it may yet be written to.
-  __device__ __forceinline__ void prefetch(const Arguments& a, int warp) const {
+  __device__ __forceinline__ void prefetch(const Arguments& a) const {
 #if __CUDA_ARCH__ >= 900
-    if (token >= last_token || warp % ROW_GROUPS) return;
+    if (token >= last_token) return;
     u32 source_blocks[ENTRIES];
     blocks_of_stage(source_blocks);
     if (elect_one())
@@ -164,16 +166,15 @@ struct Producer {
     for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
   }
 
-  __device__ __forceinline__ void issue(const Work& a, const Share& share, int warp, int lane, u8* target, u64* barrier,
+  __device__ __forceinline__ void issue(const Work& a, const Share& share, int team, int lane, u8* target, u64* barrier,
                                         u64 policy) {
     if (more) {
       u32 source_blocks[ENTRIES];
       blocks_of_stage(source_blocks);
       looked_up++;
       const u32 at = shared_address(target);
-      const bool copies_stage = warp % ROW_GROUPS == 0;  // the others only follow
 #if __CUDA_ARCH__ >= 900
-      if (copies_stage && elect_one()) {
+      if (elect_one()) {
         const u32 mbarrier = shared_address(barrier);
         barrier_expect(mbarrier, WHOLE_CHUNKS ? copies() * Piece::BYTES : STAGE_BYTES);
         for_copies([&](int i) {
@@ -182,13 +183,13 @@ struct Producer {
         });
       }
 #else
-      if (copies_stage) for_copies([&](int i) {
+      for_copies([&](int i) {
         const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
         for (u32 j = lane * 16; j < copy.bytes; j += 512) copy_16(at + copy.target + j, copy.source + j);
       });
 #endif
-      token += STAGE_WARPS * STAGE_TOKENS;
-      settle(a, share, warp, lane);
+      token += TEAMS * STAGE_TOKENS;
+      settle(a, share, team, lane);
     }
 #if __CUDA_ARCH__ < 900
     copies_commit();

@@ -6,27 +6,26 @@
 // written. add_up and merge_segment see parts of a row and must not count it.
 #pragma once
 
-// The row of a pass whose sums warps keep at place `index` in a round; see keep.
-__device__ __forceinline__ int row_of_round(int round, int index) {
-  constexpr int ROWS = ROUND_ROWS / ROW_GROUPS;
-  return ROW_GROUPS == 1 ? round * ROWS + index : index / ROWS * WARP_ROWS + round * ROWS + index % ROWS;
-}
-
 // A row of what all warps have kept, unnormalized: number i * 32 + lane in x[i].
 __device__ __forceinline__ void add_up(const Shared& shared, int index, int lane, float (&x)[NUMBERS], float& top,
                                        float& total) {
   top = NOTHING;
 #pragma unroll
-  for (int i = 0; i < STAGE_WARPS; i++) top = fmaxf(top, shared.top[i][index]);
+  for (int i = 0; i < TEAMS; i++) top = fmaxf(top, shared.top[i][index]);
   total = 0.0f;
 #pragma unroll
   for (int j = 0; j < NUMBERS; j++) x[j] = 0.0f;
 #pragma unroll
-  for (int i = 0; i < STAGE_WARPS; i++) {
+  for (int i = 0; i < TEAMS; i++) {
     const float weight = exp2_approx(shared.top[i][index] - top);
-    total = fmaf(shared.total[i][index], weight, total);
+    float minima = 0.0f;
 #pragma unroll
-    for (int j = 0; j < NUMBERS; j++) x[j] = fmaf(shared.output[i][index][j * 32 + lane], weight, x[j]);
+    for (int warp = i * TEAM_WARPS; warp < (i + 1) * TEAM_WARPS; warp++) {
+      total = fmaf(shared.total[warp][index], weight, total);
+      if constexpr (FP16_PRODUCTS) minima += shared.minima[warp][index];
+    }
+#pragma unroll
+    for (int j = 0; j < NUMBERS; j++) x[j] = fmaf(shared.output[i][index][j * 32 + lane] + minima, weight, x[j]);
   }
 }
 
@@ -62,7 +61,7 @@ __device__ __forceinline__ void end_rows(const Arguments& a, Shared& shared, con
                                          int round, int warp, int lane) {
   const int place = cursor.stage_begin > 0 ? 0 : 1, slot = 2 * cta + place;
   for (int index = warp; index < ROUND_ROWS; index += NUM_WARPS) {
-    const int row = row_of_round(round, index);
+    const int row = round * ROUND_ROWS + index;
     float x[NUMBERS], top, total;
     add_up(shared, index, lane, x, top, total);
     if (whole) {

@@ -9,7 +9,7 @@
 // Whether registers hold a key offset's pairs as long as a warp reads a segment.
 constexpr bool OFFSET_STAYS = !FP16_PRODUCTS && OFFSET_STEPS == 1 && TILES == 1 && GROUPS > 1;
 constexpr int TURNED = OFFSET_STAYS ? 1 : NUM_WARPS * OFFSET_STEPS * TILES * 2 * OFFSET_TURNS;
-static_assert(STAGE_WARPS * STAGE_TOKENS % ANGLE_STEP == 0, "a warp's next stage is a whole number of steps further on");
+static_assert(TEAMS * STAGE_TOKENS % ANGLE_STEP == 0, "a warp's next stage is a whole number of steps further on");
 
 struct OffsetShared {
   // Of all segments: dimensions of a pair, which of the rotary embedding's it is, how far it turns from a warp's stage to its next.
@@ -17,8 +17,8 @@ struct OffsetShared {
   float2 turn[OFFSET_PAIRS];
   // Fetched with a segment's queries: the offset's numbers, and angles at a warp's first stage, of 8 pairs those of t = lane % 4
   // and 4 more, each for even and odd columns.
-  alignas(16) float2 numbers[2][NUM_WARPS][OFFSET_PAIRS];
-  float2 angles[2][NUM_WARPS][OFFSET_STEPS][2][2][4];
+  alignas(16) float2 numbers[2][TEAMS][OFFSET_PAIRS];
+  float2 angles[2][TEAMS][OFFSET_STEPS][2][2][4];
   float2 coefficients[PASS_ROWS][OFFSET_PAIRS];  // of cosine and sine
   // The same turned to a warp's next stage, where registers do not hold them: each lane's own.
   float2 turned[TURNED][32];
@@ -49,7 +49,7 @@ struct OffsetLoads {
   }
   __device__ __forceinline__ void ask_angles(const Arguments& a, int thread) {
     for_pairs(thread, [&](int i, int) {
-      angle[i] = __ldg(a.coarse_angles + STAGE_WARPS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index[i]);
+      angle[i] = __ldg(a.coarse_angles + TEAMS * STAGE_TOKENS / ANGLE_STEP * a.rotary_pairs + index[i]);
       amplitude[i] = __ldg(&a.coarse_angles[index[i]].x);
     });
   }
@@ -75,7 +75,7 @@ __device__ __forceinline__ float fold_offset(OffsetShared& offset, const u16* ra
     if (present && pair < OFFSET_PAIRS) {
       const int dims = offset.dims[pair];
       const float first = load_query(raw + (dims & 0xFFFF)), second = load_query(raw + (dims >> 16));
-      const float2 m = offset.numbers[at][warp][pair];
+      const float2 m = offset.numbers[at][warp / TEAM_WARPS][pair];
       // q . R_t m is the sum over pairs of (q_a m_a + q_b m_b) cos + (q_b m_a - q_a m_b) sin.
       coefficients[i] = make_float2(first * m.x + second * m.y, second * m.x - first * m.y);
       largest = fmaxf(largest, fmaxf(fabsf(coefficients[i].x), fabsf(coefficients[i].y)));
@@ -89,17 +89,17 @@ __device__ __forceinline__ float fold_offset(OffsetShared& offset, const u16* ra
   return largest;
 }
 
-__device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int warp,
+__device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& offset, const Cursor& cursor, int at, int team,
                                              int lane) {
-  const int token = (cursor.request.first_stage + cursor.stage_begin + warp / ROW_GROUPS) * STAGE_TOKENS;
+  const int token = (cursor.request.first_stage + cursor.stage_begin + team) * STAGE_TOKENS;
 #pragma unroll 1
   for (int i = lane * 2; i < OFFSET_PAIRS; i += 64)
-    copy_16(shared_address(&offset.numbers[at][warp][i]), a.offset + cursor.kv_head * OFFSET_PAIRS + i);
+    copy_16(shared_address(&offset.numbers[at][team][i]), a.offset + cursor.kv_head * OFFSET_PAIRS + i);
 #pragma unroll 1
   for (int i = lane; i < OFFSET_STEPS * 16; i += 32) {
     const int step = i / 16, b = i / 8 % 2, column = i / 4 % 2, t = i % 4;
     const u32 row = token / ANGLE_STEP + turns_ahead(column);
-    copy_8(shared_address(&offset.angles[at][warp][step][b][column][t]),
+    copy_8(shared_address(&offset.angles[at][team][step][b][column][t]),
            a.coarse_angles + row * (u32)a.rotary_pairs + offset.index[step * 8 + 4 * b + t]);
   }
 }
@@ -125,7 +125,7 @@ struct KeyOffset {
 #pragma unroll
         for (int term = 0; term < 2; term++) fine[i][term] = fine_operand(a, 0, i, term, lane);
   }
-  __device__ __forceinline__ void enter(int at, int row_group, int lane) {
+  __device__ __forceinline__ void enter(int at, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int step = 0; step < OFFSET_STEPS; step++)
@@ -134,11 +134,10 @@ struct KeyOffset {
         const int pair = step * 8 + t + 4 * b;
 #pragma unroll
         for (int turn_index = 0; turn_index < OFFSET_TURNS; turn_index++) {
-          const float2 angle = shared.angles[at][warp][step][b][OFFSET_TURNS == 2 ? turn_index : g % 2][t];
+          const float2 angle = shared.angles[at][warp / TEAM_WARPS][step][b][column_of_turn(warp, turn_index, g)][t];
 #pragma unroll
           for (int tile = 0; tile < TILES; tile++) {
-            const int row = row_group * WARP_ROWS + row_of_column(tile, g);
-            const float2 c = turned_by(shared.coefficients[row][pair], angle);
+            const float2 c = turned_by(shared.coefficients[row_of_column(tile, g)][pair], angle);
             if (OFFSET_STAYS)
               coefficients[b] = c, turn[b] = shared.turn[pair];
             else
@@ -213,7 +212,7 @@ __device__ __forceinline__ void fetch_offset(const Arguments&, OffsetShared&, co
 struct KeyOffset {
   __device__ __forceinline__ KeyOffset(OffsetShared&, int) {}
   __device__ __forceinline__ void load(const Arguments&, int) {}
-  __device__ __forceinline__ void enter(int, int, int) {}
+  __device__ __forceinline__ void enter(int, int) {}
   template <int COUNT>
   __device__ __forceinline__ void products(const Arguments&, int, int, bool, int, float (&)[COUNT][TILES][4]) {}
 };

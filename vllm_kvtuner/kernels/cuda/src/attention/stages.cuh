@@ -113,8 +113,8 @@ __device__ __forceinline__ Shares share_out(Work& a, int lane) {
   stages = __reduce_add_sync(FULL_WARP, stages);
   segments = __reduce_add_sync(FULL_WARP, segments);
   // Where shares are small, it is better to have more of them.
-  a.visit = min(MAX_VISIT, stages / (STAGE_WARPS * (int)gridDim.x));
-  return Shares(stages + a.visit * segments, gridDim.x, a.visit + STAGE_WARPS);
+  a.visit = min(MAX_VISIT, stages / (TEAMS * (int)gridDim.x));
+  return Shares(stages + a.visit * segments, gridDim.x, a.visit + TEAMS);
 }
 
 // The cursor's place where a share begins.

@@ -31,6 +31,17 @@ __device__ __forceinline__ void meet_warps(int number, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
+// The same, and whether any of them has `vote`.
+__device__ __forceinline__ bool meet_warps_any(int number, int threads, bool vote) {
+  u32 any;
+  asm volatile(
+      "{.reg .pred mine, any;\n setp.ne.u32 mine, %1, 0;\n barrier.cta.red.or.pred any, %2, %3, mine;\n selp.u32 %0, 1, 0, any;}"
+      : "=r"(any)
+      : "r"((u32)vote), "r"(number), "r"(threads)
+      : "memory");
+  return any;
+}
+
 // Whether this lane is the one that acts for its warp.
 __device__ __forceinline__ bool elect_one() {
 #if __CUDA_ARCH__ >= 900

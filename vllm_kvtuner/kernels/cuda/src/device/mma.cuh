@@ -70,3 +70,15 @@ __device__ __forceinline__ void load_transposed(u32 (&words)[4], const u8* row) 
                : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(shared_address(row)));
 }
+
+// The opposite of load_transposed: lane (g, t) has numbers g of rows 2 t and 2 t + 1 of each matrix. From sm_90 on.
+__device__ __forceinline__ void store_transposed(u8* row, u32 a, u32 b) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [%0], {%1, %2};" ::"r"(shared_address(row)), "r"(a), "r"(b)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_transposed(u8* row, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)), "r"(a),
+               "r"(b), "r"(c), "r"(d)
+               : "memory");
+}

@@ -6,8 +6,7 @@
 // many times 2^-149 as they stand, and are added up without being converted.
 #pragma once
 
-constexpr int TILES = WARP_ROWS / 4;
-static_assert(WARP_ROWS == PASS_ROWS, "a warp has all rows of its pass");
+constexpr int TILES = PASS_ROWS / 4;
 constexpr int OFFSET_TURNS = 1;  // sets of a key offset's coefficients; both halves of a long stage are columns of one
 constexpr int ROUND_ROWS = PASS_ROWS;  // rows that warps' sums are added up of at once
 constexpr int V_MAX_RUN = PASS_ROWS * HEAD_SIZE > 1024 ? 2 : 8;  // by registers
@@ -23,8 +22,11 @@ constexpr float MIN_WEIGHT = 0x1p-100f;  // of a stage's largest weight, so that
 constexpr float FULL_WEIGHT = 65535.0f;  // the largest weight of a stage in fixed point
 constexpr float OUTPUT_UNIT = 0x1p-48f;  // of Accumulators.output
 
-// The row of column g of a tile of the key offset's products.
+// Of the key offset's products: the row of column g of a tile, and which of a stage's angles it is with.
 __device__ __forceinline__ int row_of_column(int tile, int g) { return 4 * tile + g / 2; }
+__device__ __forceinline__ int column_of_turn(int, int, int g) { return g % 2; }
+
+struct TeamShared {};
 
 // Queries in the frame of the stored keys, of all rows.
 struct FoldedQueries {

@@ -44,7 +44,7 @@ struct SetAside {
 
 // A stage, whose first token is `token`: at once, as much as registers hold, since warps wait for their own instructions.
 __device__ __forceinline__ void attend(const Arguments& a, const Shared&, const u8* stage, int token, const RowConstants& rows,
-                                       KeyOffset& offset, int lane, Accumulators& sums, SetAside&) {
+                                       KeyOffset& offset, int, int lane, Accumulators& sums, SetAside&) {
   const int g = lane / 4;
   float logits[GROUPS][TILES][2], scale[GROUPS][2], minimum[GROUPS][2];
   // Of a stage of 64 tokens, columns are the first 32 and the second by turns.
@@ -158,7 +158,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const Shared&, const 
 }
 
 // A warp's sums of a segment to where those of all warps are added up.
-__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int, int warp, int, int lane) {
+__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int, int warp, int lane) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++) {

@@ -16,13 +16,18 @@ struct QueryPlace {
   }
 };
 
+// The rows that a warp folds, of those that its team fetches.
+__device__ __forceinline__ int row_of_warp(int warp, int i) {
+  return warp / TEAM_WARPS + (warp % TEAM_WARPS + i * TEAM_WARPS) * TEAMS;
+}
+
 // All rows of a segment; every warp reads them after the CTA's next barrier.
 __device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int warp, int lane) {
   constexpr int ROWS = (PASS_ROWS + NUM_WARPS - 1) / NUM_WARPS;
   float x[ROWS][NUMBERS], offset_unit[ROWS];
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
-    const int row = warp + i * NUM_WARPS;
+    const int row = row_of_warp(warp, i);
     if (PASS_ROWS % NUM_WARPS && row >= PASS_ROWS) break;
     const bool present = query_row(a, cursor, row) != nullptr;
     const u16* raw = shared.raw_query[shared.segment % 2][row];
@@ -46,18 +51,18 @@ __device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, co
   float largest = 1e-30f;
 #pragma unroll
   for (int row = 0; row < PASS_ROWS; row += 32)
-    if (PASS_ROWS % 32 == 0 || lane < PASS_ROWS) largest = fmaxf(largest, shared.folded.largest[row + lane]);
+    if (PASS_ROWS % 32 == 0 || row + lane < PASS_ROWS) largest = fmaxf(largest, shared.folded.largest[row + lane]);
   const u32 exponent = (__float_as_uint(warp_max(largest)) >> 23) - QUERY_EXPONENT;
   const float unit = __uint_as_float(exponent << 23), inverse = __uint_as_float((254 - exponent) << 23);
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
-    const int row = warp + i * NUM_WARPS;
+    const int row = row_of_warp(warp, i);
     if (PASS_ROWS % NUM_WARPS && row >= PASS_ROWS) break;
-    const int tile = row % WARP_ROWS / 8;
+    const int tile = row / 8;
     u8* matrices[TERMS];
 #pragma unroll
     for (int term = 0; term < TERMS; term++)
-      matrices[term] = &shared.folded.matrices[term][row / WARP_ROWS][0][tile][0][row % 8 * 16];
+      matrices[term] = &shared.folded.matrices[term][0][tile][0][row % 8 * 16];
     if constexpr (K_WORDS_ROW % 4) {  // words that the row does not have
 #pragma unroll
       for (int term = 0; term < TERMS; term++)
@@ -86,22 +91,23 @@ __device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, co
       if constexpr (OFFSET_PAIRS > 0) shared.folded.offset_factor[row] = offset_unit[i] * a.scale_log2;
     }
   }
+  if constexpr (TEAM_WARPS > 1) fence_async_proxy();
 }
 
-__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int row_group, int lane,
+__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int lane,
                                           RowConstants& rows) {
+#if TEAM_WARPS == 1
   if constexpr (QUERY_STAYS)
 #pragma unroll
-    for (int step = 0; step < K_STEPS; step++) load_query_step(shared.folded, 0, row_group, step, lane, rows.query[step]);
+    for (int step = 0; step < K_STEPS; step++) load_query_step(shared.folded, 0, step, lane, rows.query[step]);
+#endif
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
-    for (int column = 0; column < 2; column++)
-      rows.sum[tile][column] = shared.folded.sum[row_group * WARP_ROWS + 8 * tile + lane % 4 * 2 + column];
+    for (int column = 0; column < 2; column++) rows.sum[tile][column] = shared.folded.sum[8 * tile + lane % 4 * 2 + column];
   rows.unit = shared.folded.unit;
-  rows.row_group = row_group;
-  rows.first_row = pass * PASS_ROWS + row_group * WARP_ROWS;
+  rows.first_row = pass * PASS_ROWS;
   rows.len = request.len;
   rows.seen_by_first = request.len - request.num_queries + 1;
-  rows.seen_by_all = rows.seen_by_first + pass * PASS_ROWS / GROUP;
+  rows.seen_by_all = rows.seen_by_first + rows.first_row / GROUP;
 }

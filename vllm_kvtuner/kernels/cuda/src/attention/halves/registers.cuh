@@ -8,16 +8,20 @@
 // tokens they are set aside in fp32.
 #pragma once
 
-constexpr int TILES = WARP_ROWS / 8;
-static_assert(WARP_ROWS % 8 == 0, "rows fill the columns of matrix instructions");
-constexpr int PART_GROUPS = constant_min(GROUPS, WARP_ROWS > 16 || HEAD_SIZE > 128 ? 1 : 2);  // groups of 16 tokens at once, by registers
-constexpr int OFFSET_TURNS = GROUPS == 4 ? 2 : 1;  // sets of a key offset's coefficients, one for each ANGLE_STEP of a stage
-constexpr int ROUND_ROWS = 8 * ROW_GROUPS;
-constexpr int V_RUN = value_run(V_BITS == 8 ? 4 : 8);
+constexpr int TILES = PASS_ROWS / 8;
+static_assert(PASS_ROWS % 8 == 0, "rows fill the columns of matrix instructions");
+// Groups of 16 tokens that a warp attends to at once, by registers; of a team's stage each warp has one.
+constexpr int PART_GROUPS = TEAM_WARPS > 1 ? 1 : constant_min(GROUPS, PASS_ROWS > 16 || HEAD_SIZE > 128 ? 1 : 2);
+static_assert(TEAM_WARPS == 1 || GROUPS == TEAM_WARPS, "a team's stage");
+constexpr int WARP_V_TILES = V_TILES / TEAM_WARPS;  // of 16 dimensions, that a warp has sums of
+static_assert(WARP_V_TILES * TEAM_WARPS == V_TILES, "head size");
+constexpr int OFFSET_TURNS = TEAM_WARPS == 1 && GROUPS == 4 ? 2 : 1;  // sets of a key offset's coefficients, one for each ANGLE_STEP
+constexpr int ROUND_ROWS = 8;
+constexpr int V_RUN = TEAM_WARPS > 1 ? 1 : value_run(V_BITS == 8 ? 4 : 8);
 
 constexpr int TERMS = KEY_HADAMARD || KEY_EQUALIZATION ? 2 : 1;  // fp16 numbers that a query's number is the sum of
 constexpr int K_STEPS = K_WORDS * K_FIELDS;  // matrix instructions along head_size, of 16 numbers
-constexpr bool QUERY_STAYS = TILES * K_STEPS <= QUERY_REGISTERS / 2;  // whether registers hold the first term
+constexpr bool QUERY_STAYS = TEAM_WARPS == 1 && TILES * K_STEPS <= QUERY_REGISTERS / 2;  // whether registers hold the first term
 
 constexpr int QUERY_EXPONENT = 13;            // of the largest number of a pass's queries
 constexpr float CODE_UNIT = 0x1p-24f;         // of codes as fp16 numbers
@@ -27,13 +31,24 @@ constexpr float MAX_TOTAL = 0x1p64f;          // of P of a lane's tokens, before
 constexpr int ASIDE_TOKENS = 2048;            // of one warp
 constexpr int ASIDE_STAGES = ASIDE_TOKENS / STAGE_TOKENS;
 
-// The row of column g of a tile of the key offset's products.
+// Of the key offset's products: the row of column g of a tile, and which of a stage's angles it is with.
 __device__ __forceinline__ int row_of_column(int tile, int g) { return 8 * tile + g; }
+__device__ __forceinline__ int column_of_turn(int warp, int turn_index, int) { return TEAM_WARPS > 1 ? warp % TEAM_WARPS / 2 : turn_index; }
+
+#if TEAM_WARPS > 1
+struct TeamShared {
+  // B operands of the second product: of each 16 tokens two matrices of 8 rows' 8 tokens.
+  alignas(128) u8 weights[TEAMS][GROUPS][TILES][2][128];
+  float top[NUM_WARPS][PASS_ROWS];  // largest of a warp's tokens, where references rise
+};
+#else
+struct TeamShared {};
+#endif
 
 // Queries in the frame of the stored keys, of all rows: B operands of the first product.
 struct FoldedQueries {
   // Of each step two matrices of 8 rows' 8 numbers.
-  alignas(128) u8 matrices[TERMS][ROW_GROUPS][K_STEPS][TILES][2][128];
+  alignas(128) u8 matrices[TERMS][K_STEPS][TILES][2][128];
   float sum[PASS_ROWS], offset_factor[PASS_ROWS];
   float largest[PASS_ROWS];
   float unit;  // logits to base 2 per unit of q . k
@@ -41,7 +56,7 @@ struct FoldedQueries {
 
 struct Accumulators {
   // Sums of weights times codes, in CODE_UNIT times 2^CodeFormat::spread_shift; as the matrix instruction has them.
-  float output[V_TILES][TILES][4];
+  float output[WARP_V_TILES][TILES][4];
   float reference[TILES][2], total[TILES][2], minima[TILES][2];
 
   __device__ __forceinline__ void clear() {
@@ -57,7 +72,7 @@ struct Accumulators {
 
   __device__ __forceinline__ void clear_output() {
 #pragma unroll
-    for (int i = 0; i < V_TILES; i++)
+    for (int i = 0; i < WARP_V_TILES; i++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -69,8 +84,7 @@ struct RowConstants {
   u32 query[QUERY_STAYS ? K_STEPS : 1][TILES][2];
   float sum[TILES][2];  // of rows 2 t and 2 t + 1 of a tile
   float unit;           // logits to base 2 per unit of q . k
-  int row_group;
-  int first_row;     // of this warp, among all rows of the request
+  int first_row;     // of the pass, among all rows of the request
   int seen_by_first; // tokens that the request's first query sees
   int seen_by_all;   // tokens that every row of the pass sees
   int len;           // tokens of the request

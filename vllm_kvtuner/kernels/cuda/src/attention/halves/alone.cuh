@@ -1,10 +1,10 @@
-// paged_attention.cu: a warp's matrix products of fp16 numbers.
+// paged_attention.cu: what a warp alone does with its stages: products by the matrix instructions of a warp.
 #pragma once
 
 // B operands of one step of the first product, of all this warp's rows.
-__device__ __forceinline__ void load_query_step(const FoldedQueries& folded, int term, int row_group, int step, int lane,
+__device__ __forceinline__ void load_query_step(const FoldedQueries& folded, int term, int step, int lane,
                                                 u32 (&query)[TILES][2]) {
-  const u8* matrices = folded.matrices[term][row_group][step][0][0];
+  const u8* matrices = folded.matrices[term][step][0][0];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile += 2) {
     if constexpr (TILES % 2 == 0) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void key_products(const FoldedQueries& folded, const 
 #pragma unroll
       for (int term = TERMS - 1; term >= 0; term--) {
         u32 query[TILES][2];
-        if (!QUERY_STAYS || term > 0) load_query_step(folded, term, rows.row_group, step, lane, query);
+        if (!QUERY_STAYS || term > 0) load_query_step(folded, term, step, lane, query);
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
           const bool here = QUERY_STAYS && term == 0;
@@ -91,7 +91,7 @@ struct ValueWords {
 
 // The second product of PART_GROUPS groups of tokens from `first`. weights[group][tile]: B operands, in ValueWords's order of tokens.
 __device__ __forceinline__ void value_products(const u8* stage, int first, const u32 (&weights)[PART_GROUPS][TILES][2], int lane,
-                                               float (&output)[V_TILES][TILES][4]) {
+                                               float (&output)[WARP_V_TILES][TILES][4]) {
 #pragma unroll
   for (int run = 0; run < V_UNITS / V_RUN; run++) {
     ValueWords values;
@@ -113,14 +113,42 @@ __device__ __forceinline__ void value_products(const u8* stage, int first, const
   }
 }
 
-// The dimension that rows g (half 0) and g + 8 of an accumulator's tile stand for, and by how many bits its codes are shifted.
-struct ValueDim {
-  int dim, shift;
-
-  __device__ __forceinline__ ValueDim(int tile, int half, int g) {
-    const int unit = tile / V_FIELDS, spread = 2 * (tile % V_FIELDS) + half;
-    const int byte = spread / V_FIELDS, field = spread % V_FIELDS;
-    dim = (unit / V_RUN * 8 + g) * (2 * V_RUN) + unit % V_RUN * 2 + byte + field * V_FIELD;
-    shift = ValueCodes::spread_shift(spread);
+// PART_GROUPS groups of 16 tokens of a stage from `first`, which begin with token `token`.
+__device__ __forceinline__ void attend_part(const Arguments& a, Shared& shared, const u8* stage, int first, int token,
+                                            const RowConstants& rows, KeyOffset& offset, int lane, Accumulators& sums,
+                                            SetAside& aside) {
+  float dots[PART_GROUPS][TILES][4];
+  TokenMeta meta;
+#pragma unroll
+  for (int group = 0; group < PART_GROUPS; group++) {
+    const int place = (first + group) * 16;
+    const u8* piece = stage + place / PIECE_TOKENS * Piece::BYTES;
+    key_products(shared.folded, piece + place % PIECE_TOKENS * K_ROW, rows, lane, dots[group]);
+    load_meta(piece, place % PIECE_TOKENS, rows.unit, group, lane, meta);
   }
-};
+  finish_logits(a, shared, first, token, rows, offset, lane, meta, dots);
+  u32 weights[PART_GROUPS][TILES][2];
+  Sums next;
+  while (__any_sync(FULL_WARP, weigh(dots, meta, rows, sums, weights, next))) {
+    float top[TILES][2];
+    largest_weights(dots, meta, rows, top);
+    raise_references(top, lane, sums, aside);
+  }
+  accept(next, sums);
+#pragma unroll
+  for (int group = 0; group < PART_GROUPS; group++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) weights[group][tile][half] = transpose_8x8(weights[group][tile][half]);
+  value_products(stage, first, weights, lane, sums.output);
+}
+
+// A stage, whose first token is `token`.
+__device__ __forceinline__ void attend(const Arguments& a, Shared& shared, const u8* stage, int token, const RowConstants& rows,
+                                       KeyOffset& offset, int, int lane, Accumulators& sums, SetAside& aside) {
+#pragma unroll
+  for (int first = 0; first < GROUPS; first += PART_GROUPS)
+    attend_part(a, shared, stage, first, token + 16 * first, rows, offset, lane, sums, aside);
+  aside.after_stage(sums, lane);
+}

@@ -1,4 +1,4 @@
-// paged_attention.cu: what a warp does with 16 or 32 tokens, and where its sums go.
+// paged_attention.cu: from dot products to weights, and where a warp's sums go.
 #pragma once
 
 // Sums that were set aside, in global memory: where a warp reads a long part of a segment.
@@ -8,12 +8,12 @@ struct SetAside {
   bool used;
 
   __device__ __forceinline__ SetAside(const Arguments& a, int cta, int warp)
-      : place(a.aside + (u64)(cta * NUM_WARPS + warp) * (WARP_ROWS * HEAD_SIZE)), stages(0), used(false) {}
+      : place(a.aside + (u64)(cta * NUM_WARPS + warp) * (PASS_ROWS * 16 * WARP_V_TILES)), stages(0), used(false) {}
 
   template <class Each>
   __device__ __forceinline__ void for_sums(int lane, const Each& each) {
 #pragma unroll
-    for (int i = 0; i < V_TILES; i++)
+    for (int i = 0; i < WARP_V_TILES; i++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
         each(i, tile, (float4*)place + (i * TILES + tile) * 32 + lane);
@@ -56,15 +56,29 @@ struct TokenMeta {
   float v_scale[PART_GROUPS][2], v_minimum[PART_GROUPS][2];
 };
 
+// Those of 16 tokens of a piece from `within`.
+__device__ __forceinline__ void load_meta(const u8* piece, int within, float unit, int group, int lane, TokenMeta& meta) {
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    const int row = within + token_of_row(lane / 4) + 8 * half;
+    const float2 k_meta = unpack_fp16(*(const u32*)(piece + Piece::K_META + row * Piece::META_ROW));
+    const float2 v_meta = unpack_fp16(*(const u32*)(piece + Piece::V_META + row * Piece::META_ROW));
+    meta.k_scale[group][half] = k_meta.x * (unit * (1.0f / CODE_UNIT));
+    meta.k_minimum[group][half] = k_meta.y * unit;
+    meta.v_scale[group][half] = v_meta.x;
+    meta.v_minimum[group][half] = v_meta.y;
+  }
+}
+
 // A logit to base 2, from its dot product.
 __device__ __forceinline__ float logit_of(float dot, float sum, const TokenMeta& meta, int group, int half) {
   return fmaf(dot, meta.k_scale[group][half], meta.k_minimum[group][half] * sum);
 }
 
-// Sets every row's reference so that its largest weight among these tokens is 2^WEIGHT_EXPONENT, unless it is higher already.
-__device__ __forceinline__ void raise_references(const float (&dots)[PART_GROUPS][TILES][4], const TokenMeta& meta,
-                                                 const RowConstants& rows, int lane, Accumulators& sums, SetAside& aside) {
-  float log_scale[PART_GROUPS][2], decay[TILES][2];
+// What a row's reference has to be for its largest weight among a warp's tokens to be 2^WEIGHT_EXPONENT.
+__device__ __forceinline__ void largest_weights(const float (&dots)[PART_GROUPS][TILES][4], const TokenMeta& meta,
+                                                const RowConstants& rows, float (&top)[TILES][2]) {
+  float log_scale[PART_GROUPS][2];
 #pragma unroll
   for (int group = 0; group < PART_GROUPS; group++)
 #pragma unroll
@@ -74,20 +88,32 @@ __device__ __forceinline__ void raise_references(const float (&dots)[PART_GROUPS
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int column = 0; column < 2; column++) {
-      float top = sums.reference[tile][column];
+      top[tile][column] = NOTHING;
 #pragma unroll
       for (int group = 0; group < PART_GROUPS; group++)
 #pragma unroll
         for (int half = 0; half < 2; half++)
-          top = fmaxf(top, logit_of(dots[group][tile][2 * half + column], rows.sum[tile][column], meta, group, half) + log_scale[group][half]);
+          top[tile][column] = fmaxf(top[tile][column], log_scale[group][half] + logit_of(dots[group][tile][2 * half + column],
+                                                                                         rows.sum[tile][column], meta, group, half));
 #pragma unroll
-      for (int step = 4; step < 32; step <<= 1) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, step));
-      decay[tile][column] = exp2_approx(sums.reference[tile][column] - top);
-      sums.reference[tile][column] = top;
+      for (int step = 4; step < 32; step <<= 1) top[tile][column] = fmaxf(top[tile][column], __shfl_xor_sync(FULL_WARP, top[tile][column], step));
+    }
+}
+
+// References to `top` where that is higher.
+__device__ __forceinline__ void raise_references(const float (&top)[TILES][2], int lane, Accumulators& sums, SetAside& aside) {
+  float decay[TILES][2];
+#pragma unroll
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int column = 0; column < 2; column++) {
+      const float reference = fmaxf(sums.reference[tile][column], top[tile][column]);
+      decay[tile][column] = exp2_approx(sums.reference[tile][column] - reference);
+      sums.reference[tile][column] = reference;
       sums.total[tile][column] *= decay[tile][column];
       sums.minima[tile][column] *= decay[tile][column];
 #pragma unroll
-      for (int i = 0; i < V_TILES; i++) {
+      for (int i = 0; i < WARP_V_TILES; i++) {
         sums.output[i][tile][column] *= decay[tile][column];
         sums.output[i][tile][2 + column] *= decay[tile][column];
       }
@@ -132,40 +158,20 @@ __device__ __forceinline__ void mask(int token, const RowConstants& rows, int la
     }
 }
 
-// PART_GROUPS groups of 16 tokens of a stage from `first`, which begin with token `token`.
-__device__ __forceinline__ void attend_part(const Arguments& a, Shared& shared, const u8* stage, int first, int token,
-                                            const RowConstants& rows, KeyOffset& offset, int lane, Accumulators& sums,
-                                            SetAside& aside) {
-  const int g = lane / 4;
-  float dots[PART_GROUPS][TILES][4];
-  TokenMeta meta;
-#pragma unroll
-  for (int group = 0; group < PART_GROUPS; group++) {
-    const int place = (first + group) * 16;
-    const u8* piece = stage + place / PIECE_TOKENS * Piece::BYTES;
-    const int within = place % PIECE_TOKENS;
-    key_products(shared.folded, piece + within * K_ROW, rows, lane, dots[group]);
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = token_of_row(g) + 8 * half;
-      const float2 k_meta = unpack_fp16(*(const u32*)(piece + Piece::K_META + (within + row) * Piece::META_ROW));
-      const float2 v_meta = unpack_fp16(*(const u32*)(piece + Piece::V_META + (within + row) * Piece::META_ROW));
-      meta.k_scale[group][half] = k_meta.x * (rows.unit * (1.0f / CODE_UNIT));
-      meta.k_minimum[group][half] = k_meta.y * rows.unit;
-      meta.v_scale[group][half] = v_meta.x;
-      meta.v_minimum[group][half] = v_meta.y;
-    }
-  }
+// What besides dot products decides about a part's weights: the key offset, the cap, and which tokens are seen. `first`: the
+// part's first group in its stage.
+__device__ __forceinline__ void finish_logits(const Arguments& a, Shared& shared, int first, int token, const RowConstants& rows,
+                                              KeyOffset& offset, int lane, TokenMeta& meta, float (&dots)[PART_GROUPS][TILES][4]) {
 #if OFFSET_PAIRS || SOFT_CAP
   {
     // Dot products become logits.
     float offsets[PART_GROUPS][TILES][4] = {};
-    offset.products(a, token, OFFSET_TURNS == 2 ? first / 2 : 0, (first + PART_GROUPS) % constant_min(GROUPS, 2) == 0, lane, offsets);
+    offset.products(a, token, OFFSET_TURNS == 2 ? first / 2 : 0, TEAM_WARPS > 1 || (first + PART_GROUPS) % constant_min(GROUPS, 2) == 0, lane, offsets);
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
       for (int column = 0; column < 2; column++) {
-        const int row = rows.row_group * WARP_ROWS + 8 * tile + lane % 4 * 2 + column;
+        const int row = 8 * tile + lane % 4 * 2 + column;
 #pragma unroll
         for (int group = 0; group < PART_GROUPS; group++)
 #pragma unroll
@@ -195,67 +201,70 @@ __device__ __forceinline__ void attend_part(const Arguments& a, Shared& shared, 
   partly_seen |= token < SKIP_FIRST;
 #endif
   if (partly_seen) mask(token, rows, lane, meta, dots);
+}
 
-  u32 weights[PART_GROUPS][TILES][2];
-  while (true) {
-    float total[TILES][2], minima[TILES][2], all = 0.0f;
-    u32 largest = 0;
+// Sums that a part's tokens make, until they are accepted.
+struct Sums {
+  float total[TILES][2], minima[TILES][2];
+};
+
+// Weights of a part's tokens relative to the references, two rows in a word, and the sums with them. Whether references have to
+// rise.
+__device__ __forceinline__ bool weigh(const float (&dots)[PART_GROUPS][TILES][4], const TokenMeta& meta, const RowConstants& rows,
+                                      const Accumulators& sums, u32 (&weights)[PART_GROUPS][TILES][2], Sums& next) {
+  float all = 0.0f;
+  u32 largest = 0;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
+  for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
-      for (int column = 0; column < 2; column++)
-        total[tile][column] = sums.total[tile][column], minima[tile][column] = sums.minima[tile][column];
+    for (int column = 0; column < 2; column++)
+      next.total[tile][column] = sums.total[tile][column], next.minima[tile][column] = sums.minima[tile][column];
 #pragma unroll
-      for (int group = 0; group < PART_GROUPS; group++)
+    for (int group = 0; group < PART_GROUPS; group++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          float weight[2];
+      for (int half = 0; half < 2; half++) {
+        float weight[2];
 #pragma unroll
-          for (int column = 0; column < 2; column++) {
-            const float start = fmaf(meta.k_minimum[group][half], rows.sum[tile][column], -sums.reference[tile][column]);
-            const float p = exp2_approx(fmaf(dots[group][tile][2 * half + column], meta.k_scale[group][half], start));
-            total[tile][column] += p;
-            minima[tile][column] = fmaf(p, meta.v_minimum[group][half], minima[tile][column]);
-            weight[column] = p * meta.v_scale[group][half];
-          }
-          weights[group][tile][half] = pack_fp16(weight[0], weight[1]);
-          largest = max_fp16(largest, weights[group][tile][half]);
+        for (int column = 0; column < 2; column++) {
+          const float start = fmaf(meta.k_minimum[group][half], rows.sum[tile][column], -sums.reference[tile][column]);
+          const float p = exp2_approx(fmaf(dots[group][tile][2 * half + column], meta.k_scale[group][half], start));
+          next.total[tile][column] += p;
+          next.minima[tile][column] = fmaf(p, meta.v_minimum[group][half], next.minima[tile][column]);
+          weight[column] = p * meta.v_scale[group][half];
         }
-      all += total[tile][0] + total[tile][1];
-    }
-    // 2^15 and more, infinity too.
-    const bool surpassed = (largest + 0x08000800u & 0x80008000u) || !(all <= MAX_TOTAL);
-    if (!__any_sync(FULL_WARP, surpassed)) {
-#pragma unroll
-      for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-        for (int column = 0; column < 2; column++)
-          sums.total[tile][column] = total[tile][column], sums.minima[tile][column] = minima[tile][column];
-      break;
-    }
-    raise_references(dots, meta, rows, lane, sums, aside);
+        weights[group][tile][half] = pack_fp16(weight[0], weight[1]);
+        largest = max_fp16(largest, weights[group][tile][half]);
+      }
+    all += next.total[tile][0] + next.total[tile][1];
   }
-#pragma unroll
-  for (int group = 0; group < PART_GROUPS; group++)
-#pragma unroll
-    for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-      for (int half = 0; half < 2; half++) weights[group][tile][half] = transpose_8x8(weights[group][tile][half]);
-  value_products(stage, first, weights, lane, sums.output);
+  // 2^15 and more, infinity too.
+  return (largest + 0x08000800u & 0x80008000u) || !(all <= MAX_TOTAL);
 }
 
-// A stage, whose first token is `token`.
-__device__ __forceinline__ void attend(const Arguments& a, Shared& shared, const u8* stage, int token, const RowConstants& rows,
-                                       KeyOffset& offset, int lane, Accumulators& sums, SetAside& aside) {
+__device__ __forceinline__ void accept(const Sums& next, Accumulators& sums) {
 #pragma unroll
-  for (int first = 0; first < GROUPS; first += PART_GROUPS)
-    attend_part(a, shared, stage, first, token + 16 * first, rows, offset, lane, sums, aside);
-  aside.after_stage(sums, lane);
+  for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+    for (int column = 0; column < 2; column++)
+      sums.total[tile][column] = next.total[tile][column], sums.minima[tile][column] = next.minima[tile][column];
 }
+
+// The dimension that rows g (half 0) and g + 8 of a tile stand for, and by how many bits its codes are shifted.
+struct ValueDim {
+  int dim, shift;
+
+  __device__ __forceinline__ ValueDim(int tile, int half, int g) {
+    const int unit = tile / V_FIELDS, spread = 2 * (tile % V_FIELDS) + half;
+    const int byte = spread / V_FIELDS, field = spread % V_FIELDS;
+    dim = (unit / V_RUN * 8 + g) * (2 * V_RUN) + unit % V_RUN * 2 + byte + field * V_FIELD;
+    // A team moves what is beyond its first tile's fields of a unit down.
+    shift = TEAM_WARPS > 1 && WARP_V_TILES < V_FIELDS ? (2 * (tile % WARP_V_TILES) + half) * V_BITS : ValueCodes::spread_shift(spread);
+  }
+};
 
 // 8 rows of a warp's sums of a segment to where those of all warps are added up.
-__device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int tile, int stage_warp, int row_group, int lane) {
-  const int g = lane / 4, t = lane % 4;
+__device__ __forceinline__ void keep(Shared& shared, const Accumulators& sums, int tile, int warp, int lane) {
+  const int g = lane / 4, t = lane % 4, first = warp % TEAM_WARPS * WARP_V_TILES;
 #pragma unroll
   for (int column = 0; column < 2; column++) {
     float total = sums.total[tile][column], minima = sums.minima[tile][column];
@@ -264,19 +273,19 @@ __device__ __forceinline__ void keep(Shared& shared, Accumulators& sums, int til
       total += __shfl_xor_sync(FULL_WARP, total, step);
       minima += __shfl_xor_sync(FULL_WARP, minima, step);
     }
-    const int index = row_group * 8 + 2 * t + column;
-    float* output = shared.output[stage_warp][index];
+    const int index = 2 * t + column;
+    float* output = shared.output[warp / TEAM_WARPS][index];
 #pragma unroll
-    for (int i = 0; i < V_TILES; i++)
+    for (int i = 0; i < WARP_V_TILES; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const ValueDim place(i, half, g);
-        const float unit = __uint_as_float((127 + 24 - place.shift) << 23);
-        output[place.dim] = fmaf(sums.output[i][tile][2 * half + column], unit, minima);
+        const ValueDim place(first + i, half, g);
+        output[place.dim] = sums.output[i][tile][2 * half + column] * __uint_as_float((127 + 24 - place.shift) << 23);
       }
     if (g == 0) {
-      shared.total[stage_warp][index] = total;
-      shared.top[stage_warp][index] = sums.reference[tile][column];
+      shared.total[warp][index] = total;
+      shared.minima[warp][index] = minima;
+      shared.top[warp / TEAM_WARPS][index] = sums.reference[tile][column];
     }
   }
 }
