@@ -57,12 +57,12 @@ BODIES = {
         words="a0, a1, a2, a3, b0, b1", k=16, per_word=2, a=4, b=2, kinds="half_number, half_number"
     ),
     "group_mma(float (&c)[TILES][4]": (
-        "for (int tile = 0; tile < TILES; tile++) { const u8* of_tile = memory + b + tile * 256;"
+        "for (int tile = 0; tile < TILES; tile++) { const u8* of_tile = memory + b.low * 16 + tile * 256;"
+        "if (!ADD) for (float& sum : c[tile]) sum = 0;"
         "const u32 words[] = {a0, a1, a2, a3, *(const u32*)(of_tile + LANE * 4), *(const u32*)(of_tile + 128 + LANE * 4)};"
-        "if (!add) for (float& sum : c[tile]) sum = 0;"
         "multiply<16, 2>(c[tile], words, 4, 2, __LINE__, half_number, half_number); }"
     ),
-    "matrices_of(": "return (u64)((const u8*)pointer - memory);",
+    "low_of(": "return address / 16;",
     "hold(float (&c)[TILES][4]": "",
     "meet_warps_any(": "return meet_some(number, threads, __LINE__, vote);",
     "store_transposed(u8* row, u32 a, u32 b)": "const u32 words[] = {a, b}; write_transposed(row, words, __LINE__);",

@@ -32,6 +32,7 @@ class DecodeConfig:
     team_warps: int = 1
     fp16: bool = False
     query_registers: int = 64
+    part_groups: int = 2
 
 
 def pass_rows(rows: int) -> int:
@@ -40,7 +41,12 @@ def pass_rows(rows: int) -> int:
 
 
 def decode_config(
-    layout: PageLayout, rows: int, offset_pairs: int, shared_bytes_per_sm: int, few: bool = False
+    layout: PageLayout,
+    rows: int,
+    offset_pairs: int,
+    shared_bytes_per_sm: int,
+    few: bool = False,
+    query_terms: int = 2,
 ) -> DecodeConfig:
     """Knobs for a layout, rows of a pass and a multiprocessor's shared memory, from sweeps on an H200.
 
@@ -50,11 +56,12 @@ def decode_config(
     Args:
         few: whether there are so few segments (``FEW_SEGMENTS``) that most CTAs have a part of one. Then larger CTAs
             leave fewer parts.
+        query_terms: fp16 numbers that a query's number is the sum of, 2 where transforms fold it.
     """
     config = _few_rows(layout, few) if rows <= PASS_ROWS[0] else _many_rows(layout, rows, few)
 
     def fits() -> bool:
-        cta = shared_bytes(layout, rows, config, offset_pairs)
+        cta = shared_bytes(layout, rows, config, offset_pairs, query_terms)
         return config.min_ctas * (cta + RESERVED_SHARED_BYTES) <= shared_bytes_per_sm
 
     least = config.num_warps // 2 if config.fp16 else 2
@@ -91,7 +98,7 @@ def _many_rows(layout: PageLayout, rows: int, few: bool) -> DecodeConfig:
     return config
 
 
-def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pairs: int) -> int:
+def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pairs: int, query_terms: int = 2) -> int:
     """Dynamic shared memory of a CTA: at least the size of the kernel's struct."""
     size, teams = layout.head_size, config.num_warps // config.team_warps
     ring = teams * config.num_stages * config.stage_tokens * layout.content_bytes
@@ -99,8 +106,7 @@ def shared_bytes(layout: PageLayout, rows: int, config: DecodeConfig, offset_pai
     offset = offset_pairs * (16 + 48 * config.num_warps + 8 * rows)
     if config.fp16:
         outputs = teams * 8 * size * 4
-        terms = 2
-        queries = terms * rows * 2 * max(size, 128) + 16 * rows
+        queries = query_terms * rows * 2 * max(size, 128) + 16 * rows
         turns = 2 if config.team_warps == 1 and config.stage_tokens == 64 else 1
         offset += offset_pairs * config.num_warps * rows * 8 * turns
         weights = teams * config.stage_tokens * rows * 2 + config.num_warps * rows * 4 if config.team_warps > 1 else 0

@@ -80,8 +80,14 @@ class Variant(NamedTuple):
         """With the layer's transforms, and knobs for a multiprocessor of so much shared memory."""
         offset = transforms.offset_pairs
         pairs = 0 if offset is None else len(offset.index)
-        config = self.config or decode_config(self.layout, self.pass_rows, pairs, shared_bytes_per_sm, self.few)
+        config = self.config or decode_config(
+            self.layout, self.pass_rows, pairs, shared_bytes_per_sm, self.few, _query_terms(transforms)
+        )
         return CompiledVariant(self, transforms, pairs, config)
+
+
+def _query_terms(transforms: LayerTransforms) -> int:
+    return 2 if transforms.key_hadamard or transforms.key_equalization is not None else 1
 
 
 class CompiledVariant(NamedTuple):
@@ -107,7 +113,9 @@ class CompiledVariant(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA."""
-        return shared_bytes(self.variant.layout, self.variant.pass_rows, self.config, self.offset_pairs)
+        return shared_bytes(
+            self.variant.layout, self.variant.pass_rows, self.config, self.offset_pairs, _query_terms(self.transforms)
+        )
 
     def macros(self) -> dict[str, int]:
         variant, transforms, config = self.variant, self.transforms, self.config
@@ -122,6 +130,7 @@ class CompiledVariant(NamedTuple):
             "FP16_PRODUCTS": int(config.fp16),
             "TEAM_WARPS": config.team_warps,
             "QUERY_REGISTERS": config.query_registers,
+            "MAX_PART_GROUPS": config.part_groups,
             "NUM_WARPS": config.num_warps,
             "STAGE_TOKENS": config.stage_tokens,
             "NUM_STAGES": config.num_stages,

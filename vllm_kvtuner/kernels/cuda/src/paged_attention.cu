@@ -41,6 +41,7 @@ constexpr int COPIES = WHOLE_CHUNKS ? PIECES : 4;
 // Entries of the block table that a stage needs, and stages that a warp looks up at once.
 constexpr int ENTRIES = WHOLE_CHUNKS ? PIECES : 1;
 constexpr int LOOKUP_STAGES = 32 / ENTRIES;
+constexpr int WARP_COPIES = (COPIES + TEAM_WARPS - 1) / TEAM_WARPS;  // that one of a team's warps makes
 constexpr int STAGE_BYTES = PIECES * Piece::BYTES;
 static_assert(PIECE_TOKENS == constant_min(BLOCK_SIZE, STAGE_TOKENS), "piece");
 static_assert((BLOCK_SIZE % STAGE_TOKENS == 0 || STAGE_TOKENS % BLOCK_SIZE == 0), "block");
@@ -74,7 +75,7 @@ constexpr int NUMBERS = HEAD_SIZE / 32;
 constexpr int MAX_VISIT = 12;
 constexpr int MIN_PREFETCHED = 4 * TEAMS;  // units of a share, at least, whose first stages are prefetched
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
-static_assert(STAGE_TOKENS == 16 || STAGE_TOKENS == 32 || STAGE_TOKENS == 64, "stage");
+static_assert(STAGE_TOKENS == 16 || STAGE_TOKENS == 32 || STAGE_TOKENS == 64 || TEAM_WARPS > 1 && STAGE_TOKENS == 128, "stage");
 
 #define MASKED __int_as_float(0xFF800000)
 constexpr float NOTHING = -1e30f;      // the reference of a row that has seen nothing
@@ -127,9 +128,9 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   {
     Cursor cursor;
     find(a, share, lane, cursor);
-    if (lane == 0 && member == 0) {
-      shared.producers[team] = cursor;
-      shared.raw_segment[1][team] = -1;
+    if (lane == 0) {
+      shared.producers[warp] = cursor;
+      shared.raw_segment[1][warp] = -1;
     }
     __syncwarp();
     if (thread == 0) {
@@ -142,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
 #if __CUDA_ARCH__ >= 900
   policy = policy_evict_first();
   if (lane == 0 && member == 0) {
-    for (int i = 0; i < NUM_STAGES; i++) barrier_init(shared_address(&shared.barriers[team][i]));
+    for (int i = 0; i < NUM_STAGES; i++) barrier_init(shared_address(&shared.barriers[team][i]), TEAM_WARPS);
     barrier_init_done();
   }
 #endif
@@ -152,29 +153,33 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   producer.shared = &shared;
   producer.segment = 0;
   producer.more = true;
-  producer.enter(a, shared.cursors[0], team, lane);
+  producer.enter(a, shared.cursors[0], warp, lane);
   KeyOffset key_offset(shared.offset, warp);
   key_offset.load(a, lane);
   if (member == 0) fetch_offset(a, shared.offset, shared.cursors[0], 0, team, lane);
   // Other requests' tokens of this step may stand in these blocks, so they are copied only when the store has ended. Where there
   // is little to read, to ask twice takes longer than it saves.
-  if (shares.even >= MIN_PREFETCHED && member == 0) producer.prefetch(a);
+  if (shares.even >= MIN_PREFETCHED) producer.prefetch(a, member);
   const bool clear = must_clear(a);
   // Up to here only what steps share was read, which no kernel just before this one writes, or brought to the L2 cache.
   dependency_wait();
   launch_dependents();
-  if (member == 0) {
-    fetch_queries(a, shared, shared.cursors[0], 0, team, lane);
-    producer.settle(a, share, team, lane);
+  fetch_queries(a, shared, shared.cursors[0], 0, warp, lane);
+  producer.settle(a, share, warp, lane);
 #if __CUDA_ARCH__ < 900
-    copies_wait_all();  // else the ring's copies would be waited for with them
+  copies_wait_all();  // else the ring's copies would be waited for with them
 #endif
 #pragma unroll 1
-    for (int i = 0; i < NUM_STAGES; i++)
-      producer.issue(a, share, team, lane, shared.ring[team][i], &shared.barriers[team][i], policy);
-  }
+  for (int i = 0; i < NUM_STAGES; i++)
+    producer.issue(a, share, warp, lane, shared.ring[team][i], &shared.barriers[team][i], policy);
+  shared.parked.park(producer, warp, lane);
 
   if (clear) clear_rows(a, thread);
+#if TEAM_WARPS > 1
+  const LanePlaces places(lane, member, TeamValues::first_unit(member), VALUE_MATRICES);
+#else
+  const LanePlaces places(lane, 0, 0, VALUE_MATRICES);
+#endif
   int slot = 0;
   u32 parity = 0;
   Accumulators sums;
@@ -182,12 +187,10 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
   while (more) {
     const Cursor& cursor = shared.cursors[shared.segment % 2];
     const Request& request = cursor.request;
-    if (member == 0) {
-      const bool fetched = shared.raw_segment[shared.segment % 2][team] == shared.segment;
-      __syncwarp();
-      if (!fetched) fetch_rows(a, shared, cursor, shared.segment, team, lane);
-      copies_wait_all();
-    }
+    const bool fetched = shared.raw_segment[shared.segment % 2][warp] == shared.segment;
+    __syncwarp();
+    if (!fetched) fetch_rows(a, shared, cursor, shared.segment, warp, lane);
+    copies_wait_all();
     meet_team(team);
     fold_rows(a, shared, cursor, warp, lane);
     __syncthreads();
@@ -197,23 +200,26 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
       shared.cursors[(shared.segment + 1) % 2] = next;
     }
     RowConstants rows;
-    load_rows(shared, request, cursor.pass, lane, rows);
+    load_rows(shared, request, cursor.pass, warp, lane, rows);
 
     const int first_stage = request.first_stage, stage_end = cursor.stage_end;
     key_offset.enter(shared.segment % 2, lane);
     sums.clear();
-    SetAside aside(a, cta, warp);
+    SetAside aside(a);
 #pragma unroll 1
     for (int stage = cursor.stage_begin + team; stage < stage_end; stage += TEAMS) {
 #if __CUDA_ARCH__ >= 900
       barrier_wait(shared_address(&shared.barriers[team][slot]), parity);
 #else
-      if (member == 0) copies_wait<NUM_STAGES - 1>();
+      copies_wait<NUM_STAGES - 1>();
       meet_team(team);
 #endif
-      attend(a, shared, shared.ring[team][slot], (first_stage + stage) * STAGE_TOKENS, rows, key_offset, warp, lane, sums, aside);
+      attend(a, shared, shared.ring[team][slot], (first_stage + stage) * STAGE_TOKENS, rows, key_offset, places, warp, lane, sums,
+             aside);
       meet_team(team);
-      if (member == 0) producer.issue(a, share, team, lane, shared.ring[team][slot], &shared.barriers[team][slot], policy);
+      shared.parked.fetch(producer, warp, lane);
+      producer.issue(a, share, warp, lane, shared.ring[team][slot], &shared.barriers[team][slot], policy);
+      shared.parked.park(producer, warp, lane);
       if (++slot == NUM_STAGES) {
         slot = 0;
         parity ^= 1;

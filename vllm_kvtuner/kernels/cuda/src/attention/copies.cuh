@@ -22,46 +22,73 @@ struct Parts {
   int first, last;  // CTAs that have one
 };
 
+// Where the state of what copies stages waits in between, a number in every lane.
+struct Parked {
+  u32 words[PARKS ? NUM_WARPS : 1][12][32];
+
+  template <class Producer>
+  __device__ __forceinline__ void park(Producer& producer, int warp, int lane) {
+    producer.for_words([&](int i, u32& word) { words[warp][i][lane] = word; });
+  }
+  template <class Producer>
+  __device__ __forceinline__ void fetch(Producer& producer, int warp, int lane) {
+    producer.for_words([&](int i, u32& word) { word = words[warp][i][lane]; });
+  }
+};
+struct NotParked {
+  template <class Producer>
+  __device__ __forceinline__ void park(Producer&, int, int) {}
+  template <class Producer>
+  __device__ __forceinline__ void fetch(Producer&, int, int) {}
+};
+template <bool PARKS>
+struct ParkedOrNot;
+template <>
+struct ParkedOrNot<true> : Parked {};
+template <>
+struct ParkedOrNot<false> : NotParked {};
+
 struct Shared {
   alignas(128) u8 ring[TEAMS][NUM_STAGES][STAGE_BYTES];
   alignas(16) float output[TEAMS][ROUND_ROWS][HEAD_SIZE];
   FoldedQueries folded;
   [[no_unique_address]] TeamShared teams;
+  [[no_unique_address]] ParkedOrNot<PARKS> parked;
   [[no_unique_address]] OffsetShared offset;
   u64 barriers[TEAMS][NUM_STAGES];
   float total[NUM_WARPS][ROUND_ROWS], minima[NUM_WARPS][ROUND_ROWS], top[TEAMS][ROUND_ROWS];
   // Queries as they are of this segment and the next, row by row, and which segments of the CTA those are: copied by
-  // the team that folds them, as soon as its copies come to that segment, since the way to memory is long then.
+  // the warp that folds them, as soon as its copies come to that segment, since the way to memory is long then.
   alignas(16) u16 raw_query[2][PASS_ROWS][HEAD_SIZE];
-  int raw_segment[2][TEAMS];
+  int raw_segment[2][NUM_WARPS];
   int segment;  // of the CTA, that the warps are in
   int more;
   Parts parts;  // of the segment that has just ended
   // Only looked at where a segment ends, so not in registers: this segment and the next one.
-  Cursor cursors[2], producers[TEAMS];
+  Cursor cursors[2], producers[NUM_WARPS];
 };
 static_assert(sizeof(Shared) <= SHARED_BYTES, "shared memory");
 
-// Fetches a segment's queries, each team the rows that it folds; by one of its warps.
-__device__ __forceinline__ void fetch_queries(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int team,
+// Fetches a segment's queries, each warp the rows that it folds.
+__device__ __forceinline__ void fetch_queries(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
                                               int lane) {
   const int at = segment % 2;
 #pragma unroll 1
-  for (int row = team; row < PASS_ROWS; row += TEAMS) {
+  for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
     const u16* source = query_row(a, cursor, row);
     if (source != nullptr)
 #pragma unroll 1
       for (int i = lane * 8; i < HEAD_SIZE; i += 256) copy_16(shared_address(&shared.raw_query[at][row][i]), source + i);
   }
-  if (lane == 0) shared.raw_segment[at][team] = segment;
+  if (lane == 0) shared.raw_segment[at][warp] = segment;
   __syncwarp();
 }
 
 // Those, and what belongs to its key offset.
-__device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int team,
+__device__ __forceinline__ void fetch_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int segment, int warp,
                                            int lane) {
-  fetch_offset(a, shared.offset, cursor, segment % 2, team, lane);
-  fetch_queries(a, shared, cursor, segment, team, lane);
+  if (warp % TEAM_WARPS == 0) fetch_offset(a, shared.offset, cursor, segment % 2, warp / TEAM_WARPS, lane);
+  fetch_queries(a, shared, cursor, segment, warp, lane);
 }
 
 // Where the warps of a team wait for each other.
@@ -72,7 +99,7 @@ __device__ __forceinline__ void meet_team(int team) {
     meet_warps(1 + team, 32 * TEAM_WARPS);
 }
 
-// What copies a team's stages, in its first warp.
+// What copies a team's stages, each of its warps a part of every stage.
 struct Producer {
   Shared* shared;
   int segment;     // of the CTA
@@ -87,10 +114,24 @@ struct Producer {
   int looked_up;   // stages used of `blocks`
   bool more;
 
-  __device__ __forceinline__ void enter(const Arguments& a, const Cursor& at, int team, int lane) {
+  // The state but for `shared`, as words.
+  template <class Each>
+  __device__ __forceinline__ void for_words(const Each& each) {
+    u32 pointers[4] = {(u32)(u64)head, (u32)((u64)head >> 32), (u32)(u64)table, (u32)((u64)table >> 32)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) each(i, pointers[i]);
+    head = (const u8*)((u64)pointers[1] << 32 | pointers[0]);
+    table = (const int*)((u64)pointers[3] << 32 | pointers[2]);
+    int more_word = more;
+    each(4, (u32&)segment), each(5, (u32&)token), each(6, (u32&)last_token), each(7, (u32&)len), each(8, (u32&)blocks);
+    each(9, (u32&)later_blocks), each(10, (u32&)looked_up), each(11, (u32&)more_word);
+    more = more_word;
+  }
+
+  __device__ __forceinline__ void enter(const Arguments& a, const Cursor& at, int warp, int lane) {
     head = a.kv_cache + at.kv_head * a.head_stride;
     table = a.block_table + at.request.index * a.table_stride;
-    token = (at.request.first_stage + at.stage_begin + team) * STAGE_TOKENS;
+    token = (at.request.first_stage + at.stage_begin + warp / TEAM_WARPS) * STAGE_TOKENS;
     last_token = (at.request.first_stage + at.stage_end) * STAGE_TOKENS;
     len = at.request.len;
     blocks = look_up(lane, 0);
@@ -106,21 +147,21 @@ struct Producer {
   }
 
   // To the next stage of this team, which may be in a later segment.
-  __device__ __forceinline__ void settle(const Work& a, const Share& share, int team, int lane) {
+  __device__ __forceinline__ void settle(const Work& a, const Share& share, int warp, int lane) {
     if (token >= last_token) {
-      Cursor at = shared->producers[team];
+      Cursor at = shared->producers[warp];
       do {
         more = at.next(a, share);
         if (!more) return;
         segment++;
-        enter(a, at, team, lane);
+        enter(a, at, warp, lane);
 #if __CUDA_ARCH__ >= 900
         // Unless that segment is so far ahead that its place still holds another's.
-        if (segment == shared->segment + 1) fetch_rows(a, *shared, at, segment, team, lane);
+        if (segment == shared->segment + 1) fetch_rows(a, *shared, at, segment, warp, lane);
 #endif
       } while (token >= last_token);
       __syncwarp();
-      if (lane == 0) shared->producers[team] = at;
+      if (lane == 0) shared->producers[warp] = at;
       __syncwarp();
     } else if (looked_up == LOOKUP_STAGES) {
       blocks = later_blocks;
@@ -130,14 +171,14 @@ struct Producer {
   }
 
   // Brings the stage to the L2 cache, where it may yet be written to.
-  __device__ __forceinline__ void prefetch(const Arguments& a) const {
+  __device__ __forceinline__ void prefetch(const Arguments& a, int member) const {
 #if __CUDA_ARCH__ >= 900
     if (token >= last_token) return;
-    u32 source_blocks[ENTRIES];
-    blocks_of_stage(source_blocks);
+    u32 source_blocks[WARP_COPIES];
+    blocks_of_stage(source_blocks, member);
     if (elect_one())
-      for_copies([&](int i) {
-        const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
+      for_copies(member, [&](int i, int mine) {
+        const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? mine : 0]);
         prefetch_bulk(copy.source, copy.bytes);
       });
 #endif
@@ -148,53 +189,65 @@ struct Producer {
     return WHOLE_CHUNKS ? min(COPIES, (int)((u32)(len - token + PIECE_TOKENS - 1) / PIECE_TOKENS)) : COPIES;
   }
 
+  // Those of a stage that one of the team's warps makes, number `of_warp` of them: every TEAM_WARPS-th.
   template <class Each>
-  __device__ __forceinline__ void for_copies(const Each& each) const {
+  __device__ __forceinline__ void for_copies(int member, const Each& each) const {
     const int needed = copies();
-    if (needed == COPIES) {
+    if (needed == COPIES && COPIES % TEAM_WARPS == 0) {
 #pragma unroll
-      for (int i = 0; i < COPIES; i++) each(i);
+      for (int i = 0; i < COPIES / TEAM_WARPS; i++) each(i * TEAM_WARPS + member, i);
     } else {
 #pragma unroll
-      for (int i = 0; i < COPIES - 1; i++)
-        if (i < needed) each(i);
+      for (int i = 0; i < WARP_COPIES; i++)
+        if (i * TEAM_WARPS + member < needed) each(i * TEAM_WARPS + member, i);
     }
   }
 
-  __device__ __forceinline__ void blocks_of_stage(u32 (&source_blocks)[ENTRIES]) const {
+  // Of those, the blocks of the cache.
+  __device__ __forceinline__ void blocks_of_stage(u32 (&source_blocks)[WARP_COPIES], int member) const {
 #pragma unroll
-    for (int i = 0; i < ENTRIES; i++) source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + i);
+    for (int i = 0; i < (WHOLE_CHUNKS ? WARP_COPIES : 1); i++)
+      source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + (WHOLE_CHUNKS ? i * TEAM_WARPS + member : 0) % ENTRIES);
   }
 
-  __device__ __forceinline__ void issue(const Work& a, const Share& share, int team, int lane, u8* target, u64* barrier,
+  __device__ __forceinline__ void issue(const Work& a, const Share& share, int warp, int lane, u8* target, u64* barrier,
                                         u64 policy) {
     if (more) {
-      u32 source_blocks[ENTRIES];
-      blocks_of_stage(source_blocks);
+      u32 source_blocks[WARP_COPIES];
+      const int member = warp % TEAM_WARPS;
+      blocks_of_stage(source_blocks, member);
       looked_up++;
       const u32 at = shared_address(target);
 #if __CUDA_ARCH__ >= 900
       if (elect_one()) {
         const u32 mbarrier = shared_address(barrier);
-        barrier_expect(mbarrier, WHOLE_CHUNKS ? copies() * Piece::BYTES : STAGE_BYTES);
-        for_copies([&](int i) {
-          const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
+        u32 bytes = WHOLE_CHUNKS ? copies() * Piece::BYTES : STAGE_BYTES;
+        if constexpr (TEAM_WARPS > 1) {
+          bytes = 0;
+          for_copies(member, [&](int i, int) { bytes += WHOLE_CHUNKS ? Piece::BYTES : part_width(i) * PIECE_TOKENS; });
+        }
+        barrier_expect(mbarrier, bytes);
+        for_copies(member, [&](int i, int mine) {
+          const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? mine : 0]);
           copy_bulk(at + copy.target, copy.source, copy.bytes, mbarrier, policy);
         });
       }
 #else
-      for_copies([&](int i) {
-        const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? i : 0]);
+      for_copies(member, [&](int i, int mine) {
+        const Copy copy = copy_of(a, i, source_blocks[WHOLE_CHUNKS ? mine : 0]);
         for (u32 j = lane * 16; j < copy.bytes; j += 512) copy_16(at + copy.target + j, copy.source + j);
       });
 #endif
       token += TEAMS * STAGE_TOKENS;
-      settle(a, share, team, lane);
+      settle(a, share, warp, lane);
     }
 #if __CUDA_ARCH__ < 900
     copies_commit();
 #endif
   }
+
+  // Bytes of a token in a part of a chunk.
+  static __device__ __forceinline__ int part_width(int i) { return i == 0 ? K_ROW : i == 1 ? V_ROW : Chunk::META_ROW; }
 
   struct Copy {
     const u8* source;
@@ -206,7 +259,7 @@ struct Producer {
     const u8* chunk = head + (u64)block * (u32)a.block_stride;  // a stride of 32 bits: one instruction less
     if (WHOLE_CHUNKS) return {chunk, Piece::BYTES, (u32)i * Piece::BYTES};
     // Part i of the chunk, and of the piece in shared memory.
-    const int width = i == 0 ? K_ROW : i == 1 ? V_ROW : Chunk::META_ROW;
+    const int width = part_width(i);
     const int source = i == 0 ? Chunk::K_CODES : i == 1 ? Chunk::V_CODES : i == 2 ? Chunk::K_META : Chunk::V_META;
     const int place = i == 0 ? Piece::K_CODES : i == 1 ? Piece::V_CODES : i == 2 ? Piece::K_META : Piece::V_META;
     return {chunk + source + (u32)token % BLOCK_SIZE * width, (u32)(width * PIECE_TOKENS), (u32)place};

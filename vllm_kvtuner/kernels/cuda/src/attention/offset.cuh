@@ -8,6 +8,7 @@
 #if OFFSET_PAIRS
 // Whether registers hold a key offset's pairs as long as a warp reads a segment.
 constexpr bool OFFSET_STAYS = !FP16_PRODUCTS && OFFSET_STEPS == 1 && TILES == 1 && GROUPS > 1;
+constexpr int ANGLE_COLUMNS = constant_max(GROUPS / 2, 2);  // angles of a stage, in ANGLE_STEP
 constexpr int TURNED = OFFSET_STAYS ? 1 : NUM_WARPS * OFFSET_STEPS * TILES * 2 * OFFSET_TURNS;
 static_assert(TEAMS * STAGE_TOKENS % ANGLE_STEP == 0, "a warp's next stage is a whole number of steps further on");
 
@@ -18,14 +19,14 @@ struct OffsetShared {
   // Fetched with a segment's queries: the offset's numbers, and angles at a warp's first stage, of 8 pairs those of t = lane % 4
   // and 4 more, each for even and odd columns.
   alignas(16) float2 numbers[2][TEAMS][OFFSET_PAIRS];
-  float2 angles[2][TEAMS][OFFSET_STEPS][2][2][4];
+  float2 angles[2][TEAMS][OFFSET_STEPS][2][ANGLE_COLUMNS][4];
   float2 coefficients[PASS_ROWS][OFFSET_PAIRS];  // of cosine and sine
   // The same turned to a warp's next stage, where registers do not hold them: each lane's own.
   float2 turned[TURNED][32];
 };
 
 // How much farther on the angle of a column is than the stage's first token, in ANGLE_STEP.
-__device__ __forceinline__ int turns_ahead(int column) { return GROUPS == 4 ? column % 2 : 0; }
+__device__ __forceinline__ int turns_ahead(int column) { return GROUPS >= 4 ? column : 0; }
 
 // What does not depend on segments, asked for in two steps since the second needs the first's answer, and kept when it is there: in
 // between a CTA finds its share. The table's first row is its amplitude.
@@ -96,8 +97,8 @@ __device__ __forceinline__ void fetch_offset(const Arguments& a, OffsetShared& o
   for (int i = lane * 2; i < OFFSET_PAIRS; i += 64)
     copy_16(shared_address(&offset.numbers[at][team][i]), a.offset + cursor.kv_head * OFFSET_PAIRS + i);
 #pragma unroll 1
-  for (int i = lane; i < OFFSET_STEPS * 16; i += 32) {
-    const int step = i / 16, b = i / 8 % 2, column = i / 4 % 2, t = i % 4;
+  for (int i = lane; i < OFFSET_STEPS * 8 * ANGLE_COLUMNS; i += 32) {
+    const int step = i / (8 * ANGLE_COLUMNS), b = i / (4 * ANGLE_COLUMNS) % 2, column = i / 4 % ANGLE_COLUMNS, t = i % 4;
     const u32 row = token / ANGLE_STEP + turns_ahead(column);
     copy_8(shared_address(&offset.angles[at][team][step][b][column][t]),
            a.coarse_angles + row * (u32)a.rotary_pairs + offset.index[step * 8 + 4 * b + t]);

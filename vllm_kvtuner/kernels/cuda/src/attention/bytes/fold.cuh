@@ -63,7 +63,7 @@ __device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, co
   for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) fold_row(a, shared, cursor, row, warp, lane);
 }
 
-__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int lane,
+__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int, int lane,
                                           RowConstants& rows) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll

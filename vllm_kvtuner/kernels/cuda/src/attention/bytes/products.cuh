@@ -5,7 +5,7 @@
 // tile, times 2^((K_FIELDS - 1) K_SHIFT).
 __device__ __forceinline__ void key_products(const u8* keys, const RowConstants& rows, int lane, int (&dots)[TILES][2]) {
   u32 words[2][K_WORDS];
-  load_key_words(keys, lane, words);
+  load_key_words(keys + key_place(lane), words);
   int sums[TILES][K_FIELDS][4];
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
@@ -43,6 +43,10 @@ __device__ __forceinline__ void key_products(const u8* keys, const RowConstants&
       }
       dots[tile][half] = (high << 8) + low;
     }
+}
+
+__device__ __forceinline__ const u8* value_row(const u8* stage, int group, int token) {
+  return stage + group_place(group, Piece::V_CODES, V_ROW) + token * V_ROW;
 }
 
 // Bytes of values as A operands: words[group][unit][i] holds byte i of the unit in this lane, for tokens r, r + 8, r' and r' + 8 of

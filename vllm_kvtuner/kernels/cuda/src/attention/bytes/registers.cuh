@@ -26,6 +26,8 @@ constexpr float OUTPUT_UNIT = 0x1p-48f;  // of Accumulators.output
 __device__ __forceinline__ int row_of_column(int tile, int g) { return 4 * tile + g / 2; }
 __device__ __forceinline__ int column_of_turn(int, int, int g) { return g % 2; }
 
+constexpr bool VALUE_MATRICES = V_MATRICES;
+constexpr bool PARKS = false;
 struct TeamShared {};
 
 // Queries in the frame of the stored keys, of all rows.

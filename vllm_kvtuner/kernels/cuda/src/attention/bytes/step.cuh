@@ -38,13 +38,13 @@ __device__ __forceinline__ void weigh(const float (&logits)[GROUPS][TILES][2], c
 
 // Sums of products are exact, however long a segment is.
 struct SetAside {
-  __device__ __forceinline__ SetAside(const Arguments&, int, int) {}
+  __device__ __forceinline__ explicit SetAside(const Arguments&) {}
   __device__ __forceinline__ void take_back(Accumulators&, int) {}
 };
 
 // A stage, whose first token is `token`: at once, as much as registers hold, since warps wait for their own instructions.
 __device__ __forceinline__ void attend(const Arguments& a, const Shared&, const u8* stage, int token, const RowConstants& rows,
-                                       KeyOffset& offset, int, int lane, Accumulators& sums, SetAside&) {
+                                       KeyOffset& offset, const LanePlaces&, int, int lane, Accumulators& sums, SetAside&) {
   const int g = lane / 4;
   float logits[GROUPS][TILES][2], scale[GROUPS][2], minimum[GROUPS][2];
   // Of a stage of 64 tokens, columns are the first 32 and the second by turns.

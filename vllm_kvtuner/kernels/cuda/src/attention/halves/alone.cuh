@@ -25,7 +25,7 @@ __device__ __forceinline__ void load_query_step(const FoldedQueries& folded, int
 __device__ __forceinline__ void key_products(const FoldedQueries& folded, const u8* keys, const RowConstants& rows, int lane,
                                              float (&dots)[TILES][4]) {
   u32 words[2][K_WORDS];
-  load_key_words(keys, lane, words);
+  load_key_words(keys, words);
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -60,15 +60,14 @@ struct ValueWords {
   u32 words[PART_GROUPS][V_RUN][2];
 
   // Run number `run` of the tokens of PART_GROUPS groups from `first`.
-  __device__ __forceinline__ void load(const u8* stage, int first, int run, int lane) {
-    const int g = lane / 4, t = lane % 4;
-    if constexpr (V_MATRICES && PART_GROUPS == 2) {
+  __device__ __forceinline__ void load(const u8* stage, const LanePlaces& places, int first, int run) {
+    if constexpr (VALUE_MATRICES && PART_GROUPS == 2) {
       u32 four[4];
-      load_transposed(four, value_row(stage, first + lane / 16, token_of_row(lane % 8) + lane / 8 % 2 * 8) + run * 16);
+      load_transposed(four, stage + group_place(first, Piece::V_CODES, V_ROW) + places.values[0] + run * 16);
       words[0][0][0] = four[0], words[0][0][1] = four[1];
       words[PART_GROUPS - 1][0][0] = four[2], words[PART_GROUPS - 1][0][1] = four[3];
-    } else if constexpr (V_MATRICES) {
-      load_transposed(words[0][0], value_row(stage, first, token_of_row(lane % 8) + lane / 8 % 2 * 8) + run * 16);
+    } else if constexpr (VALUE_MATRICES) {
+      load_transposed(words[0][0], stage + group_place(first, Piece::V_CODES, V_ROW) + places.values[0] + run * 16);
     } else {
 #pragma unroll
       for (int group = 0; group < PART_GROUPS; group++) {
@@ -76,7 +75,8 @@ struct ValueWords {
         u32 rows[4][WORDS];
 #pragma unroll
         for (int i = 0; i < 4; i++)
-          load_run<WORDS>(rows[i], value_row(stage, first + group, token_of_row(2 * t + i % 2) + i / 2 * 8) + (run * 8 + g) * (2 * V_RUN));
+          load_run<WORDS>(rows[i], stage + places.values[i % 2] + group_place(first + group, Piece::V_CODES, V_ROW) +
+                                       i / 2 * 8 * V_ROW + run * 16 * V_RUN);
 #pragma unroll
         for (int i = 0; i < V_RUN / 2; i++)
 #pragma unroll
@@ -90,12 +90,13 @@ struct ValueWords {
 };
 
 // The second product of PART_GROUPS groups of tokens from `first`. weights[group][tile]: B operands, in ValueWords's order of tokens.
-__device__ __forceinline__ void value_products(const u8* stage, int first, const u32 (&weights)[PART_GROUPS][TILES][2], int lane,
+__device__ __forceinline__ void value_products(const u8* stage, const LanePlaces& places, int first,
+                                               const u32 (&weights)[PART_GROUPS][TILES][2],
                                                float (&output)[WARP_V_TILES][TILES][4]) {
 #pragma unroll
   for (int run = 0; run < V_UNITS / V_RUN; run++) {
     ValueWords values;
-    values.load(stage, first, run, lane);
+    values.load(stage, places, first, run);
 #pragma unroll
     for (int unit = 0; unit < V_RUN; unit++)
 #pragma unroll
@@ -113,18 +114,16 @@ __device__ __forceinline__ void value_products(const u8* stage, int first, const
   }
 }
 
-// PART_GROUPS groups of 16 tokens of a stage from `first`, which begin with token `token`.
-__device__ __forceinline__ void attend_part(const Arguments& a, Shared& shared, const u8* stage, int first, int token,
-                                            const RowConstants& rows, KeyOffset& offset, int lane, Accumulators& sums,
-                                            SetAside& aside) {
+// PART_GROUPS groups of 16 tokens of a stage from `first`, which begin with token `token`; `place`: from where `places` point.
+__device__ __forceinline__ void attend_part(const Arguments& a, Shared& shared, const u8* stage, int place, int first, int token,
+                                            const RowConstants& rows, KeyOffset& offset, const LanePlaces& places, int lane,
+                                            Accumulators& sums, SetAside& aside) {
   float dots[PART_GROUPS][TILES][4];
   TokenMeta meta;
 #pragma unroll
   for (int group = 0; group < PART_GROUPS; group++) {
-    const int place = (first + group) * 16;
-    const u8* piece = stage + place / PIECE_TOKENS * Piece::BYTES;
-    key_products(shared.folded, piece + place % PIECE_TOKENS * K_ROW, rows, lane, dots[group]);
-    load_meta(piece, place % PIECE_TOKENS, rows.unit, group, lane, meta);
+    key_products(shared.folded, stage + places.keys + group_place(place + group, 0, K_ROW), rows, lane, dots[group]);
+    load_meta(stage + places.meta, place + group, rows.unit, group, meta);
   }
   finish_logits(a, shared, first, token, rows, offset, lane, meta, dots);
   u32 weights[PART_GROUPS][TILES][2];
@@ -141,14 +140,29 @@ __device__ __forceinline__ void attend_part(const Arguments& a, Shared& shared, 
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
       for (int half = 0; half < 2; half++) weights[group][tile][half] = transpose_8x8(weights[group][tile][half]);
-  value_products(stage, first, weights, lane, sums.output);
+  value_products(stage, places, place, weights, sums.output);
 }
 
 // A stage, whose first token is `token`.
 __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, const u8* stage, int token, const RowConstants& rows,
-                                       KeyOffset& offset, int, int lane, Accumulators& sums, SetAside& aside) {
+                                       KeyOffset& offset, const LanePlaces& places, int, int lane, Accumulators& sums,
+                                       SetAside& aside) {
+  // One part's code where parts follow each other at even distances: what is seldom needed is in it too.
+  constexpr bool EVEN = PIECE_TOKENS == 16 || PIECE_TOKENS == STAGE_TOKENS || PIECE_TOKENS == 16 * PART_GROUPS;
+  if constexpr (EVEN) {
+    LanePlaces of_part = places;
+#pragma unroll 1
+    for (int first = 0; first < GROUPS; first += PART_GROUPS) {
+      attend_part(a, shared, stage, 0, first, token + 16 * first, rows, offset, of_part, lane, sums, aside);
+      of_part.keys += group_place(PART_GROUPS, 0, K_ROW);
+      of_part.meta += group_place(PART_GROUPS, 0, Chunk::META_ROW);
+      of_part.values[0] += group_place(PART_GROUPS, 0, V_ROW);
+      of_part.values[1] += group_place(PART_GROUPS, 0, V_ROW);
+    }
+  } else {
 #pragma unroll
-  for (int first = 0; first < GROUPS; first += PART_GROUPS)
-    attend_part(a, shared, stage, first, token + 16 * first, rows, offset, lane, sums, aside);
+    for (int first = 0; first < GROUPS; first += PART_GROUPS)
+      attend_part(a, shared, stage, first, first, token + 16 * first, rows, offset, places, lane, sums, aside);
+  }
   aside.after_stage(sums, lane);
 }

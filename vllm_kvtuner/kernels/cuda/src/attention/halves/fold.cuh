@@ -16,18 +16,13 @@ struct QueryPlace {
   }
 };
 
-// The rows that a warp folds, of those that its team fetches.
-__device__ __forceinline__ int row_of_warp(int warp, int i) {
-  return warp / TEAM_WARPS + (warp % TEAM_WARPS + i * TEAM_WARPS) * TEAMS;
-}
-
 // All rows of a segment; every warp reads them after the CTA's next barrier.
 __device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, const Cursor& cursor, int warp, int lane) {
   constexpr int ROWS = (PASS_ROWS + NUM_WARPS - 1) / NUM_WARPS;
   float x[ROWS][NUMBERS], offset_unit[ROWS];
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
-    const int row = row_of_warp(warp, i);
+    const int row = warp + i * NUM_WARPS;
     if (PASS_ROWS % NUM_WARPS && row >= PASS_ROWS) break;
     const bool present = query_row(a, cursor, row) != nullptr;
     const u16* raw = shared.raw_query[shared.segment % 2][row];
@@ -56,7 +51,7 @@ __device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, co
   const float unit = __uint_as_float(exponent << 23), inverse = __uint_as_float((254 - exponent) << 23);
 #pragma unroll
   for (int i = 0; i < ROWS; i++) {
-    const int row = row_of_warp(warp, i);
+    const int row = warp + i * NUM_WARPS;
     if (PASS_ROWS % NUM_WARPS && row >= PASS_ROWS) break;
     const int tile = row / 8;
     u8* matrices[TERMS];
@@ -94,20 +89,20 @@ __device__ __forceinline__ void fold_rows(const Arguments& a, Shared& shared, co
   if constexpr (TEAM_WARPS > 1) fence_async_proxy();
 }
 
-__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int lane,
+__device__ __forceinline__ void load_rows(const Shared& shared, const Request& request, int pass, int warp, int lane,
                                           RowConstants& rows) {
 #if TEAM_WARPS == 1
   if constexpr (QUERY_STAYS)
 #pragma unroll
     for (int step = 0; step < K_STEPS; step++) load_query_step(shared.folded, 0, step, lane, rows.query[step]);
+#else
+  rows.query = GroupOperand(shared.folded.matrices);
+  rows.weights = GroupOperand(shared.teams.weights[warp / TEAM_WARPS]);
 #endif
 #pragma unroll
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int column = 0; column < 2; column++) rows.sum[tile][column] = shared.folded.sum[8 * tile + lane % 4 * 2 + column];
   rows.unit = shared.folded.unit;
-  rows.first_row = pass * PASS_ROWS;
-  rows.len = request.len;
-  rows.seen_by_first = request.len - request.num_queries + 1;
-  rows.seen_by_all = rows.seen_by_first + rows.first_row / GROUP;
+  rows.seen_by_all = request.len - request.num_queries + 1 + pass * PASS_ROWS / GROUP;
 }

@@ -10,15 +10,18 @@
 
 constexpr int TILES = PASS_ROWS / 8;
 static_assert(PASS_ROWS % 8 == 0, "rows fill the columns of matrix instructions");
-// Groups of 16 tokens that a warp attends to at once, by registers; of a team's stage each warp has one.
-constexpr int PART_GROUPS = TEAM_WARPS > 1 ? 1 : constant_min(GROUPS, PASS_ROWS > 16 || HEAD_SIZE > 128 ? 1 : 2);
-static_assert(TEAM_WARPS == 1 || GROUPS == TEAM_WARPS, "a team's stage");
+// Groups of 16 tokens that a warp attends to at once, by registers: neighbours, or every fourth of a team's stage.
+constexpr int PART_GROUPS = TEAM_WARPS > 1 ? GROUPS / TEAM_WARPS : constant_min(GROUPS, MAX_PART_GROUPS);
+static_assert(TEAM_WARPS == 1 || PART_GROUPS * TEAM_WARPS == GROUPS, "a team's stage");
 constexpr int WARP_V_TILES = V_TILES / TEAM_WARPS;  // of 16 dimensions, that a warp has sums of
 static_assert(WARP_V_TILES * TEAM_WARPS == V_TILES, "head size");
-constexpr int OFFSET_TURNS = TEAM_WARPS == 1 && GROUPS == 4 ? 2 : 1;  // sets of a key offset's coefficients, one for each ANGLE_STEP
+// Sets of a key offset's coefficients, one for each ANGLE_STEP of a stage that a warp has tokens of.
+constexpr int OFFSET_TURNS = TEAM_WARPS > 1 ? PART_GROUPS : constant_max(GROUPS / 2, 1);
 constexpr int ROUND_ROWS = 8;
-constexpr int V_RUN = TEAM_WARPS > 1 ? 1 : value_run(V_BITS == 8 ? 4 : 8);
+constexpr bool VALUE_MATRICES = V_MATRICES || TEAM_WARPS > 1;
+constexpr int V_RUN = VALUE_MATRICES ? 1 : value_run(V_BITS == 8 ? 4 : 8);
 
+constexpr bool PARKS = false;  // whether copying leaves its registers to products in between
 constexpr int TERMS = KEY_HADAMARD || KEY_EQUALIZATION ? 2 : 1;  // fp16 numbers that a query's number is the sum of
 constexpr int K_STEPS = K_WORDS * K_FIELDS;  // matrix instructions along head_size, of 16 numbers
 constexpr bool QUERY_STAYS = TEAM_WARPS == 1 && TILES * K_STEPS <= QUERY_REGISTERS / 2;  // whether registers hold the first term
@@ -33,7 +36,7 @@ constexpr int ASIDE_STAGES = ASIDE_TOKENS / STAGE_TOKENS;
 
 // Of the key offset's products: the row of column g of a tile, and which of a stage's angles it is with.
 __device__ __forceinline__ int row_of_column(int tile, int g) { return 8 * tile + g; }
-__device__ __forceinline__ int column_of_turn(int warp, int turn_index, int) { return TEAM_WARPS > 1 ? warp % TEAM_WARPS / 2 : turn_index; }
+__device__ __forceinline__ int column_of_turn(int warp, int turn_index, int) { return TEAM_WARPS > 1 ? 2 * turn_index + warp % TEAM_WARPS / 2 : turn_index; }
 
 #if TEAM_WARPS > 1
 struct TeamShared {
@@ -81,14 +84,12 @@ struct Accumulators {
 };
 
 struct RowConstants {
+#if TEAM_WARPS == 1
   u32 query[QUERY_STAYS ? K_STEPS : 1][TILES][2];
+#else
+  GroupOperand query, weights;  // the first matrices of both
+#endif
   float sum[TILES][2];  // of rows 2 t and 2 t + 1 of a tile
   float unit;           // logits to base 2 per unit of q . k
-  int first_row;     // of the pass, among all rows of the request
-  int seen_by_first; // tokens that the request's first query sees
-  int seen_by_all;   // tokens that every row of the pass sees
-  int len;           // tokens of the request
-
-  // Tokens that a row sees.
-  __device__ __forceinline__ int limit(int row) const { return min(seen_by_first + (first_row + row) / GROUP, len); }
+  int seen_by_all;      // tokens that every row of the pass sees
 };

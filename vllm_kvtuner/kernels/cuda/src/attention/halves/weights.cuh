@@ -3,20 +3,21 @@
 
 // Sums that were set aside, in global memory: where a warp reads a long part of a segment.
 struct SetAside {
-  float* place;
+  const Arguments& a;
   int stages;  // since sums were last set aside
   bool used;
 
-  __device__ __forceinline__ SetAside(const Arguments& a, int cta, int warp)
-      : place(a.aside + (u64)(cta * NUM_WARPS + warp) * (PASS_ROWS * 16 * WARP_V_TILES)), stages(0), used(false) {}
+  __device__ __forceinline__ explicit SetAside(const Arguments& a) : a(a), stages(0), used(false) {}
 
   template <class Each>
   __device__ __forceinline__ void for_sums(int lane, const Each& each) {
+    const u32 warp = blockIdx.x * NUM_WARPS + threadIdx.x / 32;
+    float4* place = (float4*)a.aside + warp * (PASS_ROWS * 4 * WARP_V_TILES) + lane;
 #pragma unroll
     for (int i = 0; i < WARP_V_TILES; i++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
-        each(i, tile, (float4*)place + (i * TILES + tile) * 32 + lane);
+        each(i, tile, place + (i * TILES + tile) * 32);
   }
 
   __device__ __forceinline__ void after_stage(Accumulators& sums, int lane) {
@@ -56,13 +57,12 @@ struct TokenMeta {
   float v_scale[PART_GROUPS][2], v_minimum[PART_GROUPS][2];
 };
 
-// Those of 16 tokens of a piece from `within`.
-__device__ __forceinline__ void load_meta(const u8* piece, int within, float unit, int group, int lane, TokenMeta& meta) {
+// Those of a group of 16 tokens; stage: with the lane's place added.
+__device__ __forceinline__ void load_meta(const u8* stage, int of_stage, float unit, int group, TokenMeta& meta) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const int row = within + token_of_row(lane / 4) + 8 * half;
-    const float2 k_meta = unpack_fp16(*(const u32*)(piece + Piece::K_META + row * Piece::META_ROW));
-    const float2 v_meta = unpack_fp16(*(const u32*)(piece + Piece::V_META + row * Piece::META_ROW));
+    const float2 k_meta = unpack_fp16(*(const u32*)(stage + group_place(of_stage, Piece::K_META, Piece::META_ROW) + 8 * half * Piece::META_ROW));
+    const float2 v_meta = unpack_fp16(*(const u32*)(stage + group_place(of_stage, Piece::V_META, Piece::META_ROW) + 8 * half * Piece::META_ROW));
     meta.k_scale[group][half] = k_meta.x * (unit * (1.0f / CODE_UNIT));
     meta.k_minimum[group][half] = k_meta.y * unit;
     meta.v_scale[group][half] = v_meta.x;
@@ -122,16 +122,18 @@ __device__ __forceinline__ void raise_references(const float (&top)[TILES][2], i
 }
 
 // Tokens that rows do not see, in a part that begins with token `token`.
-__device__ __forceinline__ void mask(int token, const RowConstants& rows, int lane, TokenMeta& meta,
+__device__ __forceinline__ void mask(const Shared& shared, int token, const RowConstants& rows, int lane, TokenMeta& meta,
                                      float (&dots)[PART_GROUPS][TILES][4]) {
   const int g = lane / 4, t = lane % 4;
+  const Cursor& cursor = shared.cursors[shared.segment % 2];
+  const int len = cursor.request.len, seen_by_first = len - cursor.request.num_queries + 1;
 #pragma unroll
   for (int group = 0; group < PART_GROUPS; group++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      const int position = token + group * 16 + token_of_row(g) + 8 * half;
+      const int position = token + group * (16 * TEAM_WARPS) + token_of_row(g) + 8 * half;
       // What stands beyond the request, or in blocks that left its window, may be any bits.
-      bool absent = position >= rows.len;
+      bool absent = position >= len;
 #if WINDOW
       absent |= position < rows.seen_by_all - WINDOW;
 #endif
@@ -145,7 +147,8 @@ __device__ __forceinline__ void mask(int token, const RowConstants& rows, int la
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
         for (int column = 0; column < 2; column++) {
-          const int limit = rows.limit(8 * tile + 2 * t + column);
+          const int row = cursor.pass * PASS_ROWS + 8 * tile + 2 * t + column;
+          const int limit = min(seen_by_first + row / GROUP, len);  // tokens that the row sees
           bool seen = position < limit;
 #if WINDOW
           seen = seen && position >= limit - WINDOW;
@@ -166,7 +169,13 @@ __device__ __forceinline__ void finish_logits(const Arguments& a, Shared& shared
   {
     // Dot products become logits.
     float offsets[PART_GROUPS][TILES][4] = {};
-    offset.products(a, token, OFFSET_TURNS == 2 ? first / 2 : 0, TEAM_WARPS > 1 || (first + PART_GROUPS) % constant_min(GROUPS, 2) == 0, lane, offsets);
+    if constexpr (TEAM_WARPS == 1) {
+      offset.products(a, token, first / 2, (first + PART_GROUPS) % constant_min(GROUPS, 2) == 0, lane, offsets);
+    } else {
+#pragma unroll
+      for (int group = 0; group < PART_GROUPS; group++)
+        offset.products(a, token, group, true, lane, *(float(*)[1][TILES][4])&offsets[group]);
+    }
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
@@ -193,14 +202,14 @@ __device__ __forceinline__ void finish_logits(const Arguments& a, Shared& shared
       for (int half = 0; half < 2; half++) meta.k_scale[group][half] = 1.0f, meta.k_minimum[group][half] = 0.0f;
   }
 #endif
-  bool partly_seen = token + 16 * PART_GROUPS > rows.seen_by_all;
+  bool partly_seen = token + 16 * (TEAM_WARPS * (PART_GROUPS - 1) + 1) > rows.seen_by_all;
 #if WINDOW
   partly_seen |= token < rows.seen_by_all + PASS_ROWS - WINDOW;
 #endif
 #if SKIP_FIRST
   partly_seen |= token < SKIP_FIRST;
 #endif
-  if (partly_seen) mask(token, rows, lane, meta, dots);
+  if (partly_seen) mask(shared, token, rows, lane, meta, dots);
 }
 
 // Sums that a part's tokens make, until they are accepted.
