@@ -17,7 +17,8 @@ from typing import Any
 
 from kvtuner_tools.bench.closed_loop import FILL_STEPS
 from kvtuner_tools.bench.pictures import check_picture, draw
-from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
+from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.presets import Preset, presets
 from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.serve import ServeJob, measure
 from kvtuner_tools.processes import in_own_process
@@ -136,7 +137,11 @@ def table(result: Mapping[str, Any]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kvtuner bench serve``."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--shape", choices=presets())
+    model.add_argument(
+        "--shape",
+        help=f"{', '.join(presets())} (mixtures of experts: bench kernel only), or a rank's share of one under tensor "
+        "parallelism such as llama33_70b:tp8",
+    )
     model.add_argument("--model", type=Path, help="folder with config.json")
     parser.add_argument(
         "--setting",
@@ -185,9 +190,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner bench serve``; 1 when an engine failed, whose points so far are kept."""
+    if args.model:
+        return _run(args, args.model)
+    preset = Preset.parse(args.shape)
+    if preset.serve_refusal:
+        raise ValueError(preset.serve_refusal)
+    with preset.folder() as model:
+        return _run(args, model)
+
+
+def _run(args: argparse.Namespace, model: Path) -> int:
     from transformers import AutoConfig
 
-    model: Path = args.model or SHAPES / args.shape
     points = () if args.points == "none" else tuple(Point.parse(text) for text in args.points.split(","))
     max_num_seqs = args.max_num_seqs or (THROUGHPUT_SEQS if args.throughput else POINT_SEQS)
     _check_lengths(args, points, max_num_seqs)

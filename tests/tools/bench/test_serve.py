@@ -8,7 +8,8 @@ import pytest
 
 from kvtuner_tools import bench
 from kvtuner_tools.bench import serve
-from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.presets import SHAPES
 from kvtuner_tools.bench.serve import assemble, new_entry, table
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engines.serve import ServeJob, token_range
@@ -141,12 +142,14 @@ class Engines:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **failures: BaseException) -> None:
         self.jobs: list[ServeJob] = []
+        self.configs: list[dict] = []
         self.failures = failures
         monkeypatch.setattr(serve, "in_own_process", self)
 
     def __call__(self, function: object, job: ServeJob) -> None:
         assert function is serve.measure
         self.jobs.append(job)
+        self.configs.append(json.loads((job.model / "config.json").read_text()))
         job.lines.write_text("".join(json.dumps(line) + "\n" for line in lines(ENGINE, POINT)))
         if failure := self.failures.get(job.setting.label):
             raise failure
@@ -215,6 +218,23 @@ def test_another_profile_under_the_same_name_is_measured_again(tmp_path: Path, m
     assert json.loads((tmp_path / "out.json").read_text())["settings"][0]["nominal_bits"] == 4
 
 
+def test_a_rank_s_share_is_served_as_a_model_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines(monkeypatch)
+    words = ("--shape=llama33_70b:tp8", "--points=64x1024", f"--out={tmp_path / 'out.json'}")
+
+    assert bench.run(parse(*words, "--setting=fp8", "--setting=kvtuner:K4V2")) == 0
+
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["model"] == "llama33_70b:tp8"
+    assert [entry["label"] for entry in result["settings"]] == ["fp8", "kvtuner:K4V2"]
+    for config in engines.configs:
+        assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (8, 1, 128)
+    assert {job.vocab_size for job in engines.jobs} == {16032}
+    # A run that is cut short goes on, though the share lies in another folder by then.
+    assert bench.run(parse(*words, "--setting=fp8", "--setting=kvtuner:K4V2")) == 0
+    assert len(engines.jobs) == 2
+
+
 def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Engines(monkeypatch)
     out = tmp_path / "out.json"
@@ -237,6 +257,9 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--long-prefill=33000:8192"], "--max-model-len must be at least 33001 for these points, but got 33000"),
         (["--long-prefill=512:128"], "CHUNK must be at least --max-num-seqs, 256, as vLLM demands of a step"),
         (["--points=none"], "needs --points, --throughput or --long-prefill, but got none"),
+        (["--shape=glm46:tp8"], "glm46:tp8 is a mixture of experts, which bench serve does not measure"),
+        (["--shape=llama33_70b:tp7"], "num_attention_heads must be a multiple of the 7 ranks, but got 64"),
+        (["--shape=llama2"], "a named shape is one of .*, but got 'llama2'"),
     ],
 )
 def test_what_no_engine_could_serve_is_refused(words: list[str], message: str) -> None:
