@@ -15,7 +15,7 @@ Entry = Mapping[str, Any]
 OURS = ("triton", "cuda")
 _PLACE = ("shape", "block_size", "transforms", "point")
 """What the panels of a picture differ in."""
-_MARKERS = dict(zip(IMPLEMENTATIONS, "osDPX", strict=True))
+_MARKERS = dict(zip(IMPLEMENTATIONS, "osD^vPX", strict=True))
 
 
 def draw_kernels(figure: Any, result: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvtuner_tools.bench.presets import Preset, presets
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 
-IMPLEMENTATIONS = ("fa3_bf16", "fa3_fp8", "int4_per_token_head", "triton", "cuda")
+IMPLEMENTATIONS = ("fa3_bf16", "fa3_fp8", "xqa_bf16", "xqa_fp8", "int4_per_token_head", "triton", "cuda")
 """Names of the decode attention kernels, in the order of tables and pictures."""
 TRANSFORMS = ("none", "hadamard", "offset", "all")
 """No transform; Hadamard rotations of keys and values; these, key offset, equalization and range search."""
