@@ -77,6 +77,7 @@ def new_entry(
     return {
         "label": setting.label,
         "kv_cache_dtype": setting.kv_cache_dtype,
+        "attention_backend": setting.attention_backend,
         "profile": setting.profile,
         "profile_sha256": profile_sha256(setting),
         "nominal_bits": nominal,
@@ -148,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         type=CacheSetting.parse,
-        help="auto, fp8, or kvtuner:PROFILE; repeat",
+        help="auto, fp8, or kvtuner:PROFILE; fp8@FLASHINFER names vLLM's attention backend; repeat",
     )
     parser.add_argument(
         "--points", default="64x1024,64x8192,8x32000", help="BATCHxCONTEXT,..., or none (default %(default)s)"

@@ -67,6 +67,7 @@ def measure(job: ServeJob) -> None:
             file.write(json.dumps({kind: record}) + "\n")
         print(job.setting.label, json.dumps(record), flush=True)
 
+    refuse_another_decode_kernel(job.setting)
     start = time.time()
     sizes = CUDAGRAPH_CAPTURE_SIZES + (THROUGHPUT_CAPTURE_SIZES if job.throughput else ())
     most = job.max_num_seqs * 9 // 8
@@ -75,6 +76,7 @@ def measure(job: ServeJob) -> None:
         load_format="dummy",
         skip_tokenizer_init=True,
         kv_cache_dtype=job.setting.kv_cache_dtype,
+        attention_backend=job.setting.attention_backend,
         max_model_len=job.max_model_len,
         gpu_memory_utilization=job.memory,
         kv_cache_memory_bytes=job.kv_memory_bytes,
@@ -109,6 +111,28 @@ def measure(job: ServeJob) -> None:
     finally:
         # A process waits for its children before it ends, and the engine's ends only when told to.
         llm.llm_engine.engine_core.shutdown()
+
+
+def refuse_another_decode_kernel(setting: CacheSetting) -> None:
+    """Refuse FlashInfer's backend where it would not decode by XQA, though the card has it.
+
+    vLLM leaves XQA, without a word, where it finds neither FlashInfer's precompiled kernels nor the server that has
+    them. XQA itself needs neither: nvcc compiles it.
+
+    Raises:
+        ValueError: vLLM would take FlashInfer's own decode kernel, which is another baseline.
+    """
+    if setting.attention_backend != "FLASHINFER":
+        return
+    from vllm.platforms import current_platform
+    from vllm.utils.flashinfer import supports_trtllm_attention
+
+    has_xqa = current_platform.is_device_capability(90) or current_platform.is_device_capability_family(120)
+    if has_xqa and not supports_trtllm_attention():
+        rule = "vLLM must decode by XQA, for which it asks for FlashInfer's precompiled kernels"
+        raise ValueError(
+            f"{setting.label}: {rule}, but got none; set VLLM_HAS_FLASHINFER_CUBIN=1 where nvcc compiles FlashInfer"
+        )
 
 
 def decode_point(llm: Any, point: Point, output_tokens: int, low: int, high: int) -> dict[str, Any]:

@@ -222,16 +222,17 @@ def test_a_rank_s_share_is_served_as_a_model_of_its_own(tmp_path: Path, monkeypa
     engines = Engines(monkeypatch)
     words = ("--shape=llama33_70b:tp8", "--points=64x1024", f"--out={tmp_path / 'out.json'}")
 
-    assert bench.run(parse(*words, "--setting=fp8", "--setting=kvtuner:K4V2")) == 0
+    assert bench.run(parse(*words, "--setting=fp8@FLASHINFER", "--setting=kvtuner:K4V2")) == 0
 
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["model"] == "llama33_70b:tp8"
-    assert [entry["label"] for entry in result["settings"]] == ["fp8", "kvtuner:K4V2"]
+    assert [entry["attention_backend"] for entry in result["settings"]] == ["FLASHINFER", None]
+    assert [entry["label"] for entry in result["settings"]] == ["fp8@FLASHINFER", "kvtuner:K4V2"]
     for config in engines.configs:
         assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (8, 1, 128)
     assert {job.vocab_size for job in engines.jobs} == {16032}
     # A run that is cut short goes on, though the share lies in another folder by then.
-    assert bench.run(parse(*words, "--setting=fp8", "--setting=kvtuner:K4V2")) == 0
+    assert bench.run(parse(*words, "--setting=fp8@FLASHINFER", "--setting=kvtuner:K4V2")) == 0
     assert len(engines.jobs) == 2
 
 
