@@ -1,10 +1,11 @@
 """Tables, pictures and figures in prose are what ``docs/benchmarks/data`` gives: ``make tables`` changes nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.bench.tables import markdown, pictures
+from kvtuner_tools.bench.tables import markdown, pictures, speed
 from kvtuner_tools.bench.tables.claims import CLAIMS
 from kvtuner_tools.bench.tables.published import Published, accuracy, fixed, loss, table
 
@@ -82,6 +83,52 @@ def test_a_newer_file_takes_the_place_of_the_old_one(tmp_path):
         (folder / f"{date}_kernel_h200.json").write_text("{}")
     with pytest.raises(ValueError, match=r"must be one file, but got 2000-01-01_kernel_h200.json and 2000-01-02_"):
         Published(tmp_path).names()
+
+
+def kernel_file(root: Path, name: str, *cases: dict) -> None:
+    """A result of ``bench kernel`` with those decode cases."""
+    common = {"shape": "32/8/128", "block_size": 16, "transforms": "none", "point": "64x8192", "failure": None}
+    head = {"created": "2000-01-01T00:00:00+00:00", "device": "a card", "versions": {"vllm": "0.33.0"}}
+    folder = root / "docs" / "benchmarks" / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {**head, "decode": [{**common, **case} for case in cases]}
+    (folder / f"2000-01-01_{name}.json").write_text(json.dumps(result))
+
+
+def test_query_tokens_tell_cases_apart_and_are_one_where_data_are_older(tmp_path):
+    cuda = {"implementation": "cuda", "format": "K4V4"}
+    kernel_file(tmp_path, "old", {**cuda, "query_tokens": 1, "us": 135.0})
+    kernel_file(
+        tmp_path, "new", *({**cuda, "query_tokens": tokens, "us": us} for tokens, us in (("1", 136.0), ("4", 145.0)))
+    )
+    published = Published(tmp_path)
+    assert published.kernel("old", format="K4V4")["us"] == 135.0
+    assert published.kernel("new", format="K4V4")["us"] == 136.0
+    assert published.kernel("new", format="K4V4", query_tokens="4")["us"] == 145.0
+
+
+def test_the_table_of_rows(tmp_path):
+    kernel_file(
+        tmp_path, "kernel_rows_h200",
+        {"implementation": "cuda", "format": "K4V4", "query_tokens": "4", "us": 145.04, "fraction_given": 0.901},
+        {"implementation": "cuda", "format": "K4V4", "query_tokens": "1", "us": 135.0, "fraction_given": 0.97},
+        {"implementation": "xqa_fp8", "format": "fp8", "query_tokens": "1", "us": 316.0, "fraction_given": 0.78},
+        {"implementation": "xqa_fp8", "format": "fp8", "query_tokens": "4", "failure": "RuntimeError: no"},
+    )  # fmt: skip
+    case = {"implementation": "fa3_fp8", "format": "fp8", "query_tokens": "1+4", "us": 109.0, "fraction_given": 0.56}
+    kernel_file(tmp_path, "kernel_rows_long_h200", {**case, "shape": "64/8/128", "point": "2x131072"})
+
+    lines = speed.rows(Published(tmp_path), INDEX).splitlines()
+
+    assert lines[0].startswith("| query / KV heads / head size | requests x tokens | query tokens | rows | FA3 bf16 |")
+    assert lines[2:5] == [
+        "| 32 / 8 / 128 | 64 x 8192 | 1 | 4 | - | - | - | 316.0 (78.0) | - | 135.0 (97.0) | - | - |",
+        "| 32 / 8 / 128 | 64 x 8192 | 4 | 16 | - | - | - | - | - | 145.0 (90.1) | - | - |",
+        "| 64 / 8 / 128 | 2 x 131072 | 1+4 | 32 | - | 109.0 (56.0) | - | - | - | - | - | - |",
+    ]
+    kernel_file(tmp_path, "kernel_rows_again_h200", {**case, "shape": "64/8/128", "point": "2x131072"})
+    with pytest.raises(ValueError, match="exactly once, but got it twice"):
+        speed.rows(Published(tmp_path), INDEX)
 
 
 def test_blocks_and_claims_are_filled(published):
