@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvtuner_tools.bench.points import IMPLEMENTATIONS
+from kvtuner_tools.bench.speculation import speculated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -159,7 +160,7 @@ def _draw_serve(figure: Any, result: Mapping[str, Any]) -> None:
     figure.legend(
         list(map(_patch, colors)), labels, loc="outside lower center", ncols=min(len(labels), 2), frameon=False
     )
-    figure.suptitle(f"{result['model']}, dummy weights\n{_caption(result)}", fontsize=11)
+    figure.suptitle(f"{result['model']}, dummy weights{speculated(result)}\n{_caption(result)}", fontsize=11)
 
 
 def _draw_groups(axis: "Axes", rows: Sequence[Mapping[str, float | None]]) -> None:
