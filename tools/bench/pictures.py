@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvtuner_tools.bench.axes import BAR_GROUP, COLORS, LABEL_SIZE, caption, frame, patch
 from kvtuner_tools.bench.kernel_pictures import draw_kernels
+from kvtuner_tools.bench.speculation import speculated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -100,7 +101,7 @@ def _draw_serve(figure: Any, result: Mapping[str, Any]) -> None:
     figure.legend(
         list(map(patch, colors)), labels, loc="outside lower center", ncols=min(len(labels), 2), frameon=False
     )
-    figure.suptitle(f"{result['model']}, dummy weights\n{caption(result)}", fontsize=11)
+    figure.suptitle(f"{result['model']}, dummy weights{speculated(result)}\n{caption(result)}", fontsize=11)
 
 
 def _draw_groups(axis: "Axes", rows: Sequence[Mapping[str, float | None]]) -> None:

@@ -2,8 +2,9 @@
 
 Each point BATCHxCONTEXT prefills BATCH random prompts of CONTEXT tokens (prefill_s), then serves them again from the
 prefix cache and gives milliseconds per step over --output-tokens steps in which all of them decode.
---throughput keeps as many requests in flight as fit in the KV cache. Every setting runs in an engine and a process of
-its own; a run that was cut short goes on, with the same options and --out, at the setting it was cut short in.
+--throughput keeps as many requests in flight as fit in the KV cache. With --speculate, a step verifies drafted tokens
+of every request, and tokens per second count the accepted ones. Every setting runs in an engine and a process of its
+own; a run that was cut short goes on, with the same options and --out, at the setting it was cut short in.
 """
 
 import argparse
@@ -15,16 +16,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.bench.closed_loop import FILL_STEPS
+from kvtuner_tools.bench.closed_loop import decode_room, throughput_room
 from kvtuner_tools.bench.pictures import check_picture, draw
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
 from kvtuner_tools.bench.presets import Preset, presets
+from kvtuner_tools.bench.speculation import MAX_DRAFTED, Speculation, speculated
 from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.serve import ServeJob, measure
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, write_json
 
-SCHEMA = "kvtuner-bench-serve/5"
+SCHEMA = "kvtuner-bench-serve/6"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 """Requests that run at once by default, without and with --throughput."""
 _SETTING = {
@@ -39,6 +41,7 @@ COLUMNS = {
     "point": "point:",
     "decode ms": "decode_ms:.2f",
     "decode tok/s": "decode_tok_s:,.0f",
+    "tokens/step": "tokens_per_step:.2f",
     "prefill s": "prefill_s:.2f",
 }
 THROUGHPUT_COLUMNS = {
@@ -52,8 +55,11 @@ THROUGHPUT_COLUMNS = {
     "cached prompts tok/s": "repeat_tok_s:,.0f",
     "decode alone ms": "decode_ms:.2f",
     "decode alone tok/s": "decode_tok_s:,.0f",
+    "tokens/step": "tokens_per_step:.2f",
     "preemptions": "preemptions:",
 }
+SPECULATION_COLUMNS = ("tokens/step",)
+"""Left out without speculation."""
 LONG_PREFILL_COLUMNS = {**_SETTING, "prompt:chunk": "point:", "prefill s": "seconds:.3f", "x auto": "ratio:.3f"}
 
 
@@ -130,6 +136,8 @@ def table(result: Mapping[str, Any]) -> str:
         for entry in result["settings"]:
             for point in entry[group] or ([{}] if group == "points" else []):
                 rows.append({**entry, **point, "point": _name(point) if point else None})
+        if not result.get("speculate"):
+            columns = {name: form for name, form in columns.items() if name not in SPECULATION_COLUMNS}
         if rows:
             tables.append(format_table(columns, rows))
     return "\n\n".join(tables)
@@ -176,6 +184,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds to prefill one prompt in chunks, such as 32768:8192; no step takes more than CHUNK tokens",
     )
     parser.add_argument(
+        "--speculate",
+        type=Speculation.parse,
+        metavar="DRAFTED:ACCEPTANCE",
+        help=f"draft 1 to {MAX_DRAFTED} tokens in each step and accept each, if all before it are, with this "
+        "probability, such as 3:0.7; by vLLM's synthetic acceptance, on a GPU alone",
+    )
+    parser.add_argument(
         "--memory", type=float, default=0.85, help="gpu_memory_utilization of every engine (default %(default)s)"
     )
     parser.add_argument("--kv-memory", type=float, help="GiB of KV cache (default: what --memory leaves)")
@@ -206,6 +221,7 @@ def _run(args: argparse.Namespace, model: Path) -> int:
     points = () if args.points == "none" else tuple(Point.parse(text) for text in args.points.split(","))
     max_num_seqs = args.max_num_seqs or (THROUGHPUT_SEQS if args.throughput else POINT_SEQS)
     _check_lengths(args, points, max_num_seqs)
+    _check_speculation(args.speculate)
     if args.picture:
         check_picture(args.picture)
     kv_memory_bytes = None if args.kv_memory is None else int(args.kv_memory * (1 << 30))
@@ -216,6 +232,7 @@ def _run(args: argparse.Namespace, model: Path) -> int:
         "model": args.shape or str(model),
         "points": [str(point) for point in points],
         "output_tokens": args.output_tokens,
+        "speculate": args.speculate and str(args.speculate),
         "throughput": [str(point) for point in args.throughput],
         "window_s": args.window,
         "long_prefill": args.long_prefill and str(args.long_prefill),
@@ -246,6 +263,7 @@ def _run(args: argparse.Namespace, model: Path) -> int:
                 max_model_len=args.max_model_len,
                 max_num_seqs=max_num_seqs,
                 lines=Path(folder) / f"{number}.jsonl",
+                speculation=args.speculate,
             )
             done[setting.label] = _measure_setting(job, bits[setting])
             # Rewritten after every engine, so that a run cut short keeps what it measured.
@@ -271,7 +289,7 @@ def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[st
 
 def _report(result: Mapping[str, Any]) -> int:
     """Print the tables, and what failed on stderr; the exit status."""
-    print(f"{result['model']} on {result['device']}, dummy weights")
+    print(f"{result['model']} on {result['device']}, dummy weights{speculated(result)}")
     print(table(result))
     failed = [entry for entry in result["settings"] if entry["error"]]
     for entry in failed:
@@ -283,15 +301,23 @@ def _check_lengths(args: argparse.Namespace, points: Sequence[Point], max_num_se
     if args.long_prefill and args.long_prefill.chunk < max_num_seqs:
         rule = f"--long-prefill's CHUNK must be at least --max-num-seqs, {max_num_seqs}, as vLLM demands of a step"
         raise ValueError(f"{rule}, but got {args.long_prefill.chunk}")
-    longest = [point.context + FILL_STEPS + args.output_tokens for point in points]
-    # The first requests of a closed loop may generate twice their output.
-    longest += [point.prompt + 2 * point.output for point in args.throughput]
+    # Drafts stand behind a request's last token, and one that does not fit would be left out of its step.
+    drafted = args.speculate.drafted if args.speculate else 0
+    longest = [point.context + decode_room(args.output_tokens, 1 + drafted) + drafted for point in points]
+    longest += [point.prompt + throughput_room(point, 1 + drafted) + drafted for point in args.throughput]
     longest += [args.long_prefill.prompt + 1] if args.long_prefill else []
     if not longest:
         raise ValueError("bench serve needs --points, --throughput or --long-prefill, but got none")
     if max(longest) > args.max_model_len:
         rule = f"--max-model-len must be at least {max(longest)} for these points"
         raise ValueError(f"{rule}, but got {args.max_model_len}")
+
+
+def _check_speculation(speculation: Speculation | None) -> None:
+    import torch
+
+    if speculation and not torch.cuda.is_available():
+        raise ValueError("--speculate needs a GPU: vLLM's sampler on a CPU has no synthetic acceptance")
 
 
 def _resume(out: Path | None, head: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -194,6 +194,15 @@ def test_results_of_older_schemas_are_drawn(drawn, tmp_path, query_tokens):
     assert drawn[0].axes[0].get_title().endswith("4 query tokens, 16 rows" if query_tokens else "block 16")
 
 
+def test_speculation_is_in_the_title(drawn, tmp_path):
+    for result in (serve_result(), serve_result() | {"speculate": "3:0.7"}):
+        pictures.draw(result, tmp_path / "picture.png")
+
+    plain, speculated = (figure.get_suptitle().splitlines()[0] for figure in drawn)
+    assert plain == "llama31_8b, dummy weights"
+    assert speculated == f"{plain}, 3 drafted tokens a step, each accepted with probability 0.7"
+
+
 def test_throughput_by_context_and_decode_time(drawn, tmp_path):
     pictures.draw(serve_result(), tmp_path / "picture.png")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from kvtuner_tools.bench import serve
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
 from kvtuner_tools.bench.presets import SHAPES
 from kvtuner_tools.bench.serve import assemble, new_entry, table
+from kvtuner_tools.bench.speculation import Speculation
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engines.serve import ServeJob, token_range
-from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 
 ENGINE = {"startup_s": 70.0, "kv_tokens": 1000, "block_size": 16}
 POINT = {
@@ -76,11 +79,34 @@ def test_arguments_of_throughput_and_long_prefill() -> None:
             parse(*OPTIONS, "--setting=auto", *words)
 
 
+def test_arguments_of_speculation() -> None:
+    assert parse(*OPTIONS, "--setting=auto").speculate is None
+    assert parse(*OPTIONS, "--setting=auto", "--speculate=3:0.7").speculate == Speculation(3, 0.7)
+    with pytest.raises(SystemExit):
+        parse(*OPTIONS, "--setting=auto", "--speculate=3")
+
+
 def test_llama_shape() -> None:
     shape = ModelShape.from_hf_config(json.loads((SHAPES / "llama31_8b" / "config.json").read_text()), "llama31_8b")
 
     assert len(shape.layers) == 32
     assert {(layer.num_kv_heads, layer.head_size) for layer in shape.layers} == {(8, 128)}
+
+
+def test_profile_for_80_layers_has_the_bits_and_transforms_of_llamas() -> None:
+    path = str(SHAPES.parent / "profiles" / "llama33_70b_3.25bit.yaml")
+    shapes = {path: (80, 1), "llama31_3.25bit": (32, 8)}
+
+    ours, llamas = (
+        load_profile(profile).resolve(ModelShape("m", "LlamaForCausalLM", (LayerShape(heads, 128),) * layers))
+        for profile, (layers, heads) in shapes.items()
+    )
+
+    assert (ours.nominal_bits, ours.stored_bits) == (llamas.nominal_bits, llamas.stored_bits) == (3.25, 3.5)
+    assert {layer.transforms for layer in ours.layers} == {layer.transforms for layer in llamas.layers}
+    shares = [{pair: n / len(each.layers) for pair, n in Counter(layer.pair for layer in each.layers).items()}
+              for each in (ours, llamas)]  # fmt: skip
+    assert shares[0] == shares[1]
 
 
 def test_prompts_stay_comparable_and_inside_the_vocabulary() -> None:
@@ -135,6 +161,22 @@ def test_throughput_and_long_prefill_are_compared_with_auto() -> None:
     assert entry["long_prefill"][0]["ratio"] == pytest.approx(1.04)
     assert "4096x512 |      800" in table(result)
     assert "32768:8192 |     1.040 |  1.040" in table(result)
+
+
+def test_tables_with_speculation() -> None:
+    point = {**POINT, "decode_steps": 64, "tokens_per_step": 2.53}
+    entries = [
+        new_entry(
+            CacheSetting("fp8"), (8.0, 8.0), [*lines(ENGINE, point), {"throughput": {**THROUGHPUT, **point}}], None
+        )
+    ]
+
+    plain, speculated = (table(assemble({"speculate": text}, entries)) for text in (None, "3:0.7"))
+
+    assert "tokens/step" not in plain
+    for rows in speculated.split("\n\n"):
+        heads, _, cells = ([cell.strip() for cell in row.split("|")] for row in rows.splitlines())
+        assert cells[heads.index("tokens/step")] == "2.53"
 
 
 class Engines:
@@ -207,6 +249,46 @@ def test_a_run_cut_short_goes_on_at_the_setting_it_was_cut_short_in(
     ]  # fmt: skip
 
 
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_all_settings_speculate_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    engines, out = Engines(monkeypatch), tmp_path / "out.json"
+    words = (*OPTIONS, "--setting=fp8", "--setting=kvtuner:K4V4", f"--out={out}")
+
+    assert bench.run(parse(*words, "--speculate=3:0.7")) == 0
+
+    assert [job.speculation for job in engines.jobs] == [Speculation(3, 0.7)] * 2
+    assert [job.capture_sizes for job in engines.jobs] == [[4, 32, 128, 256, 512, 1024]] * 2
+    assert json.loads(out.read_text())["speculate"] == "3:0.7"
+    assert "dummy weights, 3 drafted tokens a step" in capsys.readouterr().out
+    for others in ([], ["--speculate=3:0.8"]):
+        with pytest.raises(ValueError, match="hold the same run, but got another speculate"):
+            bench.run(parse(*words, *others))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_drafts_need_room() -> None:
+    words = ("--shape=llama31_8b", "--setting=auto", "--speculate=3:0.7", "--max-model-len=8192")
+    for point, longest in (("--points=1x8000", 8000 + 4 * 128 + 3), ("--throughput=8000x64", 8000 + 5 * 64 + 3)):
+        points = [] if point.startswith("--points") else ["--points=none"]
+        with pytest.raises(ValueError, match=f"--max-model-len must be at least {longest} for these points"):
+            bench.run(parse(*words, *points, point))
+
+
+def test_speculation_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(
+        ValueError, match="--speculate needs a GPU: vLLM's sampler on a CPU has no synthetic acceptance"
+    ):
+        bench.run(parse(*OPTIONS, "--setting=auto", "--speculate=3:0.7"))
+
+
 def test_another_profile_under_the_same_name_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = tmp_path / "mine.yaml"
     words = (*OPTIONS, f"--setting=kvtuner:{profile}", f"--out={tmp_path / 'out.json'}")
@@ -246,7 +328,7 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
         bench.run(parse(*OPTIONS, "--setting=fp8", "--output-tokens=7", f"--out={out}"))
     assert out.read_text() == before
     out.write_text("{}")
-    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/5, but got None"):
+    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/6, but got None"):
         bench.run(parse(*OPTIONS, "--setting=auto", f"--out={out}"))
 
 
