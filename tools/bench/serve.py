@@ -12,7 +12,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,127 +19,16 @@ from kvtuner_tools.bench.closed_loop import decode_room, throughput_room
 from kvtuner_tools.bench.pictures import check_picture, draw
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
 from kvtuner_tools.bench.presets import Preset, presets
+from kvtuner_tools.bench.serve_result import SCHEMA, assemble, new_entry, table
 from kvtuner_tools.bench.speculation import MAX_DRAFTED, Speculation, speculated
 from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.engines.flashinfer import FLASHINFER, decode_environment
 from kvtuner_tools.engines.serve import ServeJob, measure
 from kvtuner_tools.processes import in_own_process
-from kvtuner_tools.results import format_table, provenance, write_json
+from kvtuner_tools.results import provenance, write_json
 
-SCHEMA = "kvtuner-bench-serve/6"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 """Requests that run at once by default, without and with --throughput."""
-_SETTING = {
-    "setting": "label:",
-    "nominal bits": "nominal_bits:.2f",
-    "stored bits": "stored_bits:.2f",
-}
-COLUMNS = {
-    **_SETTING,
-    "KV tokens": "kv_tokens:,",
-    "x auto": "kv_tokens_ratio:.3f",
-    "point": "point:",
-    "decode ms": "decode_ms:.2f",
-    "decode tok/s": "decode_tok_s:,.0f",
-    "tokens/step": "tokens_per_step:.2f",
-    "prefill s": "prefill_s:.2f",
-}
-THROUGHPUT_COLUMNS = {
-    **_SETTING,
-    "prompt x output": "point:",
-    "requests": "concurrency:,",
-    "fitting": "fitting:,",
-    "output tok/s": "output_tok_s:,.0f",
-    "x auto": "ratio:.2f",
-    "total tok/s": "total_tok_s:,.0f",
-    "cached prompts tok/s": "repeat_tok_s:,.0f",
-    "decode alone ms": "decode_ms:.2f",
-    "decode alone tok/s": "decode_tok_s:,.0f",
-    "tokens/step": "tokens_per_step:.2f",
-    "preemptions": "preemptions:",
-}
-SPECULATION_COLUMNS = ("tokens/step",)
-"""Left out without speculation."""
-LONG_PREFILL_COLUMNS = {**_SETTING, "prompt:chunk": "point:", "prefill s": "seconds:.3f", "x auto": "ratio:.3f"}
-
-
-def new_entry(
-    setting: CacheSetting, bits: tuple[float, float] | None, lines: Sequence[Mapping[str, Any]], error: str | None
-) -> dict[str, Any]:
-    """One setting's part of the result.
-
-    Args:
-        setting: what it stores the cache as.
-        bits: nominal and stored.
-        lines: the JSON lines of its engine.
-        error: why the engine failed, if it did.
-    """
-    nominal, stored = bits or (None, None)
-    records: dict[str, list[Any]] = {"engine": [], "points": [], "long_prefill": [], "throughput": []}
-    for line in lines:
-        for kind, record in line.items():
-            records[kind].append(record)
-    (engine,) = records.pop("engine") or [{}]
-    return {
-        "label": setting.label,
-        "kv_cache_dtype": setting.kv_cache_dtype,
-        "attention_backend": setting.attention_backend,
-        "profile": setting.profile,
-        "profile_sha256": profile_sha256(setting),
-        "nominal_bits": nominal,
-        "stored_bits": stored,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **engine,
-        **records,
-        "error": error,
-    }
-
-
-def assemble(head: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result of all settings, with what each is to ``auto`` if that is among them.
-
-    Args:
-        head: provenance and the options of the run.
-        entries: of :func:`new_entry`.
-    """
-    auto = next((entry for entry in entries if entry["label"] == "auto"), None)
-    if auto is not None:
-        for entry in entries:
-            if "kv_tokens" in entry and "kv_tokens" in auto:
-                entry["kv_tokens_ratio"] = entry["kv_tokens"] / auto["kv_tokens"]
-            for group, key in (("throughput", "output_tok_s"), ("long_prefill", "seconds")):
-                base = {_name(point): point[key] for point in auto[group]}
-                for point in entry[group]:
-                    if _name(point) in base:
-                        point["ratio"] = point[key] / base[_name(point)]
-    return {"schema": SCHEMA, **head, "settings": list(entries)}
-
-
-def _name(point: Mapping[str, Any]) -> str:
-    """A point as it was written."""
-    if "batch" in point:
-        return str(Point(point["batch"], point["context"]))
-    if "chunk" in point:
-        return str(LongPrefill(point["prompt"], point["chunk"]))
-    return str(ThroughputPoint(point["prompt"], point["output"]))
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """All points of all settings as Markdown tables; a setting without points keeps one line in the first."""
-    tables = []
-    for group, columns in (
-        ("points", COLUMNS),
-        ("throughput", THROUGHPUT_COLUMNS),
-        ("long_prefill", LONG_PREFILL_COLUMNS),
-    ):
-        rows = []
-        for entry in result["settings"]:
-            for point in entry[group] or ([{}] if group == "points" else []):
-                rows.append({**entry, **point, "point": _name(point) if point else None})
-        if not result.get("speculate"):
-            columns = {name: form for name, form in columns.items() if name not in SPECULATION_COLUMNS}
-        if rows:
-            tables.append(format_table(columns, rows))
-    return "\n\n".join(tables)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -243,12 +131,10 @@ def _run(args: argparse.Namespace, model: Path) -> int:
     }
     head, done = _resume(args.out, head)
     result = assemble(head, list(done.values()))
+    pending = _pending(args, done)
+    environments = _environments(pending)
     with tempfile.TemporaryDirectory(prefix="kvtuner-bench-") as folder:
-        for number, setting in enumerate(args.setting):
-            kept = done.get(setting.label)
-            if kept and kept["error"] is None and kept["profile_sha256"] == profile_sha256(setting):
-                print(f"{setting.label}: kept from {args.out}")
-                continue
+        for number, setting in enumerate(pending):
             job = ServeJob(
                 model=model,
                 vocab_size=hf_config.get_text_config().vocab_size,
@@ -264,6 +150,7 @@ def _run(args: argparse.Namespace, model: Path) -> int:
                 max_num_seqs=max_num_seqs,
                 lines=Path(folder) / f"{number}.jsonl",
                 speculation=args.speculate,
+                environment=environments[setting],
             )
             done[setting.label] = _measure_setting(job, bits[setting])
             # Rewritten after every engine, so that a run cut short keeps what it measured.
@@ -276,6 +163,29 @@ def _run(args: argparse.Namespace, model: Path) -> int:
     return status
 
 
+def _pending(args: argparse.Namespace, done: Mapping[str, Mapping[str, Any]]) -> list[CacheSetting]:
+    """Settings that are still to be measured; ``done`` are the entries that --out holds, by label."""
+    pending = []
+    for setting in args.setting:
+        kept = done.get(setting.label)
+        if kept and kept["error"] is None and kept["profile_sha256"] == profile_sha256(setting):
+            print(f"{setting.label}: kept from {args.out}")
+        else:
+            pending.append(setting)
+    return pending
+
+
+def _environments(settings: Sequence[CacheSetting]) -> dict[CacheSetting, dict[str, str]]:
+    """Variables that each setting's engine needs. What an engine would refuse is refused before the first starts."""
+    environments: dict[CacheSetting, dict[str, str]] = {}
+    for setting in settings:
+        asks = setting.attention_backend == FLASHINFER
+        environments[setting] = in_own_process(decode_environment, setting) if asks else {}
+        for name, value in environments[setting].items():
+            print(f"{setting.label}: its engine runs with {name}={value}")
+    return environments
+
+
 def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[str, Any]:
     """The entry of one setting, measured in an engine and a process of its own."""
     error = None
@@ -284,7 +194,7 @@ def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[st
     except Exception as failure:  # an engine can fail in any way; the next one must still be measured
         error = f"{type(failure).__name__}: {failure}"
     records = [json.loads(line) for line in job.lines.read_text().splitlines()] if job.lines.exists() else []
-    return new_entry(job.setting, bits, records, error)
+    return new_entry(job.setting, bits, job.environment, records, error)
 
 
 def _report(result: Mapping[str, Any]) -> int:

@@ -2,11 +2,12 @@
 
 import itertools
 import json
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class ServeJob:
         max_num_seqs: requests that run at once.
         lines: file that takes one JSON line {kind: record} when the engine is up and one per measurement.
         speculation: of all requests, or None.
+        environment: variables that the engine needs besides those of this process.
     """
 
     model: Path
@@ -60,6 +62,7 @@ class ServeJob:
     max_num_seqs: int
     lines: Path
     speculation: Speculation | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def query_tokens(self) -> int:
@@ -80,10 +83,11 @@ def measure(job: ServeJob) -> None:
     Raises:
         ValueError: a request does not fit the cache; or, when all is measured, the engine did not speculate as asked.
     """
+    os.environ.update(job.environment)  # before vLLM is imported, which remembers what it found
     from vllm import LLM
     from vllm.utils.gc_utils import freeze_gc_heap
 
-    problems = []
+    problems: list[str] = []
 
     def emit(kind: str, record: dict[str, Any]) -> None:
         problems.extend(speculation_problems(job, record))
@@ -91,7 +95,6 @@ def measure(job: ServeJob) -> None:
             file.write(json.dumps({kind: record}) + "\n")
         print(job.setting.label, json.dumps(record), flush=True)
 
-    refuse_another_decode_kernel(job.setting)
     start = time.time()
     llm = LLM(
         model=str(job.model),
@@ -145,28 +148,6 @@ def speculation_problems(job: ServeJob, record: dict[str, Any]) -> list[str]:
         return []
     problem = job.speculation.problem(record["tokens_per_step"], requests * steps)
     return [] if problem is None else [problem]
-
-
-def refuse_another_decode_kernel(setting: CacheSetting) -> None:
-    """Refuse FlashInfer's backend where it would not decode by XQA, though the card has it.
-
-    vLLM leaves XQA, without a word, where it finds neither FlashInfer's precompiled kernels nor the server that has
-    them. XQA itself needs neither: nvcc compiles it.
-
-    Raises:
-        ValueError: vLLM would take FlashInfer's own decode kernel, which is another baseline.
-    """
-    if setting.attention_backend != "FLASHINFER":
-        return
-    from vllm.platforms import current_platform
-    from vllm.utils.flashinfer import supports_trtllm_attention
-
-    has_xqa = current_platform.is_device_capability(90) or current_platform.is_device_capability_family(120)
-    if has_xqa and not supports_trtllm_attention():
-        rule = "vLLM must decode by XQA, for which it asks for FlashInfer's precompiled kernels"
-        raise ValueError(
-            f"{setting.label}: {rule}, but got none; set VLLM_HAS_FLASHINFER_CUBIN=1 where nvcc compiles FlashInfer"
-        )
 
 
 def decode_point(llm: Any, job: ServeJob, point: Point, low: int, high: int) -> dict[str, Any]:

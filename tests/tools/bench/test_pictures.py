@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from kvtuner_tools.bench import pictures
 from kvtuner_tools.bench.kernel import SCHEMA as KERNEL_SCHEMA
 from kvtuner_tools.bench.kernels.packed import packed_format
-from kvtuner_tools.bench.serve import SCHEMA as SERVE_SCHEMA
+from kvtuner_tools.bench.serve_result import SCHEMA as SERVE_SCHEMA
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 
 HEAD = {"created": "2000-01-01T00:00:00+00:00", "device": "a card", "versions": {"python": "3", "torch": "9.9"}}

@@ -1,4 +1,4 @@
-"""``kvtuner bench serve``: arguments, what an engine's lines become, failures, resuming; no engine runs."""
+"""``kvtuner bench serve``: arguments, failures, resuming, refusals; no engine runs."""
 
 import argparse
 import json
@@ -11,37 +11,14 @@ from kvtuner_tools import bench
 from kvtuner_tools.bench import serve
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
 from kvtuner_tools.bench.presets import SHAPES
-from kvtuner_tools.bench.serve import assemble, new_entry, table
 from kvtuner_tools.bench.speculation import Speculation
 from kvtuner_tools.cache_setting import CacheSetting
+from kvtuner_tools.engines.flashinfer import CUBIN, decode_environment
 from kvtuner_tools.engines.serve import ServeJob, token_range
+from tests.helpers.serve_bench import ENGINE, POINT, lines
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 
-ENGINE = {"startup_s": 70.0, "kv_tokens": 1000, "block_size": 16}
-POINT = {
-    "batch": 64,
-    "context": 1024,
-    "prefill_s": 1.5,
-    "warm_s": 0.1,
-    "decode_ms": 7.654,
-    "decode_tok_s": 8361.6,
-}
-THROUGHPUT = {
-    "prompt": 4096,
-    "output": 512,
-    "fitting": 180,
-    "concurrency": 180,
-    "fill_s": 18.0,
-    "decode_ms": 32.1,
-    "decode_tok_s": 5607.5,
-    "window_s": 20.0,
-    "prompts": 100,
-    "output_tok_s": 2800.0,
-    "total_tok_s": 25200.0,
-    "preemptions": 0,
-}
-LONG_PREFILL = {"prompt": 32768, "chunk": 8192, "seconds": 1.0, "seconds_min": 0.9, "seconds_max": 1.1}
 OPTIONS = ("--shape=llama31_8b", "--points=64x1024")
 
 
@@ -114,87 +91,32 @@ def test_prompts_stay_comparable_and_inside_the_vocabulary() -> None:
     assert token_range(512) == (256, 512)
 
 
-def lines(engine: dict, *points: dict) -> list[dict]:
-    return [{"engine": engine}, *({"points": point} for point in points)]
-
-
-def test_assembled_result_and_table() -> None:
-    result = assemble(
-        {"model": "m"},
-        [
-            new_entry(CacheSetting("auto"), (16.0, 16.0), lines(ENGINE, POINT, {**POINT, "context": 8192}), None),
-            new_entry(CacheSetting("kvtuner", "K4V4"), (4.0, 4.25), lines({**ENGINE, "kv_tokens": 3700}, POINT), None),
-            new_entry(CacheSetting("fp8"), (8.0, 8.0), [], "RuntimeError: no"),
-        ],
-    )
-
-    auto, packed, failed = result["settings"]
-    assert auto["kv_tokens_ratio"] == 1
-    assert packed["kv_tokens_ratio"] == 3.7
-    assert packed["points"] == [POINT]
-    assert failed["error"] == "RuntimeError: no"
-    assert "kv_tokens" not in failed
-    rows = table(result).splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["auto", "auto", "kvtuner:K4V4", "fp8"]
-    assert [cell.strip() for cell in rows[4].split("|")[2:-1]] == [
-        "4.00", "4.25", "3,700", "3.700", "64x1024", "7.65", "8,362", "1.50",
-    ]  # fmt: skip
-    json.dumps(result, allow_nan=False)
-
-
-def test_throughput_and_long_prefill_are_compared_with_auto() -> None:
-    packed = {**THROUGHPUT, "concurrency": 800, "output_tok_s": 7000.0}
-    result = assemble(
-        {"model": "m"},
-        [
-            new_entry(CacheSetting("kvtuner", "K4V4"), (4.0, 4.25),
-                      [{"engine": ENGINE}, {"throughput": packed}, {"throughput": {**packed, "prompt": 8}},
-                       {"long_prefill": {**LONG_PREFILL, "seconds": 1.04}}], None),
-            new_entry(CacheSetting("auto"), (16.0, 16.0),
-                      [{"engine": ENGINE}, {"throughput": THROUGHPUT}, {"long_prefill": LONG_PREFILL}], None),
-        ],
-    )  # fmt: skip
-
-    entry = result["settings"][0]
-    assert entry["throughput"][0]["ratio"] == 2.5
-    assert "ratio" not in entry["throughput"][1], "auto has no such point"
-    assert entry["long_prefill"][0]["ratio"] == pytest.approx(1.04)
-    assert "4096x512 |      800" in table(result)
-    assert "32768:8192 |     1.040 |  1.040" in table(result)
-
-
-def test_tables_with_speculation() -> None:
-    point = {**POINT, "decode_steps": 64, "tokens_per_step": 2.53}
-    entries = [
-        new_entry(
-            CacheSetting("fp8"), (8.0, 8.0), [*lines(ENGINE, point), {"throughput": {**THROUGHPUT, **point}}], None
-        )
-    ]
-
-    plain, speculated = (table(assemble({"speculate": text}, entries)) for text in (None, "3:0.7"))
-
-    assert "tokens/step" not in plain
-    for rows in speculated.split("\n\n"):
-        heads, _, cells = ([cell.strip() for cell in row.split("|")] for row in rows.splitlines())
-        assert cells[heads.index("tokens/step")] == "2.53"
-
-
 class Engines:
-    """Stands in for engines' processes: writes lines, and fails or is interrupted where told to."""
+    """Stands in for engines' processes: writes lines, and fails or is interrupted where told to.
+
+    FlashInfer's backend needs ``environment``, or fails with it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **failures: BaseException) -> None:
         self.jobs: list[ServeJob] = []
         self.configs: list[dict] = []
         self.failures = failures
+        self.environment: dict[str, str] | ValueError = {CUBIN: "1"}
         monkeypatch.setattr(serve, "in_own_process", self)
 
-    def __call__(self, function: object, job: ServeJob) -> None:
-        assert function is serve.measure
+    def __call__(self, function: object, job: ServeJob | CacheSetting) -> dict[str, str] | None:
+        if function is decode_environment:
+            assert isinstance(job, CacheSetting) and job.attention_backend == "FLASHINFER"
+            if isinstance(self.environment, ValueError):
+                raise self.environment
+            return self.environment
+        assert function is serve.measure and isinstance(job, ServeJob)
         self.jobs.append(job)
         self.configs.append(json.loads((job.model / "config.json").read_text()))
         job.lines.write_text("".join(json.dumps(line) + "\n" for line in lines(ENGINE, POINT)))
         if failure := self.failures.get(job.setting.label):
             raise failure
+        return None
 
     @property
     def labels(self) -> list[str]:
@@ -308,7 +230,6 @@ def test_a_rank_s_share_is_served_as_a_model_of_its_own(tmp_path: Path, monkeypa
 
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["model"] == "llama33_70b:tp8"
-    assert [entry["attention_backend"] for entry in result["settings"]] == ["FLASHINFER", None]
     assert [entry["label"] for entry in result["settings"]] == ["fp8@FLASHINFER", "kvtuner:K4V2"]
     for config in engines.configs:
         assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (8, 1, 128)
@@ -316,6 +237,32 @@ def test_a_rank_s_share_is_served_as_a_model_of_its_own(tmp_path: Path, monkeypa
     # A run that is cut short goes on, though the share lies in another folder by then.
     assert bench.run(parse(*words, "--setting=fp8@FLASHINFER", "--setting=kvtuner:K4V2")) == 0
     assert len(engines.jobs) == 2
+
+
+def test_a_setting_with_a_backend_says_what_its_engine_got(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    engines = Engines(monkeypatch)
+    words = (*OPTIONS, "--setting=fp8", "--setting=fp8@FLASHINFER", f"--out={tmp_path / 'out.json'}")
+
+    assert bench.run(parse(*words)) == 0
+
+    assert [job.environment for job in engines.jobs] == [{}, {CUBIN: "1"}]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(entry["attention_backend"], entry["environment"]) for entry in result["settings"]] == [
+        (None, {}), ("FLASHINFER", {CUBIN: "1"}),
+    ]  # fmt: skip
+    assert "fp8@FLASHINFER: its engine runs with VLLM_HAS_FLASHINFER_CUBIN=1" in capsys.readouterr().out
+
+
+def test_a_backend_that_would_decode_by_another_kernel_is_refused_before_any_engine_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engines = Engines(monkeypatch)
+    engines.environment = ValueError("fp8@FLASHINFER: vLLM must decode by XQA, but nvcc is missing")
+    with pytest.raises(ValueError, match="must decode by XQA, but nvcc is missing"):
+        bench.run(parse(*OPTIONS, "--setting=fp8", "--setting=fp8@FLASHINFER"))
+    assert engines.jobs == []
 
 
 def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

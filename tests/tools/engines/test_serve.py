@@ -14,7 +14,6 @@ from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engines.serve import (
     ServeJob,
     decode_point,
-    refuse_another_decode_kernel,
     speculation_problems,
     throughput_point,
     token_range,
@@ -109,31 +108,3 @@ def test_a_real_engine_with_speculation(model):
     (problem,) = speculation_problems(job, decode)
     assert problem.endswith(f"but got {decode['tokens_per_step']:.3f}")
     assert speculation_problems(replace(job, speculation=None), decode) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("setting", "capability", "served", "refused"),
-    [
-        ("fp8@FLASHINFER", 90, False, True),
-        ("fp8@FLASHINFER", 90, True, False),
-        ("fp8@FLASHINFER", 120, False, True),
-        ("fp8@FLASHINFER", 80, False, False),
-        ("fp8@FLASH_ATTN", 90, False, False),
-        ("fp8", 90, False, False),
-    ],
-)
-def test_another_decode_kernel_does_not_stand_in_for_xqa(setting, capability, served, refused, monkeypatch):
-    import vllm.platforms
-    import vllm.utils.flashinfer
-
-    class Card:
-        is_device_capability = staticmethod(capability.__eq__)
-        is_device_capability_family = staticmethod(capability.__eq__)
-
-    monkeypatch.setattr(vllm.platforms, "current_platform", Card())
-    monkeypatch.setattr(vllm.utils.flashinfer, "supports_trtllm_attention", lambda: served)
-    if not refused:
-        return refuse_another_decode_kernel(CacheSetting.parse(setting))
-    with pytest.raises(ValueError, match=r"fp8@FLASHINFER: vLLM must decode by XQA.*VLLM_HAS_FLASHINFER_CUBIN=1"):
-        refuse_another_decode_kernel(CacheSetting.parse(setting))

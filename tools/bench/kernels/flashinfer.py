@@ -4,9 +4,6 @@ vLLM takes it on compute capabilities 9.0 and 12.x by ``--attention-backend FLAS
 with nvcc at its first use.
 """
 
-import importlib.util
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
@@ -16,6 +13,7 @@ from kvtuner_tools.bench.kernel_inputs import Batch, newest_tokens, token_places
 from kvtuner_tools.bench.kernels.base import CacheFormat, DecodeKernel, Launches
 from kvtuner_tools.bench.kernels.vllm import FP8, flash_stores, random_rows, unpacked_format, vllm_skip_reason
 from kvtuner_tools.bench.points import LayerHeads
+from kvtuner_tools.bench.xqa_build import missing_for_xqa
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -28,18 +26,6 @@ QUERY_BYTES = 16 << 10
 """Room for one KV head's queries in shared memory, each padded to 64, 128 or 256 numbers of 2 bytes."""
 WORKSPACE_BYTES = 394 << 20
 """vLLM's default, semaphores included; zeros at first."""
-
-
-def missing_compiler() -> str | None:
-    """What FlashInfer lacks to compile its kernels, or None; its wheel of compiled kernels does without."""
-    if importlib.util.find_spec("flashinfer_jit_cache") is not None:
-        return None
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    # Where FlashInfer looks for it, in this order.
-    places = [f"{home}/bin/nvcc"] if home else ["nvcc", "/usr/local/cuda/bin/nvcc"]
-    if not any(map(shutil.which, places)):
-        return "nvcc"
-    return "ninja" if shutil.which("ninja") is None else None
 
 
 def unserved_shape(heads: LayerHeads, block_size: int) -> str | None:
@@ -87,13 +73,9 @@ class Xqa(DecodeKernel):
         # Its stores are vLLM's.
         if reason := vllm_skip_reason():
             return reason
-        if importlib.util.find_spec("flashinfer") is None:
-            return "FlashInfer is not installed"
         if (capability := torch.cuda.get_device_capability())[0] not in CAPABILITIES:
             return f"XQA needs compute capability 9, 10 or 12, and the card has {capability[0]}.{capability[1]}"
-        if missing := missing_compiler():
-            return f"FlashInfer compiles XQA at its first use, but {missing} is missing"
-        return unserved_shape(heads, block_size)
+        return missing_for_xqa() or unserved_shape(heads, block_size)
 
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
         return [unpacked_format(self.dtype, head_size)]

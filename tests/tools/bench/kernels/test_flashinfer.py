@@ -1,5 +1,7 @@
 """XQA: what it is told of a batch, and why it is left out; no kernel of FlashInfer runs."""
 
+import importlib.util
+import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -103,8 +105,8 @@ def test_what_is_missing_is_said_before_anything_runs(monkeypatch):
     paths = {"nvcc": None, "ninja": None}
     capability = SimpleNamespace(now=(8, 0))
     monkeypatch.setattr(flashinfer, "vllm_skip_reason", lambda: None)
-    monkeypatch.setattr(flashinfer.importlib.util, "find_spec", found.__getitem__)
-    monkeypatch.setattr(flashinfer.shutil, "which", paths.get)
+    monkeypatch.setattr(importlib.util, "find_spec", found.__getitem__)
+    monkeypatch.setattr(shutil, "which", paths.get)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability.now)
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
@@ -112,10 +114,10 @@ def test_what_is_missing_is_said_before_anything_runs(monkeypatch):
     def reason() -> str | None:
         return DECODE["xqa_fp8"].skip_reason(LayerHeads(64, 8, 128), 16)
 
-    assert reason() == "FlashInfer is not installed"
-    found["flashinfer"] = object()
     assert reason() == "XQA needs compute capability 9, 10 or 12, and the card has 8.0"
     capability.now = (9, 0)
+    assert reason() == "FlashInfer is not installed"
+    found["flashinfer"] = object()
     assert reason() == "FlashInfer compiles XQA at its first use, but nvcc is missing"
     paths["/usr/local/cuda/bin/nvcc"] = "/usr/local/cuda/bin/nvcc"
     assert reason() == "FlashInfer compiles XQA at its first use, but ninja is missing"
