@@ -213,8 +213,9 @@ def _check_lengths(args: argparse.Namespace, points: Sequence[Point], max_num_se
         raise ValueError(f"{rule}, but got {args.long_prefill.chunk}")
     # Drafts stand behind a request's last token, and one that does not fit would be left out of its step.
     drafted = args.speculate.drafted if args.speculate else 0
-    longest = [point.context + decode_room(args.output_tokens, 1 + drafted) + drafted for point in points]
-    longest += [point.prompt + throughput_room(point, 1 + drafted) + drafted for point in args.throughput]
+    most = 1 + drafted
+    longest = [point.context + decode_room(args.output_tokens, most) + drafted for point in points]
+    longest += [point.prompt + throughput_room(point, most) + drafted for point in args.throughput]
     longest += [args.long_prefill.prompt + 1] if args.long_prefill else []
     if not longest:
         raise ValueError("bench serve needs --points, --throughput or --long-prefill, but got none")

@@ -62,6 +62,6 @@ def _refused_by_vllm() -> str | None:
         return "VLLM_BATCH_INVARIANT turns that off"
     given = f", and {CUBIN} is {os.environ[CUBIN]!r}" if CUBIN in os.environ else ""
     return (
-        f"finds neither the package flashinfer-cubin nor the server that has its kernels{given}; "
+        f"finds neither the package flashinfer-cubin nor NVIDIA's server that has its kernels{given}; "
         "install it in FlashInfer's version"
     )

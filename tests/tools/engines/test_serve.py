@@ -1,9 +1,12 @@
 """One engine of ``kvtuner bench serve`` on a tiny model."""
 
+import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engines.serve import (
     ServeJob,
     decode_point,
+    measure,
     speculation_problems,
     throughput_point,
     token_range,
@@ -33,7 +37,7 @@ def _job(model: Path) -> ServeJob:
     )  # fmt: skip
 
 
-def _in_engine(measure: Callable[[Any, ServeJob], Any], job: ServeJob, **options: Any) -> Any:
+def _in_engine(inside: Callable[[Any, ServeJob], Any], job: ServeJob, **options: Any) -> Any:
     from vllm import LLM
 
     llm = LLM(
@@ -42,7 +46,7 @@ def _in_engine(measure: Callable[[Any, ServeJob], Any], job: ServeJob, **options
         kv_cache_memory_bytes=4 << 20, disable_log_stats=False, **options,
     )  # fmt: skip
     try:
-        return measure(llm, job)
+        return inside(llm, job)
     finally:
         llm.llm_engine.engine_core.shutdown()
 
@@ -59,6 +63,23 @@ def _speculated(llm: Any, job: ServeJob) -> tuple[dict, int, int]:
     counted = {metric.name: metric for metric in llm.get_metrics() if metric.name in names}
     drafted, accepted = (counted[name].value for name in names)
     return point, drafted, accepted
+
+
+class Stop(Exception):
+    """Raised where an engine would be built."""
+
+
+def test_an_engine_finds_its_variables_as_soon_as_vllm_is_imported(tmp_path, monkeypatch):
+    class FakeVllm(ModuleType):
+        def __getattr__(self, name: str) -> Any:
+            if name == "LLM":
+                raise Stop(os.environ.get("FOR_ONE_ENGINE"))
+            raise AttributeError(name)
+
+    monkeypatch.setitem(sys.modules, "vllm", FakeVllm("vllm"))
+    monkeypatch.setenv("FOR_ONE_ENGINE", "as for all")
+    with pytest.raises(Stop, match="its own"):
+        measure(replace(_job(tmp_path), environment={"FOR_ONE_ENGINE": "its own"}))
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def unserved_shape(heads: LayerHeads, block_size: int) -> str | None:
     padded = max(64, 1 << (heads.head_size - 1).bit_length())
     most = QUERY_BYTES // (2 * padded)
     if heads.group > most:
-        return f"XQA serves {most} query heads per KV head at head size {heads.head_size}, not {heads.group}"
+        return f"XQA serves at most {most} query heads per KV head at head size {heads.head_size}, not {heads.group}"
     return None
 
 

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from kvtuner_tools.bench.kernel_entries import query_tokens_of, rows_of
-
 from .published import AUTO, FP8, KVTUNER, Published, fixed, table
 
 POINTS = ("64x8192", "8x32000", "1x131072", "mixed:64:256-16128")
@@ -207,39 +205,6 @@ def shapes_many(published: Published, page: Path) -> str:
 def shapes_one(published: Published, page: Path) -> str:
     """Bandwidth of other models' layers with one long request."""
     return _shapes(published, page, "1x131072")
-
-
-ROW_KERNELS = {
-    "FA3 bf16": ("fa3_bf16", "bf16"),
-    "FA3 fp8": ("fa3_fp8", "fp8"),
-    "XQA bf16": ("xqa_bf16", "bf16"),
-    "XQA fp8": ("xqa_fp8", "fp8"),
-    **{pair: ("cuda", pair) for pair in FEW_PAIRS},
-}
-"""Columns of the table of query rows: implementation and format."""
-
-
-def rows(published: Published, page: Path) -> str:
-    """Times by query rows of a KV head: every layer, point and number of query tokens of the runs that look at rows.
-
-    A case that a kernel does not serve, that failed, or that was not asked for is a dash.
-    """
-    names = [name for name in published.names() if name.startswith("kernel_rows")]
-    cells: dict[tuple[int, str, str, str], dict[tuple[str, str], str]] = {}
-    for entry in (entry for name in names for entry in published.result(name)["decode"]):
-        line = cells.setdefault((rows_of(entry), entry["shape"], entry["point"], query_tokens_of(entry)), {})
-        kernel = (entry["implementation"], entry["format"])
-        if kernel in line:
-            raise ValueError(f"data must have this exactly once, but got it twice: {entry}")
-        measured = entry.get("us") is not None
-        line[kernel] = f"{fixed(entry['us'], 1)} ({fixed(100 * entry['fraction_given'], 1)})" if measured else "-"
-    heads = ["query / KV heads / head size", "requests x tokens", "query tokens", "rows", *ROW_KERNELS]
-    lines = [
-        [shape.replace("/", " / "), point_name(point), tokens, fixed(count)]
-        + [line.get(kernel, "-") for kernel in ROW_KERNELS.values()]
-        for (count, shape, point, tokens), line in sorted(cells.items(), key=lambda item: item[0][0])
-    ]
-    return table(heads, lines) + "\n\n" + published.source(page, *names)
 
 
 def store(published: Published, page: Path) -> str:

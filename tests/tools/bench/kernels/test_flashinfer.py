@@ -90,8 +90,8 @@ def test_a_mask_shows_each_token_itself_and_those_before():
         ("16/2/72", 16, "head sizes are multiples of 16 up to 256, not 72"),
         ("16/2/512", 16, "head sizes are multiples of 16 up to 256, not 512"),
         ("64/8/128", 256, "block sizes are 16, 32, 64, 128, not 256"),
-        ("66/2/256", 16, "XQA serves 32 query heads per KV head at head size 256, not 33"),
-        ("130/2/128", 16, "XQA serves 64 query heads per KV head at head size 128, not 65"),
+        ("66/2/256", 16, "XQA serves at most 32 query heads per KV head at head size 256, not 33"),
+        ("130/2/128", 16, "XQA serves at most 64 query heads per KV head at head size 128, not 65"),
         ("128/1/64", 16, None),
     ],
 )
