@@ -109,7 +109,7 @@ def _run(args: argparse.Namespace, model: Path) -> int:
     points = () if args.points == "none" else tuple(Point.parse(text) for text in args.points.split(","))
     max_num_seqs = args.max_num_seqs or (THROUGHPUT_SEQS if args.throughput else POINT_SEQS)
     _check_lengths(args, points, max_num_seqs)
-    _check_speculation(args.speculate)
+    _check_device(args)
     if args.picture:
         check_picture(args.picture)
     kv_memory_bytes = None if args.kv_memory is None else int(args.kv_memory * (1 << 30))
@@ -224,11 +224,17 @@ def _check_lengths(args: argparse.Namespace, points: Sequence[Point], max_num_se
         raise ValueError(f"{rule}, but got {args.max_model_len}")
 
 
-def _check_speculation(speculation: Speculation | None) -> None:
+def _check_device(args: argparse.Namespace) -> None:
+    """What vLLM on a CPU lacks, or leaves aside without a word."""
     import torch
 
-    if speculation and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if args.speculate:
         raise ValueError("--speculate needs a GPU: vLLM's sampler on a CPU has no synthetic acceptance")
+    if named := [setting.label for setting in args.setting if setting.attention_backend is not None]:
+        rule = "a setting with an attention backend needs a GPU, since vLLM on a CPU has one alone"
+        raise ValueError(f"{rule}, but got {', '.join(named)}")
 
 
 def _resume(out: Path | None, head: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -203,12 +203,24 @@ def test_drafts_need_room() -> None:
             bench.run(parse(*words, *points, point))
 
 
-def test_speculation_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--speculate=3:0.7"], "--speculate needs a GPU: vLLM's sampler on a CPU has no synthetic acceptance"),
+        (
+            ["--setting=fp8@FLASHINFER"],
+            "needs a GPU, since vLLM on a CPU has one alone, but got fp8@FLASHINFER",
+        ),
+    ],
+)
+def test_what_a_cpu_would_leave_aside_is_refused(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = Engines(monkeypatch)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(
-        ValueError, match="--speculate needs a GPU: vLLM's sampler on a CPU has no synthetic acceptance"
-    ):
-        bench.run(parse(*OPTIONS, "--setting=auto", "--speculate=3:0.7"))
+    with pytest.raises(ValueError, match=message):
+        bench.run(parse(*OPTIONS, "--setting=auto", *words))
+    assert engines.jobs == []
 
 
 def test_another_profile_under_the_same_name_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +234,7 @@ def test_another_profile_under_the_same_name_is_measured_again(tmp_path: Path, m
     assert json.loads((tmp_path / "out.json").read_text())["settings"][0]["nominal_bits"] == 4
 
 
+@pytest.mark.usefixtures("a_gpu")
 def test_a_rank_s_share_is_served_as_a_model_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = Engines(monkeypatch)
     words = ("--shape=llama33_70b:tp8", "--points=64x1024", f"--out={tmp_path / 'out.json'}")
@@ -239,6 +252,7 @@ def test_a_rank_s_share_is_served_as_a_model_of_its_own(tmp_path: Path, monkeypa
     assert len(engines.jobs) == 2
 
 
+@pytest.mark.usefixtures("a_gpu")
 def test_a_setting_with_a_backend_says_what_its_engine_got(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -255,6 +269,7 @@ def test_a_setting_with_a_backend_says_what_its_engine_got(
     assert "fp8@FLASHINFER: its engine runs with VLLM_HAS_FLASHINFER_CUBIN=1" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("a_gpu")
 def test_a_backend_that_would_decode_by_another_kernel_is_refused_before_any_engine_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
