@@ -27,6 +27,8 @@ from tests.helpers.tiny_model import make_tiny_model
 
 TOKENS = token_range(VOCABULARY)
 DRAFTED = 3
+ROUNDED = 0.06
+"""Rates are written with one digit after the point, which shows where a busy machine makes a step long."""
 
 
 def _job(model: Path) -> ServeJob:
@@ -107,7 +109,7 @@ def test_a_real_engine(model):
     assert result["total_tok_s"] * result["window_s"] == pytest.approx(tokens + 24 * result["prompts"], rel=0.01)
 
     assert (decode["batch"], decode["context"]) == (3, 40)
-    assert decode["decode_tok_s"] == pytest.approx(3e3 / decode["decode_ms"], rel=1e-3)
+    assert decode["decode_tok_s"] == pytest.approx(3e3 / decode["decode_ms"], rel=1e-3, abs=ROUNDED)
     assert (decode["decode_steps"], decode["tokens_per_step"]) == (8, 1)
 
 
@@ -125,7 +127,7 @@ def test_a_real_engine_with_speculation(model):
     assert decode["decode_steps"] == 32, "no request has ended before"
     assert 1 < decode["tokens_per_step"] < 1 + DRAFTED
     per_ms = decode["batch"] * decode["tokens_per_step"] / decode["decode_ms"]
-    assert decode["decode_tok_s"] == pytest.approx(1e3 * per_ms, rel=1e-3)
+    assert decode["decode_tok_s"] == pytest.approx(1e3 * per_ms, rel=1e-3, abs=ROUNDED)
     (problem,) = speculation_problems(job, decode)
     assert problem.endswith(f"but got {decode['tokens_per_step']:.3f}")
     assert speculation_problems(replace(job, speculation=None), decode) == []
