@@ -54,7 +54,8 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
     }
     shapes = {
         f"kvtuner_tools/{path.relative_to(ROOT / 'tools')}"
-        for path in (ROOT / "tools" / "bench" / "shapes").rglob("*.json")
+        for folder, suffix in (("shapes", "json"), ("profiles", "yaml"))
+        for path in (ROOT / "tools" / "bench" / folder).rglob(f"*.{suffix}")
     }
     assert "vllm_kvtuner/precision_profiles/llama31_3.25bit.yaml" in profiles
     assert profiles | shapes == {name for name in wheel.namelist() if name.endswith((".yaml", ".safetensors", ".json"))}

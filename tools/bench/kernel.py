@@ -16,14 +16,16 @@ from typing import Any
 
 from kvtuner_tools.bench.kernel_request import PARTS, parse_request
 from kvtuner_tools.bench.pictures import check_picture, draw
-from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS, LayerHeads, presets
+from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS
+from kvtuner_tools.bench.presets import presets
 from kvtuner_tools.results import format_table, provenance, write_json
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 
-SCHEMA = "kvtuner-bench-kernel/3"
+SCHEMA = "kvtuner-bench-kernel/4"
 STORE_PAIRS = "K8V8,K4V4,K2V2"
 """Keys and values are stored and gathered apart, so pairs of equal bits show every width."""
+_ROWS = {"query tokens": "query_tokens:", "rows": "rows_per_kv_head:"}
 _COMMON = {
     "implementation": "implementation:",
     "format": "format:",
@@ -38,8 +40,8 @@ _ERRORS = {
     "large keys": "error_large_keys:",
 }
 COLUMNS = {
-    "decode": {"point": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES, **_ERRORS},
-    "layer": {"point": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
+    "decode": {"point": "place:", **_ROWS, **_COMMON, "MB": "megabytes:.1f", **_TIMES, **_ERRORS},
+    "layer": {"point": "place:", **_ROWS, **_COMMON, "MB": "megabytes:.1f", **_TIMES},
     "store": {"tokens": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
     "gather": {"tokens": "place:", **_COMMON, "MB": "megabytes:.1f", **_TIMES},
 }
@@ -50,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shape",
         action="append",
-        type=LayerHeads.parse,
-        help=f"HEADS/KV_HEADS/HEAD_SIZE, or {', '.join(presets())}; repeat (default: llama31_8b)",
+        help=f"HEADS/KV_HEADS/HEAD_SIZE, or {', '.join(presets())}, or a rank's share of one under tensor parallelism "
+        "such as llama33_70b:tp8; repeat (default: llama31_8b)",
     )
     parser.add_argument(
         "--block-size", default="16", help="tokens per block; several with commas (default %(default)s)"
@@ -68,7 +70,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--transforms", default="none", help=f"of {', '.join(TRANSFORMS)} (default %(default)s)")
     parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default %(default)s)")
     parser.add_argument(
-        "--query-tokens", type=int, default=1, help=f"per request, 1 to {MAX_DECODE_QUERY_LEN} (default %(default)s)"
+        "--query-tokens",
+        default="1",
+        help=f"per request, 1 to {MAX_DECODE_QUERY_LEN}; several with commas; 1+4: requests bring 1 and 4 in turn "
+        "(default %(default)s)",
     )
     parser.add_argument("--gather-tokens", type=int, default=32768, help="cached prefix (default %(default)s)")
     parser.add_argument("--bandwidth", type=float, help="bytes/s to report against too, such as 4.37e12")
@@ -159,9 +164,11 @@ def run(args: argparse.Namespace) -> int:
 
 def report(result: dict[str, Any]) -> int:
     """Print the tables, and what was skipped or failed on stderr; the exit status."""
+    names = {shape: [name for name, its in result["presets"].items() if its == shape] for shape in result["shapes"]}
+    shapes = (f"{shape} {', '.join(found)}" if found else shape for shape, found in names.items())
     print(
         f"{result['device']}: reads {result['bandwidth']['measured_bytes_s'] / 1e12:.2f} TB/s, "
-        f"{', '.join(result['shapes'])} (heads/KV heads/head size), {result['seconds']:.0f} s"
+        f"{', '.join(shapes)} (heads/KV heads/head size), {result['seconds']:.0f} s"
     )
     print(table(result))
     for entry in result["skipped"]:
@@ -170,6 +177,9 @@ def report(result: dict[str, Any]) -> int:
         print(f"unsupported {entry['implementation']} {entry['format']}: {entry['unsupported']}", file=sys.stderr)
     failed = [entry for part in PARTS for entry in result[part] if entry["failure"]]
     for entry in failed:
-        place = entry.get("point") or f"{entry['tokens']} tokens"
+        if "point" in entry:
+            place = f"{entry['shape']} {entry['point']} with {entry['query_tokens']} query tokens"
+        else:
+            place = f"{entry['shape']} {entry['tokens']} tokens"
         print(f"{entry['implementation']} {entry['format']} {place}: {entry['failure']}", file=sys.stderr)
     return 1 if failed else 0

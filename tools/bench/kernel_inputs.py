@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtuner_tools.bench.points import LayerHeads
+from kvtuner_tools.bench.points import LayerHeads, QueryTokens
 from vllm_kvtuner.kernels.contract import AttentionShape, Pages
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms, linear_rotary
@@ -30,19 +30,19 @@ class Batch:
         heads: of the layer.
         block_size: tokens per block.
         lengths: tokens in the cache of each request, its query's included.
-        query_tokens: query tokens of every request.
+        query_tokens: that its requests bring.
         num_blocks: blocks of the cache; block 0 belongs to no request, as in vLLM.
         block_tables: per copy [num_reqs, max_blocks] int32, no block in two of them; 0 beyond a request.
         seq_lens: [num_reqs] int32.
         query_start_loc: [num_reqs + 1] int32.
-        query: [num_reqs * query_tokens, num_heads, head_size] bf16.
+        query: [query tokens of all requests, num_heads, head_size] bf16.
         key_scale: factor on the keys that the cache holds, which are of order 1 without.
     """
 
     heads: LayerHeads
     block_size: int
     lengths: tuple[int, ...]
-    query_tokens: int
+    query_tokens: QueryTokens
     num_blocks: int
     block_tables: tuple[torch.Tensor, ...]
     seq_lens: torch.Tensor
@@ -53,6 +53,11 @@ class Batch:
     @property
     def num_reqs(self) -> int:
         return len(self.lengths)
+
+    @property
+    def query_lens(self) -> tuple[int, ...]:
+        """Query tokens of each request."""
+        return self.query_tokens.of(self.num_reqs)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +79,7 @@ def make_batch(
     heads: LayerHeads,
     block_size: int,
     lengths: Sequence[int],
-    query_tokens: int,
+    query_tokens: QueryTokens,
     copies: int,
     device: torch.device,
     query_scale: float = 1.0,
@@ -90,8 +95,9 @@ def make_batch(
         table = torch.zeros(present.shape, dtype=torch.int32, device=device)
         table[present] = part
         tables.append(table)
-    num_reqs = len(lengths)
-    query = query_scale * torch.randn(num_reqs * query_tokens, heads.num_heads, heads.head_size, device=device)
+    query_lens = torch.tensor(query_tokens.of(len(lengths)), dtype=torch.int32, device=device)
+    starts = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0, dtype=torch.int32)])
+    query = query_scale * torch.randn(int(starts[-1]), heads.num_heads, heads.head_size, device=device)
     return Batch(
         heads=heads,
         block_size=block_size,
@@ -100,7 +106,7 @@ def make_batch(
         num_blocks=1 + copies * per_copy,
         block_tables=tuple(tables),
         seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
-        query_start_loc=query_tokens * torch.arange(num_reqs + 1, dtype=torch.int32, device=device),
+        query_start_loc=starts,
         query=query.bfloat16(),
         key_scale=key_scale,
     )
@@ -172,9 +178,9 @@ def new_tokens(heads: LayerHeads, block_size: int, num_tokens: int, decode: bool
 def newest_tokens(batch: Batch) -> NewTokens:
     """Random keys and values of the tokens that a batch's queries belong to, which a layer stores before it attends;
     a call per copy of the batch."""
-    heads, count, device = batch.heads, batch.query_tokens, batch.device
-    request = torch.arange(batch.num_reqs, device=device).repeat_interleave(count)
-    behind = torch.arange(count, 0, -1, device=device).repeat(batch.num_reqs)
+    heads, device = batch.heads, batch.device
+    request = torch.arange(batch.num_reqs, device=device).repeat_interleave(batch.query_start_loc.diff())
+    behind = torch.cat([torch.arange(count, 0, -1, device=device) for count in batch.query_lens])
     positions = batch.seq_lens.long()[request] - behind
     blocks, offsets = positions // batch.block_size, positions % batch.block_size
     slots = tuple(table[request, blocks].long() * batch.block_size + offsets for table in batch.block_tables)
@@ -211,10 +217,10 @@ def attention_float64(batch: Batch, query: torch.Tensor, keys: torch.Tensor, val
     """
     output = torch.empty(query.shape, dtype=torch.float64, device=query.device)
     group = batch.attention_shape.group
-    begin = 0
-    for index, length in enumerate(batch.lengths):
-        rows = slice(index * batch.query_tokens, (index + 1) * batch.query_tokens)
-        position = torch.arange(length - batch.query_tokens, length, device=query.device)
+    begin = first = 0
+    for length, count in zip(batch.lengths, batch.query_lens, strict=True):
+        rows = slice(first, first + count)
+        position = torch.arange(length - count, length, device=query.device)
         future = torch.arange(length, device=query.device) > position[:, None]
         for head in range(batch.heads.num_kv_heads):
             heads = slice(head * group, (head + 1) * group)
@@ -223,6 +229,7 @@ def attention_float64(batch: Batch, query: torch.Tensor, keys: torch.Tensor, val
             probabilities = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
             output[rows, heads] = torch.einsum("hnl,ld->nhd", probabilities, value)
         begin += length
+        first += count
     return output
 
 

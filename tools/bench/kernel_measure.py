@@ -1,6 +1,7 @@
 """Runs the cases of ``kvtuner bench kernel`` one after the other on one card."""
 
 import functools
+import itertools
 import math
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from kvtuner_tools.bench.kernel_request import KernelRequest
 from kvtuner_tools.bench.kernels import implementations
 from kvtuner_tools.bench.kernels.base import CacheFormat, Calls, DecodeKernel, Unsupported
 from kvtuner_tools.bench.kernels.packed import packed_format
-from kvtuner_tools.bench.points import KernelPoint, LayerHeads
+from kvtuner_tools.bench.points import KernelPoint, LayerHeads, QueryTokens
 from kvtuner_tools.bench.timing import time_calls
 
 
@@ -38,6 +39,9 @@ STORE_TOKENS = ((64, True), (16384, False))
 """Tokens of a store, and whether each belongs to a request of its own (decode)."""
 
 
+ONE_TOKEN = QueryTokens((1,))
+
+
 @dataclass(frozen=True)
 class KernelCase:
     """One line of the result.
@@ -50,6 +54,7 @@ class KernelCase:
         cache_format: what it stores.
         transforms: of ``points.TRANSFORMS``.
         point: the requests to decode.
+        query_tokens: that they bring.
         tokens: tokens to store or gather.
         decode: whether stored tokens belong to a request each.
     """
@@ -61,11 +66,13 @@ class KernelCase:
     cache_format: CacheFormat
     transforms: str
     point: KernelPoint | None = None
+    query_tokens: QueryTokens = ONE_TOKEN
     tokens: int = 0
     decode: bool = False
 
     def __str__(self) -> str:
-        return f"{self.part} {self.implementation} {self.cache_format.name} {self.point or self.tokens}"
+        place = self.tokens if self.point is None else f"{self.heads} {self.point} {self.query_tokens}"
+        return f"{self.part} {self.implementation} {self.cache_format.name} {place}"
 
     def head(self) -> dict[str, Any]:
         """What identifies it, as JSON."""
@@ -75,6 +82,8 @@ class KernelCase:
                 "point": str(self.point),
                 "requests": len(self.point.lengths),
                 "tokens": sum(self.point.lengths),
+                "query_tokens": str(self.query_tokens),
+                "rows_per_kv_head": self.heads.group * self.query_tokens.most,
             }
         return {
             "implementation": self.implementation,
@@ -109,7 +118,7 @@ class ErrorCase:
     block_size: int
     cache_format: CacheFormat
     transforms: str
-    query_tokens: int
+    query_tokens: QueryTokens
     device: torch.device
 
     def errors(self) -> dict[str, RelativeError]:
@@ -122,7 +131,7 @@ class ErrorCase:
         Raises:
             ArithmeticError: the kernel wrote something that is no number, or not all of its output.
         """
-        lengths = [max(length, self.query_tokens) for length in inputs.lengths]
+        lengths = [max(length, self.query_tokens.most) for length in inputs.lengths]
         batch = make_batch(
             self.heads,
             self.block_size,
@@ -173,10 +182,10 @@ class KernelMeter:
         cases: list[KernelCase] = []
         skipped: list[dict[str, str]] = []
         for heads in self.request.shapes:
-            able = {part: self._able(self._kernels, part, heads, skipped) for part in ("decode", "layer")}
             for block_size in self.request.block_sizes:
                 for part in ("decode", "layer"):
-                    cases += self._decode_cases(part, able[part], heads, block_size)
+                    able = self._able(part, heads, block_size, skipped)
+                    cases += self._decode_cases(part, able, heads, block_size)
                 if "store" in self.request.parts:
                     cases += self._store_cases(heads, block_size, skipped)
                 if "gather" in self.request.parts:
@@ -184,13 +193,13 @@ class KernelMeter:
         return cases, skipped
 
     def _able(
-        self, kernels: dict[str, DecodeKernel], part: str, heads: LayerHeads, skipped: list[dict[str, str]]
+        self, part: str, heads: LayerHeads, block_size: int, skipped: list[dict[str, str]]
     ) -> dict[str, DecodeKernel]:
         if part not in self.request.parts:
             return {}
         able = {}
-        for name, kernel in kernels.items():
-            if reason := kernel.skip_reason(heads.head_size):
+        for name, kernel in self._kernels.items():
+            if reason := kernel.skip_reason(heads, block_size):
                 _skip(skipped, name, part, reason)
             else:
                 able[name] = kernel
@@ -199,11 +208,11 @@ class KernelMeter:
     def _decode_cases(
         self, part: str, kernels: dict[str, DecodeKernel], heads: LayerHeads, block_size: int
     ) -> Iterator[KernelCase]:
-        for point in self.request.points:
+        for point, query_tokens in itertools.product(self.request.points, self.request.query_tokens):
             for name, kernel in kernels.items():
                 for cache_format in kernel.formats(self.request.pairs, heads.head_size):
                     for transforms in self.request.transforms if kernel.transformed else ("none",):
-                        yield KernelCase(part, heads, block_size, name, cache_format, transforms, point)
+                        yield KernelCase(part, heads, block_size, name, cache_format, transforms, point, query_tokens)
 
     def _store_cases(self, heads: LayerHeads, block_size: int, skipped: list[dict[str, str]]) -> Iterator[KernelCase]:
         for name, kernel in implementations.STORE.items():
@@ -269,9 +278,7 @@ class KernelMeter:
         stored = sum(case.point.lengths) * case.heads.num_kv_heads * case.cache_format.content_bytes
         copies = copies_for(stored, self.l2_bytes)
         errors = self._case_errors(case)
-        batch = make_batch(
-            case.heads, case.block_size, case.point.lengths, self.request.query_tokens, copies, self.device
-        )
+        batch = make_batch(case.heads, case.block_size, case.point.lengths, case.query_tokens, copies, self.device)
         transforms = make_transforms(case.transforms, case.heads, max(case.point.lengths), self.device)
         launches = self._kernels[case.implementation].build(batch, case.cache_format, transforms)
         calls = launches.calls
@@ -281,7 +288,6 @@ class KernelMeter:
                 for store, attend in zip(launches.stores, launches.calls, strict=True)
             ]
         return {
-            "query_tokens": self.request.query_tokens,
             "copies": copies,
             **self._timed(calls, stored),
             "relative_errors": {name: error.largest for name, error in errors.items()},
@@ -295,7 +301,7 @@ class KernelMeter:
             block_size=case.block_size,
             cache_format=case.cache_format,
             transforms=case.transforms,
-            query_tokens=self.request.query_tokens,
+            query_tokens=case.query_tokens,
             device=self.device,
         )
 
@@ -318,7 +324,7 @@ class KernelMeter:
         assert case.cache_format.pair is not None
         moved = case.tokens * case.heads.num_kv_heads * (case.cache_format.content_bytes + 4 * case.heads.head_size)
         copies = copies_for(moved, self.l2_bytes)
-        batch = make_batch(case.heads, case.block_size, [case.tokens], 1, copies, self.device)
+        batch = make_batch(case.heads, case.block_size, [case.tokens], ONE_TOKEN, copies, self.device)
         transforms = make_transforms(case.transforms, case.heads, case.tokens, self.device)
         calls = implementations.GATHER[case.implementation].build(batch, case.cache_format.pair, transforms)
         return self._timed(calls, moved)

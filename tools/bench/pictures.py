@@ -1,7 +1,8 @@
 """``kvtuner bench picture``: draws a benchmark's result.
 
-Kernels: share of the measured read bandwidth by format, one panel per batch. Engines: throughput by context, and
-milliseconds per decode step, one group of bars per point.
+Kernels: share of the measured read bandwidth by format, one panel per batch; or, of a result with several query tokens,
+microseconds by query tokens. Engines: throughput by context, and milliseconds per decode step, one group of bars per
+point.
 """
 
 import argparse
@@ -11,16 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvtuner_tools.bench.points import IMPLEMENTATIONS
+from kvtuner_tools.bench.axes import BAR_GROUP, COLORS, LABEL_SIZE, caption, frame, patch
+from kvtuner_tools.bench.kernel_pictures import draw_kernels
+from kvtuner_tools.bench.speculation import speculated
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SUFFIXES = (".png", ".svg")
-COLORS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
-BAR_GROUP = 0.84
-"""Width of a group of bars; the groups' distance is 1."""
-LABEL_SIZE = 7
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +60,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     kind = str(result.get("schema")).partition("/")[0]
-    painters = {"kvtuner-bench-kernel": _draw_kernels, "kvtuner-bench-serve": _draw_serve}
+    painters = {"kvtuner-bench-kernel": draw_kernels, "kvtuner-bench-serve": _draw_serve}
     if kind not in painters:
         raise ValueError(f"a picture is drawn of a result of bench kernel or bench serve, but got {kind!r}")
     figure = Figure(layout="constrained")
@@ -70,63 +69,6 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, format=path.suffix[1:], dpi=150)
     temporary.replace(path)
-
-
-def _draw_kernels(figure: Any, result: Mapping[str, Any]) -> None:
-    entries = [entry for entry in result["decode"] if entry.get("us")]
-    keys = ("shape", "block_size", "transforms", "point")
-    # Kernels that know no transforms stand beside ours with any.
-    ours = [entry for entry in entries if entry["implementation"] in ("triton", "cuda")]
-    panels = list(dict.fromkeys(tuple(entry[key] for key in keys) for entry in ours or entries))
-    if not panels:
-        raise ValueError("a picture needs a decode case that was measured, but got none")
-    columns = min(2, len(panels))
-    lines = -(-len(panels) // columns)
-    figure.set_size_inches(8.5 * columns, 3.4 * lines + 0.8)
-    axes = figure.subplots(lines, columns, squeeze=False, sharey=True).flat
-    present = {entry["implementation"] for entry in entries}
-    colors = {name: color for name, color in zip(IMPLEMENTATIONS, COLORS, strict=False) if name in present}
-    for axis, panel in zip(axes, panels, strict=False):
-        shape, block_size, transforms, point = panel
-        here = [
-            entry
-            for entry in entries
-            if (entry["shape"], entry["block_size"], entry["point"]) == (shape, block_size, point)
-            and (entry["transforms"] == transforms or entry["implementation"] not in ("triton", "cuda"))
-        ]
-        _draw_panel(axis, here, colors)
-        title = f"{point}, heads {shape}, block {block_size}"
-        axis.set_title(title + ("" if transforms == "none" else f", transforms: {transforms}"), fontsize=10)
-    for axis in list(axes)[len(panels) :]:
-        axis.set_visible(False)
-    handles = [_patch(color) for color in colors.values()]
-    figure.legend(handles, list(colors), loc="outside lower center", ncols=len(colors), frameon=False)
-    bandwidth = result["bandwidth"]["measured_bytes_s"] / 1e12
-    figure.suptitle(
-        f"Decode attention: stored bytes over time, % of the {bandwidth:.2f} TB/s that the card reads\n"
-        f"above the bars: microseconds; below: nominal / stored bits\n{_caption(result)}",
-        fontsize=11,
-    )
-
-
-def _draw_panel(axis: "Axes", entries: Sequence[Mapping[str, Any]], colors: Mapping[str, str]) -> None:
-    formats = list(dict.fromkeys(entry["format"] for entry in entries))
-    for position, name in enumerate(formats):
-        bars = [entry for entry in entries if entry["format"] == name]
-        width = BAR_GROUP / max(2, len(bars))
-        for index, entry in enumerate(bars):
-            x = position + (index - (len(bars) - 1) / 2) * width
-            height = 100 * entry["fraction_measured"]
-            axis.bar(x, height, 0.94 * width, color=colors[entry["implementation"]])
-            label = f"{entry['us']:.0f}"
-            axis.annotate(label, (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=LABEL_SIZE)
-    bits = {entry["format"]: f"{entry['nominal_bits']:g} / {entry['stored_bits']:g}" for entry in entries}
-    labels = [f"{name}\n{bits[name]}" for name in formats]
-    axis.set_xticks(range(len(formats)), labels, fontsize=LABEL_SIZE + 1)
-    axis.set_xlim(-0.6, len(formats) - 0.4)
-    axis.set_ylabel("% of read bandwidth")
-    axis.tick_params(labelleft=True)
-    _frame(axis)
 
 
 def _draw_serve(figure: Any, result: Mapping[str, Any]) -> None:
@@ -157,9 +99,9 @@ def _draw_serve(figure: Any, result: Mapping[str, Any]) -> None:
     colors = _setting_colors(len(settings))
     labels = [_setting_name(entry) for entry in settings]
     figure.legend(
-        list(map(_patch, colors)), labels, loc="outside lower center", ncols=min(len(labels), 2), frameon=False
+        list(map(patch, colors)), labels, loc="outside lower center", ncols=min(len(labels), 2), frameon=False
     )
-    figure.suptitle(f"{result['model']}, dummy weights\n{_caption(result)}", fontsize=11)
+    figure.suptitle(f"{result['model']}, dummy weights{speculated(result)}\n{caption(result)}", fontsize=11)
 
 
 def _draw_groups(axis: "Axes", rows: Sequence[Mapping[str, float | None]]) -> None:
@@ -175,7 +117,7 @@ def _draw_groups(axis: "Axes", rows: Sequence[Mapping[str, float | None]]) -> No
             label = f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
             axis.annotate(label, (x, value), (0, 2), textcoords="offset points", ha="center", fontsize=LABEL_SIZE)
     axis.set_xticks(range(len(ticks)), ticks)
-    _frame(axis)
+    frame(axis)
 
 
 def _setting_colors(count: int) -> list[str]:
@@ -186,23 +128,3 @@ def _setting_name(entry: Mapping[str, Any]) -> str:
     if entry["nominal_bits"] is None:
         return entry["label"]
     return f"{entry['label']} ({entry['nominal_bits']:g} nominal, {entry['stored_bits']:g} stored bits)"
-
-
-def _caption(result: Mapping[str, Any]) -> str:
-    versions = result["versions"]
-    shown = (f"{name} {versions[name]}" for name in ("vllm", "torch", "triton", "vllm-kvtuner") if name in versions)
-    return f"{result['device']}, {result['created'][:10]}, {', '.join(shown)}"
-
-
-def _patch(color: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(color=color)
-
-
-def _frame(axis: "Axes") -> None:
-    axis.margins(y=0.12)
-    axis.set_ylim(bottom=0)
-    axis.grid(axis="y", alpha=0.3)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)

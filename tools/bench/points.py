@@ -1,15 +1,13 @@
-"""What the benchmarks' arguments name: batches of requests, throughput and prefill points, attention shapes."""
+"""What the benchmarks' arguments name: batches of requests, query tokens, throughput and prefill points, shapes."""
 
-import json
 import random
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
-SHAPES = Path(__file__).parent / "shapes"
-"""One folder with config.json per preset."""
+from kvtuner_tools.bench.presets import Preset, presets
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 
-IMPLEMENTATIONS = ("fa3_bf16", "fa3_fp8", "int4_per_token_head", "triton", "cuda")
+IMPLEMENTATIONS = ("fa3_bf16", "fa3_fp8", "xqa_bf16", "xqa_fp8", "int4_per_token_head", "triton", "cuda")
 """Names of the decode attention kernels, in the order of tables and pictures."""
 TRANSFORMS = ("none", "hadamard", "offset", "all")
 """No transform; Hadamard rotations of keys and values; these, key offset, equalization and range search."""
@@ -80,6 +78,43 @@ class KernelPoint:
 
 
 @dataclass(frozen=True)
+class QueryTokens:
+    """Query tokens of the requests of one attention call.
+
+    Args:
+        counts: that requests take in turn, ascending; several where some requests verify drafts and others do not.
+    """
+
+    counts: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "+".join(map(str, self.counts))
+
+    @classmethod
+    def parse(cls, text: str) -> "QueryTokens":
+        """Read ``4``, or ``1+4``: of every two requests one brings 1 token and one brings 4.
+
+        Raises:
+            ValueError: another form, or more tokens than a decode kernel takes.
+        """
+        words = text.strip().split("+")
+        if not all(word.isdecimal() and 1 <= int(word) <= MAX_DECODE_QUERY_LEN for word in words):
+            rule = f"query tokens are 1 to {MAX_DECODE_QUERY_LEN}, or several such as 1+4 that requests take in turn"
+            raise ValueError(f"{rule}, but got {text!r}")
+        counts = sorted(map(int, words))
+        return cls(tuple(counts) if counts[0] < counts[-1] else (counts[0],))
+
+    @property
+    def most(self) -> int:
+        """Query tokens that a request has at most, for which passes of a kernel have room."""
+        return self.counts[-1]
+
+    def of(self, num_reqs: int) -> tuple[int, ...]:
+        """Query tokens of each of ``num_reqs`` requests; the first brings the most."""
+        return tuple(self.counts[-1 - index % len(self.counts)] for index in range(num_reqs))
+
+
+@dataclass(frozen=True)
 class ThroughputPoint:
     """Requests of ``prompt`` tokens that generate ``output`` tokens each, written PROMPTxOUTPUT."""
 
@@ -125,7 +160,13 @@ class LongPrefill:
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """Heads of one attention layer."""
+    """Heads of one attention layer.
+
+    Args:
+        num_heads: query heads.
+        num_kv_heads: KV heads.
+        head_size: numbers per head.
+    """
 
     num_heads: int
     num_kv_heads: int
@@ -134,27 +175,28 @@ class LayerHeads:
     def __str__(self) -> str:
         return f"{self.num_heads}/{self.num_kv_heads}/{self.head_size}"
 
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_heads // self.num_kv_heads
+
     @classmethod
     def parse(cls, text: str) -> "LayerHeads":
-        """Read a preset's name such as ``llama31_8b``, or ``HEADS/KV_HEADS/HEAD_SIZE``.
+        """Read a preset's name such as ``llama31_8b`` or ``llama33_70b:tp8``, or ``HEADS/KV_HEADS/HEAD_SIZE``.
 
         Raises:
-            ValueError: neither, or query heads that KV heads do not divide.
+            ValueError: neither, query heads that KV heads do not divide, or ranks that cannot share the heads.
         """
         numbers = text.strip().split("/")
-        if len(numbers) == 1 and (SHAPES / text / "config.json").is_file():
-            config = json.loads((SHAPES / text / "config.json").read_text())
+        if len(numbers) == 1 and text.strip().partition(":")[0] in presets():
+            config = Preset.parse(text).config()
             heads = config["num_attention_heads"]
-            return cls(heads, config["num_key_value_heads"], config.get("head_dim") or config["hidden_size"] // heads)
+            size = config.get("head_dim") or config["hidden_size"] // heads
+            return cls(heads, config["num_key_value_heads"], size)
         if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
             rule = f"a shape is HEADS/KV_HEADS/HEAD_SIZE, such as 32/8/128, or one of {', '.join(presets())}"
-            raise ValueError(f"{rule}, but got {text!r}")
+            raise ValueError(f"{rule}, whole or as a rank's share such as llama33_70b:tp8, but got {text!r}")
         shape = cls(*map(int, numbers))
         if shape.num_heads % shape.num_kv_heads:
             raise ValueError(f"HEADS must be a multiple of KV_HEADS, but got {text!r}")
         return shape
-
-
-def presets() -> list[str]:
-    """Names of the shapes that come with the benchmarks."""
-    return sorted(path.name for path in SHAPES.iterdir() if path.is_dir())

@@ -2,8 +2,9 @@
 
 Each point BATCHxCONTEXT prefills BATCH random prompts of CONTEXT tokens (prefill_s), then serves them again from the
 prefix cache and gives milliseconds per step over --output-tokens steps in which all of them decode.
---throughput keeps as many requests in flight as fit in the KV cache. Every setting runs in an engine and a process of
-its own; a run that was cut short goes on, with the same options and --out, at the setting it was cut short in.
+--throughput keeps as many requests in flight as fit in the KV cache. With --speculate, a step verifies drafted tokens
+of every request, and tokens per second count the accepted ones. Every setting runs in an engine and a process of its
+own; a run that was cut short goes on, with the same options and --out, at the setting it was cut short in.
 """
 
 import argparse
@@ -11,139 +12,40 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.bench.closed_loop import FILL_STEPS
+from kvtuner_tools.bench.closed_loop import decode_room, throughput_room
 from kvtuner_tools.bench.pictures import check_picture, draw
-from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint, presets
+from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.presets import Preset, presets
+from kvtuner_tools.bench.serve_result import SCHEMA, assemble, new_entry, table
+from kvtuner_tools.bench.speculation import MAX_DRAFTED, Speculation, speculated
 from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.engines.flashinfer import FLASHINFER, decode_environment
 from kvtuner_tools.engines.serve import ServeJob, measure
 from kvtuner_tools.processes import in_own_process
-from kvtuner_tools.results import format_table, provenance, write_json
+from kvtuner_tools.results import provenance, write_json
 
-SCHEMA = "kvtuner-bench-serve/5"
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 """Requests that run at once by default, without and with --throughput."""
-_SETTING = {
-    "setting": "label:",
-    "nominal bits": "nominal_bits:.2f",
-    "stored bits": "stored_bits:.2f",
-}
-COLUMNS = {
-    **_SETTING,
-    "KV tokens": "kv_tokens:,",
-    "x auto": "kv_tokens_ratio:.3f",
-    "point": "point:",
-    "decode ms": "decode_ms:.2f",
-    "decode tok/s": "decode_tok_s:,.0f",
-    "prefill s": "prefill_s:.2f",
-}
-THROUGHPUT_COLUMNS = {
-    **_SETTING,
-    "prompt x output": "point:",
-    "requests": "concurrency:,",
-    "fitting": "fitting:,",
-    "output tok/s": "output_tok_s:,.0f",
-    "x auto": "ratio:.2f",
-    "total tok/s": "total_tok_s:,.0f",
-    "cached prompts tok/s": "repeat_tok_s:,.0f",
-    "decode alone ms": "decode_ms:.2f",
-    "decode alone tok/s": "decode_tok_s:,.0f",
-    "preemptions": "preemptions:",
-}
-LONG_PREFILL_COLUMNS = {**_SETTING, "prompt:chunk": "point:", "prefill s": "seconds:.3f", "x auto": "ratio:.3f"}
-
-
-def new_entry(
-    setting: CacheSetting, bits: tuple[float, float] | None, lines: Sequence[Mapping[str, Any]], error: str | None
-) -> dict[str, Any]:
-    """One setting's part of the result.
-
-    Args:
-        setting: what it stores the cache as.
-        bits: nominal and stored.
-        lines: the JSON lines of its engine.
-        error: why the engine failed, if it did.
-    """
-    nominal, stored = bits or (None, None)
-    records: dict[str, list[Any]] = {"engine": [], "points": [], "long_prefill": [], "throughput": []}
-    for line in lines:
-        for kind, record in line.items():
-            records[kind].append(record)
-    (engine,) = records.pop("engine") or [{}]
-    return {
-        "label": setting.label,
-        "kv_cache_dtype": setting.kv_cache_dtype,
-        "profile": setting.profile,
-        "profile_sha256": profile_sha256(setting),
-        "nominal_bits": nominal,
-        "stored_bits": stored,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **engine,
-        **records,
-        "error": error,
-    }
-
-
-def assemble(head: Mapping[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result of all settings, with what each is to ``auto`` if that is among them.
-
-    Args:
-        head: provenance and the options of the run.
-        entries: of :func:`new_entry`.
-    """
-    auto = next((entry for entry in entries if entry["label"] == "auto"), None)
-    if auto is not None:
-        for entry in entries:
-            if "kv_tokens" in entry and "kv_tokens" in auto:
-                entry["kv_tokens_ratio"] = entry["kv_tokens"] / auto["kv_tokens"]
-            for group, key in (("throughput", "output_tok_s"), ("long_prefill", "seconds")):
-                base = {_name(point): point[key] for point in auto[group]}
-                for point in entry[group]:
-                    if _name(point) in base:
-                        point["ratio"] = point[key] / base[_name(point)]
-    return {"schema": SCHEMA, **head, "settings": list(entries)}
-
-
-def _name(point: Mapping[str, Any]) -> str:
-    """A point as it was written."""
-    if "batch" in point:
-        return str(Point(point["batch"], point["context"]))
-    if "chunk" in point:
-        return str(LongPrefill(point["prompt"], point["chunk"]))
-    return str(ThroughputPoint(point["prompt"], point["output"]))
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """All points of all settings as Markdown tables; a setting without points keeps one line in the first."""
-    tables = []
-    for group, columns in (
-        ("points", COLUMNS),
-        ("throughput", THROUGHPUT_COLUMNS),
-        ("long_prefill", LONG_PREFILL_COLUMNS),
-    ):
-        rows = []
-        for entry in result["settings"]:
-            for point in entry[group] or ([{}] if group == "points" else []):
-                rows.append({**entry, **point, "point": _name(point) if point else None})
-        if rows:
-            tables.append(format_table(columns, rows))
-    return "\n\n".join(tables)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kvtuner bench serve``."""
     model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--shape", choices=presets())
+    model.add_argument(
+        "--shape",
+        help=f"{', '.join(presets())} (mixtures of experts: bench kernel only), or a rank's share of one under tensor "
+        "parallelism such as llama33_70b:tp8",
+    )
     model.add_argument("--model", type=Path, help="folder with config.json")
     parser.add_argument(
         "--setting",
         action="append",
         required=True,
         type=CacheSetting.parse,
-        help="auto, fp8, or kvtuner:PROFILE; repeat",
+        help="auto, fp8, or kvtuner:PROFILE; fp8@FLASHINFER names vLLM's attention backend; repeat",
     )
     parser.add_argument(
         "--points", default="64x1024,64x8192,8x32000", help="BATCHxCONTEXT,..., or none (default %(default)s)"
@@ -170,6 +72,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds to prefill one prompt in chunks, such as 32768:8192; no step takes more than CHUNK tokens",
     )
     parser.add_argument(
+        "--speculate",
+        type=Speculation.parse,
+        metavar="DRAFTED:ACCEPTANCE",
+        help=f"draft 1 to {MAX_DRAFTED} tokens in each step and accept each, if all before it are, with this "
+        "probability, such as 3:0.7; by vLLM's synthetic acceptance, on a GPU alone",
+    )
+    parser.add_argument(
         "--memory", type=float, default=0.85, help="gpu_memory_utilization of every engine (default %(default)s)"
     )
     parser.add_argument("--kv-memory", type=float, help="GiB of KV cache (default: what --memory leaves)")
@@ -185,12 +94,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner bench serve``; 1 when an engine failed, whose points so far are kept."""
+    if args.model:
+        return _run(args, args.model)
+    preset = Preset.parse(args.shape)
+    if preset.serve_refusal:
+        raise ValueError(preset.serve_refusal)
+    with preset.folder() as model:
+        return _run(args, model)
+
+
+def _run(args: argparse.Namespace, model: Path) -> int:
     from transformers import AutoConfig
 
-    model: Path = args.model or SHAPES / args.shape
     points = () if args.points == "none" else tuple(Point.parse(text) for text in args.points.split(","))
     max_num_seqs = args.max_num_seqs or (THROUGHPUT_SEQS if args.throughput else POINT_SEQS)
     _check_lengths(args, points, max_num_seqs)
+    _check_device(args)
     if args.picture:
         check_picture(args.picture)
     kv_memory_bytes = None if args.kv_memory is None else int(args.kv_memory * (1 << 30))
@@ -201,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.shape or str(model),
         "points": [str(point) for point in points],
         "output_tokens": args.output_tokens,
+        "speculate": args.speculate and str(args.speculate),
         "throughput": [str(point) for point in args.throughput],
         "window_s": args.window,
         "long_prefill": args.long_prefill and str(args.long_prefill),
@@ -211,12 +131,10 @@ def run(args: argparse.Namespace) -> int:
     }
     head, done = _resume(args.out, head)
     result = assemble(head, list(done.values()))
+    pending = _pending(args, done)
+    environments = _environments(pending)
     with tempfile.TemporaryDirectory(prefix="kvtuner-bench-") as folder:
-        for number, setting in enumerate(args.setting):
-            kept = done.get(setting.label)
-            if kept and kept["error"] is None and kept["profile_sha256"] == profile_sha256(setting):
-                print(f"{setting.label}: kept from {args.out}")
-                continue
+        for number, setting in enumerate(pending):
             job = ServeJob(
                 model=model,
                 vocab_size=hf_config.get_text_config().vocab_size,
@@ -231,6 +149,8 @@ def run(args: argparse.Namespace) -> int:
                 max_model_len=args.max_model_len,
                 max_num_seqs=max_num_seqs,
                 lines=Path(folder) / f"{number}.jsonl",
+                speculation=args.speculate,
+                environment=environments[setting],
             )
             done[setting.label] = _measure_setting(job, bits[setting])
             # Rewritten after every engine, so that a run cut short keeps what it measured.
@@ -243,6 +163,29 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
+def _pending(args: argparse.Namespace, done: Mapping[str, Mapping[str, Any]]) -> list[CacheSetting]:
+    """Settings that are still to be measured; ``done`` are the entries that --out holds, by label."""
+    pending = []
+    for setting in args.setting:
+        kept = done.get(setting.label)
+        if kept and kept["error"] is None and kept["profile_sha256"] == profile_sha256(setting):
+            print(f"{setting.label}: kept from {args.out}")
+        else:
+            pending.append(setting)
+    return pending
+
+
+def _environments(settings: Sequence[CacheSetting]) -> dict[CacheSetting, dict[str, str]]:
+    """Variables that each setting's engine needs. What an engine would refuse is refused before the first starts."""
+    environments: dict[CacheSetting, dict[str, str]] = {}
+    for setting in settings:
+        asks = setting.attention_backend == FLASHINFER
+        environments[setting] = in_own_process(decode_environment, setting) if asks else {}
+        for name, value in environments[setting].items():
+            print(f"{setting.label}: its engine runs with {name}={value}")
+    return environments
+
+
 def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[str, Any]:
     """The entry of one setting, measured in an engine and a process of its own."""
     error = None
@@ -251,12 +194,12 @@ def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[st
     except Exception as failure:  # an engine can fail in any way; the next one must still be measured
         error = f"{type(failure).__name__}: {failure}"
     records = [json.loads(line) for line in job.lines.read_text().splitlines()] if job.lines.exists() else []
-    return new_entry(job.setting, bits, records, error)
+    return new_entry(job.setting, bits, job.environment, records, error)
 
 
 def _report(result: Mapping[str, Any]) -> int:
     """Print the tables, and what failed on stderr; the exit status."""
-    print(f"{result['model']} on {result['device']}, dummy weights")
+    print(f"{result['model']} on {result['device']}, dummy weights{speculated(result)}")
     print(table(result))
     failed = [entry for entry in result["settings"] if entry["error"]]
     for entry in failed:
@@ -268,15 +211,30 @@ def _check_lengths(args: argparse.Namespace, points: Sequence[Point], max_num_se
     if args.long_prefill and args.long_prefill.chunk < max_num_seqs:
         rule = f"--long-prefill's CHUNK must be at least --max-num-seqs, {max_num_seqs}, as vLLM demands of a step"
         raise ValueError(f"{rule}, but got {args.long_prefill.chunk}")
-    longest = [point.context + FILL_STEPS + args.output_tokens for point in points]
-    # The first requests of a closed loop may generate twice their output.
-    longest += [point.prompt + 2 * point.output for point in args.throughput]
+    # Drafts stand behind a request's last token, and one that does not fit would be left out of its step.
+    drafted = args.speculate.drafted if args.speculate else 0
+    most = 1 + drafted
+    longest = [point.context + decode_room(args.output_tokens, most) + drafted for point in points]
+    longest += [point.prompt + throughput_room(point, most) + drafted for point in args.throughput]
     longest += [args.long_prefill.prompt + 1] if args.long_prefill else []
     if not longest:
         raise ValueError("bench serve needs --points, --throughput or --long-prefill, but got none")
     if max(longest) > args.max_model_len:
         rule = f"--max-model-len must be at least {max(longest)} for these points"
         raise ValueError(f"{rule}, but got {args.max_model_len}")
+
+
+def _check_device(args: argparse.Namespace) -> None:
+    """What vLLM on a CPU lacks, or leaves aside without a word."""
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if args.speculate:
+        raise ValueError("--speculate needs a GPU: vLLM's sampler on a CPU has no synthetic acceptance")
+    if named := [setting.label for setting in args.setting if setting.attention_backend is not None]:
+        rule = "a setting with an attention backend needs a GPU, since vLLM on a CPU has one alone"
+        raise ValueError(f"{rule}, but got {', '.join(named)}")
 
 
 def _resume(out: Path | None, head: dict[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -1,19 +1,23 @@
 """One engine of ``kvtuner bench serve``: decode points, long prefill, and closed-loop throughput."""
 
+import itertools
 import json
+import os
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.bench.closed_loop import ClosedLoop, fitting_requests, measure_decode, measure_throughput
+from kvtuner_tools.bench.closed_loop import NO_RATES, ClosedLoop, fitting_requests, measure_decode, measure_throughput
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.speculation import Speculation
 from kvtuner_tools.cache_setting import CacheSetting
 
 CUDAGRAPH_CAPTURE_SIZES = (1, 8, 32, 64, 128, 256)
+"""Requests of the batches that are captured."""
 THROUGHPUT_CAPTURE_SIZES = (192, 320, 384, 448, 512, 640, 768, 896, 1024, 1152)
 """Captured too where throughput is measured, so that a batch at full memory is padded by little; the last for as many
 requests as run at once, with the ends of cached prompts beside them."""
@@ -40,6 +44,8 @@ class ServeJob:
         kv_memory_bytes: KV cache memory; None takes what ``memory`` leaves.
         max_num_seqs: requests that run at once.
         lines: file that takes one JSON line {kind: record} when the engine is up and one per measurement.
+        speculation: of all requests, or None.
+        environment: variables that the engine needs besides those of this process.
     """
 
     model: Path
@@ -55,26 +61,47 @@ class ServeJob:
     max_model_len: int
     max_num_seqs: int
     lines: Path
+    speculation: Speculation | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def query_tokens(self) -> int:
+        """Tokens of a request that a decode step computes, and which it may get."""
+        return 1 if self.speculation is None else self.speculation.query_tokens
+
+    @property
+    def capture_sizes(self) -> list[int]:
+        """Tokens of the batches that are captured: of so many requests, which all decode."""
+        sizes = CUDAGRAPH_CAPTURE_SIZES + (THROUGHPUT_CAPTURE_SIZES if self.throughput else ())
+        most = self.max_num_seqs * 9 // 8
+        return sorted(size * self.query_tokens for size in sizes if size <= most)
 
 
 def measure(job: ServeJob) -> None:
-    """Build the engine, measure everything, and write a JSON line as each is known. Meant for a process of its own."""
+    """Build the engine, measure everything, and write a JSON line as each is known. Meant for a process of its own.
+
+    Raises:
+        ValueError: a request does not fit the cache; or, when all is measured, the engine did not speculate as asked.
+    """
+    os.environ.update(job.environment)  # before vLLM is imported, which remembers what it found
     from vllm import LLM
     from vllm.utils.gc_utils import freeze_gc_heap
 
+    problems: list[str] = []
+
     def emit(kind: str, record: dict[str, Any]) -> None:
+        problems.extend(speculation_problems(job, record))
         with open(job.lines, "a") as file:
             file.write(json.dumps({kind: record}) + "\n")
         print(job.setting.label, json.dumps(record), flush=True)
 
     start = time.time()
-    sizes = CUDAGRAPH_CAPTURE_SIZES + (THROUGHPUT_CAPTURE_SIZES if job.throughput else ())
-    most = job.max_num_seqs * 9 // 8
     llm = LLM(
         model=str(job.model),
         load_format="dummy",
         skip_tokenizer_init=True,
         kv_cache_dtype=job.setting.kv_cache_dtype,
+        attention_backend=job.setting.attention_backend,
         max_model_len=job.max_model_len,
         gpu_memory_utilization=job.memory,
         kv_cache_memory_bytes=job.kv_memory_bytes,
@@ -82,7 +109,8 @@ def measure(job: ServeJob) -> None:
         max_num_seqs=job.max_num_seqs,
         # vLLM's long_prefill_token_threshold does not hold for a request that is alone.
         max_num_batched_tokens=job.long_prefill.chunk if job.long_prefill else BATCHED_TOKENS,
-        compilation_config={"cudagraph_capture_sizes": sorted(size for size in sizes if size <= most)},
+        compilation_config={"cudagraph_capture_sizes": job.capture_sizes},
+        speculative_config=job.speculation and job.speculation.config,
         # Preemptions are counted among the statistics alone.
         disable_log_stats=not job.throughput,
         additional_config=job.setting.additional_config(),
@@ -101,30 +129,43 @@ def measure(job: ServeJob) -> None:
         _generate(llm, [list(range(low, low + 128))] * 2, 4)
         freeze_gc_heap()  # as vLLM's server does once it is up: a collection of all took half a second of a window
         for point in job.points:
-            emit("points", decode_point(llm, point, job.output_tokens, low, high))
+            emit("points", decode_point(llm, job, point, low, high))
         if job.long_prefill:
             emit("long_prefill", long_prefill_point(llm, job.long_prefill, low, high))
         for throughput in job.throughput:
             emit("throughput", throughput_point(llm, job, throughput, low, high))
+        if problems:
+            raise ValueError("; ".join(problems))
     finally:
         # A process waits for its children before it ends, and the engine's ends only when told to.
         llm.llm_engine.engine_core.shutdown()
 
 
-def decode_point(llm: Any, point: Point, output_tokens: int, low: int, high: int) -> dict[str, Any]:
+def speculation_problems(job: ServeJob, record: dict[str, Any]) -> list[str]:
+    """Why the steps of a measurement were not speculated as asked; none where it has no steps."""
+    requests, steps = record.get("batch") or record.get("concurrency"), record.get("decode_steps")
+    if job.speculation is None or not requests or not steps:
+        return []
+    problem = job.speculation.problem(record["tokens_per_step"], requests * steps)
+    return [] if problem is None else [problem]
+
+
+def decode_point(llm: Any, job: ServeJob, point: Point, low: int, high: int) -> dict[str, Any]:
     """Prefill of random prompts, then decoding alone with the prompts cached."""
     random.seed(point.batch * point.context)
     prompts = [[random.randrange(low, high) for _ in range(point.context)] for _ in range(point.batch)]
     cold = _generate(llm, prompts, 1)
-    runs = [measure_decode(llm.llm_engine, prompts, output_tokens, _sampling) for _ in range(WARM_RUNS)]
-    step = min((run.step_s for run in runs if run.step_s is not None), default=None)
+    runs = [
+        measure_decode(llm.llm_engine, prompts, job.output_tokens, _samplings(job), most_per_step=job.query_tokens)
+        for _ in range(WARM_RUNS)
+    ]
+    steps = min((run.steps for run in runs if run.steps is not None), key=lambda steps: steps.seconds, default=None)
     return {
         "batch": point.batch,
         "context": point.context,
         "prefill_s": round(cold, 2),
         "warm_s": round(min(run.first_s for run in runs), 3),
-        "decode_ms": None if step is None else round(step * 1e3, 3),
-        "decode_tok_s": None if step is None else round(point.batch / step, 1),
+        **(NO_RATES if steps is None else steps.rates(point.batch)),
     }
 
 
@@ -162,7 +203,7 @@ def throughput_point(llm: Any, job: ServeJob, point: ThroughputPoint, low: int, 
 
         # A seed of its own, or its prompts would begin as those of another point, which may still be cached.
         prompts = _prompts(point.prompt, low, high, seed=point.prompt)
-        loop = ClosedLoop(llm.llm_engine, prompts, _sampling)
+        loop = ClosedLoop(llm.llm_engine, prompts, _samplings(job), most_per_step=job.query_tokens)
         measured = measure_throughput(loop, point, concurrency, job.window_s, preemptions, progress)
     return {
         "prompt": point.prompt,
@@ -173,12 +214,21 @@ def throughput_point(llm: Any, job: ServeJob, point: ThroughputPoint, low: int, 
     }
 
 
-def _sampling(output_tokens: int) -> Any:
+def _samplings(job: ServeJob) -> Callable[[int], Any]:
+    """Makes parameters of requests. Of speculation, the nth request's lots are the same in every engine."""
+    if job.speculation is None:
+        return _sampling
+    numbers = itertools.count()
+    return lambda output_tokens: _sampling(output_tokens, next(numbers))
+
+
+def _sampling(output_tokens: int, seed: int | None = None) -> Any:
     """Parameters of a request that takes so many tokens and returns them as they come."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
+        seed=seed,
         max_tokens=output_tokens,
         ignore_eos=True,
         temperature=0.0,

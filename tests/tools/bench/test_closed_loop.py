@@ -24,14 +24,18 @@ STEP_S, PREFILL_S, DECODE_S = 1.0, 0.001, 0.01
 class FakeEngine:
     """Chunked prefill with decodes first, on a clock of its own; every other step returns nothing first.
 
-    Of a prompt that it has seen, all but the last token is cached, if prompts are told apart. Three of four steps
+    A step gives a decoding request the next of ``accepted`` tokens, in turns, and one of its first a single token. Of a
+    prompt that it has seen, all but the last token is cached, if prompts are told apart. Three of four steps
     return ``early`` seconds too soon, and the fourth as much later as makes up for them.
     """
 
-    def __init__(self, batched_tokens: int, caches: bool = False, early: float = 0.0) -> None:
+    def __init__(
+        self, batched_tokens: int, caches: bool = False, early: float = 0.0, accepted: tuple[int, ...] = (1,)
+    ) -> None:
         self.batched_tokens = batched_tokens
         self.caches = caches
         self.early = early
+        self.accepted = itertools.cycle(accepted)
         self.seen: set[tuple[int, ...]] = set()
         self.now = 0.0
         self.requests: dict[str, SimpleNamespace] = {}
@@ -76,17 +80,18 @@ class FakeEngine:
         outputs = []
         for name in decoding + began:
             request = self.requests[name]
-            request.tokens += 1
+            new = 1 if name in began else min(next(self.accepted), request.limit - request.tokens)
+            request.tokens += new
             finished = request.tokens == request.limit
             if finished:
                 self.generated[name] = self.requests.pop(name).tokens
             outputs.append(
-                SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=[7])], finished=finished)
+                SimpleNamespace(request_id=name, outputs=[SimpleNamespace(token_ids=[7] * new)], finished=finished)
             )
         return outputs
 
 
-def run(engine: FakeEngine, point: ThroughputPoint, concurrency: int, window_s: float) -> dict:
+def run(engine: FakeEngine, point: ThroughputPoint, concurrency: int, window_s: float, most_per_step: int = 1) -> dict:
     preemptions = Counter()
 
     def preempted() -> int:
@@ -94,7 +99,9 @@ def run(engine: FakeEngine, point: ThroughputPoint, concurrency: int, window_s: 
         return 5 * preemptions["asked"]
 
     numbers = itertools.count()
-    loop = ClosedLoop(engine, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, clock=lambda: engine.now)
+    loop = ClosedLoop(
+        engine, lambda: [next(numbers)] * point.prompt, lambda tokens: tokens, lambda: engine.now, most_per_step
+    )
     return measure_throughput(loop, point, concurrency, window_s, preempted)
 
 
@@ -106,6 +113,7 @@ def test_rates_are_those_of_the_engine():
     assert engine.most_in_flight == concurrency
     assert result["decode_ms"] == pytest.approx(1e3 * (STEP_S + concurrency * DECODE_S))
     assert result["decode_tok_s"] == pytest.approx(concurrency / (STEP_S + concurrency * DECODE_S), abs=0.1)
+    assert (result["decode_steps"], result["tokens_per_step"]) == (DECODE_STEPS, 1)
     # Each step every request gets a token, and one prompt is prefilled for every 50 of them.
     step_s = STEP_S + concurrency * (DECODE_S + PREFILL_S * point.prompt / point.output)
     assert result["output_tok_s"] == pytest.approx(concurrency / step_s, rel=0.02)
@@ -148,8 +156,38 @@ def test_a_loop_that_never_decodes_alone_says_so():
     """So short an output that prompts are prefilled in every step."""
     result = run(FakeEngine(100), ThroughputPoint(100, 4), 8, window_s=100.0)
 
-    assert (result["decode_ms"], result["decode_tok_s"]) == (None, None)
+    assert {result[key] for key in ("decode_ms", "decode_tok_s", "decode_steps", "tokens_per_step")} == {None}
     assert result["output_tok_s"] > 0
+
+
+ACCEPTED = (4, 1, 1, 3, 4, 2, 1)
+"""Tokens that requests get in their steps, where 3 are drafted."""
+
+
+def test_rates_with_speculation():
+    engine, point, concurrency = FakeEngine(200, caches=True, accepted=ACCEPTED), ThroughputPoint(100, 50), 8
+
+    result = run(engine, point, concurrency, window_s=600.0, most_per_step=4)
+
+    mean = sum(ACCEPTED) / len(ACCEPTED)
+    step_s = STEP_S + concurrency * DECODE_S
+    assert result["decode_steps"] == DECODE_STEPS, "no request ended while the others were prefilled or in these steps"
+    assert result["decode_ms"] == pytest.approx(1e3 * step_s)
+    assert result["tokens_per_step"] == pytest.approx(mean, rel=0.03)
+    assert result["decode_tok_s"] == pytest.approx(result["tokens_per_step"] * concurrency / step_s, abs=0.1)
+    # The first token is a step's alone, and the last step gives about one less than it accepted.
+    in_loop = point.output / (1 + point.output / mean)
+    prefill_s = PREFILL_S * point.prompt * in_loop / point.output
+    assert result["output_tok_s"] == pytest.approx(concurrency * in_loop / (step_s + concurrency * prefill_s), rel=0.02)
+
+
+def test_decoding_alone_with_speculation():
+    engine = FakeEngine(200, accepted=ACCEPTED)
+
+    found = measure_decode(engine, [[1] * 100] * 8, 20, lambda tokens: tokens, lambda: engine.now, most_per_step=4)
+
+    assert (found.steps.count, found.steps.seconds) == (20, pytest.approx(STEP_S + 8 * DECODE_S))
+    assert found.steps.tokens / 8 == pytest.approx(sum(ACCEPTED) / len(ACCEPTED), rel=0.03)
 
 
 def test_decoding_alone():
@@ -158,7 +196,8 @@ def test_decoding_alone():
 
     found = measure_decode(engine, [[1] * 100] * 8, 20, lambda tokens: tokens, lambda: engine.now)
 
-    assert found.step_s == pytest.approx(STEP_S + 8 * DECODE_S)
+    assert found.steps.seconds == pytest.approx(STEP_S + 8 * DECODE_S)
+    assert (found.steps.count, found.steps.tokens) == (20, 8)
     assert found.first_s == pytest.approx(5 * STEP_S + 800 * PREFILL_S + (2 + 3 + 5 + 7 + 8) * DECODE_S)
     assert not engine.has_unfinished_requests()
     assert set(engine.generated.values()) <= set(range(20, 20 + FILL_STEPS)), "none ended while it was timed"
@@ -170,7 +209,7 @@ def test_decoding_that_is_never_alone_says_so():
 
     found = measure_decode(engine, [[1] * 100] * 200, 4, lambda tokens: tokens, lambda: engine.now)
 
-    assert found.step_s is None
+    assert found.steps is None
 
 
 def test_requests_that_fit():

@@ -11,6 +11,7 @@ from kvtuner_tools.bench.kernel_inputs import (
     newest_tokens,
     token_places,
 )
+from kvtuner_tools.bench.points import QueryTokens
 from tests.helpers.kernel_bench import HEADS
 from vllm_kvtuner.kernels.contract import Span
 from vllm_kvtuner.kernels.reference.attention import attention_ref
@@ -22,7 +23,7 @@ def seed():
 
 
 def test_copies_share_no_block_and_leave_out_block_0(device):
-    batch = make_batch(HEADS, 16, [1, 16, 17, 100], 1, 3, device)
+    batch = make_batch(HEADS, 16, [1, 16, 17, 100], QueryTokens((1,)), 3, device)
 
     used = [table[table > 0] for table in batch.block_tables]
     assert [len(blocks) for blocks in used] == [1 + 1 + 2 + 7] * 3
@@ -41,7 +42,7 @@ def test_copies_together_exceed_the_l2_cache():
 
 
 def test_float64_attention_is_the_reference(device):
-    batch = make_batch(HEADS, 16, [40, 3], 3, 1, device)
+    batch = make_batch(HEADS, 16, [40, 3], QueryTokens((3,)), 1, device)
     keys, values = torch.randn(2, 43, 2, 64, device=device)
     query = batch.query.float()
 
@@ -67,7 +68,7 @@ def test_stores_move_their_input_and_what_they_store(device):
 
 
 def test_newest_tokens_have_slots_in_every_copy(device):
-    batch = make_batch(HEADS, 16, [5, 16, 33], 2, 3, device)
+    batch = make_batch(HEADS, 16, [5, 16, 33], QueryTokens((2,)), 3, device)
 
     newest = newest_tokens(batch)
 
@@ -75,3 +76,23 @@ def test_newest_tokens_have_slots_in_every_copy(device):
     for blocks_of, slots in zip(batch.block_tables, newest.slot_mappings, strict=True):
         blocks = [blocks_of[0, 0]] * 2 + [blocks_of[1, 0]] * 2 + [blocks_of[2, 1], blocks_of[2, 2]]
         assert slots.tolist() == [16 * int(block) + at for block, at in zip(blocks, (3, 4, 14, 15, 15, 0), strict=True)]
+
+
+def test_requests_of_unequal_query_tokens(device):
+    """Their tokens are where the block table of each has them, and see what stands before them."""
+    batch = make_batch(HEADS, 16, [5, 16, 33], QueryTokens((1, 3)), 2, device)
+
+    assert batch.query_lens == (3, 1, 3)
+    assert batch.query_start_loc.tolist() == [0, 3, 4, 7]
+    assert batch.query.shape == (7, HEADS.num_heads, HEADS.head_size)
+    newest = newest_tokens(batch)
+    assert newest.positions.tolist() == [2, 3, 4, 15, 30, 31, 32]
+    assert newest.slot_mappings[1].tolist()[3] == 16 * int(batch.block_tables[1][1, 0]) + 15
+
+    keys, values = torch.randn(2, 54, 2, 64, device=device)
+    got = attention_float64(batch, batch.query.float(), keys, values)
+    want = torch.empty_like(batch.query.float())
+    for rows, tokens in ((slice(0, 3), slice(0, 5)), (slice(3, 4), slice(5, 21)), (slice(4, 7), slice(21, 54))):
+        query = batch.query[rows].float()
+        attention_ref(query, keys[tokens], values[tokens], batch.attention_shape, Span(), want[rows])
+    torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)

@@ -12,7 +12,7 @@ from kvtuner_tools.bench.kernel_measure import ErrorCase, ErrorInputs, KernelMet
 from kvtuner_tools.bench.kernels import vllm
 from kvtuner_tools.bench.kernels.base import Unsupported
 from kvtuner_tools.bench.kernels.packed import TritonKernel, packed_format
-from kvtuner_tools.bench.points import TRANSFORMS
+from kvtuner_tools.bench.points import TRANSFORMS, QueryTokens
 from kvtuner_tools.bench.timing import Timing
 from tests.helpers.kernel_bench import HEADS, request_of
 from vllm_kvtuner.pages.layout import PrecisionPair
@@ -28,11 +28,12 @@ def seed():
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("query_tokens", [1, 3])
+@pytest.mark.parametrize("query_tokens", ["1", "3", "1+3"])
 @pytest.mark.parametrize("transforms", TRANSFORMS)
 def test_error_of_the_triton_kernel(transforms, query_tokens, device):
     cache_format = packed_format(PrecisionPair(4, 2), 64)
-    error = ErrorCase("triton", HEADS, 16, cache_format, transforms, query_tokens, device).error(FEW)
+    tokens = QueryTokens.parse(query_tokens)
+    error = ErrorCase("triton", HEADS, 16, cache_format, transforms, tokens, device).error(FEW)
     assert 1e-4 < error.largest < BF16_ERROR
     assert 1e-4 < error.rounding < 2**-8
     assert error.largest < 2 * error.rounding + 1e-3, "little but rounding, for which the interpreter truncates"
@@ -40,7 +41,7 @@ def test_error_of_the_triton_kernel(transforms, query_tokens, device):
 
 def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
     """Here one that leaves a row out, and one that reads another request's blocks."""
-    case = ErrorCase("triton", HEADS, 16, packed_format(PrecisionPair(8, 8), 64), "none", 1, device)
+    case = ErrorCase("triton", HEADS, 16, packed_format(PrecisionPair(8, 8), 64), "none", QueryTokens((1,)), device)
     build = TritonKernel.build
 
     def partial(self, *arguments):
@@ -70,10 +71,14 @@ def test_what_cannot_run_here_is_skipped_with_the_reason(device, monkeypatch):
         assert reasons == {
             ("decode", "fa3_bf16"): "needs an NVIDIA GPU",
             ("decode", "fa3_fp8"): "needs an NVIDIA GPU",
+            ("decode", "xqa_bf16"): "needs an NVIDIA GPU",
+            ("decode", "xqa_fp8"): "needs an NVIDIA GPU",
             ("decode", "int4_per_token_head"): "needs an NVIDIA GPU",
             ("decode", "cuda"): "needs an NVIDIA GPU",
             ("layer", "fa3_bf16"): "needs an NVIDIA GPU",
             ("layer", "fa3_fp8"): "needs an NVIDIA GPU",
+            ("layer", "xqa_bf16"): "needs an NVIDIA GPU",
+            ("layer", "xqa_fp8"): "needs an NVIDIA GPU",
             ("layer", "int4_per_token_head"): "needs an NVIDIA GPU",
             ("layer", "cuda"): "needs an NVIDIA GPU",
             ("store", "reshape_and_cache_flash auto"): "needs an NVIDIA GPU",
@@ -89,13 +94,14 @@ def test_what_cannot_run_here_is_skipped_with_the_reason(device, monkeypatch):
 def test_a_plan_holds_every_case_once(device):
     request = request_of(
         "--shape=4/2/64", "--shape=7/1/64", "--points=1x4,2x8", "--pairs=K4V4,K2V2", "--store-pairs=K8V8",
-        "--transforms=none,all", "--implementations=triton",
+        "--transforms=none,all", "--implementations=triton", "--query-tokens=1,4",
     )  # fmt: skip
     cases, _ = KernelMeter(request, device, 1, 1.0).plan()
 
     for part in ("decode", "layer"):
         chosen = [case for case in cases if case.part == part]
-        assert len(chosen) == len(set(chosen)) == 2 * 2 * 2 * 2
+        assert len(chosen) == len(set(chosen)) == 2 * 2 * 2 * 2 * 2
+        assert {str(case.query_tokens) for case in chosen} == {"1", "4"}
     ours = [case for case in cases if case.part == "store" and case.implementation == "triton"]
     assert len(ours) == 2 * 2 * 2
     assert sum(case.part == "gather" for case in cases) == 2 * 2
@@ -135,6 +141,8 @@ def test_entries(device, fixed_time):
     assert decode["fraction_given"] == pytest.approx(decode["bytes_s"] / 2e9)
     assert (decode["nominal_bits"], decode["stored_bits"]) == (4.0, 4.5)
     assert (decode["requests"], decode["tokens"], decode["copies"]) == (2, 80, 2)
+    assert (decode["query_tokens"], decode["rows_per_kv_head"]) == ("1", 2)
+    assert "query_tokens" not in store
     assert set(decode["relative_errors"]) == {"random", "large_keys"}
     assert all(0 < error < BF16_ERROR for error in decode["relative_errors"].values())
     assert set(decode["rounding_errors"]) == set(decode["relative_errors"])
@@ -143,8 +151,10 @@ def test_entries(device, fixed_time):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("query_tokens", [1, 3])
-def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(query_tokens, device, fixed_time, monkeypatch):
+@pytest.mark.parametrize(("query_tokens", "newest_of"), [("1", (1, 1, 1)), ("3", (3, 3, 3)), ("1+3", (3, 1, 3))])
+def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(
+    query_tokens, newest_of, device, fixed_time, monkeypatch
+):
     """In every copy of the cache, the newest tokens and no others, before attention."""
     request = request_of("--shape=4/2/64", "--points=mixed:3:4-40", "--pairs=K8V8", "--implementations=triton",
                          "--parts=decode,layer", f"--query-tokens={query_tokens}")  # fmt: skip
@@ -161,8 +171,9 @@ def test_a_layer_stores_the_tokens_of_its_queries_and_attends_to_them(query_toke
     assert [meter.measure(case)["failure"] for case in (alone, layer)] == [None, None]
 
     # The batches before these were compared with float64.
-    for (batch, launches, before), newest in zip(made[-2:], (0, query_tokens), strict=True):
-        stored = {end - 1 - back for end in batch.seq_lens.cumsum(0).tolist() for back in range(newest)}
+    for (batch, launches, before), newest in zip(made[-2:], ((0, 0, 0), newest_of), strict=True):
+        ends = batch.seq_lens.cumsum(0).tolist()
+        stored = {end - 1 - back for end, count in zip(ends, newest, strict=True) for back in range(count)}
         for old, new in zip(before, launches.rows(), strict=True):
             changed = (old != new).flatten(1).any(1).nonzero().flatten().tolist()
             assert set(changed) == stored

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from kvtuner_tools.bench import pictures
 from kvtuner_tools.bench.kernel import SCHEMA as KERNEL_SCHEMA
 from kvtuner_tools.bench.kernels.packed import packed_format
-from kvtuner_tools.bench.serve import SCHEMA as SERVE_SCHEMA
+from kvtuner_tools.bench.serve_result import SCHEMA as SERVE_SCHEMA
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 
 HEAD = {"created": "2000-01-01T00:00:00+00:00", "device": "a card", "versions": {"python": "3", "torch": "9.9"}}
@@ -42,6 +42,21 @@ def kernel_result(points=POINTS, transforms=("none",)) -> dict:
                 add("cuda", pair.name, float(pair.nominal_bits), stored, point, transform, 0.96 - 0.01 * index - lost)
     entries.append({**entries[0], "point": "1x1", "us": None, "failure": "RuntimeError: no"})
     return {"schema": KERNEL_SCHEMA, **HEAD, "bandwidth": {"measured_bytes_s": 4.37e12}, "decode": entries}
+
+
+def rows_result() -> dict:
+    """Of two layers and four entries of query tokens, one of which a kernel does not serve."""
+    result = kernel_result(points=("64x8192",))
+    entries = []
+    for shape in ("32/8/128", "64/8/128"):
+        group = int(shape.partition("/")[0]) // 8
+        for step, tokens in enumerate(("1", "4", "8", "1+4")):
+            for entry in result["decode"]:
+                if entry["us"] and not (tokens == "8" and entry["implementation"] == "int4_per_token_head"):
+                    rows = group * int(tokens[-1])
+                    entries.append({**entry, "shape": shape, "query_tokens": tokens, "rows_per_kv_head": rows,
+                                    "us": entry["us"] * (step + 1)})  # fmt: skip
+    return {**result, "decode": entries}
 
 
 def serve_result() -> dict:
@@ -132,6 +147,60 @@ def test_kernels_without_transforms_stand_beside_ours_with_any(drawn, tmp_path):
     for axis in (plain, transformed):
         assert bars(axis)["fp8\n8 / 8"] == [72.0]
         assert len(bars(axis)["K4V4\n4 / 4.25"]) == 2
+
+
+def test_several_query_tokens_are_lines_over_them(drawn, tmp_path):
+    pictures.draw(rows_result(), tmp_path / "picture.png")
+
+    first, second = drawn[0].axes
+    assert [label.get_text() for label in first.get_xticklabels()] == [
+        "1\n4 rows",
+        "4\n16 rows",
+        "1+4\n16 rows",
+        "8\n32 rows",
+    ]
+    assert [label.get_text() for label in second.get_xticklabels()][-1] == "8\n64 rows"
+    names = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    lines = dict(zip(names, first.lines, strict=True))
+    assert len(lines) == 3 + 2 * len(QUANTIZED_PAIRS)
+    one, four, mixed, eight = lines["fa3_fp8 fp8"].get_ydata()
+    assert (four / one, mixed / one, eight / one) == pytest.approx((2, 4, 3))
+    assert list(lines["int4_per_token_head int4"].get_xdata()) == [0, 1, 2], "what was not measured has no point"
+    assert lines["cuda K4V4"].get_color() == lines["triton K4V4"].get_color() != lines["cuda K8V8"].get_color()
+    assert lines["cuda K4V4"].get_marker() != lines["triton K4V4"].get_marker()
+
+
+def test_one_entry_of_query_tokens_stands_in_the_title(drawn, tmp_path):
+    result = rows_result()
+    for tokens in ("1", "4"):
+        entries = [entry for entry in result["decode"] if entry["query_tokens"] == tokens]
+        pictures.draw({**result, "decode": entries}, tmp_path / "picture.png")
+    titles = [[axis.get_title() for axis in figure.axes] for figure in drawn]
+    assert titles == [
+        ["64x8192, heads 32/8/128, block 16", "64x8192, heads 64/8/128, block 16"],
+        ["64x8192, heads 32/8/128, block 16, 4 query tokens, 16 rows",
+         "64x8192, heads 64/8/128, block 16, 4 query tokens, 32 rows"],
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("query_tokens", [None, 4])
+def test_results_of_older_schemas_are_drawn(drawn, tmp_path, query_tokens):
+    """Their cases have one number of query tokens, and failed ones none."""
+    result = {**kernel_result(points=POINTS[:1]), "schema": "kvtuner-bench-kernel/3"}
+    for entry in result["decode"]:
+        if query_tokens and entry["us"]:
+            entry["query_tokens"] = query_tokens
+    pictures.draw(result, tmp_path / "picture.png")
+    assert drawn[0].axes[0].get_title().endswith("4 query tokens, 16 rows" if query_tokens else "block 16")
+
+
+def test_speculation_is_in_the_title(drawn, tmp_path):
+    for result in (serve_result(), serve_result() | {"speculate": "3:0.7"}):
+        pictures.draw(result, tmp_path / "picture.png")
+
+    plain, speculated = (figure.get_suptitle().splitlines()[0] for figure in drawn)
+    assert plain == "llama31_8b, dummy weights"
+    assert speculated == f"{plain}, 3 drafted tokens a step, each accepted with probability 0.7"
 
 
 def test_throughput_by_context_and_decode_time(drawn, tmp_path):

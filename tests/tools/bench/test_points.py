@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtuner_tools.bench.points import KernelPoint, LayerHeads, LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.points import KernelPoint, LayerHeads, LongPrefill, Point, QueryTokens, ThroughputPoint
 
 
 @pytest.mark.parametrize(
@@ -13,7 +13,12 @@ from kvtuner_tools.bench.points import KernelPoint, LayerHeads, LongPrefill, Poi
         (LongPrefill, "32768:8192", LongPrefill(32768, 8192)),
         (LongPrefill, "512:512", LongPrefill(512, 512)),
         (LayerHeads, "llama31_8b", LayerHeads(32, 8, 128)),
+        (LayerHeads, "llama33_70b:tp8", LayerHeads(8, 1, 128)),
         (LayerHeads, "7/1/64", LayerHeads(7, 1, 64)),
+        (QueryTokens, " 4", QueryTokens((4,))),
+        (QueryTokens, "4+1", QueryTokens((1, 4))),
+        (QueryTokens, "1+1+4", QueryTokens((1, 1, 4))),
+        (QueryTokens, "4+4", QueryTokens((4,))),
     ],
 )
 def test_read_and_written_back(kind, text, expected):
@@ -32,6 +37,22 @@ def test_points_of_another_form(text):
 def test_long_prefills_of_another_form(text):
     with pytest.raises(ValueError, match="a long prefill is written PROMPT:CHUNK"):
         LongPrefill.parse(text)
+
+
+def test_requests_take_query_tokens_in_turn():
+    mixed = QueryTokens.parse("1+4")
+    assert str(mixed) == "1+4"
+    assert mixed.most == 4
+    assert mixed.of(4) == (4, 1, 4, 1)
+    assert mixed.of(1) == (4,), "a single request brings the most, for which the kernel has room"
+    assert QueryTokens.parse("1+1+4").of(6) == (4, 1, 1, 4, 1, 1)
+    assert QueryTokens.parse("16").of(2) == (16, 16)
+
+
+@pytest.mark.parametrize("text", ["", "0", "17", "1+17", "1+", "+4", "1-4", "a", "1,4"])
+def test_query_tokens_of_another_form(text):
+    with pytest.raises(ValueError, match=r"query tokens are 1 to 16, or several such as 1\+4 .*, but got"):
+        QueryTokens.parse(text)
 
 
 @pytest.mark.parametrize("text", ["llama", "32/8", "32/0/128", "30/8/128", "a/b/c"])

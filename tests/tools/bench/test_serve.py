@@ -1,43 +1,24 @@
-"""``kvtuner bench serve``: arguments, what an engine's lines become, failures, resuming; no engine runs."""
+"""``kvtuner bench serve``: arguments, failures, resuming, refusals; no engine runs."""
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from kvtuner_tools import bench
 from kvtuner_tools.bench import serve
-from kvtuner_tools.bench.points import SHAPES, LongPrefill, Point, ThroughputPoint
-from kvtuner_tools.bench.serve import assemble, new_entry, table
+from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
+from kvtuner_tools.bench.presets import SHAPES
+from kvtuner_tools.bench.speculation import Speculation
 from kvtuner_tools.cache_setting import CacheSetting
+from kvtuner_tools.engines.flashinfer import CUBIN, decode_environment
 from kvtuner_tools.engines.serve import ServeJob, token_range
-from vllm_kvtuner.profile.model_shape import ModelShape
+from tests.helpers.serve_bench import ENGINE, POINT, lines
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 
-ENGINE = {"startup_s": 70.0, "kv_tokens": 1000, "block_size": 16}
-POINT = {
-    "batch": 64,
-    "context": 1024,
-    "prefill_s": 1.5,
-    "warm_s": 0.1,
-    "decode_ms": 7.654,
-    "decode_tok_s": 8361.6,
-}
-THROUGHPUT = {
-    "prompt": 4096,
-    "output": 512,
-    "fitting": 180,
-    "concurrency": 180,
-    "fill_s": 18.0,
-    "decode_ms": 32.1,
-    "decode_tok_s": 5607.5,
-    "window_s": 20.0,
-    "prompts": 100,
-    "output_tok_s": 2800.0,
-    "total_tok_s": 25200.0,
-    "preemptions": 0,
-}
-LONG_PREFILL = {"prompt": 32768, "chunk": 8192, "seconds": 1.0, "seconds_min": 0.9, "seconds_max": 1.1}
 OPTIONS = ("--shape=llama31_8b", "--points=64x1024")
 
 
@@ -75,6 +56,13 @@ def test_arguments_of_throughput_and_long_prefill() -> None:
             parse(*OPTIONS, "--setting=auto", *words)
 
 
+def test_arguments_of_speculation() -> None:
+    assert parse(*OPTIONS, "--setting=auto").speculate is None
+    assert parse(*OPTIONS, "--setting=auto", "--speculate=3:0.7").speculate == Speculation(3, 0.7)
+    with pytest.raises(SystemExit):
+        parse(*OPTIONS, "--setting=auto", "--speculate=3")
+
+
 def test_llama_shape() -> None:
     shape = ModelShape.from_hf_config(json.loads((SHAPES / "llama31_8b" / "config.json").read_text()), "llama31_8b")
 
@@ -82,74 +70,53 @@ def test_llama_shape() -> None:
     assert {(layer.num_kv_heads, layer.head_size) for layer in shape.layers} == {(8, 128)}
 
 
+def test_profile_for_80_layers_has_the_bits_and_transforms_of_llamas() -> None:
+    path = str(SHAPES.parent / "profiles" / "llama33_70b_3.25bit.yaml")
+    shapes = {path: (80, 1), "llama31_3.25bit": (32, 8)}
+
+    ours, llamas = (
+        load_profile(profile).resolve(ModelShape("m", "LlamaForCausalLM", (LayerShape(heads, 128),) * layers))
+        for profile, (layers, heads) in shapes.items()
+    )
+
+    assert (ours.nominal_bits, ours.stored_bits) == (llamas.nominal_bits, llamas.stored_bits) == (3.25, 3.5)
+    assert {layer.transforms for layer in ours.layers} == {layer.transforms for layer in llamas.layers}
+    shares = [{pair: n / len(each.layers) for pair, n in Counter(layer.pair for layer in each.layers).items()}
+              for each in (ours, llamas)]  # fmt: skip
+    assert shares[0] == shares[1]
+
+
 def test_prompts_stay_comparable_and_inside_the_vocabulary() -> None:
     assert token_range(128_256) == (1000, 100_000)
     assert token_range(512) == (256, 512)
 
 
-def lines(engine: dict, *points: dict) -> list[dict]:
-    return [{"engine": engine}, *({"points": point} for point in points)]
-
-
-def test_assembled_result_and_table() -> None:
-    result = assemble(
-        {"model": "m"},
-        [
-            new_entry(CacheSetting("auto"), (16.0, 16.0), lines(ENGINE, POINT, {**POINT, "context": 8192}), None),
-            new_entry(CacheSetting("kvtuner", "K4V4"), (4.0, 4.25), lines({**ENGINE, "kv_tokens": 3700}, POINT), None),
-            new_entry(CacheSetting("fp8"), (8.0, 8.0), [], "RuntimeError: no"),
-        ],
-    )
-
-    auto, packed, failed = result["settings"]
-    assert auto["kv_tokens_ratio"] == 1
-    assert packed["kv_tokens_ratio"] == 3.7
-    assert packed["points"] == [POINT]
-    assert failed["error"] == "RuntimeError: no"
-    assert "kv_tokens" not in failed
-    rows = table(result).splitlines()
-    assert [row.split("|")[1].strip() for row in rows[2:]] == ["auto", "auto", "kvtuner:K4V4", "fp8"]
-    assert [cell.strip() for cell in rows[4].split("|")[2:-1]] == [
-        "4.00", "4.25", "3,700", "3.700", "64x1024", "7.65", "8,362", "1.50",
-    ]  # fmt: skip
-    json.dumps(result, allow_nan=False)
-
-
-def test_throughput_and_long_prefill_are_compared_with_auto() -> None:
-    packed = {**THROUGHPUT, "concurrency": 800, "output_tok_s": 7000.0}
-    result = assemble(
-        {"model": "m"},
-        [
-            new_entry(CacheSetting("kvtuner", "K4V4"), (4.0, 4.25),
-                      [{"engine": ENGINE}, {"throughput": packed}, {"throughput": {**packed, "prompt": 8}},
-                       {"long_prefill": {**LONG_PREFILL, "seconds": 1.04}}], None),
-            new_entry(CacheSetting("auto"), (16.0, 16.0),
-                      [{"engine": ENGINE}, {"throughput": THROUGHPUT}, {"long_prefill": LONG_PREFILL}], None),
-        ],
-    )  # fmt: skip
-
-    entry = result["settings"][0]
-    assert entry["throughput"][0]["ratio"] == 2.5
-    assert "ratio" not in entry["throughput"][1], "auto has no such point"
-    assert entry["long_prefill"][0]["ratio"] == pytest.approx(1.04)
-    assert "4096x512 |      800" in table(result)
-    assert "32768:8192 |     1.040 |  1.040" in table(result)
-
-
 class Engines:
-    """Stands in for engines' processes: writes lines, and fails or is interrupted where told to."""
+    """Stands in for engines' processes: writes lines, and fails or is interrupted where told to.
+
+    FlashInfer's backend needs ``environment``, or fails with it.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **failures: BaseException) -> None:
         self.jobs: list[ServeJob] = []
+        self.configs: list[dict] = []
         self.failures = failures
+        self.environment: dict[str, str] | ValueError = {CUBIN: "1"}
         monkeypatch.setattr(serve, "in_own_process", self)
 
-    def __call__(self, function: object, job: ServeJob) -> None:
-        assert function is serve.measure
+    def __call__(self, function: object, job: ServeJob | CacheSetting) -> dict[str, str] | None:
+        if function is decode_environment:
+            assert isinstance(job, CacheSetting) and job.attention_backend == "FLASHINFER"
+            if isinstance(self.environment, ValueError):
+                raise self.environment
+            return self.environment
+        assert function is serve.measure and isinstance(job, ServeJob)
         self.jobs.append(job)
+        self.configs.append(json.loads((job.model / "config.json").read_text()))
         job.lines.write_text("".join(json.dumps(line) + "\n" for line in lines(ENGINE, POINT)))
         if failure := self.failures.get(job.setting.label):
             raise failure
+        return None
 
     @property
     def labels(self) -> list[str]:
@@ -204,6 +171,58 @@ def test_a_run_cut_short_goes_on_at_the_setting_it_was_cut_short_in(
     ]  # fmt: skip
 
 
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_all_settings_speculate_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    engines, out = Engines(monkeypatch), tmp_path / "out.json"
+    words = (*OPTIONS, "--setting=fp8", "--setting=kvtuner:K4V4", f"--out={out}")
+
+    assert bench.run(parse(*words, "--speculate=3:0.7")) == 0
+
+    assert [job.speculation for job in engines.jobs] == [Speculation(3, 0.7)] * 2
+    assert [job.capture_sizes for job in engines.jobs] == [[4, 32, 128, 256, 512, 1024]] * 2
+    assert json.loads(out.read_text())["speculate"] == "3:0.7"
+    assert "dummy weights, 3 drafted tokens a step" in capsys.readouterr().out
+    for others in ([], ["--speculate=3:0.8"]):
+        with pytest.raises(ValueError, match="hold the same run, but got another speculate"):
+            bench.run(parse(*words, *others))
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_drafts_need_room() -> None:
+    words = ("--shape=llama31_8b", "--setting=auto", "--speculate=3:0.7", "--max-model-len=8192")
+    for point, longest in (("--points=1x8000", 8000 + 4 * 128 + 3), ("--throughput=8000x64", 8000 + 5 * 64 + 3)):
+        points = [] if point.startswith("--points") else ["--points=none"]
+        with pytest.raises(ValueError, match=f"--max-model-len must be at least {longest} for these points"):
+            bench.run(parse(*words, *points, point))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--speculate=3:0.7"], "--speculate needs a GPU: vLLM's sampler on a CPU has no synthetic acceptance"),
+        (
+            ["--setting=fp8@FLASHINFER"],
+            "needs a GPU, since vLLM on a CPU has one alone, but got fp8@FLASHINFER",
+        ),
+    ],
+)
+def test_what_a_cpu_would_leave_aside_is_refused(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engines = Engines(monkeypatch)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match=message):
+        bench.run(parse(*OPTIONS, "--setting=auto", *words))
+    assert engines.jobs == []
+
+
 def test_another_profile_under_the_same_name_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = tmp_path / "mine.yaml"
     words = (*OPTIONS, f"--setting=kvtuner:{profile}", f"--out={tmp_path / 'out.json'}")
@@ -213,6 +232,52 @@ def test_another_profile_under_the_same_name_is_measured_again(tmp_path: Path, m
         bench.run(parse(*words))
         assert len(engines.jobs) == 1
     assert json.loads((tmp_path / "out.json").read_text())["settings"][0]["nominal_bits"] == 4
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_rank_s_share_is_served_as_a_model_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines(monkeypatch)
+    words = ("--shape=llama33_70b:tp8", "--points=64x1024", f"--out={tmp_path / 'out.json'}")
+
+    assert bench.run(parse(*words, "--setting=fp8@FLASHINFER", "--setting=kvtuner:K4V2")) == 0
+
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["model"] == "llama33_70b:tp8"
+    assert [entry["label"] for entry in result["settings"]] == ["fp8@FLASHINFER", "kvtuner:K4V2"]
+    for config in engines.configs:
+        assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (8, 1, 128)
+    assert {job.vocab_size for job in engines.jobs} == {16032}
+    # A run that is cut short goes on, though the share lies in another folder by then.
+    assert bench.run(parse(*words, "--setting=fp8@FLASHINFER", "--setting=kvtuner:K4V2")) == 0
+    assert len(engines.jobs) == 2
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_setting_with_a_backend_says_what_its_engine_got(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    engines = Engines(monkeypatch)
+    words = (*OPTIONS, "--setting=fp8", "--setting=fp8@FLASHINFER", f"--out={tmp_path / 'out.json'}")
+
+    assert bench.run(parse(*words)) == 0
+
+    assert [job.environment for job in engines.jobs] == [{}, {CUBIN: "1"}]
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [(entry["attention_backend"], entry["environment"]) for entry in result["settings"]] == [
+        (None, {}), ("FLASHINFER", {CUBIN: "1"}),
+    ]  # fmt: skip
+    assert "fp8@FLASHINFER: its engine runs with VLLM_HAS_FLASHINFER_CUBIN=1" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("a_gpu")
+def test_a_backend_that_would_decode_by_another_kernel_is_refused_before_any_engine_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engines = Engines(monkeypatch)
+    engines.environment = ValueError("fp8@FLASHINFER: vLLM must decode by XQA, but nvcc is missing")
+    with pytest.raises(ValueError, match="must decode by XQA, but nvcc is missing"):
+        bench.run(parse(*OPTIONS, "--setting=fp8", "--setting=fp8@FLASHINFER"))
+    assert engines.jobs == []
 
 
 def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,7 +290,7 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
         bench.run(parse(*OPTIONS, "--setting=fp8", "--output-tokens=7", f"--out={out}"))
     assert out.read_text() == before
     out.write_text("{}")
-    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/5, but got None"):
+    with pytest.raises(ValueError, match="must be a new file or a result of kvtuner-bench-serve/6, but got None"):
         bench.run(parse(*OPTIONS, "--setting=auto", f"--out={out}"))
 
 
@@ -237,6 +302,9 @@ def test_another_run_is_not_mixed_in(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (["--long-prefill=33000:8192"], "--max-model-len must be at least 33001 for these points, but got 33000"),
         (["--long-prefill=512:128"], "CHUNK must be at least --max-num-seqs, 256, as vLLM demands of a step"),
         (["--points=none"], "needs --points, --throughput or --long-prefill, but got none"),
+        (["--shape=glm46:tp8"], "glm46:tp8 is a mixture of experts, which bench serve does not measure"),
+        (["--shape=llama33_70b:tp7"], "num_attention_heads must be a multiple of the 7 ranks, but got 64"),
+        (["--shape=llama2"], "a named shape is one of .*, but got 'llama2'"),
     ],
 )
 def test_what_no_engine_could_serve_is_refused(words: list[str], message: str) -> None:

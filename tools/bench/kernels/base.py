@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from kvtuner_tools.bench.kernel_inputs import Batch, StoredTokens
+from kvtuner_tools.bench.points import LayerHeads
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -65,8 +66,8 @@ class DecodeKernel(ABC):
     """Whether it serves transforms; others are measured without, once."""
 
     @abstractmethod
-    def skip_reason(self, head_size: int) -> str | None:
-        """Why it cannot run here, or None."""
+    def skip_reason(self, heads: LayerHeads, block_size: int) -> str | None:
+        """Why it cannot run here, or not on such layers, or None."""
 
     @abstractmethod
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:

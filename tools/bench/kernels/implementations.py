@@ -1,11 +1,13 @@
 """Every implementation that can be measured, by its name in arguments, results and pictures."""
 
-from kvtuner_tools.bench.kernels import packed, vllm
+from kvtuner_tools.bench.kernels import flashinfer, packed, vllm
 from kvtuner_tools.bench.kernels.base import DecodeKernel, GatherKernel, StoreKernel
 
 DECODE: dict[str, DecodeKernel] = {
     "fa3_bf16": vllm.FlashAttention3(fp8=False),
     "fa3_fp8": vllm.FlashAttention3(fp8=True),
+    "xqa_bf16": flashinfer.Xqa(fp8=False),
+    "xqa_fp8": flashinfer.Xqa(fp8=True),
     "int4_per_token_head": vllm.Int4PerTokenHead(),
     "triton": packed.TritonKernel(),
     "cuda": packed.CudaKernel(),

@@ -21,6 +21,7 @@ from kvtuner_tools.bench.kernels.base import (
     StoreKernel,
     Unsupported,
 )
+from kvtuner_tools.bench.points import LayerHeads
 from vllm_kvtuner.kernels.choice import MIN_CAPABILITY
 from vllm_kvtuner.kernels.contract import CachedTokens, Launch, Pages, Queries, Span
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref
@@ -74,7 +75,7 @@ class PackedKernel(DecodeKernel):
     dependent: ClassVar[bool] = False
     """Whether it begins before the kernel before it has ended, as in a model."""
 
-    def skip_reason(self, head_size: int) -> str | None:
+    def skip_reason(self, heads: LayerHeads, block_size: int) -> str | None:
         try:
             self.module()
         except ImportError as error:
@@ -94,12 +95,14 @@ class PackedKernel(DecodeKernel):
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         pages = random_pages(batch, _layout(cache_format, batch.heads.head_size, batch.block_size), transforms)
         paged_attention = self.module().paged_attention
-        launch = Launch(workspace=self.workspace(batch), dependent=self.dependent)
+        # A layer's passes have room for as many query tokens as an engine's requests bring at most.
+        most = batch.query_tokens.most
+        launch = Launch(self.workspace(batch), pass_query_len=most, dependent=self.dependent)
         shape, span = batch.attention_shape, Span()
         output = torch.empty_like(batch.query)
 
         def call(block_table: torch.Tensor) -> Callable[[], None]:
-            queries = Queries(block_table, batch.seq_lens, batch.query_start_loc, batch.query_tokens)
+            queries = Queries(block_table, batch.seq_lens, batch.query_start_loc, most)
             return lambda: paged_attention(batch.query, queries, pages, shape, span, output, launch=launch)
 
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,8 +127,8 @@ class CudaKernel(PackedKernel):
     package = CUDA
     dependent = True
 
-    def skip_reason(self, head_size: int) -> str | None:
-        return cuda_skip_reason() or super().skip_reason(head_size)
+    def skip_reason(self, heads: LayerHeads, block_size: int) -> str | None:
+        return cuda_skip_reason() or super().skip_reason(heads, block_size)
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         layout = _layout(cache_format, batch.heads.head_size, batch.block_size)
@@ -136,7 +139,7 @@ class CudaKernel(PackedKernel):
     def workspace(self, batch: Batch) -> Any:
         heads = batch.heads
         return self.module().decode_workspace(
-            batch.num_reqs, batch.query_tokens, heads.num_heads, heads.num_kv_heads, heads.head_size, batch.device
+            batch.num_reqs, batch.query_tokens.most, heads.num_heads, heads.num_kv_heads, heads.head_size, batch.device
         )
 
 

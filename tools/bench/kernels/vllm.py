@@ -11,6 +11,7 @@ import torch
 
 from kvtuner_tools.bench.kernel_inputs import Batch, NewTokens, StoredTokens, newest_tokens, token_places
 from kvtuner_tools.bench.kernels.base import CacheFormat, Calls, DecodeKernel, Launches, StoreKernel
+from kvtuner_tools.bench.points import LayerHeads
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, hadamard
 
@@ -49,7 +50,7 @@ def flash_stores(tokens: NewTokens, kv_cache: torch.Tensor) -> Calls:
     return tuple(map(store, tokens.slot_mappings))
 
 
-def _unpacked_format(dtype: torch.dtype, head_size: int) -> CacheFormat:
+def unpacked_format(dtype: torch.dtype, head_size: int) -> CacheFormat:
     """Numbers of one dtype without scales of their own."""
     size = dtype.itemsize
     return CacheFormat("fp8" if dtype == FP8 else "bf16", 8.0 * size, 2 * head_size * size)
@@ -67,16 +68,16 @@ class FlashAttention3(DecodeKernel):
     def __init__(self, fp8: bool) -> None:
         self.dtype = FP8 if fp8 else torch.bfloat16
 
-    def skip_reason(self, head_size: int) -> str | None:
+    def skip_reason(self, heads: LayerHeads, block_size: int) -> str | None:
         if reason := vllm_skip_reason():
             return reason
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-        version = get_flash_attn_version(head_size=head_size)
-        return None if version == 3 else f"vLLM chooses FlashAttention {version} for head size {head_size} here"
+        version = get_flash_attn_version(head_size=heads.head_size)
+        return None if version == 3 else f"vLLM chooses FlashAttention {version} for head size {heads.head_size} here"
 
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
-        return [_unpacked_format(self.dtype, head_size)]
+        return [unpacked_format(self.dtype, head_size)]
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from vllm.config import AttentionConfig
@@ -84,7 +85,7 @@ class FlashAttention3(DecodeKernel):
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_scheduler_metadata
 
         heads = batch.heads
-        kv_cache = _random_rows(batch, self.dtype)
+        kv_cache = random_rows(batch, self.dtype)
         keys, values = map(canonicalize_singleton_dim_strides, kv_cache.split(heads.head_size, dim=-1))
         num_splits = AttentionConfig.flash_attn_max_num_splits_for_cuda_graph
         query = batch.query.to(self.dtype)
@@ -93,7 +94,7 @@ class FlashAttention3(DecodeKernel):
         max_len = max(batch.lengths)
         scheduler_metadata = get_scheduler_metadata(
             batch_size=batch.num_reqs,
-            max_seqlen_q=batch.query_tokens,
+            max_seqlen_q=batch.query_tokens.most,
             max_seqlen_k=max_len,
             num_heads_q=heads.num_heads,
             num_heads_kv=heads.num_kv_heads,
@@ -114,7 +115,7 @@ class FlashAttention3(DecodeKernel):
                 v=values,
                 out=output,
                 cu_seqlens_q=batch.query_start_loc,
-                max_seqlen_q=batch.query_tokens,
+                max_seqlen_q=batch.query_tokens.most,
                 seqused_k=batch.seq_lens,
                 max_seqlen_k=max_len,
                 softmax_scale=batch.attention_shape.scale,
@@ -151,7 +152,7 @@ class ReshapeAndCacheFlash(StoreKernel):
         return vllm_skip_reason()
 
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
-        return [_unpacked_format(self.dtype, head_size)]
+        return [unpacked_format(self.dtype, head_size)]
 
     def build(self, tokens: StoredTokens, cache_format: CacheFormat, transforms: LayerTransforms) -> Calls:
         heads = tokens.heads
@@ -159,7 +160,7 @@ class ReshapeAndCacheFlash(StoreKernel):
         return flash_stores(tokens, torch.zeros(pages, dtype=self.dtype, device=tokens.key.device))
 
 
-def _random_rows(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+def random_rows(batch: Batch, dtype: torch.dtype) -> torch.Tensor:
     """A cache in layout LBNHC, vLLM's default: [num_blocks, block_size, num_kv_heads, key and value]."""
     size = batch.heads.head_size
     pages = (batch.num_blocks, batch.block_size, batch.heads.num_kv_heads, 2 * size)
@@ -220,7 +221,7 @@ class Int4PerTokenHead(DecodeKernel):
 
     transformed: ClassVar[bool] = False
 
-    def skip_reason(self, head_size: int) -> str | None:
+    def skip_reason(self, heads: LayerHeads, block_size: int) -> str | None:
         return vllm_skip_reason()
 
     def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
@@ -250,7 +251,7 @@ class Int4PerTokenHead(DecodeKernel):
                 v=cache.values,
                 out=output,
                 cu_seqlens_q=batch.query_start_loc,
-                max_seqlen_q=batch.query_tokens,
+                max_seqlen_q=batch.query_tokens.most,
                 seqused_k=batch.seq_lens,
                 max_seqlen_k=max(batch.lengths),
                 softmax_scale=batch.attention_shape.scale,

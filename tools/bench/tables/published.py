@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from kvtuner_tools.bench.kernel_entries import query_tokens_of
+
 AUTO, FP8, KVTUNER = "auto", "fp8", "kvtuner:llama31_3.25bit"
 """Labels of the settings that the engine tables compare."""
 LLAMA_LAYER = "32/8/128"
@@ -92,11 +94,14 @@ class Published:
     def kernel(self, name: str, part: str = "decode", **keys: Any) -> dict[str, Any]:
         """A case of a kernel benchmark, such as ``kernel("kernel_h200", format="K4V4", point="64x8192")``.
 
-        Unless given, ``implementation`` is ``cuda``, ``shape`` Llama's layer, ``block_size`` 16, ``transforms`` none.
+        Unless given, ``implementation`` is ``cuda``, ``shape`` Llama's layer, ``block_size`` 16, ``transforms`` none;
+        and ``query_tokens``, where there are queries, ``"1"``.
         """
         defaults = {"implementation": "cuda", "shape": LLAMA_LAYER, "block_size": 16, "transforms": "none"}
+        if part in ("decode", "layer"):
+            defaults["query_tokens"] = "1"
         wanted = defaults | keys
-        entries = self.result(name)[part]
+        entries = ({**entry, "query_tokens": query_tokens_of(entry)} for entry in self.result(name)[part])
         return only(entry for entry in entries if all(entry.get(key) == value for key, value in wanted.items()))
 
     def evaluation(self, model: str, name: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ def test_formats_count_every_stored_byte():
 
     assert formats["fa3_bf16"] == {"bf16": CacheFormat("bf16", 16.0, 512)}
     assert formats["fa3_fp8"] == {"fp8": CacheFormat("fp8", 8.0, 256)}
+    assert (formats["xqa_bf16"], formats["xqa_fp8"]) == (formats["fa3_bf16"], formats["fa3_fp8"])
     assert formats["int4_per_token_head"] == {"int4": CacheFormat("int4", 4.0, 136)}
     assert formats["int4_per_token_head"]["int4"].stored_bits(128) == 4.25
     for name in ("triton", "cuda"):
