@@ -26,7 +26,7 @@ from vllm_kvtuner.kernels.self_test import Case, Errors
 logger = logging.getLogger(f"vllm.{__name__}")
 
 RUN_CAPABILITIES = ((9, 0),)
-"""Compute capabilities of cards that this package's tests ran on: H200. Docs repeat it (operate/environment.md)."""
+"""Compute capabilities of cards that this package's tests ran on: H200."""
 PROCESS = "vllm_kvtuner.kernels.trial_process"
 START_SECONDS = 120.0
 """For a process to import torch and to find the card."""

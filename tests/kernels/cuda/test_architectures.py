@@ -3,16 +3,20 @@
 A few variants of each kernel per architecture; tests of the single kernels compile many for the one that was run.
 """
 
+import re
+
 import pytest
 import torch
 
 from tests.helpers.cubin import instructions, resource_usage
+from tests.helpers.markdown import DOCS
 from tests.helpers.paged_cache import make_layout, random_transforms, rotary_table
 from tests.kernels.cuda.test_build import SHARED_BYTES, SHARED_BYTES_OF_A_CTA, Variant
 from vllm_kvtuner.kernels.cuda import gather_cache, reshape_and_cache
 from vllm_kvtuner.kernels.cuda.build import compile_cubin
 from vllm_kvtuner.kernels.cuda.reshape_and_cache import StoreVariant
 from vllm_kvtuner.kernels.cuda.rows import NUM_WARPS, RowVariant, wide_lanes
+from vllm_kvtuner.kernels.trial import RUN_CAPABILITIES
 
 CPU = torch.device("cpu")
 ARCHITECTURES = {
@@ -23,7 +27,7 @@ ARCHITECTURES = {
     "sm_100": "B200",
     "sm_120": "RTX 50, RTX PRO Blackwell",
 }
-"""And cards of each; docs/operate/environment.md has the same."""
+"""And cards of each."""
 REGISTERS = 1 << 16
 """Of a multiprocessor; a CTA cannot start with more."""
 DECODES = [
@@ -40,6 +44,15 @@ def has_bulk_copies(arch: str) -> bool:
 
 def test_the_architectures_are_those_with_known_shared_memory():
     assert set(ARCHITECTURES) == set(SHARED_BYTES)
+
+
+def test_the_page_names_what_is_compiled_and_what_was_run():
+    rows = re.findall(
+        r"^\| `(sm_\d+)` \| (.*?) \| yes \| (yes|no)", (DOCS / "operate/environment.md").read_text(), re.M
+    )
+    assert {arch: cards for arch, cards, _ in rows} == ARCHITECTURES
+    run = {f"sm_{major}{minor}" for major, minor in RUN_CAPABILITIES}
+    assert {arch for arch, _, answer in rows if answer == "yes"} == run
 
 
 @pytest.mark.quick(2)
