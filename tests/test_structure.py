@@ -38,11 +38,15 @@ LATE_IMPORTS = {
     "vllm_kvtuner/kernels/gpu.py _row_kernels": COMPILERS,
     "vllm_kvtuner/kernels/gpu.py _triton_workspace": COMPILERS,
     "vllm_kvtuner/kernels/gpu.py _window_attention": COMPILERS,
+    "vllm_kvtuner/kernels/gpu.py measure_cuda": COMPILERS,
     "tools/bench/kernel.py run": WITHOUT_VLLM,
     "tools/calibration/commands.py _run": EXTRAS,
     "tools/calibration/commands.py _search": EXTRAS,
+    "tools/doctor.py _case": WITHOUT_VLLM,
     "tools/doctor.py _choices": WITHOUT_VLLM,
+    "tools/doctor.py _prove": WITHOUT_VLLM,
     "tools/doctor.py _self_test": WITHOUT_VLLM,
+    "tools/doctor.py _serving": WITHOUT_VLLM,
     "tools/engines/evaluate.py MeasuringEngine.switch": "an engine with vLLM's own cache does without the plugin",
 }
 """Functions that import modules of ours, each with its reason."""

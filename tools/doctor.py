@@ -16,15 +16,23 @@ from kvtuner_tools import machine
 from kvtuner_tools.machine import Section
 from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
-from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import TransformSettings
 
 if TYPE_CHECKING:
     import torch
 
+    from vllm_kvtuner.kernels.contract import KernelSet
+    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.kernels.trial import Verdict
+
 DEFAULT_PAIRS = ("K8V8", "K4V4", "K2V2")
 DEFAULT_HEAD_SIZE = 128
+KV_HEADS, QUERY_HEADS = 2, 4
+"""Of the self-test's layers: KV heads, and query heads of each."""
+BATCH = (24, 4)
+"""Requests of the self-test's largest batch, and query tokens of each at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,14 +150,18 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
     on_gpu = card.facts["device"] != "cpu"
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     section = Section("kernels")
+    verdict = _prove(groups, device, section) if on_gpu else None
     for group in groups:
         title = f"{group.pair} of head size {group.head_size}"
         if group.transforms.names:
             title += f" with {', '.join(group.transforms.names)}"
         fact: dict[str, Any] = {} if group.layers is None else {"layers": group.layers}
         section.facts[title] = fact
+        if on_gpu and verdict is None:
+            fact["self-test"] = "not run"
+            continue
         try:
-            fact |= _choices(group, device)
+            fact |= _choices(group, device, verdict)
         except ValueError as error:
             fact["self-test"] = "not run"
             section.problems.append((str(error), "unset KVTUNER_DECODE_KERNEL, or correct what it names"))
@@ -158,33 +170,73 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
     return section
 
 
-def _choices(group: Group, device: "torch.device") -> dict[str, str]:
+def _case(group: Group) -> "Case":
+    """Layers such as the group's, with few heads and batches: decodes of one token and of several."""
+    from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits
+    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.pages.layout import PageLayout
+
+    size = group.head_size
+    layout = PageLayout(group.pair, size, BLOCK_SIZE_MULTIPLE)
+    shape = AttentionShape(QUERY_HEADS * KV_HEADS, KV_HEADS, size, size**-0.5)
+    return Case(layout, shape, BatchLimits(*BATCH), transforms=group.transforms.names)
+
+
+def _prove(groups: Sequence[Group], device: "torch.device", section: Section) -> "Verdict | None":
+    """What an engine's start would find out of the CUDA kernels on this card; None where it would end in an error."""
+    from vllm_kvtuner.kernels import gpu
+
+    try:
+        return gpu.prove([_case(group) for group in groups], device)
+    except (ValueError, RuntimeError) as error:
+        section.problems.append((str(error), "correct what the line names, or set KVTUNER_DECODE_KERNEL=triton"))
+        return None
+
+
+def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") -> dict[str, str]:
     import torch
 
-    from kvtuner_tools.self_test import Case
-    from vllm_kvtuner.kernels import choice
+    from vllm_kvtuner.kernels import choice, self_test
 
-    if device.type == "cpu":
+    if verdict is None:
         return {"decode": "reference, since the device is a CPU", "store and gather": "reference"}
-    case = Case(group.pair, group.head_size, group.transforms)
+    case = _case(group)
     capability = choice.device_capability(device)
-    transforms = case.layer_transforms(torch.device("cpu"))
-    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability))
+    transforms = self_test.random_transforms(case.transforms, case, torch.device("cpu"))
+    found: dict[str, str] = {}
+    if choice.may_take_cuda(case.layout, capability):
+        found["CUDA kernels"] = f"self-test {verdict}"
+
+    def failure() -> str | None:
+        return verdict.failure
+
+    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure))
     if group.transforms.key_offset and decode.startswith(choice.CUDA):
         decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position)"
-    return {"decode": decode, "store and gather": str(choice.choose_rows(case.layout, capability))}
+    rows = str(choice.choose_rows(case.layout, capability, failure))
+    return {**found, "decode": decode, "store and gather": rows}
 
 
 def _chosen(fact: dict[str, Any]) -> list[str]:
     return [fact[key] for key in ("decode", "store and gather") if key in fact]
 
 
-def _self_test(section: Section, title: str, group: Group, device: "torch.device") -> None:
-    from kvtuner_tools.self_test import Case, measure
+def _serving(case: "Case", device: "torch.device") -> "KernelSet":
+    """What serves such a layer on the device."""
+    from vllm_kvtuner.kernels.gpu import GpuKernels
+    from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 
-    fact = section.facts[title]
+    if device.type == "cpu":
+        return ReferenceKernels(case.shape, case.span)
+    return GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype)
+
+
+def _self_test(section: Section, title: str, group: Group, device: "torch.device") -> None:
+    from vllm_kvtuner.kernels import self_test
+
+    fact, case = section.facts[title], _case(group)
     try:
-        errors = measure(Case(group.pair, group.head_size, group.transforms), device)
+        errors = self_test.measure(case, _serving(case, device), device)
     except Exception as error:  # compilers, drivers and launches fail in their own ways, each of them an answer
         fact["self-test"] = "failed"
         advice = "run it again with KVTUNER_DECODE_KERNEL=triton; if that passes, serve with it and report the problem"
@@ -200,7 +252,7 @@ def _self_test(section: Section, title: str, group: Group, device: "torch.device
 def _errors(errors: dict[str, float]) -> str:
     return (
         f"largest errors: store {errors['store']:.2f} steps, gather {errors['gather']:.1e} and decode "
-        f"{errors['decode']:.1e} of the largest number; {errors['seconds']:.2f} s"
+        f"{errors['decode']:.1e} of the largest number; {errors['stray']} numbers astray; {errors['seconds']:.3f} s"
     )
 
 

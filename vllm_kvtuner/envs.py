@@ -35,7 +35,7 @@ def kernel_cache() -> Path:
 
 
 def decode_kernel() -> str | None:
-    """KVTUNER_DECODE_KERNEL: ``cuda`` or ``triton``; None leaves the choice to the card's capability.
+    """KVTUNER_DECODE_KERNEL: ``cuda`` or ``triton``; None takes CUDA's where layer and card allow it.
 
     Raises:
         ValueError: neither of the two.

@@ -6,7 +6,7 @@ import torch
 
 from vllm_kvtuner.attention.impl import KVTunerImpl, Served
 from vllm_kvtuner.kernels import choice, gpu
-from vllm_kvtuner.kernels.contract import AttentionShape, Span
+from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, Span
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -16,8 +16,8 @@ def test_waking_up_zeroes_the_counters_of_the_decode_kernel(monkeypatch):
     scratch = SimpleNamespace(arrivals=torch.ones(3, dtype=torch.int32))
     monkeypatch.setattr(choice, "decode_kernel", lambda *_: choice.CUDA)
     monkeypatch.setattr(gpu, "_cuda_workspace", lambda *_: scratch)
-    kernels = gpu.GpuKernels(AttentionShape(4, 2, 64, 0.125), Span(), gpu.BatchLimits(8, 1), torch.device("cpu"))
-    kernels.reserve(PrecisionPair(4, 4), LayerTransforms(), False)
+    kernels = gpu.GpuKernels(AttentionShape(4, 2, 64, 0.125), Span(), BatchLimits(8, 1), torch.device("cpu"))
+    kernels.reserve(PrecisionPair(4, 4), LayerTransforms(), ())
     kernels.forget()
     woken: list[int] = []
     window = SimpleNamespace(packed=SimpleNamespace(wake_up=lambda: woken.append(1)))

@@ -59,6 +59,7 @@ def test_bits_bytes_and_tokens(published):
     [
         pytest.param((9, 0), False, None, "triton", "cuda", id="Hopper, whose kernel has no 2-bit values of 96"),
         pytest.param((9, 0), False, "triton", "triton", "triton", id="asked for"),
+        pytest.param((10, 0), False, None, "triton", "cuda", id="Blackwell"),
         pytest.param((7, 5), False, None, "triton", "triton", id="Turing"),
         pytest.param(None, False, None, "triton", "triton", id="no CUDA"),
         pytest.param(None, True, None, "reference", "reference", id="CPU"),

@@ -1,5 +1,6 @@
 """What a compiled kernel takes of a card, read from its cubin without one."""
 
+import collections
 import re
 import subprocess
 import tempfile
@@ -8,6 +9,8 @@ from pathlib import Path
 import triton
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?UP?T?\w*\s+|@!?P\w+\s+)?([A-Z][A-Z0-9]+)", re.MULTILINE)
 
 
 def resource_usage(cubin: bytes) -> dict[str, int]:
@@ -22,9 +25,15 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 
 def local_memory_instructions(cubin: bytes) -> int:
     """Loads and stores of local memory, where registers that do not fit are spilled to."""
+    found = instructions(cubin)
+    assert found["IMMA"] or found["HMMA"], "no machine code of an attention kernel"
+    return found["LDL"] + found["STL"]
+
+
+def instructions(cubin: bytes) -> collections.Counter[str]:
+    """How often each instruction of the machine code stands there, by its name without modifiers."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         result = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True)
-    assert re.search(r"\b(?:I|H|HG)MMA\b", result.stdout), "no machine code of an attention kernel"
-    return len(re.findall(r"\b(?:LDL|STL)\b", result.stdout))
+    return collections.Counter(INSTRUCTION.findall(result.stdout))

@@ -41,8 +41,12 @@ def without_cuda_core(monkeypatch):
     )
 
 
-def choose(layout=SERVED, transforms=None, soft_cap=0.0):
-    return choice.decode_kernel(layout, transforms or LayerTransforms(), soft_cap, DEVICE)
+def choose(layout=SERVED, transforms=None, soft_cap=0.0, failure=None):
+    return choice.decode_kernel(layout, transforms or LayerTransforms(), soft_cap, DEVICE, False, lambda: failure)
+
+
+def not_asked():
+    pytest.fail("the card is tested where Triton serves anyway")
 
 
 @pytest.mark.parametrize(
@@ -52,14 +56,42 @@ def choose(layout=SERVED, transforms=None, soft_cap=0.0):
         pytest.param((8, 9), "cuda", id="Ada"),
         pytest.param((9, 0), "cuda", id="Hopper"),
         pytest.param((7, 5), "triton", id="Turing"),
-        pytest.param((10, 0), "triton", id="Blackwell"),
-        pytest.param((12, 0), "triton", id="GeForce Blackwell"),
+        pytest.param((10, 0), "cuda", id="Blackwell"),
+        pytest.param((12, 0), "cuda", id="GeForce Blackwell"),
         pytest.param(None, "triton", id="no CUDA"),
     ],
 )
 def test_the_default_follows_the_architecture(card, capability, kernel):
     card(capability)
     assert choose() == kernel
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_a_card_that_fails_its_self_test_is_left_to_the_portable_kernels(card, capability):
+    card(capability)
+    assert choose(failure="K4V4: decode error 1") == "triton"
+    assert choice.row_kernels(SERVED, DEVICE, lambda: "K4V4: decode error 1") == "triton"
+
+
+def test_cuda_asked_for_on_a_card_that_fails_is_an_error(card):
+    card((9, 0), "cuda")
+    with pytest.raises(ValueError, match=r"failed their self-test on this card \(NVRTCError: no\); leave it unset or"):
+        choose(failure="NVRTCError: no")
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "layout"),
+    [((9, 0), "triton", SERVED), ((7, 5), None, SERVED), (None, None, SERVED), ((9, 0), None, UNSERVED)],
+    ids=["asked for", "old card", "no CUDA", "layer"],
+)
+def test_only_a_card_that_would_serve_by_cuda_is_tested(card, capability, asked, layout):
+    card(capability, asked)
+    transforms = LayerTransforms()
+    assert choice.decode_kernel(layout, transforms, 0.0, DEVICE, False, not_asked) == "triton"
+    served_rows = layout is UNSERVED  # its store and gather are CUDA's
+    assert choice.may_take_cuda(layout, capability) == served_rows
+    if not served_rows:
+        assert choice.row_kernels(layout, DEVICE, not_asked) == "triton"
 
 
 def test_the_default_leaves_layers_to_the_portable_kernel_that_cuda_does_not_serve(card):
@@ -105,13 +137,13 @@ def test_cuda_asked_for_without_cuda_core_is_an_error(card, without_cuda_core):
     [
         pytest.param((9, 0), None, UNSERVED, "cuda", id="a layer whose decode is the portable kernel's"),
         pytest.param((9, 0), "triton", SERVED, "triton", id="asked for the portable ones"),
-        pytest.param((10, 0), None, SERVED, "triton", id="a newer card"),
+        pytest.param((10, 0), None, SERVED, "cuda", id="a newer card"),
         pytest.param((9, 0), "cuda", make_layout("K4V4", 80), "triton", id="rows that CUDA does not serve"),
     ],
 )
 def test_store_and_gather_follow_the_same_variable(card, capability, asked, layout, kernel):
     card(capability, asked)
-    assert choice.row_kernels(layout, DEVICE) == kernel
+    assert choice.row_kernels(layout, DEVICE, lambda: None) == kernel
 
 
 def test_the_choice_and_its_reason_are_logged_once(card, caplog, monkeypatch):

@@ -20,9 +20,11 @@ from vllm_kvtuner.attention.prefill import Flash, GpuPrefill, Prefill, Prefills,
 from vllm_kvtuner.attention.prefill_plan import workspace_rows
 from vllm_kvtuner.attention.window_cache import RecentCache
 from vllm_kvtuner.attention.window_kernels import GpuWindow, LayerWindow, ReferenceWindow
-from vllm_kvtuner.kernels.contract import AttentionShape, KernelSet, Pages, Span
-from vllm_kvtuner.kernels.gpu import BatchLimits, GpuKernels
+from vllm_kvtuner.engine.config import recent_block_size
+from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, KernelSet, Pages, Span
+from vllm_kvtuner.kernels.gpu import GpuKernels, prove
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
+from vllm_kvtuner.kernels.self_test import Case
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import LayerPrecision
@@ -91,7 +93,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
 
         self.attend_cached_prefill = settings.attend_cached_prefill
         self.shape = AttentionShape(num_heads, self.num_kv_heads, head_size, self.scale, self.logits_soft_cap)
-        config = get_current_vllm_config()
+        self.config = config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
         self.limits = BatchLimits(config.scheduler_config.max_num_seqs, max_decode_query_len(config))
         self.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
@@ -125,10 +127,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         device = torch.device(current_platform.device_type, current_platform.current_device())
-        kernels = GpuKernels(self.shape, span, self.limits, device, write_lse=cache is not None)
+        kernels = GpuKernels(self.shape, span, self.limits, device, cache is not None, self.dtype)
         window = None
         if cache is not None:
-            packed = GpuKernels(self.shape, Span(cache.window.tokens), self.limits, device, write_lse=True)
+            packed = GpuKernels(self.shape, Span(cache.window.tokens), self.limits, device, True, self.dtype)
             window = GpuWindow(cache, kernels, packed)
         version = get_flash_attn_version(head_size=self.head_size, requires_softcap=self.logits_soft_cap > 0)
         flash = Flash(self.scale, self.logits_soft_cap, version)
@@ -167,13 +169,38 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             self.served.window.packed.forget()
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self._prove_kernels()
         # While the model loads, so that vLLM counts the workspaces before it sizes the cache.
         self.served.prefill.workspace()
         precision = self.settings.precision
-        has_offset = precision.transforms.key_offset
-        self.served.kernels.reserve(precision.pair, self.transforms, has_offset)
+        names = precision.transforms.names
+        self.served.kernels.reserve(precision.pair, self.transforms, names)
         if (window := self.served.window) is not None and window.cache.is_packed:
-            window.packed.reserve(window.cache.window.pair, self.transforms, has_offset)
+            window.packed.reserve(window.cache.window.pair, self.transforms, names)
+
+    def _prove_kernels(self) -> None:
+        """Test the kernels of all layers before the first of them chooses, so that at most one process is started."""
+        if not isinstance(kernels := self.served.kernels, GpuKernels):
+            return
+        layers = self.config.compilation_config.static_forward_context.values()
+        implementations = (getattr(layer, "impl", None) for layer in layers)
+        cases = (each.test_cases() for each in implementations if isinstance(each, KVTunerImpl))
+        prove([case for of_layer in cases for case in of_layer], kernels.device)
+
+    def test_cases(self) -> list[Case]:
+        """What the layer's GPU kernels are tested on, its window's included."""
+        precision, block_size = self.settings.precision, self.config.cache_config.block_size
+        names, window = precision.transforms.names, self.served.window
+        # Windows of another block size than vLLM's are served by kernels of that size.
+        size = block_size if window is None else recent_block_size(self.config, window.cache.window)
+        rows_of = 0 if window is None or window.cache.is_packed else size
+        kernels = self.served.kernels
+        assert isinstance(kernels, GpuKernels)
+        cases = [kernels.test_case(PageLayout(precision.pair, self.head_size, block_size), names, rows_of)]
+        if window is not None and window.cache.is_packed:
+            assert isinstance(window.packed, GpuKernels)
+            cases.append(window.packed.test_case(PageLayout(window.cache.window.pair, self.head_size, size), names))
+        return cases
 
     def warm_up(self, kv_cache: torch.Tensor) -> None:
         """Compile the kernels of this layer, at the row counts that they tell apart, without storing anything."""

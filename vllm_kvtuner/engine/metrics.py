@@ -59,7 +59,7 @@ def publish(
         gauge,
         "layers",
         "Layers by precision pair and decode kernel, as configuration and card decide: where the rotation of a key "
-        "offset is not proportional to the position, triton serves instead of cuda.",
+        "offset is not proportional to the position, or the card fails its self-test, triton serves instead of cuda.",
         ["pair", "decode_kernel"],
     )
     counts = collections.Counter(
@@ -87,5 +87,5 @@ def _decode_kernel(layer: LayerPrecision, capability: tuple[int, int] | None, on
     if on_cpu:
         return REFERENCE_KERNEL
     layout = PageLayout(layer.pair, layer.shape.head_size, BLOCK_SIZE_MULTIPLE)
-    # Statics are the workers'; the other transforms do not matter to the choice.
+    # Statics and the card's self-test are the workers'; the other transforms do not matter to the choice.
     return choice.choose_decode(layout, LayerTransforms(), 0.0, capability).kernel

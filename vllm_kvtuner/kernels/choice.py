@@ -1,7 +1,8 @@
 """Which kernels serve a layer: CUDA's where the card and the layer allow it, else Triton's, the portable ones.
 
-Decided before the first request and never by failure: KVTUNER_DECODE_KERNEL=cuda on a layer whose decode it does not
-serve is an error. Store and gather follow the same variable, each layer by what its rows allow.
+Decided before the first request, by rule and by the card's self-test (trial.py), and never by failure under a request:
+KVTUNER_DECODE_KERNEL=cuda on a layer whose decode it does not serve, or on a card that fails, is an error. Store and
+gather follow the same variable, each layer by what its rows allow.
 """
 
 import functools
@@ -22,8 +23,9 @@ logger = logging.getLogger(f"vllm.{__name__}")
 CUDA = "cuda"
 TRITON = "triton"
 MIN_CAPABILITY = (8, 0)
-DEFAULT_MAJORS = (8, 9)
-"""Architectures that take the CUDA kernel unless told otherwise; newer ones only by KVTUNER_DECODE_KERNEL=cuda."""
+
+Failure = Callable[[], str | None]
+"""Asks how the CUDA kernels failed on the card, None if they did not; asked only where they would serve otherwise."""
 
 
 class Choice(NamedTuple):
@@ -52,11 +54,20 @@ def choose_decode(
     logits_soft_cap: float,
     capability: tuple[int, int] | None,
     write_lse: bool = False,
+    failure: Failure = lambda: None,
 ) -> Choice:
-    """The decode kernel of a layer on cards of a compute capability; ``write_lse`` for one with a recent window.
+    """The decode kernel of a layer on cards of a compute capability.
+
+    Args:
+        layout: of the pages.
+        transforms: of the layer.
+        logits_soft_cap: of its attention.
+        capability: of the card, None for one that is not NVIDIA's.
+        write_lse: the layer has a recent window.
+        failure: of the CUDA kernels on the card; by default the rules alone decide.
 
     Raises:
-        ValueError: KVTUNER_DECODE_KERNEL asks for the CUDA kernel where it cannot run.
+        ValueError: KVTUNER_DECODE_KERNEL asks for the CUDA kernel where it cannot run or fails.
     """
 
     def unsupported() -> str | None:
@@ -66,15 +77,20 @@ def choose_decode(
         assert capability is not None
         return unsupported(layout, transforms, logits_soft_cap, capability, write_lse)
 
-    choice = _choose(unsupported, capability)
+    choice = _choose(unsupported, capability, failure)
     if envs.decode_kernel() == CUDA and choice.kernel != CUDA:
         raise ValueError(f"KVTUNER_DECODE_KERNEL is {CUDA!r}, but {choice.reason}; leave it unset or give {TRITON!r}")
     return choice
 
 
-def choose_rows(layout: PageLayout, capability: tuple[int, int] | None) -> Choice:
-    """The store and gather kernels of a layer on cards of a compute capability."""
-    return _choose(lambda: rows.unsupported(layout), capability)
+def choose_rows(layout: PageLayout, capability: tuple[int, int] | None, failure: Failure = lambda: None) -> Choice:
+    """The store and gather kernels of a layer on cards of a compute capability; arguments as :func:`choose_decode`."""
+    return _choose(lambda: rows.unsupported(layout), capability, failure)
+
+
+def may_take_cuda(layout: PageLayout, capability: tuple[int, int] | None) -> bool:
+    """Whether a layer has the CUDA kernels, for its rows at least, unless they fail on the card."""
+    return choose_rows(layout, capability).kernel == CUDA
 
 
 def decode_kernel(
@@ -82,39 +98,35 @@ def decode_kernel(
     transforms: LayerTransforms,
     logits_soft_cap: float,
     device: torch.device,
-    write_lse: bool = False,
+    write_lse: bool,
+    failure: Failure,
 ) -> str:
     """``cuda`` or ``triton`` for a layer's decode; the choice and its reason are logged once.
 
     Raises:
         ValueError: as :func:`choose_decode`.
     """
-    choice = choose_decode(layout, transforms, logits_soft_cap, device_capability(device), write_lse)
+    choice = choose_decode(layout, transforms, logits_soft_cap, device_capability(device), write_lse, failure)
     _log(f"decode kernel: {choice}")
     return choice.kernel
 
 
-def row_kernels(layout: PageLayout, device: torch.device) -> str:
+def row_kernels(layout: PageLayout, device: torch.device, failure: Failure) -> str:
     """``cuda`` or ``triton`` for a layer's store and gather; the choice and its reason are logged once."""
-    choice = choose_rows(layout, device_capability(device))
+    choice = choose_rows(layout, device_capability(device), failure)
     _log(f"store and gather kernels: {choice}")
     return choice.kernel
 
 
-def _choose(unsupported: Callable[[], str | None], capability: tuple[int, int] | None) -> Choice:
+def _choose(unsupported: Callable[[], str | None], capability: tuple[int, int] | None, failure: Failure) -> Choice:
     asked = envs.decode_kernel()
     if asked == TRITON:
         return Choice(TRITON, f"KVTUNER_DECODE_KERNEL is {TRITON!r}")
     if reason := _no_cuda_kernel(capability) or unsupported():
         return Choice(TRITON, reason)
-    assert capability is not None
-    if asked == CUDA:
-        return Choice(CUDA, f"KVTUNER_DECODE_KERNEL is {CUDA!r}")
-    if capability[0] not in DEFAULT_MAJORS:
-        return Choice(
-            TRITON, f"CUDA's is not the default on this architecture (KVTUNER_DECODE_KERNEL={CUDA} asks for it)"
-        )
-    return Choice(CUDA, "")
+    if reason := failure():
+        return Choice(TRITON, f"the CUDA kernels failed their self-test on this card ({reason})")
+    return Choice(CUDA, f"KVTUNER_DECODE_KERNEL is {CUDA!r}" if asked == CUDA else "")
 
 
 @functools.cache

@@ -9,8 +9,12 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import ALIGNMENT, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
+
+MANY_DECODES = 256
+"""Decodes of a batch that takes the kernels' variants for many rows."""
 
 
 class AttentionShape(NamedTuple):
@@ -49,6 +53,24 @@ class Span(NamedTuple):
     sliding_window: int | None = None
     skip_newest: int = 0
     skip_first: int = 0
+
+
+class BatchLimits(NamedTuple):
+    """What a batch has at most.
+
+    Args:
+        max_num_seqs: decodes.
+        max_decode_query_len: query tokens of one decode.
+    """
+
+    max_num_seqs: int
+    max_decode_query_len: int
+
+    @property
+    def batches(self) -> set[tuple[int, int]]:
+        """(decodes, query tokens of each) of batches that between them take every variant of the decode kernels."""
+        many, longest = min(self.max_num_seqs, MANY_DECODES), self.max_decode_query_len
+        return {(1, 1), (many, 1), (1, longest), (many, longest), (1, MAX_DECODE_QUERY_LEN)}
 
 
 class Pages(NamedTuple):
@@ -302,13 +324,13 @@ class KernelSet(Protocol):
     def forget(self) -> None:
         """Choose anew at the next call: the layer's pair or transforms have changed."""
 
-    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, has_offset: bool) -> None:
+    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, names: tuple[str, ...]) -> None:
         """Take the scratch of decoding, so that it is counted before the cache is sized.
 
         Args:
             pair: of the layer.
             transforms: of the layer, without statics that are bound later.
-            has_offset: whether a key offset is, which may leave the layer to another kernel.
+            names: of all its transforms; a key offset may leave the layer to another kernel.
         """
 
     def wake_up(self) -> None:

@@ -1,13 +1,15 @@
 """The GPU kernels of one layer: which of them serve it, and the scratch that they share with other layers."""
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
 
-from vllm_kvtuner.kernels import choice
+from vllm_kvtuner.kernels import choice, self_test, trial
 from vllm_kvtuner.kernels.contract import (
     AttentionShape,
+    BatchLimits,
     CachedTokens,
     GatherCache,
     Launch,
@@ -18,27 +20,14 @@ from vllm_kvtuner.kernels.contract import (
     WindowRows,
 )
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, SHORT_PREFILL_TOKENS
+from vllm_kvtuner.kernels.self_test import Case, Errors
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
-WARM_UP_TOKENS = 256
-"""Decodes of a batch that takes the kernels' variants for many rows."""
 WARM_UP_ROWS = 1 << 15
 """(token, KV head) rows of a prefill that takes the store kernel's variant for many rows."""
 OVERLAP_CAPABILITY = (9, 0)
 """Compute capability from which a kernel can begin while the one before it ends."""
-
-
-class BatchLimits(NamedTuple):
-    """What a batch has at most.
-
-    Args:
-        max_num_seqs: decodes.
-        max_decode_query_len: query tokens of one decode.
-    """
-
-    max_num_seqs: int
-    max_decode_query_len: int
 
 
 class GpuKernels:
@@ -50,16 +39,27 @@ class GpuKernels:
         limits: of batches.
         device: a GPU.
         write_lse: decoding gives the log-sum-exp too.
+        dtype: of the model.
+        kernels: ``cuda`` to serve by CUDA's, right or wrong, as their self-test does; None for what is chosen.
     """
 
     def __init__(
-        self, shape: AttentionShape, span: Span, limits: BatchLimits, device: torch.device, write_lse: bool = False
+        self,
+        shape: AttentionShape,
+        span: Span,
+        limits: BatchLimits,
+        device: torch.device,
+        write_lse: bool = False,
+        dtype: torch.dtype = torch.bfloat16,
+        kernels: str | None = None,
     ) -> None:
         self.shape = shape
         self.span = span
         self.limits = limits
         self.device = device
         self.write_lse = write_lse
+        self.dtype = dtype
+        self._given = kernels
         self._arrivals: torch.Tensor | None = None
         self.forget()
 
@@ -69,13 +69,18 @@ class GpuKernels:
         self._launches: dict[int, Launch] = {}
         self._rows: _RowKernels | None = None
 
-    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, has_offset: bool) -> None:
+    def test_case(self, layout: PageLayout, transforms: tuple[str, ...], window_block_size: int = 0) -> Case:
+        """What the layer's kernels are tested on: with pages of a layout and the transforms of these names."""
+        shape, limits, span = self.shape, self.limits, self.span
+        return Case(layout, shape, limits, span, transforms, self.dtype, self.write_lse, window_block_size)
+
+    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, names: tuple[str, ...]) -> None:
         """Take the decode kernel's scratch; a key offset may leave the layer to the portable kernel later."""
         layout = PageLayout(pair, self.shape.head_size, BLOCK_SIZE_MULTIPLE)
-        kernel = self._choose(layout, transforms)
+        kernel = self._choose(layout, transforms, names)
         workspace = self._workspace(kernel)
         self._arrivals = workspace.arrivals if kernel == choice.CUDA else None
-        if has_offset:
+        if "key_offset" in names:
             self._workspace(choice.TRITON)
 
     def wake_up(self) -> None:
@@ -110,7 +115,8 @@ class GpuKernels:
         """As the contract's PagedAttention, with the layer's shape and span; ``lse`` if the layer has one."""
         assert (lse is not None) == self.write_lse
         if self._decode is None:
-            self._kernel = self._choose(pages.layout, pages.transforms)
+            names = self_test.transform_names(pages.transforms)
+            self._kernel = self._choose(pages.layout, pages.transforms, names)
             self._decode = _decode_module(self._kernel)
         # Short prefills are few among decodes.
         pass_query_len = min(queries.max_query_len, self.limits.max_decode_query_len)
@@ -139,8 +145,7 @@ class GpuKernels:
     ) -> None:
         """Compile the kernels at the row counts that they tell apart, without storing anything."""
         kv_heads, size, dtype = self.shape.num_kv_heads, self.shape.head_size, workspace[0].dtype
-        reqs, longest = min(self.limits.max_num_seqs, WARM_UP_TOKENS), self.limits.max_decode_query_len
-        for count, query_len in {(1, 1), (reqs, 1), (1, longest), (reqs, longest), (1, MAX_DECODE_QUERY_LEN)}:
+        for count, query_len in self.limits.batches:
             query, key, value = self._fused_rows(count * query_len, dtype)
             self._store_nothing(key, value, pages, window_rows)
             output = torch.empty_like(query, memory_format=torch.contiguous_format)
@@ -191,12 +196,20 @@ class GpuKernels:
         capability = choice.device_capability(self.device)
         return capability is not None and capability >= OVERLAP_CAPABILITY
 
-    def _choose(self, layout: PageLayout, transforms: LayerTransforms) -> str:
-        return choice.decode_kernel(layout, transforms, self.shape.logits_soft_cap, self.device, self.write_lse)
+    def _choose(self, layout: PageLayout, transforms: LayerTransforms, names: tuple[str, ...]) -> str:
+        if self._given is not None:
+            return self._given
+        soft_cap, failure = self.shape.logits_soft_cap, self._failure(layout, names)
+        return choice.decode_kernel(layout, transforms, soft_cap, self.device, self.write_lse, failure)
+
+    def _failure(self, layout: PageLayout, transforms: tuple[str, ...]) -> choice.Failure:
+        """Asks how the CUDA kernels fail on such a layer; answered at once where it was asked before."""
+        return lambda: prove([self.test_case(layout, transforms)], self.device).failure
 
     def _row_kernels(self, pages: Pages) -> "_RowKernels":
         if self._rows is None:
-            self._rows = _row_kernels(choice.row_kernels(pages.layout, self.device))
+            failure = self._failure(pages.layout, self_test.transform_names(pages.transforms))
+            self._rows = _row_kernels(self._given or choice.row_kernels(pages.layout, self.device, failure))
         return self._rows
 
     def _workspace(self, kernel: str) -> Any:
@@ -206,6 +219,25 @@ class GpuKernels:
             return _cuda_workspace(limits.max_num_seqs, limits.max_decode_query_len, self.shape, self.device)
         tokens = limits.max_num_seqs * limits.max_decode_query_len + SHORT_PREFILL_TOKENS
         return _triton_workspace(tokens, self.shape, self.device)
+
+
+def prove(cases: Iterable[Case], device: torch.device) -> trial.Verdict:
+    """Test the CUDA kernels on a card where they would serve; see :func:`vllm_kvtuner.kernels.trial.prove`."""
+    capability = choice.device_capability(device)
+    wanted = [case for case in cases if choice.may_take_cuda(case.layout, capability)]
+    return trial.prove(wanted, device, measure_cuda)
+
+
+def measure_cuda(case: Case, device: torch.device) -> Errors:
+    """Errors of the CUDA kernels on a case, through the launchers and the scratch that serve it."""
+    from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
+
+    kernels = GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype, choice.CUDA)
+    transforms = self_test.random_transforms(case.transforms, case, torch.device("cpu"))
+    capability = choice.device_capability(device)
+    assert capability is not None
+    reason = unsupported(case.layout, transforms, case.shape.logits_soft_cap, capability, case.write_lse)
+    return self_test.measure(case, kernels, device, decode=reason is None)
 
 
 class _RowKernels(NamedTuple):

@@ -25,9 +25,10 @@ from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 CPU = torch.device("cpu")
-SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_120": 100 << 10}
+SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+SHARED_BYTES |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 100 << 10)
 """Shared memory of a multiprocessor (CUDA C++ Programming Guide, technical specifications per compute capability)."""
-SHARED_BYTES_OF_A_CTA = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_120": 99 << 10}
+SHARED_BYTES_OF_A_CTA = {arch: size - 1024 for arch, size in SHARED_BYTES.items()}
 
 
 @dataclasses.dataclass(frozen=True)

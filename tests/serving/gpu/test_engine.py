@@ -221,3 +221,43 @@ def test_what_the_prefix_cache_leaves_of_a_prompt_is_decoded(models, decode_kern
     assert cached == [(length - 1) // 16 * 16 for length in LENGTHS[1:]]
     assert not prefills
     assert_alike(warm, cold)
+
+
+@pytest.fixture
+def untested(monkeypatch, tmp_path):
+    """No card is known, and no kernel compiled."""
+    from vllm_kvtuner.kernels import trial
+
+    monkeypatch.setenv("KVTUNER_KERNEL_CACHE", str(tmp_path / "kernels"))
+    trial._verdict.cache_clear()
+    yield trial
+    trial._verdict.cache_clear()
+
+
+def test_a_card_that_fails_its_self_test_is_served_by_triton(models, monkeypatch, untested):
+    """In graphs too; and not at all where CUDA's kernels are asked for."""
+    from vllm_kvtuner.kernels import gpu
+    from vllm_kvtuner.kernels.cuda import paged_attention as kernel
+    from vllm_kvtuner.kernels.self_test import Errors
+
+    monkeypatch.setattr(gpu, "measure_cuda", lambda case, device: Errors(0.5, 0.0, 1.0, 0.0, 0, 0.0))
+    monkeypatch.setattr(kernel, "paged_attention", lambda *_, **__: pytest.fail("the kernel that failed"))
+    check(models["llama"], "K8V8", enforce_eager=False)
+    monkeypatch.setenv("KVTUNER_DECODE_KERNEL", "cuda")
+    with pytest.raises(ValueError, match="failed their self-test on this card"):
+        generate(models["llama"], "K8V8")
+
+
+def test_a_card_that_nobody_ran_is_tried_in_a_process_once(models, window_profiles, monkeypatch, untested):
+    """As which this one passes; the next engine tests in its own process alone."""
+    import subprocess
+
+    monkeypatch.setattr(untested, "RUN_CAPABILITIES", ())
+    started = []
+    run = subprocess.run
+    monkeypatch.setattr(untested.subprocess, "run", lambda *a, **k: started.append(a[0]) or run(*a, **k))
+    for _ in range(2):
+        untested._verdict.cache_clear()
+        check(models["llama"], window_profiles["sink_tokens"], enforce_eager=False)
+        processes = [command for command in started if untested.PROCESS in command[-1]]
+        assert len(processes) == 1

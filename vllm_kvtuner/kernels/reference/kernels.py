@@ -28,7 +28,7 @@ class ReferenceKernels:
     def forget(self) -> None:
         """Nothing is chosen."""
 
-    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, has_offset: bool) -> None:
+    def reserve(self, pair: PrecisionPair, transforms: LayerTransforms, names: tuple[str, ...]) -> None:
         """Nothing is shared between calls."""
 
     def wake_up(self) -> None:

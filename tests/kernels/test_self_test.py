@@ -1,0 +1,248 @@
+"""What the self-test of kernels lets pass, and what it finds."""
+
+import time
+
+import pytest
+import torch
+
+from tests.helpers import cuda_emulator
+from vllm_kvtuner.kernels import choice, gpu, self_test
+from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, Span
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PageLayout, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.profile.profile import TRANSFORM_KEYS
+
+CPU = torch.device("cpu")
+WINDOW = {"span": Span(None, 40, 4), "write_lse": True, "window_block_size": 32}
+
+
+def case(pair="K4V4", head_size=64, limits=(20, 3), block_size=16, soft_cap=0.0, **fields):
+    layout = PageLayout(PrecisionPair.parse(str(pair)), head_size, block_size)
+    shape = AttentionShape(8, 2, head_size, head_size**-0.5, soft_cap)
+    return self_test.Case(layout, shape, BatchLimits(*limits), **fields)
+
+
+def measure_reference(tested, kernels=ReferenceKernels):
+    return self_test.measure(tested, kernels(tested.shape, tested.span), CPU)
+
+
+@pytest.mark.quick(4)
+@pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
+@pytest.mark.parametrize("transforms", [(), TRANSFORM_KEYS], ids=["plain", "all transforms"])
+def test_the_reference_passes(pair, transforms):
+    assert measure_reference(case(pair, transforms=transforms)).problem is None
+
+
+@pytest.mark.parametrize(
+    "tested",
+    [
+        case(**WINDOW),
+        case(span=Span(100), block_size=64, soft_cap=30.0),
+        case("K2V2", 128, dtype=torch.float16, limits=(1, 1)),
+        case("K8V8", transforms=("key_offset",), span=Span(200, 17), write_lse=True),
+    ],
+    ids=["recent window", "sliding window", "fp16", "windows and offset"],
+)
+def test_the_reference_passes_in_every_kind_of_layer(tested):
+    assert measure_reference(tested).problem is None
+
+
+def test_one_and_several_tokens_are_decoded_in_few_and_many_requests():
+    """Requests and the tokens of the longest; the same that kernels are warmed up with, and their scratch has room."""
+    seen = []
+
+    class Watched(ReferenceKernels):
+        def attend(self, query, queries, *rest):
+            seen.append((queries.num_reqs, int(queries.query_start_loc.diff().max())))
+            assert (queries.seq_lens == 0).sum() == (queries.num_reqs > 1)
+            super().attend(query, queries, *rest)
+
+    measure_reference(case(limits=(300, 4)), Watched)
+    assert set(seen) == {(1, 1), (256, 1), (1, 4), (256, 4), (1, MAX_DECODE_QUERY_LEN)}
+
+
+@pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "tested",
+    [case("K2V2", transforms=TRANSFORM_KEYS), case("K4V2", **WINDOW), case(limits=(3, 16))],
+    ids=["all transforms", "recent window", "as many tokens as may be"],
+)
+def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
+    cuda_emulator.install(monkeypatch)
+    monkeypatch.setattr(choice, "device_capability", lambda device: (9, 0))
+    errors = gpu.measure_cuda(tested, CPU)
+    assert errors.problem is None
+    assert errors.decode < self_test.DECODE_LIMIT / 5, "the limit leaves room for a card's own rounding"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
+def test_the_cuda_kernels_pass(pair, device, record_property):
+    """Compiled by then, in milliseconds; ``record_property`` keeps them for ``--junit-xml``."""
+    shape = AttentionShape(32, 8, 128, 128**-0.5)
+    for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, {"span": Span(1024)}):
+        tested = self_test.Case(PageLayout(pair, 128, 16), shape, BatchLimits(256, 4), **fields)
+        errors = gpu.measure_cuda(tested, device)
+        assert errors.problem is None, errors
+        again = gpu.measure_cuda(tested, device)
+        record_property("milliseconds", round(1000 * again.seconds, 1))
+        print(f"{tested}: {again}")
+        assert again.seconds < 1.0
+
+
+def test_random_numbers_and_defaults_stay_as_they_were():
+    """And those that vLLM has while it loads a model do not change what is computed."""
+    expected = measure_reference(case("K8V8"))
+    torch.manual_seed(1)
+    number = torch.rand(3)
+    torch.manual_seed(1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        got = measure_reference(case("K8V8"))
+        assert torch.get_default_dtype() == torch.bfloat16
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.rand(3), number)
+    assert got.store == expected.store and got.gather == expected.gather
+
+
+STORE, GATHER, ATTEND = ReferenceKernels.store, ReferenceKernels.gather, ReferenceKernels.attend
+
+
+def swap_codes(self, key, value, *rest):
+    STORE(value, key, *rest)
+
+
+def miss_a_token(self, key, value, slots, *rest):
+    STORE(key, value, slots.index_fill(0, slots.argmax(), -1), *rest)
+
+
+def store_what_has_no_slot(self, key, value, slots, *rest):
+    STORE(key, value, slots.clamp(min=0), *rest)
+
+
+def write_a_byte_beside(self, key, value, slots, positions, pages, window):
+    STORE(key, value, slots, positions, pages, window)
+    pages.kv_cache[0, 0, 0, 0] = 7
+
+
+def write_beyond_the_kv_heads(self, key, value, slots, positions, pages, window):
+    """Into what stands between two blocks."""
+    STORE(key, value, slots, positions, pages, window)
+    heads = pages.kv_cache.shape[1]
+    pages.kv_cache.as_strided((1,), (1,), heads * pages.kv_cache.stride(1)).fill_(0)
+
+
+def forget_transforms(self, key, value, slots, positions, pages, window):
+    STORE(key, value, slots, positions, pages._replace(transforms=LayerTransforms()), window)
+
+
+def forget_the_window(self, key, value, slots, positions, pages, window):
+    STORE(key, value, slots, positions, pages, None)
+
+
+def gather_the_wrong_tokens(self, pages, tokens, *outputs):
+    GATHER(pages, tokens._replace(block_table=tokens.block_table.roll(1, 0)), *outputs)
+
+
+def gather_from_the_first_token_on(self, pages, tokens, *outputs):
+    GATHER(pages, tokens._replace(seq_starts=torch.zeros_like(tokens.seq_starts)), *outputs)
+
+
+def gather_a_row_too_many(self, pages, tokens, key_out, value_out):
+    GATHER(pages, tokens, key_out, value_out)
+    key_out[tokens.num_tokens] = 0
+
+
+def attend_to_one_token_less(self, query, queries, *rest):
+    ATTEND(self, query, queries._replace(seq_lens=(queries.seq_lens - 1).clamp(min=0)), *rest)
+
+
+def attend_to_the_next_request(self, query, queries, *rest):
+    ATTEND(self, query, queries._replace(block_table=queries.block_table.roll(1, 0)), *rest)
+
+
+def fail_the_second_time(self, query, queries, pages, output, *rest):
+    ATTEND(self, query, queries, pages, output, *rest)
+    self.calls = getattr(self, "calls", 0) + 1
+    if self.calls % 2 == 0:
+        output[0] += 1
+
+
+def be_off_by_a_sum(self, query, queries, pages, output, lse):
+    ATTEND(self, query, queries, pages, output, lse)
+    lse += 0.1
+
+
+def write_nothing(*_):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("method", "broken", "seen"),
+    [
+        ("store", swap_codes, "store"),
+        ("store", miss_a_token, "store"),
+        ("store", forget_transforms, "store"),
+        ("store", store_what_has_no_slot, "stray"),
+        ("store", write_a_byte_beside, "stray"),
+        ("store", write_beyond_the_kv_heads, "stray"),
+        ("store", forget_the_window, "stray"),
+        ("gather", gather_the_wrong_tokens, "gather"),
+        ("gather", gather_from_the_first_token_on, "gather"),
+        ("gather", gather_a_row_too_many, "stray"),
+        ("gather", write_nothing, "gather"),
+        ("attend", attend_to_one_token_less, "decode"),
+        ("attend", attend_to_the_next_request, "decode"),
+        ("attend", fail_the_second_time, "decode"),
+        ("attend", be_off_by_a_sum, "lse"),
+        ("attend", write_nothing, "decode"),
+    ],
+)
+def test_kernels_that_err_are_found(method, broken, seen, monkeypatch):
+    monkeypatch.setattr(ReferenceKernels, method, broken)
+    errors = measure_reference(case(transforms=("key_hadamard",), **WINDOW))
+    limits = {"store": self_test.STORE_LIMIT, "gather": self_test.GATHER_LIMIT, "decode": self_test.DECODE_LIMIT}
+    assert not getattr(errors, seen) <= 2 * limits.get(seen, self_test.LSE_LIMIT if seen == "lse" else 0)
+    assert not errors.passed and f"{seen} error" in errors.problem
+
+
+def test_rows_beyond_the_last_query_are_looked_at():
+    """Of what stands for a GPU's kernels, which have to make them 0; the reference leaves them as they are."""
+
+    class OnGpu:
+        def __init__(self, shape, span):
+            reference = ReferenceKernels(shape, span)
+            self.store, self.gather, self.attend = reference.store, reference.gather, reference.attend
+
+    errors = measure_reference(case(), OnGpu)
+    assert errors.problem.startswith("decode error nan above")
+
+
+def test_decoding_may_be_left_out():
+    tested = case("K4V2", 96)
+    kernels = ReferenceKernels(tested.shape, tested.span)
+    kernels.attend = lambda *_: pytest.fail("another kernel's")
+    assert self_test.measure(tested, kernels, CPU, decode=False).passed
+
+
+def test_a_kind_leaves_out_what_the_cache_settles():
+    first, second = case(block_size=16, window_block_size=32), case(block_size=64)
+    assert first != second and first.kind == second.kind
+    assert case(transforms=("key_hadamard",)).kind != first.kind
+    assert str(case("K4V2", transforms=("key_offset",))) == "K4V2 of head size 64 with key_offset"
+
+
+def test_names_of_transforms_are_the_profiles():
+    tested = case(transforms=TRANSFORM_KEYS)
+    assert self_test.transform_names(self_test.random_transforms(TRANSFORM_KEYS, tested, CPU)) == TRANSFORM_KEYS
+    assert self_test.transform_names(LayerTransforms()) == ()
+
+
+def test_seconds_are_measured():
+    begin = time.monotonic()
+    errors = measure_reference(case(limits=(1, 1)))
+    assert 0 < errors.seconds <= time.monotonic() - begin

@@ -1,0 +1,20 @@
+"""The process of its own in which the CUDA kernels compute on a card for the first time (trial.py)."""
+
+import json
+import pickle
+import sys
+
+from vllm_kvtuner.kernels import gpu
+from vllm_kvtuner.kernels.trial import failure_of
+
+
+def main() -> None:
+    """Read cases and a device, run the kernels, and print what came of it as the last line."""
+    cases, device = pickle.load(sys.stdin.buffer)
+    answer: dict[str, str | None] = {"failure": None, "refused": None}
+    try:
+        failures = (failure_of(case, device, gpu.measure_cuda) for case in cases)
+        answer["failure"] = next((failure for failure in failures if failure is not None), None)
+    except ValueError as error:
+        answer["refused"] = str(error)
+    print(json.dumps(answer))
