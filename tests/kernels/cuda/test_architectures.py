@@ -70,6 +70,7 @@ def test_decode_compiles_without_spills(variant, arch):
     assert usage["REG"] * settled.threads <= REGISTERS
     assert (usage["STACK"], usage["LOCAL"], found["LDL"], found["STL"]) == (0, 0, 0, 0)
     assert found["IMMA"] or found["HMMA"]
+    assert b"__cuda_syscall" not in cubin, "an instruction that the architecture has not is a call into the driver"
     assert (found["UBLKCP"] > 0) == has_bulk_copies(arch)
 
 

@@ -26,9 +26,10 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, u32 parity) {
 }
 
 // bytes: a multiple of 16, both ends aligned to 16. Cached data is read once a step, so it leaves the L2 cache first.
+// To the CTA's own memory: a copy to a cluster's is a call into the driver on sm_120.
 __device__ __forceinline__ void copy_bulk(u32 target, const void* source, u32 bytes, u32 barrier, u64 policy) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+      "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
           target),
       "l"(source), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
