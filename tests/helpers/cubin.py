@@ -26,7 +26,7 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
 def local_memory_instructions(cubin: bytes) -> int:
     """Loads and stores of local memory, where registers that do not fit are spilled to."""
     found = instructions(cubin)
-    assert found["IMMA"] or found["HMMA"], "no machine code of an attention kernel"
+    assert found["IMMA"] or found["HMMA"] or found["HGMMA"], "no machine code of an attention kernel"
     return found["LDL"] + found["STL"]
 
 

@@ -23,7 +23,7 @@ from vllm_kvtuner.kernels.cuda.build import SOURCES, Source
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
 COMPILER = shutil.which("g++")
-OPTIONS = ("-O1", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-g")
+OPTIONS = ("-O1", "-std=c++20", "-mavx2", "-mfma", "-mf16c", "-ffp-contract=off", "-fno-strict-aliasing", "-w")
 OPTIONS += ("-shared", "-fPIC")
 NUM_SMS = 3
 CTAS = NUM_SMS
@@ -139,7 +139,6 @@ def _library(source: Source, shared_bytes: int) -> ctypes.CDLL:
             built = subprocess.run(command, capture_output=True, text=True)
             assert built.returncode == 0, built.stderr[:4000]
             folder.mkdir(exist_ok=True)
-            shutil.copy(f"{scratch}/kernel.cpp", folder / "kernel.cpp")
             shutil.move(f"{scratch}/kernel.so", folder / "kernel.so")
     return ctypes.CDLL(str(folder / "kernel.so"))
 
@@ -166,6 +165,9 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for launcher in (gather_cache, paged_attention, reshape_and_cache):
         monkeypatch.setattr(launcher, "build", build)
     properties = SimpleNamespace(
-        multi_processor_count=NUM_SMS, shared_memory_per_multiprocessor=SHARED_BYTES_PER_MULTIPROCESSOR
+        multi_processor_count=NUM_SMS,
+        shared_memory_per_multiprocessor=SHARED_BYTES_PER_MULTIPROCESSOR,
+        major=9,
+        minor=0,
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)

@@ -28,6 +28,7 @@ CPU = torch.device("cpu")
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
 SHARED_BYTES |= dict.fromkeys(("sm_86", "sm_89", "sm_120"), 100 << 10)
 """Shared memory of a multiprocessor (CUDA C++ Programming Guide, technical specifications per compute capability)."""
+CARDS = {arch: paged_attention_config.Multiprocessor(size, arch == "sm_90") for arch, size in SHARED_BYTES.items()}
 SHARED_BYTES_OF_A_CTA = {arch: size - 1024 for arch, size in SHARED_BYTES.items()}
 
 
@@ -55,12 +56,15 @@ class Variant:
         transforms = random_transforms(1, self.head_size, CPU, rotary, offset=float(rotary is not None), **switches)
         if rotary is not None:
             transforms = with_offset_pairs(transforms, self.offset_pairs)
+        layout, card = make_layout(self.pair, self.head_size, self.block_size), CARDS[arch]
+        rows = paged_attention_config.pass_rows(
+            self.group * self.max_query_len, variants.needs_of(layout, transforms), card
+        )
         call = variants.Variant(
-            make_layout(self.pair, self.head_size, self.block_size), self.group,
-            paged_attention_config.pass_rows(self.group * self.max_query_len), self.dtype,
+            layout, self.group, rows, self.dtype,
             Span(self.window, self.recent or 0, self.sink_tokens), self.soft_cap, self.recent is not None, self.few,
         )  # fmt: skip
-        return call.settle(transforms, SHARED_BYTES[arch])
+        return call.settle(transforms, card)
 
     def compile(self, arch: str) -> bytes:
         return bytes(build.compile_cubin(self.settle(arch).source(), arch, None).code)
@@ -89,6 +93,11 @@ class Variant:
         Variant("K4V2", 128, group=7, transformed=True, offset_pairs=8, few=True),
         Variant("K4V4", 256, group=8),
         Variant("K2V2", 256, group=8, few=True),
+        Variant("K8V8", 128, group=16),
+        Variant("K4V4", 128, group=12),
+        Variant("K4V2", 64, group=16, few=True),
+        Variant("K2V2", 128, group=16, max_query_len=1),
+        Variant("K2V2", 64, group=8),
     ],
     ids=lambda variant: (
         f"{variant.pair}-{variant.head_size}" + (f"-recent{variant.recent}" * (variant.recent is not None))
@@ -140,15 +149,35 @@ def test_a_source_that_does_not_compile_says_why():
 def test_default_knobs_fit_the_multiprocessor(arch, head_sizes):
     for pair, head_size, block_size in itertools.product(QUANTIZED_PAIRS, head_sizes, (16, 48, 64, 128, 256)):
         layout = make_layout(pair.name, head_size, block_size)
-        for rows, pairs, few in itertools.product(
-            paged_attention_config.PASS_ROWS, (0, 8, head_size // 2), (False, True)
-        ):
-            config = paged_attention_config.decode_config(layout, rows, pairs, SHARED_BYTES[arch], few)
-            cta = paged_attention_config.shared_bytes(layout, rows, config, pairs)
-            assert config.min_ctas * (cta + paged_attention_config.RESERVED_SHARED_BYTES) <= SHARED_BYTES[arch]
-            assert cta <= SHARED_BYTES_OF_A_CTA[arch]
-            assert block_size % config.stage_tokens == 0 or config.stage_tokens % block_size == 0
-            assert config.stage_tokens % 16 == 0 and config.min_ctas >= 1
+        card = CARDS[arch]
+        for pairs, terms, few in itertools.product((0, 8, head_size // 2), (1, 2), (False, True)):
+            needs = paged_attention_config.Needs(layout, pairs, terms, few)
+            for rows in paged_attention_config.PASS_ROWS:
+                config = paged_attention_config.decode_config(rows, needs, card)
+                if config is None:
+                    assert rows > 8, "there are always passes of 8 rows, of which every batch can be made"
+                    continue
+                cta = paged_attention_config.shared_bytes(rows, needs, config)
+                assert config.min_ctas * (cta + paged_attention_config.RESERVED_SHARED_BYTES) <= card.shared_bytes
+                assert cta <= SHARED_BYTES_OF_A_CTA[arch]
+                assert block_size % config.stage_tokens == 0 or config.stage_tokens % block_size == 0
+                assert config.stage_tokens % 16 == 0 and config.min_ctas >= 1
+                assert config.team_warps == 1 or config.num_warps % config.team_warps == 0
+                warps = config.min_ctas * config.num_warps
+                assert warps <= paged_attention_config.MAX_WARPS_PER_MULTIPROCESSOR, "workspace.aside has room"
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_size", "rows", "want"),
+    [
+        ("sm_90", 128, 1, 4), ("sm_90", 128, 5, 8), ("sm_90", 128, 12, 16), ("sm_90", 128, 17, 32),
+        ("sm_90", 128, 33, 64), ("sm_90", 128, 300, 64), ("sm_90", 256, 300, 32), ("sm_90", 96, 300, 32),
+        ("sm_80", 128, 300, 32), ("sm_80", 256, 300, 16), ("sm_120", 64, 24, 32),
+    ],
+)  # fmt: skip
+def test_rows_take_as_few_passes_as_fit(arch, head_size, rows, want):
+    needs = paged_attention_config.Needs(make_layout("K4V4", head_size))
+    assert paged_attention_config.pass_rows(rows, needs, CARDS[arch]) == want
 
 
 @pytest.mark.parametrize(

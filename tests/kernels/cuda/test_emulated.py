@@ -9,7 +9,7 @@ from tests.helpers import cuda_emulator
 from tests.helpers.decode_cases import attend
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
 from vllm_kvtuner.kernels.contract import CachedTokens, Pages, WindowRows
-from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda import build, gather_cache, paged_attention, reshape_and_cache
 from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref, store_rows_ref
@@ -67,6 +67,42 @@ def split_options(options, query_lens):
         ),
         pytest.param("K4V4", 256, 8, 16, BF16, [1], {}, None, id="K4V4, head size 256, group of 8"),
         pytest.param("K8V4", 128, 2, 16, FP16, [1, 5, 1, 16, 3, 2], {}, None, id="1 to 16 query tokens"),
+        pytest.param("K4V4", 128, 12, 16, FP16, [1], {}, None, id="group of 12"),
+        pytest.param("K8V8", 128, 16, 64, BF16, [1], {}, None, id="K8V8, group of 16"),
+        pytest.param("K2V2", 128, 16, 32, FP16, [1], {}, None, id="K2V2, group of 16"),
+        pytest.param("K2V8", 96, 16, 16, FP16, [1], {}, None, id="K2V8, head size 96, group of 16"),
+        pytest.param("K2V2", 64, 8, 16, FP16, [1], {}, None, id="K2V2, head size 64, group of 8"),
+        pytest.param("K8V2", 256, 16, 16, FP16, [1], {}, None, id="K8V2, head size 256, group of 16"),
+        pytest.param("K4V4", 128, 8, 16, FP16, [4], {}, None, id="32 rows, warp groups"),
+        pytest.param("K2V4", 128, 17, 64, FP16, [1], {}, None, id="K2V4, group of 17, warp groups"),
+        pytest.param("K8V2", 64, 16, 16, FP16, [3], {}, None, id="K8V2, head size 64, 48 rows, warp groups"),
+        pytest.param("K4V8", 256, 8, 16, FP16, [4], {}, None, id="K4V8, head size 256, 32 rows, warp groups"),
+        pytest.param("K2V2", 128, 8, 16, FP16, [4, 1, 16, 2, 4, 1], {}, None, id="a launch for few and one for many rows"),
+        pytest.param(
+            "K4V4", 128, 32, 16, FP16, [1],
+            {"config": DecodeConfig(32, 2, 1, 4, 1, True, 0, 1)}, None, id="32 rows, a warp alone",
+        ),
+        pytest.param(
+            "K4V4", 128, 8, 16, FP16, [4],
+            {"config": DecodeConfig(128, 2, 1, 8, 4, True)}, None, id="32 rows, warp groups, stages of 128",
+        ),
+        pytest.param(
+            "K4V4", 64, 12, 16, FP16, [1, 3, 1, 2, 3, 1],
+            {"sliding_window": 40, "logits_soft_cap": 20.0}, None, id="group of 12, sliding window, capped",
+        ),
+        pytest.param(
+            "K4V4", 128, 16, 16, FP16, [1], {},
+            lambda: offset_in(7, 2, 128, rotary(128), key_hadamard=True), id="group of 16, key offset, rotations",
+        ),
+        pytest.param(
+            "K2V2", 128, 16, 16, FP16, [2], {},
+            lambda: offset_in(40, 2, 128, rotary(128), value_hadamard=True), id="warp groups, key offset, rotations",
+        ),
+        pytest.param(
+            "K4V4", 96, 16, 16, FP16, [1], {},
+            lambda: random_transforms(2, 96, CPU, None, equalization=True, key_hadamard=True),
+            id="group of 16, equalization",
+        ),
         pytest.param(
             "K4V4", 128, 4, 16, BF16, [1, 1, 16, 1, 3, 1],
             {"pass_query_len": 1}, None, id="more passes for short prefills",
@@ -134,6 +170,10 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
         pytest.param(
             "K4V4", 2, [1, 5, 1, 16, 3, 2],
             {"skip_newest": 12, "skip_first": 4, "pass_query_len": 1}, None, id="more passes for short prefills",
+        ),
+        pytest.param("K4V2", 16, [1], {"skip_newest": 24, "skip_first": 4}, None, id="group of 16"),
+        pytest.param(
+            "K4V4", 16, [3, 2, 3, 1, 3, 2], {"skip_newest": 12, "sliding_window": 40}, None, id="warp groups",
         ),
         pytest.param(
             "K8V4", 4, [1, 3, 1, 2, 4, 1],
@@ -224,7 +264,8 @@ def test_shares(lengths):
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
-def test_constant_values_under_growing_logits():
+@pytest.mark.parametrize("heads", [8, 32, 64])
+def test_constant_values_under_growing_logits(heads):
     """Rows of scale 0 give no weight that could grow too large; the total must stay finite all the same."""
     cache = random_cache(make_layout("K8V8", 64), [96], 2, CPU)
     keys, values = (side.meta for side in cache.sides)
@@ -233,14 +274,15 @@ def test_constant_values_under_growing_logits():
     # From the second step on, logits stand 127.5 above those of the first, to base 2: P is finite, sums of it are not.
     minimum = torch.where(token < 32, 0.0, 127.5 / (3 * 64 / 8 * math.log2(math.e)))
     keys[cache.block_table[0, token // 16].long(), :, token % 16, 1] = minimum.half()[:, None]
-    query = torch.full((1, 8, 64), 3.0)
+    query = torch.full((1, heads, 64), 3.0)
     want = decode_one(paged_attention_ref, cache, query)
     got = decode_one_by_cuda(cache, query.to(FP16))
     assert (got - want).norm() < 2e-3 * want.norm()
 
 
+@pytest.mark.parametrize("heads", [8, 32, 64])
 @pytest.mark.parametrize("pair", ["K8V8", "K4V2"])
-def test_many_small_weights_beside_a_large_one(pair):
+def test_many_small_weights_beside_a_large_one(pair, heads):
     """A first token with nearly all of the weight and no value: what is left of the output is the others', whose
     weights are 2^-14 of its own, in its stage and in others."""
     cache = random_cache(make_layout(pair, 64), [1500], 2, CPU)
@@ -250,10 +292,25 @@ def test_many_small_weights_beside_a_large_one(pair):
     keys[..., 1] = 0
     keys[first, :, 0, 1] = 14 / (3 * 64 / 8 * math.log2(math.e))
     values[first, :, 0] = 0
-    query = torch.full((1, 8, 64), 3.0)
+    query = torch.full((1, heads, 64), 3.0)
     want = decode_one(paged_attention_ref, cache, query)
     got = decode_one_by_cuda(cache, query.to(FP16))
     assert 1e-3 < want.abs().max() < 0.2
+    assert (got - want).norm() < 1e-3 * want.norm()
+
+
+@pytest.mark.parametrize("heads", [32, 64])
+def test_sums_are_set_aside_in_long_segments(heads, monkeypatch):
+    """Whatever their references do afterwards; here every 128 tokens of a warp or team."""
+    text = build.Source.text
+    monkeypatch.setattr(build.Source, "text", lambda source: text(source).replace("ASIDE_TOKENS = 2048", "ASIDE_TOKENS = 128"))
+    cache = random_cache(make_layout("K4V4", 64), [3000], 2, CPU)
+    keys = cache.sides[0].meta
+    rising = torch.arange(3000) / 1000
+    keys[cache.block_table[0, torch.arange(3000) // 16].long(), :, torch.arange(3000) % 16, 1] += rising.half()[:, None]
+    query = torch.randn(1, heads, 64)
+    want = decode_one(paged_attention_ref, cache, query)
+    got = decode_one_by_cuda(cache, query.to(FP16))
     assert (got - want).norm() < 1e-3 * want.norm()
 
 

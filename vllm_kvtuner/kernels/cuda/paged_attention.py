@@ -14,16 +14,20 @@ from vllm_kvtuner.kernels.cuda.paged_attention_config import (
     MAX_CTAS_PER_MULTIPROCESSOR,
     MAX_WARPS_PER_MULTIPROCESSOR,
     PASS_ROWS,
+    Multiprocessor,
+    most_pass_rows,
     pass_rows,
 )
 from vllm_kvtuner.kernels.cuda.rows import byte_stride
-from vllm_kvtuner.kernels.cuda.variant import ARGUMENTS, Variant
+from vllm_kvtuner.kernels.cuda.variant import ARGUMENTS, Variant, needs_of
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
 """Compute capabilities with 100 KB of shared memory in a multiprocessor."""
+WARP_GROUP_CAPABILITIES = ((9, 0),)
+"""Compute capabilities with matrix instructions of warp groups as attention/halves/team.cuh has them."""
 LOG2_E = math.log2(math.e)
 
 
@@ -48,7 +52,7 @@ def _workspace_parts(
     max_num_reqs: int, max_query_len: int, num_heads: int, num_kv_heads: int, head_size: int, num_sms: int
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     slots = 2 * MAX_CTAS_PER_MULTIPROCESSOR * num_sms
-    rows = pass_rows(num_heads // num_kv_heads * max_query_len)
+    rows = most_pass_rows(num_heads // num_kv_heads * max_query_len)
     segments = max_num_reqs * num_kv_heads * math.ceil(num_heads // num_kv_heads * MAX_DECODE_QUERY_LEN / PASS_ROWS[0])
     return {
         "partial": ((slots, rows, head_size), torch.float32),
@@ -149,10 +153,23 @@ def _statics(transforms: LayerTransforms) -> _Statics:
     return _Statics(arguments, (offset.numbers, offset.dims, offset.index, rotary.coarse_angles, fine))
 
 
+@functools.cache
+def multiprocessor(device: torch.device) -> Multiprocessor:
+    """What knobs depend on of a device."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    return Multiprocessor(properties.shared_memory_per_multiprocessor, capability in WARP_GROUP_CAPABILITIES)
+
+
+@kept_with_transforms
+def _rows(transforms: LayerTransforms, layout: PageLayout, rows: int, device: torch.device) -> int:
+    """Of a pass that serves ``rows`` query rows per KV head."""
+    return pass_rows(rows, needs_of(layout, transforms), multiprocessor(device))
+
+
 @kept_with_transforms
 def _build(transforms: LayerTransforms, variant: Variant, device: torch.device) -> tuple[BuiltKernel, _Statics]:
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-    compiled = variant.settle(transforms, shared)
+    compiled = variant.settle(transforms, multiprocessor(device))
     kernel = build(compiled.source(), compiled.threads, compiled.shared_bytes, device)
     return kernel, _statics(transforms)
 
@@ -183,43 +200,74 @@ def paged_attention(
     assert 0 <= span.skip_newest < (span.sliding_window or math.inf), span
     if num_tokens == 0:
         return
-    rows = pass_rows(group * (launch.pass_query_len or max_query_len))
+    pass_query_len = launch.pass_query_len or max_query_len
+    rows = _rows(pages.transforms, layout, group * pass_query_len, query.device)
+    fewest = _rows(pages.transforms, layout, group, query.device)
     variant = Variant(
         layout, group, rows, query.dtype, span, soft_cap=shape.logits_soft_cap > 0, write_lse=lse is not None,
-        few=num_reqs * num_kv_heads <= FEW_SEGMENTS[rows], config=launch.config,
+        config=launch.config,
     )  # fmt: skip
-    kernel, statics = _build(pages.transforms, variant, query.device)
-    workspace: DecodeWorkspace = launch.workspace
-    max_segments = num_kv_heads * math.ceil(group * max_query_len / rows)
-    assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"
-    slots, partial_rows, partial_size = workspace.partial.shape
-    assert partial_rows >= rows and partial_size == layout.head_size, "workspace too small"
-    kernel.launch(
-        min(kernel.max_ctas, slots // 2, workspace.aside.shape[0] * 32 // kernel.block),
-        ARGUMENTS.structure(
-            query=query.data_ptr(),
-            output=output.data_ptr(),
-            kv_cache=kv_cache.data_ptr(),
-            block_table=queries.block_table.data_ptr(),
-            seq_lens=queries.seq_lens.data_ptr(),
-            query_start_loc=queries.query_start_loc.data_ptr(),
-            partial=workspace.partial.data_ptr(),
-            partial_state=workspace.state.data_ptr(),
-            arrivals=workspace.arrivals.data_ptr(),
-            aside=workspace.aside.data_ptr(),
-            query_stride=query.stride(0),
-            output_stride=output.stride(0),
-            block_stride=byte_stride(kv_cache, 0),
-            head_stride=byte_stride(kv_cache, 1),
-            table_stride=queries.block_table.stride(0),
-            num_reqs=num_reqs,
-            num_tokens=num_tokens,
-            num_kv_heads=num_kv_heads,
-            max_segments=max_segments,
-            scale_log2=shape.scale * LOG2_E,
-            soft_cap_log2=shape.logits_soft_cap * LOG2_E,
-            output_lse=0 if lse is None else lse.data_ptr(),
-            **statics.arguments,
-        ),
-        dependent=launch.dependent,
-    )
+    call = _Call(query, queries, pages, shape, output, lse, launch)
+    # Where some requests bring fewer tokens, they do not pay for passes as wide as the others'. Known from shapes alone, so
+    # that a captured batch, whose requests all bring as many, is one launch.
+    if rows > fewest and num_tokens < num_reqs * pass_query_len:
+        most = max(fewest // group, 1)
+        call.run(variant._replace(pass_rows=fewest), (1, most))
+        call.run(variant, (most + 1, MAX_DECODE_QUERY_LEN))
+    else:
+        call.run(variant, (1, MAX_DECODE_QUERY_LEN))
+
+
+class _Call(NamedTuple):
+    """Arguments of :func:`paged_attention` for its launches."""
+
+    query: torch.Tensor
+    queries: Queries
+    pages: Pages
+    shape: AttentionShape
+    output: torch.Tensor
+    lse: torch.Tensor | None
+    launch: Launch
+
+    def run(self, variant: Variant, query_lens: tuple[int, int]) -> None:
+        """One launch, for the requests whose query tokens are so many, the last number included."""
+        query, queries, pages, shape, output, lse, launch = self
+        kv_cache, rows, num_reqs, num_kv_heads = pages.kv_cache, variant.pass_rows, queries.num_reqs, shape.num_kv_heads
+        variant = variant._replace(few=num_reqs * num_kv_heads <= FEW_SEGMENTS[rows])
+        kernel, statics = _build(pages.transforms, variant, query.device)
+        workspace: DecodeWorkspace = launch.workspace
+        max_segments = num_kv_heads * math.ceil(shape.group * min(queries.max_query_len, query_lens[1]) / rows)
+        assert num_reqs * max_segments <= workspace.arrivals.shape[0], "workspace too small"
+        slots, partial_rows, partial_size = workspace.partial.shape
+        assert partial_rows >= rows and partial_size == shape.head_size, "workspace too small"
+        kernel.launch(
+            min(kernel.max_ctas, slots // 2, workspace.aside.shape[0] * 32 // kernel.block),
+            ARGUMENTS.structure(
+                query=query.data_ptr(),
+                output=output.data_ptr(),
+                kv_cache=kv_cache.data_ptr(),
+                block_table=queries.block_table.data_ptr(),
+                seq_lens=queries.seq_lens.data_ptr(),
+                query_start_loc=queries.query_start_loc.data_ptr(),
+                partial=workspace.partial.data_ptr(),
+                partial_state=workspace.state.data_ptr(),
+                arrivals=workspace.arrivals.data_ptr(),
+                aside=workspace.aside.data_ptr(),
+                query_stride=query.stride(0),
+                output_stride=output.stride(0),
+                block_stride=byte_stride(kv_cache, 0),
+                head_stride=byte_stride(kv_cache, 1),
+                table_stride=queries.block_table.stride(0),
+                num_reqs=num_reqs,
+                num_tokens=query.shape[0],
+                num_kv_heads=num_kv_heads,
+                max_segments=max_segments,
+                min_query_len=query_lens[0],
+                max_query_len=query_lens[1],
+                scale_log2=shape.scale * LOG2_E,
+                soft_cap_log2=shape.logits_soft_cap * LOG2_E,
+                output_lse=0 if lse is None else lse.data_ptr(),
+                **statics.arguments,
+            ),
+            dependent=launch.dependent,
+        )

@@ -8,7 +8,13 @@ from vllm_kvtuner.kernels.contract import Span
 from vllm_kvtuner.kernels.cuda import arguments, page_layout
 from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
 from vllm_kvtuner.kernels.cuda.build import Source
-from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig, decode_config, shared_bytes
+from vllm_kvtuner.kernels.cuda.paged_attention_config import (
+    DecodeConfig,
+    Multiprocessor,
+    Needs,
+    decode_config,
+    shared_bytes,
+)
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import ANGLE_STEP, LayerTransforms
 
@@ -44,10 +50,12 @@ ARGUMENTS = Arguments(
     Field("int", "num_kv_heads", "of the layer"),
     Field("int", "max_segments", "of a request"),
     Field("int", "rotary_pairs", "of the rotary embedding"),
+    Field("int", "min_query_len", "requests of fewer query tokens are another launch's"),
+    Field("int", "max_query_len", "requests of more query tokens are another launch's"),
     Field("float", "scale_log2", "logits to base 2 per unit of q . k"),
     Field("float", "soft_cap_log2", "the cap to base 2"),
     Field("float*", "output_lse", "[heads][tokens], if WRITE_LSE"),
-    Field("float*", "aside", "[CTAs][NUM_WARPS][PASS_ROWS][HEAD_SIZE / TEAM_WARPS], if FP16_PRODUCTS: sums, see SetAside"),
+    Field("float*", "aside", "[CTAs][NUM_WARPS][PASS_ROWS][HEAD_SIZE / TEAM_WARPS] sums, if FP16_PRODUCTS"),
 )  # fmt: skip
 
 
@@ -76,18 +84,19 @@ class Variant(NamedTuple):
     few: bool = False
     config: DecodeConfig | None = None
 
-    def settle(self, transforms: LayerTransforms, shared_bytes_per_sm: int) -> "CompiledVariant":
-        """With the layer's transforms, and knobs for a multiprocessor of so much shared memory."""
-        offset = transforms.offset_pairs
-        pairs = 0 if offset is None else len(offset.index)
-        config = self.config or decode_config(
-            self.layout, self.pass_rows, pairs, shared_bytes_per_sm, self.few, _query_terms(transforms)
-        )
-        return CompiledVariant(self, transforms, pairs, config)
+    def settle(self, transforms: LayerTransforms, card: Multiprocessor) -> "CompiledVariant":
+        """With the layer's transforms, and knobs for a card."""
+        needs = needs_of(self.layout, transforms, self.few)
+        config = self.config or decode_config(self.pass_rows, needs, card)
+        assert config is not None, "pass_rows() has chosen rows that fit"
+        return CompiledVariant(self, transforms, needs, config)
 
 
-def _query_terms(transforms: LayerTransforms) -> int:
-    return 2 if transforms.key_hadamard or transforms.key_equalization is not None else 1
+def needs_of(layout: PageLayout, transforms: LayerTransforms, few: bool = False) -> Needs:
+    """What knobs depend on of a layer."""
+    offset = transforms.offset_pairs
+    folded = transforms.key_hadamard or transforms.key_equalization is not None
+    return Needs(layout, 0 if offset is None else len(offset.index), 2 if folded else 1, few)
 
 
 class CompiledVariant(NamedTuple):
@@ -96,13 +105,13 @@ class CompiledVariant(NamedTuple):
     Args:
         variant: of the call.
         transforms: of the layer.
-        offset_pairs: rotary pairs that the key offset keeps, 0 or a multiple of 8.
+        needs: what its knobs depend on.
         config: knobs.
     """
 
     variant: Variant
     transforms: LayerTransforms
-    offset_pairs: int
+    needs: Needs
     config: DecodeConfig
 
     @property
@@ -113,9 +122,7 @@ class CompiledVariant(NamedTuple):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a CTA."""
-        return shared_bytes(
-            self.variant.layout, self.variant.pass_rows, self.config, self.offset_pairs, _query_terms(self.transforms)
-        )
+        return shared_bytes(self.variant.pass_rows, self.needs, self.config)
 
     def macros(self) -> dict[str, int]:
         variant, transforms, config = self.variant, self.transforms, self.config
@@ -139,7 +146,7 @@ class CompiledVariant(NamedTuple):
             "KEY_HADAMARD": int(transforms.key_hadamard),
             "VALUE_HADAMARD": int(transforms.value_hadamard),
             "KEY_EQUALIZATION": int(transforms.key_equalization is not None),
-            "OFFSET_PAIRS": self.offset_pairs,
+            "OFFSET_PAIRS": self.needs.offset_pairs,
             "ANGLE_STEP": ANGLE_STEP,
             "WINDOW": span.sliding_window - span.skip_newest if span.sliding_window else 0,
             "SKIP_NEWEST": span.skip_newest,

@@ -43,7 +43,8 @@ struct Request {
 #endif
     stages = (len + STAGE_TOKENS - 1) / STAGE_TOKENS - first_stage;
     passes = (num_queries * GROUP + PASS_ROWS - 1) / PASS_ROWS;
-    if (num_queries <= 0 || len <= SKIP_FIRST) stages = passes = 0;
+    // Others are another launch's, or have nothing to read.
+    if (num_queries < a.min_query_len || num_queries > a.max_query_len || len <= SKIP_FIRST) stages = passes = 0;
   }
   __device__ __forceinline__ int segments(const Arguments& a) const { return passes * a.num_kv_heads; }
 };
