@@ -59,7 +59,8 @@ BODIES = {
     "group_mma(float (&c)[TILES][4]": (
         "for (int tile = 0; tile < TILES; tile++) { const u8* of_tile = memory + b.low * 16 + tile * 256;"
         "if (!ADD) for (float& sum : c[tile]) sum = 0;"
-        "const u32 words[] = {a0, a1, a2, a3, *(const u32*)(of_tile + LANE * 4), *(const u32*)(of_tile + 128 + LANE * 4)};"
+        "const u32 b0 = *(const u32*)(of_tile + LANE * 4), b1 = *(const u32*)(of_tile + 128 + LANE * 4);"
+        "const u32 words[] = {a0, a1, a2, a3, b0, b1};"
         "multiply<16, 2>(c[tile], words, 4, 2, __LINE__, half_number, half_number); }"
     ),
     "low_of(": "return address / 16;",

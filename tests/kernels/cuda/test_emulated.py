@@ -77,7 +77,7 @@ def split_options(options, query_lens):
         pytest.param("K2V4", 128, 17, 64, FP16, [1], {}, None, id="K2V4, group of 17, warp groups"),
         pytest.param("K8V2", 64, 16, 16, FP16, [3], {}, None, id="K8V2, head size 64, 48 rows, warp groups"),
         pytest.param("K4V8", 256, 8, 16, FP16, [4], {}, None, id="K4V8, head size 256, 32 rows, warp groups"),
-        pytest.param("K2V2", 128, 8, 16, FP16, [4, 1, 16, 2, 4, 1], {}, None, id="a launch for few and one for many rows"),
+        pytest.param("K2V2", 128, 8, 16, FP16, [4, 1, 16, 2, 4, 1], {}, None, id="two launches"),
         pytest.param(
             "K4V4", 128, 32, 16, FP16, [1],
             {"config": DecodeConfig(32, 2, 1, 4, 1, True, 0, 1)}, None, id="32 rows, a warp alone",
@@ -303,7 +303,11 @@ def test_many_small_weights_beside_a_large_one(pair, heads):
 def test_sums_are_set_aside_in_long_segments(heads, monkeypatch):
     """Whatever their references do afterwards; here every 128 tokens of a warp or team."""
     text = build.Source.text
-    monkeypatch.setattr(build.Source, "text", lambda source: text(source).replace("ASIDE_TOKENS = 2048", "ASIDE_TOKENS = 128"))
+    monkeypatch.setattr(
+        build.Source,
+        "text",
+        lambda source: text(source).replace("ASIDE_TOKENS = V_BITS == 8 ? 1024 : 2048", "ASIDE_TOKENS = 128"),
+    )
     cache = random_cache(make_layout("K4V4", 64), [3000], 2, CPU)
     keys = cache.sides[0].meta
     rising = torch.arange(3000) / 1000

@@ -208,8 +208,8 @@ def paged_attention(
         config=launch.config,
     )  # fmt: skip
     call = _Call(query, queries, pages, shape, output, lse, launch)
-    # Where some requests bring fewer tokens, they do not pay for passes as wide as the others'. Known from shapes alone, so
-    # that a captured batch, whose requests all bring as many, is one launch.
+    # Where some requests bring fewer tokens, they do not pay for passes as wide as the others'. Known from shapes
+    # alone, so that a captured batch, whose requests all bring as many, is one launch.
     if rows > fewest and num_tokens < num_reqs * pass_query_len:
         most = max(fewest // group, 1)
         call.run(variant._replace(pass_rows=fewest), (1, most))

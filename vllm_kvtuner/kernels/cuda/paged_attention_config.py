@@ -76,7 +76,7 @@ class Needs(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def pass_rows(rows: int, needs: Needs, card: Multiprocessor) -> int:
-    """Rows of a pass that serves ``rows`` query rows per KV head: as few passes as fit, of no more rows than that takes."""
+    """Rows of a pass that serves ``rows`` query rows per KV head: few passes, of no more rows than that takes."""
     sizes = [size for size in PASS_ROWS if decode_config(size, needs, card) is not None]
     return next((size for size in sizes if rows <= size), sizes[-1])
 
@@ -92,9 +92,12 @@ def decode_config(rows: int, needs: Needs, card: Multiprocessor) -> DecodeConfig
     As many CTAs as registers and shared memory allow, two stages (more only lengthen the way to memory), and stages as
     long as fit. See docs/notes/stages-and-rings.md and docs/notes/many-query-rows.md.
     """
-    config = _wanted(rows, needs, card)
-    if config is None:
-        return None
+    wanted = _wanted(rows, needs, card)
+    return None if wanted is None else _fitting(wanted, rows, needs, card)
+
+
+def _fitting(config: DecodeConfig, rows: int, needs: Needs, card: Multiprocessor) -> DecodeConfig | None:
+    """The nearest knobs that fit the card's shared memory, or None."""
     block_size, least_warps = needs.layout.block_size, TEAM_WARPS if config.team_warps > 1 else 2
 
     def fits() -> bool:

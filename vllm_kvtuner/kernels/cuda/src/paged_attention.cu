@@ -1,8 +1,9 @@
 // Decode attention straight on packed pages, one launch: fold the queries, attend, merge, rotate back.
 //
 // Defined by the build: HEAD_SIZE, K_BITS, V_BITS, GROUP (query heads per KV head), PASS_ROWS (query rows of a pass),
-// FP16_PRODUCTS (0 or 1), TEAM_WARPS (warps that share their stages, 1, or 4 with the products of warp groups), NUM_WARPS,
-// STAGE_TOKENS, NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
+// FP16_PRODUCTS (0 or 1), TEAM_WARPS (warps that share their stages: 1, or 4 with the products of warp groups),
+// QUERY_REGISTERS and MAX_PART_GROUPS (how much of registers a warp alone takes, see DecodeConfig), NUM_WARPS, STAGE_TOKENS,
+// NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
 // OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (32), WINDOW (tokens that
 // a query sees, 0: all), SKIP_NEWEST and SKIP_FIRST (tokens that it does not see, its newest and the request's first),
 // WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
@@ -10,8 +11,8 @@
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
 // head) chunk or several. A *segment* is what one pass reads: all stages of one (request, KV head, pass). Segments
 // stand in a row, and every CTA takes an equal share of the work, whichever segments it belongs to. Within a CTA
-// the warps take turns, each with a ring of stages of its own. A segment that several CTAs share is merged by the
-// one that ends last, in the order of the CTAs, so that results do not depend on timing.
+// the warps, or *teams* of 4 warps, take turns, each with a ring of stages of its own. A segment that several CTAs
+// share is merged by the one that ends last, in the order of the CTAs, so that results do not depend on timing.
 //
 // Arithmetic (s a row's scale, m its minimum): logit = s_t (q . codes_t) + m_t sum(q), and the output is
 // sum_t (P_t s_t) codes_t + sum_t P_t m_t. Few rows are multiplied in bytes (attention/bytes), many in fp16 (attention/halves).
@@ -75,7 +76,8 @@ constexpr int NUMBERS = HEAD_SIZE / 32;
 constexpr int MAX_VISIT = 12;
 constexpr int MIN_PREFETCHED = 4 * TEAMS;  // units of a share, at least, whose first stages are prefetched
 constexpr int OFFSET_STEPS = OFFSET_PAIRS / 8;
-static_assert(STAGE_TOKENS == 16 || STAGE_TOKENS == 32 || STAGE_TOKENS == 64 || TEAM_WARPS > 1 && STAGE_TOKENS == 128, "stage");
+static_assert(STAGE_TOKENS == 16 || STAGE_TOKENS == 32 || STAGE_TOKENS == 64 || STAGE_TOKENS == 128, "stage");
+static_assert(STAGE_TOKENS < 128 || TEAM_WARPS > 1, "a warp alone has no registers for more");
 
 #define MASKED __int_as_float(0xFF800000)
 constexpr float NOTHING = -1e30f;      // the reference of a row that has seen nothing
@@ -172,7 +174,6 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
 #pragma unroll 1
   for (int i = 0; i < NUM_STAGES; i++)
     producer.issue(a, share, warp, lane, shared.ring[team][i], &shared.barriers[team][i], policy);
-  shared.parked.park(producer, warp, lane);
 
   if (clear) clear_rows(a, thread);
 #if TEAM_WARPS > 1
@@ -214,13 +215,11 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
       copies_wait<NUM_STAGES - 1>();
       meet_team(team);
 #endif
-      attend(a, shared, shared.ring[team][slot], (first_stage + stage) * STAGE_TOKENS, rows, key_offset, places, warp, lane, sums,
-             aside);
+      const int token = (first_stage + stage) * STAGE_TOKENS;
+      attend(a, shared, shared.ring[team][slot], token, rows, key_offset, places, warp, lane, sums, aside);
       meet_team(team);
-      shared.parked.fetch(producer, warp, lane);
       producer.issue(a, share, warp, lane, shared.ring[team][slot], &shared.barriers[team][slot], policy);
-      shared.parked.park(producer, warp, lane);
-      if (++slot == NUM_STAGES) {
+          if (++slot == NUM_STAGES) {
         slot = 0;
         parity ^= 1;
       }

@@ -22,38 +22,11 @@ struct Parts {
   int first, last;  // CTAs that have one
 };
 
-// Where the state of what copies stages waits in between, a number in every lane.
-struct Parked {
-  u32 words[PARKS ? NUM_WARPS : 1][12][32];
-
-  template <class Producer>
-  __device__ __forceinline__ void park(Producer& producer, int warp, int lane) {
-    producer.for_words([&](int i, u32& word) { words[warp][i][lane] = word; });
-  }
-  template <class Producer>
-  __device__ __forceinline__ void fetch(Producer& producer, int warp, int lane) {
-    producer.for_words([&](int i, u32& word) { word = words[warp][i][lane]; });
-  }
-};
-struct NotParked {
-  template <class Producer>
-  __device__ __forceinline__ void park(Producer&, int, int) {}
-  template <class Producer>
-  __device__ __forceinline__ void fetch(Producer&, int, int) {}
-};
-template <bool PARKS>
-struct ParkedOrNot;
-template <>
-struct ParkedOrNot<true> : Parked {};
-template <>
-struct ParkedOrNot<false> : NotParked {};
-
 struct Shared {
   alignas(128) u8 ring[TEAMS][NUM_STAGES][STAGE_BYTES];
   alignas(16) float output[TEAMS][ROUND_ROWS][HEAD_SIZE];
   FoldedQueries folded;
   [[no_unique_address]] TeamShared teams;
-  [[no_unique_address]] ParkedOrNot<PARKS> parked;
   [[no_unique_address]] OffsetShared offset;
   u64 barriers[TEAMS][NUM_STAGES];
   float total[NUM_WARPS][ROUND_ROWS], minima[NUM_WARPS][ROUND_ROWS], top[TEAMS][ROUND_ROWS];
@@ -113,20 +86,6 @@ struct Producer {
   int blocks, later_blocks;
   int looked_up;   // stages used of `blocks`
   bool more;
-
-  // The state but for `shared`, as words.
-  template <class Each>
-  __device__ __forceinline__ void for_words(const Each& each) {
-    u32 pointers[4] = {(u32)(u64)head, (u32)((u64)head >> 32), (u32)(u64)table, (u32)((u64)table >> 32)};
-#pragma unroll
-    for (int i = 0; i < 4; i++) each(i, pointers[i]);
-    head = (const u8*)((u64)pointers[1] << 32 | pointers[0]);
-    table = (const int*)((u64)pointers[3] << 32 | pointers[2]);
-    int more_word = more;
-    each(4, (u32&)segment), each(5, (u32&)token), each(6, (u32&)last_token), each(7, (u32&)len), each(8, (u32&)blocks);
-    each(9, (u32&)later_blocks), each(10, (u32&)looked_up), each(11, (u32&)more_word);
-    more = more_word;
-  }
 
   __device__ __forceinline__ void enter(const Arguments& a, const Cursor& at, int warp, int lane) {
     head = a.kv_cache + at.kv_head * a.head_stride;
@@ -207,7 +166,7 @@ struct Producer {
   __device__ __forceinline__ void blocks_of_stage(u32 (&source_blocks)[WARP_COPIES], int member) const {
 #pragma unroll
     for (int i = 0; i < (WHOLE_CHUNKS ? WARP_COPIES : 1); i++)
-      source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + (WHOLE_CHUNKS ? i * TEAM_WARPS + member : 0) % ENTRIES);
+      source_blocks[i] = __shfl_sync(FULL_WARP, blocks, looked_up * ENTRIES + (i * TEAM_WARPS + member) % ENTRIES);
   }
 
   __device__ __forceinline__ void issue(const Work& a, const Share& share, int warp, int lane, u8* target, u64* barrier,

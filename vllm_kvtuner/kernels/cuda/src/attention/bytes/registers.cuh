@@ -27,7 +27,6 @@ __device__ __forceinline__ int row_of_column(int tile, int g) { return 4 * tile 
 __device__ __forceinline__ int column_of_turn(int, int, int g) { return g % 2; }
 
 constexpr bool VALUE_MATRICES = V_MATRICES;
-constexpr bool PARKS = false;
 struct TeamShared {};
 
 // Queries in the frame of the stored keys, of all rows.

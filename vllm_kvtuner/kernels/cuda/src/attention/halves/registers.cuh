@@ -1,7 +1,7 @@
 // paged_attention.cu: what a warp holds where products are of fp16 numbers: many rows, each in one column.
 //
-// Arithmetic: codes are multiplied where they stand in a word of two, as the fp16 numbers that their bits are, 2^-24 of an integer;
-// see CodeFormat::spread. q is rounded to fp16 in units that all rows of a pass share, a power of two, and to two such numbers
+// Arithmetic: codes are multiplied where they stand in a word of two, as the fp16 numbers that their bits are, 2^-24 of an
+// integer; see CodeFormat::spread. q is rounded to fp16 in units that all rows of a pass share, a power of two, and to two such numbers
 // where it is rotated or scaled, since products of 11 bits would move logits of hundreds. Weights P_t s_t are rounded to fp16:
 // the reference that exponents are relative to is set so that a row's largest is 2^8, and anew where one exceeds 2^15. Products
 // are added up in the accumulators of the matrix instruction, which cut off what is below their last bit: every ASIDE_TOKENS
@@ -21,22 +21,24 @@ constexpr int ROUND_ROWS = 8;
 constexpr bool VALUE_MATRICES = V_MATRICES || TEAM_WARPS > 1;
 constexpr int V_RUN = VALUE_MATRICES ? 1 : value_run(V_BITS == 8 ? 4 : 8);
 
-constexpr bool PARKS = false;  // whether copying leaves its registers to products in between
 constexpr int TERMS = KEY_HADAMARD || KEY_EQUALIZATION ? 2 : 1;  // fp16 numbers that a query's number is the sum of
 constexpr int K_STEPS = K_WORDS * K_FIELDS;  // matrix instructions along head_size, of 16 numbers
-constexpr bool QUERY_STAYS = TEAM_WARPS == 1 && TILES * K_STEPS <= QUERY_REGISTERS / 2;  // whether registers hold the first term
+// Whether registers hold the first term.
+constexpr bool QUERY_STAYS = TEAM_WARPS == 1 && TILES * K_STEPS <= QUERY_REGISTERS / 2;
 
 constexpr int QUERY_EXPONENT = 13;            // of the largest number of a pass's queries
 constexpr float CODE_UNIT = 0x1p-24f;         // of codes as fp16 numbers
 constexpr int WEIGHT_EXPONENT = 8;            // of a row's largest weight when its reference is set
 constexpr float MIN_LOG_SCALE = -24.0f;       // of the scales that count for that
 constexpr float MAX_TOTAL = 0x1p64f;          // of P of a lane's tokens, before the reference is set anew
-constexpr int ASIDE_TOKENS = 2048;            // of one warp
+constexpr int ASIDE_TOKENS = V_BITS == 8 ? 1024 : 2048;  // of one warp or team
 constexpr int ASIDE_STAGES = ASIDE_TOKENS / STAGE_TOKENS;
 
 // Of the key offset's products: the row of column g of a tile, and which of a stage's angles it is with.
 __device__ __forceinline__ int row_of_column(int tile, int g) { return 8 * tile + g; }
-__device__ __forceinline__ int column_of_turn(int warp, int turn_index, int) { return TEAM_WARPS > 1 ? 2 * turn_index + warp % TEAM_WARPS / 2 : turn_index; }
+__device__ __forceinline__ int column_of_turn(int warp, int turn_index, int) {
+  return TEAM_WARPS > 1 ? 2 * turn_index + warp % TEAM_WARPS / 2 : turn_index;
+}
 
 #if TEAM_WARPS > 1
 struct TeamShared {

@@ -61,8 +61,9 @@ struct TokenMeta {
 __device__ __forceinline__ void load_meta(const u8* stage, int of_stage, float unit, int group, TokenMeta& meta) {
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const float2 k_meta = unpack_fp16(*(const u32*)(stage + group_place(of_stage, Piece::K_META, Piece::META_ROW) + 8 * half * Piece::META_ROW));
-    const float2 v_meta = unpack_fp16(*(const u32*)(stage + group_place(of_stage, Piece::V_META, Piece::META_ROW) + 8 * half * Piece::META_ROW));
+    const u8* row = stage + 8 * half * Piece::META_ROW;
+    const float2 k_meta = unpack_fp16(*(const u32*)(row + group_place(of_stage, Piece::K_META, Piece::META_ROW)));
+    const float2 v_meta = unpack_fp16(*(const u32*)(row + group_place(of_stage, Piece::V_META, Piece::META_ROW)));
     meta.k_scale[group][half] = k_meta.x * (unit * (1.0f / CODE_UNIT));
     meta.k_minimum[group][half] = k_meta.y * unit;
     meta.v_scale[group][half] = v_meta.x;
@@ -88,15 +89,17 @@ __device__ __forceinline__ void largest_weights(const float (&dots)[PART_GROUPS]
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int column = 0; column < 2; column++) {
-      top[tile][column] = NOTHING;
+      float most = NOTHING;
 #pragma unroll
       for (int group = 0; group < PART_GROUPS; group++)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-          top[tile][column] = fmaxf(top[tile][column], log_scale[group][half] + logit_of(dots[group][tile][2 * half + column],
-                                                                                         rows.sum[tile][column], meta, group, half));
+        for (int half = 0; half < 2; half++) {
+          const float logit = logit_of(dots[group][tile][2 * half + column], rows.sum[tile][column], meta, group, half);
+          most = fmaxf(most, logit + log_scale[group][half]);
+        }
 #pragma unroll
-      for (int step = 4; step < 32; step <<= 1) top[tile][column] = fmaxf(top[tile][column], __shfl_xor_sync(FULL_WARP, top[tile][column], step));
+      for (int step = 4; step < 32; step <<= 1) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, step));
+      top[tile][column] = most;
     }
 }
 
@@ -267,7 +270,8 @@ struct ValueDim {
     const int byte = spread / V_FIELDS, field = spread % V_FIELDS;
     dim = (unit / V_RUN * 8 + g) * (2 * V_RUN) + unit % V_RUN * 2 + byte + field * V_FIELD;
     // A team moves what is beyond its first tile's fields of a unit down.
-    shift = TEAM_WARPS > 1 && WARP_V_TILES < V_FIELDS ? (2 * (tile % WARP_V_TILES) + half) * V_BITS : ValueCodes::spread_shift(spread);
+    const bool moved = TEAM_WARPS > 1 && WARP_V_TILES < V_FIELDS;
+    shift = moved ? (2 * (tile % WARP_V_TILES) + half) * V_BITS : ValueCodes::spread_shift(spread);
   }
 };
 
