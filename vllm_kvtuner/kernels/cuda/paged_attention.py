@@ -39,7 +39,7 @@ class DecodeWorkspace:
         partial: [2 * CTAs, rows of a pass, head_size] fp32, unnormalized outputs of segments that CTAs share.
         state: [2 * CTAs, rows of a pass, 2] fp32, their reference to base 2 and total.
         arrivals: [segments] int32, 0 between launches.
-        aside: [warps, rows of a pass * head_size] fp32, sums that a warp sets aside in a long segment.
+        aside: [warps, rows of a pass * (head_size + 16)] fp32, sums that a warp sets aside in a long segment.
     """
 
     partial: torch.Tensor
@@ -58,7 +58,7 @@ def _workspace_parts(
         "partial": ((slots, rows, head_size), torch.float32),
         "state": ((slots, rows, 2), torch.float32),
         "arrivals": ((segments,), torch.int32),
-        "aside": ((MAX_WARPS_PER_MULTIPROCESSOR * num_sms, rows * head_size), torch.float32),
+        "aside": ((MAX_WARPS_PER_MULTIPROCESSOR * num_sms, rows * (head_size + 16)), torch.float32),
     }
 
 
@@ -209,8 +209,9 @@ def paged_attention(
     )  # fmt: skip
     call = _Call(query, queries, pages, shape, output, lse, launch)
     # Where some requests bring fewer tokens, they do not pay for passes as wide as the others'. Known from shapes
-    # alone, so that a captured batch, whose requests all bring as many, is one launch.
-    if rows > fewest and num_tokens < num_reqs * pass_query_len:
+    # alone, so that a captured batch, whose requests all bring as many, is one launch. Knobs that are given are one
+    # launch's.
+    if launch.config is None and rows > fewest and num_tokens < num_reqs * pass_query_len:
         most = max(fewest // group, 1)
         call.run(variant._replace(pass_rows=fewest), (1, most))
         call.run(variant, (most + 1, MAX_DECODE_QUERY_LEN))

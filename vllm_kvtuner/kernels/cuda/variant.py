@@ -55,7 +55,7 @@ ARGUMENTS = Arguments(
     Field("float", "scale_log2", "logits to base 2 per unit of q . k"),
     Field("float", "soft_cap_log2", "the cap to base 2"),
     Field("float*", "output_lse", "[heads][tokens], if WRITE_LSE"),
-    Field("float*", "aside", "[CTAs][NUM_WARPS][PASS_ROWS][HEAD_SIZE / TEAM_WARPS] sums, if FP16_PRODUCTS"),
+    Field("float*", "aside", "[CTAs][NUM_WARPS][PASS_ROWS][HEAD_SIZE / TEAM_WARPS + 16] sums, if FP16_PRODUCTS"),
 )  # fmt: skip
 
 

@@ -89,10 +89,16 @@ struct ValueWords {
   }
 };
 
-// The second product of PART_GROUPS groups of tokens from `first`. weights[group][tile]: B operands, in ValueWords's order of tokens.
+// The second product of PART_GROUPS groups of tokens from `first`. weights[group][tile]: B operands, in ValueWords's order
+// of tokens.
 __device__ __forceinline__ void value_products(const u8* stage, const LanePlaces& places, int first,
                                                const u32 (&weights)[PART_GROUPS][TILES][2],
-                                               float (&output)[WARP_V_TILES][TILES][4]) {
+                                               float (&output)[SUM_TILES][TILES][4]) {
+#pragma unroll
+  for (int group = 0; group < PART_GROUPS; group++)
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      mma_fp16(output[WARP_V_TILES][tile], TWO_ONES, TWO_ONES, TWO_ONES, TWO_ONES, weights[group][tile][0], weights[group][tile][1]);
 #pragma unroll
   for (int run = 0; run < V_UNITS / V_RUN; run++) {
     ValueWords values;

@@ -2,8 +2,11 @@
 //
 // Arithmetic: codes are multiplied where they stand in a word of two, as the fp16 numbers that their bits are, 2^-24 of an
 // integer; see CodeFormat::spread. q is rounded to fp16 in units that all rows of a pass share, a power of two, and to two such numbers
-// where it is rotated or scaled, since products of 11 bits would move logits of hundreds. Weights P_t s_t are rounded to fp16:
-// the reference that exponents are relative to is set so that a row's largest is 2^8, and anew where one exceeds 2^15. Products
+// where it is rotated or scaled, since products of 11 bits would move logits of hundreds. Weights P_t s_t are rounded to fp16,
+// which moves a token's codes in all dimensions alike, and rotated values gather that in one of them. So values count from the
+// middle of their range: codes less MIDDLE, times rounded weights, and P_t (m_t + s_t MIDDLE). Of the first, MIDDLE times the
+// rounded weights' sum is taken off.
+// The reference that exponents are relative to is set so that a row's largest is 2^8, and anew where one exceeds 2^15. Products
 // are added up in the accumulators of the matrix instruction, which cut off what is below their last bit: every ASIDE_TOKENS
 // tokens they are set aside in fp32.
 #pragma once
@@ -14,6 +17,7 @@ static_assert(PASS_ROWS % 8 == 0, "rows fill the columns of matrix instructions"
 constexpr int PART_GROUPS = TEAM_WARPS > 1 ? GROUPS / TEAM_WARPS : constant_min(GROUPS, MAX_PART_GROUPS);
 static_assert(TEAM_WARPS == 1 || PART_GROUPS * TEAM_WARPS == GROUPS, "a team's stage");
 constexpr int WARP_V_TILES = V_TILES / TEAM_WARPS;  // of 16 dimensions, that a warp has sums of
+constexpr int SUM_TILES = WARP_V_TILES + (TEAM_WARPS == 1);
 static_assert(WARP_V_TILES * TEAM_WARPS == V_TILES, "head size");
 // Sets of a key offset's coefficients, one for each ANGLE_STEP of a stage that a warp has tokens of.
 constexpr int OFFSET_TURNS = TEAM_WARPS > 1 ? PART_GROUPS : constant_max(GROUPS / 2, 1);
@@ -29,6 +33,9 @@ constexpr bool QUERY_STAYS = TEAM_WARPS == 1 && TILES * K_STEPS <= QUERY_REGISTE
 constexpr int QUERY_EXPONENT = 13;            // of the largest number of a pass's queries
 constexpr float CODE_UNIT = 0x1p-24f;         // of codes as fp16 numbers
 constexpr int WEIGHT_EXPONENT = 8;            // of a row's largest weight when its reference is set
+// Of a row's codes; 0 where a team, which has no registers for sums of weights, need not take it off.
+constexpr float MIDDLE = TEAM_WARPS == 1 || VALUE_HADAMARD ? 0.5f * (float)ValueCodes::LEVELS : 0.0f;
+constexpr u32 TWO_ONES = 0x3C003C00u;         // as fp16 numbers
 constexpr float MIN_LOG_SCALE = -24.0f;       // of the scales that count for that
 constexpr float MAX_TOTAL = 0x1p64f;          // of P of a lane's tokens, before the reference is set anew
 constexpr int ASIDE_TOKENS = V_BITS == 8 ? 1024 : 2048;  // of one warp or team
@@ -60,9 +67,10 @@ struct FoldedQueries {
 };
 
 struct Accumulators {
-  // Sums of weights times codes, in CODE_UNIT times 2^CodeFormat::spread_shift; as the matrix instruction has them.
-  float output[WARP_V_TILES][TILES][4];
-  float reference[TILES][2], total[TILES][2], minima[TILES][2];
+  // Sums of weights times codes, in CODE_UNIT times 2^CodeFormat::spread_shift; as the matrix instruction has them. A warp alone
+  // has sums of the weights in one tile more, alike in all of its rows.
+  float output[SUM_TILES][TILES][4];
+  float reference[TILES][2], total[TILES][2], middles[TILES][2];  // middles: sums of P v_middle
 
   __device__ __forceinline__ void clear() {
 #pragma unroll
@@ -70,14 +78,14 @@ struct Accumulators {
 #pragma unroll
       for (int column = 0; column < 2; column++) {
         reference[tile][column] = NOTHING;
-        total[tile][column] = minima[tile][column] = 0.0f;
+        total[tile][column] = middles[tile][column] = 0.0f;
       }
     clear_output();
   }
 
   __device__ __forceinline__ void clear_output() {
 #pragma unroll
-    for (int i = 0; i < WARP_V_TILES; i++)
+    for (int i = 0; i < SUM_TILES; i++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
 #pragma unroll

@@ -118,7 +118,8 @@ __device__ __forceinline__ void attend(const Arguments& a, Shared& shared, const
         store_transposed(matrices + tile * 256 + lane * 16, weights[group][tile][0], weights[group][tile][1],
                          weights[group][tile + 1][0], weights[group][tile + 1][1]);
       if constexpr (TILES % 2)
-        store_transposed(matrices + (TILES - 1) * 256 + lane % 16 * 16, weights[group][TILES - 1][0], weights[group][TILES - 1][1]);
+        store_transposed(matrices + (TILES - 1) * 256 + lane % 16 * 16, weights[group][TILES - 1][0],
+                         weights[group][TILES - 1][1]);
     }
     fence_async_proxy();
     if (!meet_warps_any(1 + team, 32 * TEAM_WARPS, surpassed)) break;

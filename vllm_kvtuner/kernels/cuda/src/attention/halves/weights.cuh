@@ -12,9 +12,9 @@ struct SetAside {
   template <class Each>
   __device__ __forceinline__ void for_sums(int lane, const Each& each) {
     const u32 warp = blockIdx.x * NUM_WARPS + threadIdx.x / 32;
-    float4* place = (float4*)a.aside + warp * (PASS_ROWS * 4 * WARP_V_TILES) + lane;
+    float4* place = (float4*)a.aside + warp * (PASS_ROWS * 4 * SUM_TILES) + lane;
 #pragma unroll
-    for (int i = 0; i < WARP_V_TILES; i++)
+    for (int i = 0; i < SUM_TILES; i++)
 #pragma unroll
       for (int tile = 0; tile < TILES; tile++)
         each(i, tile, place + (i * TILES + tile) * 32);
@@ -54,7 +54,7 @@ struct SetAside {
 // Scales and minima of the tokens of a lane.
 struct TokenMeta {
   float k_scale[PART_GROUPS][2], k_minimum[PART_GROUPS][2];  // times what makes logits to base 2
-  float v_scale[PART_GROUPS][2], v_minimum[PART_GROUPS][2];
+  float v_scale[PART_GROUPS][2], v_middle[PART_GROUPS][2];  // v_middle: the value of code MIDDLE
 };
 
 // Those of a group of 16 tokens; stage: with the lane's place added.
@@ -67,7 +67,7 @@ __device__ __forceinline__ void load_meta(const u8* stage, int of_stage, float u
     meta.k_scale[group][half] = k_meta.x * (unit * (1.0f / CODE_UNIT));
     meta.k_minimum[group][half] = k_meta.y * unit;
     meta.v_scale[group][half] = v_meta.x;
-    meta.v_minimum[group][half] = v_meta.y;
+    meta.v_middle[group][half] = fmaf(v_meta.x, MIDDLE, v_meta.y);
   }
 }
 
@@ -114,9 +114,9 @@ __device__ __forceinline__ void raise_references(const float (&top)[TILES][2], i
       decay[tile][column] = exp2_approx(sums.reference[tile][column] - reference);
       sums.reference[tile][column] = reference;
       sums.total[tile][column] *= decay[tile][column];
-      sums.minima[tile][column] *= decay[tile][column];
+      sums.middles[tile][column] *= decay[tile][column];
 #pragma unroll
-      for (int i = 0; i < WARP_V_TILES; i++) {
+      for (int i = 0; i < SUM_TILES; i++) {
         sums.output[i][tile][column] *= decay[tile][column];
         sums.output[i][tile][2 + column] *= decay[tile][column];
       }
@@ -142,7 +142,7 @@ __device__ __forceinline__ void mask(const Shared& shared, int token, const RowC
 #endif
       if (absent) {
         meta.k_scale[group][half] = 1.0f;
-        meta.k_minimum[group][half] = meta.v_scale[group][half] = meta.v_minimum[group][half] = 0.0f;
+        meta.k_minimum[group][half] = meta.v_scale[group][half] = meta.v_middle[group][half] = 0.0f;
       }
       // So that -inf stays that.
       meta.k_scale[group][half] = fmaxf(meta.k_scale[group][half], 1e-30f);
@@ -217,7 +217,7 @@ __device__ __forceinline__ void finish_logits(const Arguments& a, Shared& shared
 
 // Sums that a part's tokens make, until they are accepted.
 struct Sums {
-  float total[TILES][2], minima[TILES][2];
+  float total[TILES][2], middles[TILES][2];
 };
 
 // Weights of a part's tokens relative to the references, two rows in a word, and the sums with them. Whether references have to
@@ -230,7 +230,7 @@ __device__ __forceinline__ bool weigh(const float (&dots)[PART_GROUPS][TILES][4]
   for (int tile = 0; tile < TILES; tile++) {
 #pragma unroll
     for (int column = 0; column < 2; column++)
-      next.total[tile][column] = sums.total[tile][column], next.minima[tile][column] = sums.minima[tile][column];
+      next.total[tile][column] = sums.total[tile][column], next.middles[tile][column] = sums.middles[tile][column];
 #pragma unroll
     for (int group = 0; group < PART_GROUPS; group++)
 #pragma unroll
@@ -241,10 +241,15 @@ __device__ __forceinline__ bool weigh(const float (&dots)[PART_GROUPS][TILES][4]
           const float start = fmaf(meta.k_minimum[group][half], rows.sum[tile][column], -sums.reference[tile][column]);
           const float p = exp2_approx(fmaf(dots[group][tile][2 * half + column], meta.k_scale[group][half], start));
           next.total[tile][column] += p;
-          next.minima[tile][column] = fmaf(p, meta.v_minimum[group][half], next.minima[tile][column]);
+          next.middles[tile][column] = fmaf(p, meta.v_middle[group][half], next.middles[tile][column]);
           weight[column] = p * meta.v_scale[group][half];
         }
         weights[group][tile][half] = pack_fp16(weight[0], weight[1]);
+        if constexpr (TEAM_WARPS > 1 && MIDDLE > 0.0f) {
+          const float2 rounded = unpack_fp16(weights[group][tile][half]);
+          next.middles[tile][0] = fmaf(-MIDDLE, rounded.x, next.middles[tile][0]);
+          next.middles[tile][1] = fmaf(-MIDDLE, rounded.y, next.middles[tile][1]);
+        }
         largest = max_fp16(largest, weights[group][tile][half]);
       }
     all += next.total[tile][0] + next.total[tile][1];
@@ -258,7 +263,7 @@ __device__ __forceinline__ void accept(const Sums& next, Accumulators& sums) {
   for (int tile = 0; tile < TILES; tile++)
 #pragma unroll
     for (int column = 0; column < 2; column++)
-      sums.total[tile][column] = next.total[tile][column], sums.minima[tile][column] = next.minima[tile][column];
+      sums.total[tile][column] = next.total[tile][column], sums.middles[tile][column] = next.middles[tile][column];
 }
 
 // The dimension that rows g (half 0) and g + 8 of a tile stand for, and by how many bits its codes are shifted.
@@ -280,12 +285,13 @@ __device__ __forceinline__ void keep(Shared& shared, const Accumulators& sums, i
   const int g = lane / 4, t = lane % 4, first = warp % TEAM_WARPS * WARP_V_TILES;
 #pragma unroll
   for (int column = 0; column < 2; column++) {
-    float total = sums.total[tile][column], minima = sums.minima[tile][column];
+    float total = sums.total[tile][column], minima = sums.middles[tile][column];
 #pragma unroll
     for (int step = 4; step < 32; step <<= 1) {
       total += __shfl_xor_sync(FULL_WARP, total, step);
       minima += __shfl_xor_sync(FULL_WARP, minima, step);
     }
+    if constexpr (TEAM_WARPS == 1) minima -= MIDDLE * sums.output[WARP_V_TILES][tile][column];
     const int index = 2 * t + column;
     float* output = shared.output[warp / TEAM_WARPS][index];
 #pragma unroll
