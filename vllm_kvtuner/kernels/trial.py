@@ -1,8 +1,8 @@
 """Whether the CUDA kernels may serve on a card: they compute small random cases, and any error leaves it to Triton's.
 
-Every card is asked at every start, in this process, by the variants that will serve: that takes milliseconds once they
-are compiled, which they have to be anyway. On a card of a kind that nobody ran them on, a kernel could also hang, or
-end the process by a fault; so there a process of its own goes first, which costs seconds. What has passed there is
+Every card is asked at every start, in this process, by the variants that will serve: that takes less than a second once
+they are compiled, which they have to be anyway. On a card of a kind that nobody ran them on, a kernel could also hang,
+or end the process by a fault; so there a process of its own goes first, which costs seconds. What has passed there is
 noted beside the compiled kernels, by card, driver, compiler and sources, and not asked of a process again.
 """
 

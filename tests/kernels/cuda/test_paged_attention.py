@@ -1,33 +1,21 @@
-"""The CUDA paged_attention against the reference on the same packed bytes, and against the portable kernel.
-
-Up to 8 rows, weights (probability times value scale) are 16-bit fixed point and so are queries, which moves a logit of
-unit variance by about 1e-4. Beyond, both are fp16 numbers, off by up to 2^-12 each. So outputs lie within TOLERANCE of
-the largest value cached, and their own rounding (ROUNDING, a half unit in the last place) comes on top.
-"""
+"""The CUDA paged_attention against the reference on the same packed bytes, in batches of every kind."""
 
 import itertools
 
 import pytest
 import torch
 
+from tests.helpers.cuda_decode import ROUNDING, SWITCHES, TOLERANCE, check, check_counters, launch_twice, workspace_of
 from tests.helpers.decode_cases import (
     HEAD_SIZES,
     SEQ_LENS,
     GraphBatch,
     attend,
-    attention_bf16,
-    attention_float64,
-    balanced_query,
     beyond_32_bits,
-    changing_value_scales,
-    dequantized,
     far_window,
-    flat_rows_beside_steep_ones,
     largest_value,
     linear_table,
     padded_batch,
-    scale_values,
-    values_near_the_middle,
     with_offset_pairs,
 )
 from tests.helpers.paged_cache import PackedCache, make_layout, random_cache, random_transforms
@@ -41,73 +29,30 @@ from vllm_kvtuner.pages.transforms import LayerTransforms
 
 pytestmark = pytest.mark.gpu
 
-TOLERANCE = 1e-3
-ROUNDING = {torch.float16: 2**-11, torch.bfloat16: 2**-8}
-SWITCHES = {"equalization": True, "key_hadamard": True, "value_hadamard": True}
 LADDER = [
     pytest.param(pair.name, head_size, id=f"{pair.name}-{head_size}")
     for pair, head_size in itertools.product(QUANTIZED_PAIRS, HEAD_SIZES)
     if head_size * pair.v_bits % 128 == 0  # others are left to the portable kernel
 ]
+MANY_ROWS = [
+    (pair.name, *case)
+    for pair, case in itertools.product(
+        QUANTIZED_PAIRS,
+        [
+            (64, 12, 16, [1] * 7), (64, 8, 64, [4] * 7), (64, 64, 16, [1] * 7), (96, 16, 32, [1] * 7),
+            (96, 5, 16, [6] * 7),
+            (128, 12, 16, [1] * 7), (128, 16, 128, [1] * 7), (128, 5, 16, [4] * 7), (128, 8, 16, [4] * 7),
+            (128, 8, 48, [4] * 7), (128, 8, 32, [8] * 7), (128, 8, 16, [16] * 7), (128, 16, 16, [1, 4, 4, 1, 2, 1, 4]),
+            (256, 16, 16, [1] * 7), (256, 6, 16, [4] * 7), (256, 8, 64, [4] * 7), (256, 16, 16, [4, 1, 4, 1, 1, 4, 4]),
+        ],
+    )
+    if case[0] * pair.v_bits % 128 == 0
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def workspace_of(cache, num_heads, num_reqs, max_query_len):
-    num_kv_heads, layout = cache.kv_cache.shape[1], cache.layout
-    device = cache.kv_cache.device
-    return cuda.decode_workspace(num_reqs, max_query_len, num_heads, num_kv_heads, layout.head_size, device)
-
-
-def check_counters(workspace):
-    assert not workspace.arrivals.any()
-
-
-def launch_twice(cache, query, query_lens, transforms, **options):
-    """The output, after a second launch on the same workspace has given the same bits and left all counters at 0."""
-    room = options.get("pass_query_len") or max(query_lens)
-    workspace = workspace_of(cache, query.shape[1], len(query_lens), room)
-    first, second = (
-        attend(cuda.paged_attention, cache, query, query_lens, transforms, workspace=workspace, **options)
-        for _ in range(2)
-    )
-    check_counters(workspace)
-    assert torch.equal(first.view(torch.int16), second.view(torch.int16)), "results depend on timing"
-    return second
-
-
-def check(
-    cache,
-    group,
-    dtype=torch.bfloat16,
-    query_lens=None,
-    transforms=None,
-    query=None,
-    tolerance=TOLERANCE,
-    config=None,
-    pass_query_len=None,
-    **options,
-):
-    """The kernel's output lies within tolerance of the reference's in fp32, and is 0 beyond the last query."""
-    transforms = transforms or LayerTransforms()
-    query_lens = query_lens or [1] * len(cache.seq_lens)
-    num_tokens, num_heads, head_size = sum(query_lens), cache.kv_cache.shape[1] * group, cache.layout.head_size
-    assert cuda.unsupported(cache.layout, transforms, options.get("logits_soft_cap", 0.0)) is None
-    # As a slice of a fused projection, and with rows that belong to no request.
-    fused = torch.randn(num_tokens + 3, 2 * num_heads, head_size, device=cache.kv_cache.device)
-    if query is not None:
-        fused[:num_tokens, :num_heads] = query
-    query = fused.to(dtype)[:, :num_heads]
-    got = launch_twice(cache, query, query_lens, transforms, config=config, pass_query_len=pass_query_len, **options)
-    assert not got[num_tokens:].any(), "rows beyond the last query"
-    want = attend(paged_attention_ref, cache, query[:num_tokens].float(), query_lens, transforms, **options)
-    assert not want.isnan().any()
-    limit = tolerance * largest_value(cache)
-    torch.testing.assert_close(got[:num_tokens].float(), want, rtol=ROUNDING[dtype], atol=limit)
-    return got[:num_tokens]
 
 
 @pytest.mark.parametrize(("pair", "head_size"), LADDER)
@@ -124,21 +69,9 @@ def test_every_group(group, device):
     check(random_cache(make_layout("K4V2", 128), SEQ_LENS, 3, device), group)
 
 
-@pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
-@pytest.mark.parametrize(
-    ("head_size", "group", "block_size", "query_lens"),
-    [
-        (64, 12, 16, [1] * 7), (64, 8, 64, [4] * 7), (64, 64, 16, [1] * 7), (96, 16, 32, [1] * 7), (96, 5, 16, [6] * 7),
-        (128, 12, 16, [1] * 7), (128, 16, 128, [1] * 7), (128, 5, 16, [4] * 7), (128, 8, 16, [4] * 7),
-        (128, 8, 48, [4] * 7), (128, 8, 32, [8] * 7), (128, 8, 16, [16] * 7), (128, 16, 16, [1, 4, 4, 1, 2, 1, 4]),
-        (256, 16, 16, [1] * 7), (256, 6, 16, [4] * 7), (256, 8, 64, [4] * 7), (256, 16, 16, [4, 1, 4, 1, 1, 4, 4]),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_many_rows(head_size, group, block_size, query_lens, pair, device):
+@pytest.mark.parametrize(("pair", "head_size", "group", "block_size", "query_lens"), MANY_ROWS, ids=str)
+def test_many_rows(pair, head_size, group, block_size, query_lens, device):
     """Passes of 16, 32 and 64 rows and several of them, some requests with fewer tokens than others."""
-    if head_size * make_layout(pair, head_size).v_bits % 128:
-        pytest.skip("left to the portable kernel")
     layout = make_layout(pair, head_size, block_size)
     lengths = [max(length, 4 if max(query_lens) <= 4 else 16) for length in [*SEQ_LENS, 2000]]
     check(random_cache(layout, lengths, 2, device), group, query_lens=query_lens)
@@ -263,185 +196,6 @@ def test_a_window_reads_no_stage_outside(device):
     want = attend(paged_attention_ref, case.whole, query.float(), [1], transforms, sliding_window=case.window)
     got = launch_twice(case.poisoned, query, [1], transforms, sliding_window=case.window)
     torch.testing.assert_close(got.float(), want, rtol=2**-11, atol=TOLERANCE * largest_value(case.whole))
-
-
-@pytest.mark.parametrize("scale", [1e-7, 1e-4, 1.0, 300.0])
-@pytest.mark.parametrize("pair", ["K4V2", "K4V8"])
-@pytest.mark.parametrize("group", [4, 16, 32])
-def test_value_scales_of_any_size(group, pair, scale, device):
-    cache = random_cache(make_layout(pair, 64), [70, 129], 1, device)
-    scales = cache.sides[1].meta[..., 0].float()
-    scale_values(cache, scale / scales.nanmean().item())
-    got = check(cache, group)
-    assert got.abs().max() > 0.1 * scale
-
-
-@pytest.mark.parametrize("group", [4, 16, 32])
-def test_value_scales_that_change_within_a_request(group, device):
-    check(changing_value_scales(device), group)
-
-
-@pytest.mark.parametrize("group", [4, 16, 32])
-def test_flat_rows_beside_steep_ones(group, device):
-    got = check(flat_rows_beside_steep_ones(device), group)
-    assert got.abs().max() > 10
-
-
-@pytest.mark.parametrize("group", [4, 16, 32])
-def test_rows_of_constant_values(group, device):
-    """Scale 0 everywhere: the output is a mean of the minima."""
-    cache = random_cache(make_layout("K4V4", 64), [60, 1], 1, device)
-    cache.sides[1].meta[..., 0].nan_to_num_(0).zero_()
-    got = check(cache, group)
-    assert got.abs().max() > 1
-
-
-@pytest.mark.parametrize("pair", ["K2V8", "K8V2"])
-@pytest.mark.parametrize("rotated", [False, True])
-@pytest.mark.parametrize("group", [4, 16, 32])
-def test_keys_of_hundreds(group, rotated, pair, device):
-    """Logits of hundreds, where a query's fixed point is off by 0.01 and hardly more than one token counts."""
-    cache = random_cache(make_layout(pair, 128), [1000, 77], 2, device, spread=65.0)
-    assert cache.sides[0].meta.nan_to_num(0).abs().max() > 250
-    check(cache, group, tolerance=1e-2, transforms=LayerTransforms(key_hadamard=rotated))
-
-
-@pytest.mark.parametrize("copies", [1, 32])
-@pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
-def test_uniform_attention_over_131072_tokens(pair, copies, device):
-    """Nearly uniform, and exactly; with 32 copies of the request every warp sums thousands of tokens."""
-    cache = random_cache(make_layout(pair, 128), [131_072], 2, device)
-    many = PackedCache(cache.layout, cache.kv_cache, cache.block_table.repeat(copies, 1), cache.seq_lens.repeat(copies))
-    for size in (0.0, 0.02):
-        query = (size * torch.randn(1, 8, 128, device=device)).half()
-        want = attend(paged_attention_ref, cache, query.float(), [1], LayerTransforms())
-        got = launch_twice(many, query.repeat(copies, 1, 1), [1] * copies, LayerTransforms()).float()
-        limit = 1e-5 * largest_value(cache)
-        torch.testing.assert_close(got, want.expand_as(got), rtol=2**-11, atol=limit)
-
-
-@pytest.mark.parametrize("pair", ["K8V8", "K4V4", "K2V2"])
-@pytest.mark.parametrize("group", [16, 32])
-def test_sums_of_many_tokens_stay_as_accurate(group, pair, device):
-    """Nearly uniform attention over 131,072 tokens, which few warps add up: no larger errors than FlashAttention's."""
-    copies = 32
-    cache = random_cache(make_layout(pair, 128), [131_072], 2, device)
-    many = PackedCache(cache.layout, cache.kv_cache, cache.block_table.repeat(copies, 1), cache.seq_lens.repeat(copies))
-    query = (0.02 * torch.randn(1, 2 * group, 128, device=device)).bfloat16()
-    got = launch_twice(many, query.repeat(copies, 1, 1), [1] * copies, LayerTransforms()).double()
-    key, value = dequantized(cache, 0)
-    want = attention_float64(query[0], key, value)
-    half_unit = 2.0 ** (want.abs().log2().floor() - 8)
-    flash = (attention_bf16(query[0], key, value) - attention_float64(query[0], key.bfloat16(), value.bfloat16())).abs()
-    assert ((got - want).abs() - half_unit).max() <= flash.max()
-
-
-def test_rounding_of_weights_cancels(device):
-    cache, limit = values_near_the_middle(device)
-    check(cache, 4, torch.float16, tolerance=limit / largest_value(cache))
-
-
-@pytest.mark.parametrize(
-    "case",
-    ["one_token", "mixed_lengths", "large_keys", "long", "uniform"],
-)
-@pytest.mark.parametrize("pair", ["K8V8", "K4V4", "K4V2", "K2V2"])
-@pytest.mark.parametrize("group", [4, 8, 16, 32])
-def test_no_less_accurate_than_flash_attention_in_bf16(group, pair, case, device):
-    """Both against float64 on what their own cache holds, in the error that is not the output's own rounding.
-
-    The bound: where FlashAttention's bf16 probabilities put its largest error, ours is no larger (nor than 2^-12 of the
-    largest value, for a request of one token, where FlashAttention has no error).
-    """
-    lengths, spread, size = {
-        "one_token": ([1] * 8, 1.0, 1.0),
-        "mixed_lengths": ([3, 16, 100, 257, 1000, 2049, 4000, 5000], 1.0, 1.0),
-        "large_keys": ([100, 3000, 1000], 65.0, 1 / 65),
-        "long": ([60_000, 131_072], 1.0, 1.0),
-        "uniform": ([131_072], 1.0, 0.02),
-    }[case]
-    cache = random_cache(make_layout(pair, 128), lengths, 4, device, spread)
-    query = (size * torch.randn(len(lengths), 4 * group, 128, device=device)).bfloat16()
-    got = launch_twice(cache, query, [1] * len(lengths), LayerTransforms()).double()
-    ours = flash = 0.0
-    for request in range(len(lengths)):
-        key, value = dequantized(cache, request)
-        want = attention_float64(query[request], key, value)
-        half_unit = 2.0 ** (want.abs().log2().floor() - 8)
-        ours = max(ours, ((got[request] - want).abs() - half_unit).max().item())
-        want = attention_float64(query[request], key.bfloat16(), value.bfloat16())
-        flash = max(flash, (attention_bf16(query[request], key, value) - want).abs().max().item())
-    assert ours <= max(flash, 2**-12 * largest_value(cache) if case == "one_token" else 0.0)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [(), ("key_hadamard",), ("value_hadamard",), ("equalization",), tuple(SWITCHES)],
-    ids=lambda names: "_and_".join(names) or "none",
-)
-@pytest.mark.parametrize("head_size", [96, 128])
-@pytest.mark.parametrize("group", [4, 12, 32])
-def test_transforms(group, head_size, names, device):
-    transforms = random_transforms(2, head_size, device, **dict.fromkeys(names, True))
-    check(random_cache(make_layout("K4V4", head_size), SEQ_LENS, 2, device), group, transforms=transforms)
-
-
-@pytest.mark.parametrize("query_lens", [[1, 1, 1], [4, 2, 16]], ids=["one_query", "several_queries"])
-@pytest.mark.parametrize("num_pairs", [1, 8, 13, None], ids=["1_pair", "8_pairs", "13_pairs", "all_pairs"])
-@pytest.mark.parametrize(
-    ("head_size", "rotary_dim", "is_neox"),
-    [(64, 64, True), (128, 128, False), (96, 48, True), (64, 32, False)],
-    ids=["neox", "interleaved", "partial", "partial_interleaved"],
-)
-def test_key_offset(head_size, rotary_dim, is_neox, num_pairs, query_lens, device):
-    transforms = random_transforms(2, head_size, device, linear_table(rotary_dim, is_neox, 3000, device), offset=5.0)
-    if num_pairs is not None:
-        transforms = with_offset_pairs(transforms, num_pairs)
-    cache = random_cache(make_layout("K4V4", head_size), [700, 30, 3000], 2, device)
-    check(cache, 4, query_lens=query_lens, transforms=transforms)
-
-
-def test_an_offset_that_is_not_rotated_moves_all_logits_alike(device):
-    transforms = random_transforms(2, 64, device, offset=2.0)
-    check(random_cache(make_layout("K4V4", 64), SEQ_LENS, 2, device), 4, transforms=transforms)
-
-
-def test_key_offset_under_a_soft_cap(device):
-    transforms = random_transforms(2, 64, device, linear_table(64, True, 200, device), offset=2.0)
-    check(
-        random_cache(make_layout("K4V4", 64), [90, 200], 2, device), 4, transforms=with_offset_pairs(transforms, 8),
-        logits_soft_cap=3.0,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("num_pairs", [8, 64])
-@pytest.mark.parametrize("group", [4, 12, 32])
-def test_far_positions_with_an_offset(group, num_pairs, device):
-    transforms = random_transforms(2, 128, device, linear_table(128, True, 131_072, device), offset=20.0)
-    cache = random_cache(make_layout("K4V4", 128), [131_072, 100_001], 2, device)
-    check(cache, group, transforms=with_offset_pairs(transforms, num_pairs))
-
-
-def test_offsets_of_hundreds_of_logits_keep_fp32_accuracy(device):
-    """Two tokens whose offsets' logits, of about 500, nearly balance: in 16 bits they would part by 0.1 or more."""
-    transforms = random_transforms(2, 64, device, linear_table(64, True, 2, device), offset=20.0)
-    cache = random_cache(make_layout("K8V8", 64), [2], 2, device, spread=0.01)
-    query = balanced_query(transforms, 16, size=30.0)
-    check(cache, 8, torch.float16, query=query, transforms=transforms)
-
-
-@pytest.mark.parametrize(
-    ("pair", "head_size", "group"),
-    [
-        ("K8V8", 64, 3), ("K2V4", 96, 4), ("K4V2", 128, 4), ("K2V2", 256, 8), ("K8V4", 96, 1), ("K4V4", 128, 7),
-        ("K4V4", 256, 16), ("K8V8", 128, 16), ("K2V2", 64, 16), ("K4V4", 96, 16),
-    ],
-)  # fmt: skip
-def test_all_transforms(pair, head_size, group, device):
-    rotary = linear_table(head_size // 2, True, 2000, device)
-    transforms = with_offset_pairs(random_transforms(2, head_size, device, rotary, offset=5.0, **SWITCHES), 8)
-    cache = random_cache(make_layout(pair, head_size), [*SEQ_LENS, 2000], 2, device)
-    check(cache, group, query_lens=[2, 1, 3, 1, 1, 4, 2], transforms=transforms)
 
 
 @pytest.mark.parametrize("query_lens", [[1, 1, 1], [3, 1, 9]], ids=["one_query", "several_queries"])

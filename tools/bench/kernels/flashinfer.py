@@ -5,16 +5,14 @@ with nvcc at its first use.
 """
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
 
 import torch
 
 from kvtuner_tools.bench.kernel_inputs import Batch, newest_tokens, token_places
-from kvtuner_tools.bench.kernels.base import CacheFormat, DecodeKernel, Launches
-from kvtuner_tools.bench.kernels.vllm import FP8, flash_stores, random_rows, unpacked_format, vllm_skip_reason
+from kvtuner_tools.bench.kernels.base import CacheFormat, Launches
+from kvtuner_tools.bench.kernels.vllm import UnpackedCacheKernel, flash_stores, random_rows, vllm_skip_reason
 from kvtuner_tools.bench.points import LayerHeads
 from kvtuner_tools.bench.xqa_build import missing_for_xqa
-from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 CAPABILITIES = (9, 10, 12)
@@ -58,16 +56,11 @@ def draft_mask(query_lens: Sequence[int], device: torch.device) -> torch.Tensor:
     return bits.to(torch.uint16).to(device)
 
 
-class Xqa(DecodeKernel):
+class Xqa(UnpackedCacheKernel):
     """``xqa_batch_decode_with_kv_cache``; queries are bf16 beside either cache, and all scales are 1.
 
     Requests with unequal query tokens are served as ragged ones, as vLLM serves them.
     """
-
-    transformed: ClassVar[bool] = False
-
-    def __init__(self, fp8: bool) -> None:
-        self.dtype = FP8 if fp8 else torch.bfloat16
 
     def skip_reason(self, heads: LayerHeads, block_size: int) -> str | None:
         # Its stores are vLLM's.
@@ -76,9 +69,6 @@ class Xqa(DecodeKernel):
         if (capability := torch.cuda.get_device_capability())[0] not in CAPABILITIES:
             return f"XQA needs compute capability 9, 10 or 12, and the card has {capability[0]}.{capability[1]}"
         return missing_for_xqa() or unserved_shape(heads, block_size)
-
-    def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
-        return [unpacked_format(self.dtype, head_size)]
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from flashinfer.decode import xqa_batch_decode_with_kv_cache

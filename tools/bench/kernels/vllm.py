@@ -56,17 +56,24 @@ def unpacked_format(dtype: torch.dtype, head_size: int) -> CacheFormat:
     return CacheFormat("fp8" if dtype == FP8 else "bf16", 8.0 * size, 2 * head_size * size)
 
 
-class FlashAttention3(DecodeKernel):
-    """``flash_attn_varlen_func`` on pages, as FlashAttentionImpl.forward calls it for decodes.
-
-    Splits come from scheduler metadata that is made once, as the metadata builder makes it once a step for all layers;
-    ``max_seqlen_k`` is the longest request. With fp8, queries are fp8 too and all scales are 1.
-    """
+class UnpackedCacheKernel(DecodeKernel):
+    """A kernel on numbers of fp8 or bf16, without transforms."""
 
     transformed: ClassVar[bool] = False
 
     def __init__(self, fp8: bool) -> None:
         self.dtype = FP8 if fp8 else torch.bfloat16
+
+    def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
+        return [unpacked_format(self.dtype, head_size)]
+
+
+class FlashAttention3(UnpackedCacheKernel):
+    """``flash_attn_varlen_func`` on pages, as FlashAttentionImpl.forward calls it for decodes.
+
+    Splits come from scheduler metadata that is made once, as the metadata builder makes it once a step for all layers;
+    ``max_seqlen_k`` is the longest request. With fp8, queries are fp8 too and all scales are 1.
+    """
 
     def skip_reason(self, heads: LayerHeads, block_size: int) -> str | None:
         if reason := vllm_skip_reason():
@@ -75,9 +82,6 @@ class FlashAttention3(DecodeKernel):
 
         version = get_flash_attn_version(head_size=heads.head_size)
         return None if version == 3 else f"vLLM chooses FlashAttention {version} for head size {heads.head_size} here"
-
-    def formats(self, pairs: Sequence[PrecisionPair], head_size: int) -> list[CacheFormat]:
-        return [unpacked_format(self.dtype, head_size)]
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         from vllm.config import AttentionConfig

@@ -39,13 +39,18 @@ class DecodeWorkspace:
         partial: [2 * CTAs, rows of a pass, head_size] fp32, unnormalized outputs of segments that CTAs share.
         state: [2 * CTAs, rows of a pass, 2] fp32, their reference to base 2 and total.
         arrivals: [segments] int32, 0 between launches.
-        aside: [warps, rows of a pass * (head_size + 16)] fp32, sums that a warp sets aside in a long segment.
+        aside: [warps, :func:`aside_numbers`] fp32, sums that a warp sets aside in a long segment.
     """
 
     partial: torch.Tensor
     state: torch.Tensor
     arrivals: torch.Tensor
     aside: torch.Tensor
+
+
+def aside_numbers(rows: int, head_size: int) -> int:
+    """Sums that a warp has at most: of up to 32 rows alone, with those of weights; of more a fourth, in a team."""
+    return min(rows, 32) * (head_size + 16)
 
 
 def _workspace_parts(
@@ -58,7 +63,7 @@ def _workspace_parts(
         "partial": ((slots, rows, head_size), torch.float32),
         "state": ((slots, rows, 2), torch.float32),
         "arrivals": ((segments,), torch.int32),
-        "aside": ((MAX_WARPS_PER_MULTIPROCESSOR * num_sms, rows * (head_size + 16)), torch.float32),
+        "aside": ((MAX_WARPS_PER_MULTIPROCESSOR * num_sms, aside_numbers(rows, head_size)), torch.float32),
     }
 
 
@@ -202,7 +207,7 @@ def paged_attention(
         return
     pass_query_len = launch.pass_query_len or max_query_len
     rows = _rows(pages.transforms, layout, group * pass_query_len, query.device)
-    fewest = _rows(pages.transforms, layout, group, query.device)
+    fewest = rows if pass_query_len == 1 else _rows(pages.transforms, layout, group, query.device)
     variant = Variant(
         layout, group, rows, query.dtype, span, soft_cap=shape.logits_soft_cap > 0, write_lse=lse is not None,
         config=launch.config,

@@ -219,7 +219,7 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
       attend(a, shared, shared.ring[team][slot], token, rows, key_offset, places, warp, lane, sums, aside);
       meet_team(team);
       producer.issue(a, share, warp, lane, shared.ring[team][slot], &shared.barriers[team][slot], policy);
-          if (++slot == NUM_STAGES) {
+      if (++slot == NUM_STAGES) {
         slot = 0;
         parity ^= 1;
       }

@@ -9,6 +9,12 @@ __device__ __forceinline__ float load_query(const u16* pointer) {
 #endif
 }
 
+// A capped logit, both to base 2 and in units of 1: cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
+__device__ __forceinline__ float capped(const Arguments& a, float logit) {
+  const float power = exp2_approx(logit * (2.885390081777927f / a.soft_cap_log2));
+  return a.soft_cap_log2 * (1.0f - 2.0f * reciprocal_approx(power + 1.0f));
+}
+
 __device__ __forceinline__ u16 round_output(float x) {
 #if QUERY_BF16
   return to_bf16(x);

@@ -69,9 +69,7 @@ __device__ __forceinline__ void attend(const Arguments& a, const Shared&, const 
         float logit = fmaf(k_meta.x, __int2float_rn(dots[tile][half]), k_meta.y * rows.sum[tile]);
         if constexpr (OFFSET_PAIRS > 0) logit = fmaf(offsets[group % 2][tile][2 * half + group / 2], rows.offset_factor[tile], logit);
 #if SOFT_CAP
-        // To base 2, and in units of 1: cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
-        const float power = exp2_approx(logit * rows.unit[tile] * (2.885390081777927f / a.soft_cap_log2));
-        logit = a.soft_cap_log2 * (1.0f - 2.0f * reciprocal_approx(power + 1.0f));
+        logit = capped(a, logit * rows.unit[tile]);
 #endif
         logits[group][tile][half] = logit;
       }

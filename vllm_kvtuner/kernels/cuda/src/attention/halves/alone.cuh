@@ -5,17 +5,15 @@
 __device__ __forceinline__ void load_query_step(const FoldedQueries& folded, int term, int step, int lane,
                                                 u32 (&query)[TILES][2]) {
   const u8* matrices = folded.matrices[term][step][0][0];
+  if constexpr (TILES == 1) {
+    load_matrices(query[0], matrices + lane % 16 * 16);
+  } else {
 #pragma unroll
-  for (int tile = 0; tile < TILES; tile += 2) {
-    if constexpr (TILES % 2 == 0) {
+    for (int tile = 0; tile < TILES; tile += 2) {
       u32 four[4];
       load_matrices(four, matrices + tile * 256 + lane * 16);
       query[tile][0] = four[0], query[tile][1] = four[1];
       query[tile + 1][0] = four[2], query[tile + 1][1] = four[3];
-    } else {
-#pragma unroll
-      for (int i = 0; i < constant_min(TILES, 2); i++)
-        if (tile + i < TILES) load_matrices(query[tile + i], matrices + (tile + i) * 256 + lane % 16 * 16);
     }
   }
 }

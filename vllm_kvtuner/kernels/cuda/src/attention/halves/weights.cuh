@@ -193,9 +193,7 @@ __device__ __forceinline__ void finish_logits(const Arguments& a, Shared& shared
             if constexpr (OFFSET_PAIRS > 0)
               dot = fmaf(offsets[group][tile][2 * half + column], shared.folded.offset_factor[row], dot);
 #if SOFT_CAP
-            // cap tanh(logit / cap), tanh(y) = 1 - 2 / (e^(2 y) + 1).
-            const float power = exp2_approx(dot * (2.885390081777927f / a.soft_cap_log2));
-            dot = a.soft_cap_log2 * (1.0f - 2.0f * reciprocal_approx(power + 1.0f));
+            dot = capped(a, dot);
 #endif
           }
       }
