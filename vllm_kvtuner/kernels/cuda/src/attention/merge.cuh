@@ -80,16 +80,14 @@ __device__ __forceinline__ void end_rows(const Arguments& a, Shared& shared, con
   }
 }
 
-// All parts of a segment to the output, in the order of the CTAs that left them, by the CTA that arrives last.
-__device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& cursor, int first, int last, int warp,
-                                              int lane) {
+// All parts of a segment to the output, in the order of the CTAs that left them, BATCH of them loaded at once.
+template <int BATCH>
+__device__ __forceinline__ void merge_parts(const Arguments& a, const Cursor& cursor, int first, int last, int warp, int lane) {
   for (int row = warp; row < PASS_ROWS; row += NUM_WARPS) {
     float top = NOTHING, total = 0.0f;
     float x[NUMBERS] = {};
     // A part is the second of its CTA only in the CTA where the segment begins.
     auto slot_of = [&](int part) { return (u64)(2 * part + (part == first ? 1 : 0)) * PASS_ROWS + row; };
-    // Large CTAs have registers for all parts of a lone request's segment.
-    constexpr int BATCH = NUMBERS > 4 ? 8 : NUM_WARPS <= 4 ? 16 : 32;
     static_assert(32 % BATCH == 0, "a warp holds the states of 32 parts");
     float parts[BATCH][NUMBERS];
     auto load = [&](int begin) {
@@ -131,6 +129,18 @@ __device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& 
     }
     write_row(a, cursor, row, x, top, total, lane);
   }
+}
+
+// The same by the CTA that arrives last. Most segments that are shared have two parts.
+__device__ __forceinline__ void merge_segment(const Arguments& a, const Cursor& cursor, int first, int last, int warp,
+                                              int lane) {
+  constexpr int FEW = 2;
+  // Large CTAs have registers for all parts of a lone request's segment.
+  constexpr int MANY = NUMBERS > 4 ? 8 : NUM_WARPS <= 4 ? 16 : 32;
+  if (last - first < FEW)
+    merge_parts<FEW>(a, cursor, first, last, warp, lane);
+  else
+    merge_parts<MANY>(a, cursor, first, last, warp, lane);
 }
 
 // Announces a CTA's part, and merges the segment if all its other parts are there. Where the part ends and not at the CTA's end,
