@@ -294,7 +294,8 @@ def test_statics_are_required_where_quantized_layers_use_them(write, transforms,
     text = f"version: 1\nlayers: {{0: K8V8, 1: K16V16, 2: K4V4}}\ntransforms: {transforms}\n"
     path = write(text)
     assert problems_of(load_profile, path) == (
-        f"{path}: statics must name a safetensors file where key_offset or key_equalization is true,"
+        f"{path}: statics must name a safetensors file where key_offset, key_equalization, "
+        "key_round_feedback or value_round_feedback is true,"
         f" but got none, needed for {layers}",
     )
 

@@ -18,6 +18,19 @@ transforms:
   overrides: {1: {key_equalization: true}}
 statics: s.safetensors
 """
+NAMES = " or ".join(
+    f"layers.<layer>.{name}"
+    for name in (
+        "key_offset",
+        "key_equalization",
+        "key_round_feedback",
+        "value_round_feedback",
+        "key_round_feedback_ranges_2bit",
+        "key_round_feedback_ranges_4bit",
+        "value_round_feedback_ranges_2bit",
+        "value_round_feedback_ranges_4bit",
+    )
+)
 
 
 @pytest.fixture
@@ -84,8 +97,7 @@ def test_all_problems_at_once(path, resolved):
     bad["layers.1.key_equalization"][1, 5] = -1
     safetensors.numpy.save_file(bad, path)
     assert problems_of(path, resolved) == [
-        "tensors must be named layers.<layer>.key_offset or layers.<layer>.key_equalization,"
-        + " but got ['layer.0.key_offset']",
+        f"tensors must be named {NAMES}, but got ['layer.0.key_offset']",
         "layers.0.key_offset must have the shape (2, 64) (num_kv_heads, head_size), but got (2, 32)",
         "layers.0.key_offset must be F32, but got F16",
         "layers.1.key_offset must be there, since the profile uses it, but got none",
