@@ -166,7 +166,7 @@ class _Reader:
             _check_triangular(self._problems, name, factors)
         chosen = tuple(each for each in LINEAR_TRANSFORMS[kind] if getattr(layer.transforms, each))
         if name in self._names and self._metadata.get(name) != _listed(chosen):
-            rule = f"must be {_listed(chosen)!r}, the layer's transforms, for which {name} was made"
+            rule = f"must be {_listed(chosen)!r}, the layer's transforms"
             self._problems.add(f"metadata.{name}", rule, show(self._metadata.get(name)))
         return None if factors is None or ranges is None else FeedbackStatics(factors, {bits: ranges}, chosen)
 
