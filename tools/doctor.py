@@ -16,6 +16,7 @@ from kvtuner_tools import machine
 from kvtuner_tools.machine import Section
 from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
+from vllm_kvtuner.kernels.limits import UNSERVED_ON_GPUS
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import TransformSettings
@@ -179,9 +180,7 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 
 def _refused(group: Group) -> list[str]:
     """Transforms of the group that no GPU serves."""
-    from vllm_kvtuner.kernels.choice import GPU_ROUNDS_TO_NEAREST
-
-    return [name for name in GPU_ROUNDS_TO_NEAREST if getattr(group.transforms, name)]
+    return [name for name in UNSERVED_ON_GPUS if getattr(group.transforms, name)]
 
 
 def _case(group: Group) -> "Case":

@@ -8,14 +8,14 @@ import torch
 from tests.helpers import cuda_emulator
 from vllm_kvtuner.kernels import choice, gpu, self_test
 from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, Span
-from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, UNSERVED_ON_GPUS
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS
 
 CPU = torch.device("cpu")
-ON_GPUS = tuple(name for name in TRANSFORM_KEYS if name not in choice.GPU_ROUNDS_TO_NEAREST)
+ON_GPUS = tuple(name for name in TRANSFORM_KEYS if name not in UNSERVED_ON_GPUS)
 WINDOW = {"span": Span(None, 40, 4), "write_lse": True, "window_block_size": 32}
 
 

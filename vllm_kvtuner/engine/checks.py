@@ -18,8 +18,7 @@ from vllm_kvtuner.engine.config import (
     needs_packed_blocks,
     resolved_profile,
 )
-from vllm_kvtuner.kernels.choice import GPU_ROUNDS_TO_NEAREST
-from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, UNSERVED_ON_GPUS
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
 from vllm_kvtuner.profile.load import shipped_profiles
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
@@ -184,7 +183,7 @@ def round_feedback(resolved: ResolvedProfile) -> tuple[str, ...]:
     return tuple(
         f"{source}: transforms.{name} must be false on a GPU, whose kernels round to nearest codes, but got true for "
         f"layers {format_layers(layers)}"
-        for name in GPU_ROUNDS_TO_NEAREST
+        for name in UNSERVED_ON_GPUS
         if (layers := [layer.index for layer in resolved.layers if getattr(layer.transforms, name)])
     )
 

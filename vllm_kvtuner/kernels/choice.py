@@ -43,10 +43,6 @@ class Choice(NamedTuple):
         return f"{self.kernel}{self.reason and f', since {self.reason}'}"
 
 
-GPU_ROUNDS_TO_NEAREST = ("key_round_feedback", "value_round_feedback")
-"""Transforms that no kernel on a GPU has yet: those take each number's nearest code. The reference has them."""
-
-
 def device_capability(device: torch.device) -> tuple[int, int] | None:
     """Compute capability of a GPU, None where torch is built without CUDA."""
     return None if torch.version.cuda is None else torch.cuda.get_device_capability(device)
