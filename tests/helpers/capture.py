@@ -81,7 +81,7 @@ def make_capture(
         path = layer_file(folder, window, layer.index)
         path.parent.mkdir(parents=True)
         value = normal(num_tokens, NUM_KV_HEADS, 1.0 if value_spread is None else value_spread)
-        tensors = {"key": key, "value": value, "query": query[rows].contiguous(), "query_position": rows}
+        tensors = {"key": key, "value": value, "query": query, "query_position": rows}
         save_tensors(path, tensors)
     if layer.rotary is not None:
         save_rotary(folder, 0, table, num_tokens)

@@ -1,8 +1,9 @@
 """Capture queries, keys and values of every attention layer from calibration text run through vLLM itself.
 
 Each file is written when its layer has run, so the engine's process holds one layer of one window at a time:
-(2 num_tokens num_kv_heads + num_queries num_heads) head_size numbers. On disk a capture takes, per layer,
-(2 tokens num_kv_heads + windows num_queries num_heads) head_size numbers; captured.py has the format.
+num_tokens (2 num_kv_heads + num_heads) head_size numbers, beside the Gram of what reads the residual stream,
+2 hidden_size^2. On disk a capture takes, per layer, tokens (2 num_kv_heads + num_heads) head_size numbers in the
+model's dtype, and (num_heads head_size)^2 / num_kv_heads in fp32; captured.py has the format.
 
 Windows run one at a time, each in one engine step, so an interrupted capture that goes on at the first window that
 lacks a layer ends with the files of an undisturbed one.
@@ -34,7 +35,7 @@ class CaptureRequest:
         data: text or jsonl (see calibration_text.py); None for the bundled set.
         tokens: tokens to run, at least.
         context: tokens of a window at most.
-        queries: query rows sampled per window.
+        queries: query rows per window that errors are measured on.
         seed: of the drawing of windows and rows.
         dtype: the model's dtype as vLLM takes it.
     """
@@ -117,7 +118,14 @@ def _find(folder: Path) -> Capture | None:
 
 def _clear(folder: Path) -> None:
     """Remove a capture, and nothing else that may lie in its folder."""
-    for pattern in ("capture.json", ".capture.json.*", "rotary-*.safetensors", ".rotary-*.safetensors.*"):
+    for pattern in (
+        "capture.json",
+        ".capture.json.*",
+        "rotary-*.safetensors",
+        ".rotary-*.safetensors.*",
+        "gram-*.safetensors",
+        ".gram-*.safetensors.*",
+    ):
         for path in folder.glob(pattern):
             path.unlink()
     for window in folder.glob("window-[0-9]*"):

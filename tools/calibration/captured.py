@@ -4,16 +4,19 @@
 the model's dtype::
 
     key, value       [num_tokens, num_kv_heads, head_size]    the whole window, positions 0 to num_tokens - 1
-    query            [num_queries, num_heads, head_size]      a random sample of its rows
-    query_position   [num_queries] int64                      their positions, ascending
+    query            [num_tokens, num_heads, head_size]       likewise
+    query_position   [num_queries] int64                      a random sample of its rows, ascending
+
+``gram-<i>.safetensors`` holds what the model makes of errors of layer i's attention output: ``output_gram``, fp32
+[num_kv_heads, group, head_size, group, head_size]. There is none where ``gram_unsupported`` says why.
 
 ``rotary-<n>.safetensors`` holds rows of a rotary table of the model, [context, rotary_dim] in its dtype: ``near`` those
 of positions 0 to context - 1, ``far`` the table's last ones. With both, keys are known before RoPE and at positions far
-beyond those they were captured at.
+beyond those they were captured at. ``turns`` is fp64, the moments of :class:`Turns` over the positions that are served.
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,10 +31,13 @@ from vllm_kvtuner.pages.transforms import RotaryTable
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
 
-CAPTURE_SCHEMA = "kvtuner-capture/1"
+CAPTURE_SCHEMA = "kvtuner-capture/2"
+SERVED_POSITIONS = 32768
+"""Positions that :class:`Turns` averages over at most: statics of fewer fit those better, but fail beyond them, and
+those of more are about the same."""
 
 _FILE = "capture.json"
-_KEYS = ("inputs", "model", "data", "seed", "versions", "dtype", "windows", "layers")
+_KEYS = ("inputs", "model", "data", "seed", "versions", "dtype", "windows", "layers", "gram_unsupported")
 
 
 @dataclass(frozen=True)
@@ -79,6 +85,41 @@ class Window:
 
 
 @dataclass(frozen=True)
+class Turns:
+    """Mean products of a rotary table's cosines and sines over positions.
+
+    Args:
+        moments: [3, pairs + 1, pairs + 1] fp64: of RoPE pairs i and j the means of cos_i cos_j, cos_i sin_j and
+            sin_i sin_j. The last pair stands for channels that are not rotated: its cosine is 1 and its sine 0.
+        is_neox: as in RotaryTable.
+    """
+
+    moments: torch.Tensor
+    is_neox: bool
+
+    @classmethod
+    def over(cls, table: RotaryTable, positions: int = SERVED_POSITIONS) -> "Turns":
+        """Over the first ``positions`` of a table, or all that it has."""
+        cos, sin = table.cos_sin[:positions].double().chunk(2, dim=-1)
+        cos, sin = torch.nn.functional.pad(cos, (0, 1), value=1.0), torch.nn.functional.pad(sin, (0, 1))
+        return cls(torch.stack([cos.mT @ cos, cos.mT @ sin, sin.mT @ sin]) / len(cos), table.is_neox)
+
+    def mean(self, metric: torch.Tensor) -> torch.Tensor:
+        """Mean of R_t M R_t^T over the positions t, for M [num_kv_heads, head_size, head_size] fp64."""
+        moments = self.moments.to(metric)
+        pairs, size = moments.shape[-1] - 1, metric.shape[-1]
+        first, second = RotaryTable(moments.new_empty(0, 2 * pairs), self.is_neox).pairs(metric.device)
+        pair = torch.full((size,), pairs, device=metric.device)
+        pair[first] = pair[second] = torch.arange(pairs, device=metric.device)
+        # R = C + S J, with C and S diagonal and J what the sines multiply.
+        turn = torch.zeros(size, size, dtype=metric.dtype, device=metric.device)
+        turn[first, second], turn[second, first] = -1.0, 1.0
+        cos_cos, cos_sin, sin_sin = (each[pair][:, pair] for each in moments)
+        crossed = cos_sin * (metric @ turn.mT)
+        return cos_cos * metric + crossed + crossed.mT + sin_sin * (turn @ metric @ turn.mT)
+
+
+@dataclass(frozen=True)
 class RotaryRows:
     """Rows of a rotary table as the model rotates by it.
 
@@ -86,11 +127,13 @@ class RotaryRows:
         near: positions 0 to context - 1.
         far: as many rows from ``far_position`` on; row t is position far_position + t.
         far_position: the first position of ``far``.
+        turns: over the positions that are served.
     """
 
     near: RotaryTable
     far: RotaryTable
     far_position: int
+    turns: Turns
 
 
 @dataclass(frozen=True)
@@ -107,6 +150,7 @@ class Capture:
         dtype: the model's, as torch names it.
         windows: tokens of each window.
         layers: every layer that caches keys and values, in order.
+        gram_unsupported: why what reads the attention outputs cannot be had, or None.
     """
 
     folder: Path
@@ -118,6 +162,7 @@ class Capture:
     dtype: str
     windows: tuple[int, ...]
     layers: tuple[CapturedLayer, ...]
+    gram_unsupported: str | None = None
 
     @classmethod
     def read(cls, folder: Path) -> "Capture":
@@ -154,13 +199,30 @@ class Capture:
         ]
 
     def load_layer(self, layer: CapturedLayer, device: torch.device | str = "cpu") -> list[Window]:
-        """All windows of a layer: 4 (2 tokens num_kv_heads + windows num_queries num_heads) head_size bytes."""
-        windows = []
-        for window in range(len(self.windows)):
-            tensors = load_file(layer_file(self.folder, window, layer.index), device=str(device))
-            position = tensors.pop("query_position")
-            windows.append(Window(**{name: each.float() for name, each in tensors.items()}, query_position=position))
-        return windows
+        """All windows of a layer with the sampled queries.
+
+        Takes 4 (2 tokens num_kv_heads + windows num_queries num_heads) head_size bytes.
+        """
+        return [self._load(layer, window, device, sampled=True) for window in range(len(self.windows))]
+
+    def load_windows(
+        self, layer: CapturedLayer, windows: Iterable[int], device: torch.device | str = "cpu"
+    ) -> Iterator[Window]:
+        """Some windows of a layer, one at a time, with every token's query."""
+        return (self._load(layer, window, device, sampled=False) for window in windows)
+
+    def _load(self, layer: CapturedLayer, window: int, device: torch.device | str, *, sampled: bool) -> Window:
+        tensors = load_file(layer_file(self.folder, window, layer.index), device=str(device))
+        query, position = tensors["query"], tensors["query_position"]
+        if not sampled:
+            position = torch.arange(len(query), device=query.device)
+        return Window(tensors["key"].float(), tensors["value"].float(), query[position].float(), position)
+
+    def load_output_gram(self, layer: CapturedLayer, device: torch.device | str = "cpu") -> torch.Tensor | None:
+        """[num_kv_heads, group, head_size, group, head_size] fp32 of a layer; None where the capture has none."""
+        if self.gram_unsupported is not None:
+            return None
+        return load_file(gram_file(self.folder, layer.index), device=str(device))["output_gram"]
 
     def load_rotary(self, layer: CapturedLayer, device: torch.device | str = "cpu") -> RotaryRows | None:
         """The rotary table's rows of a layer, or None where it has none."""
@@ -168,14 +230,20 @@ class Capture:
             return None
         with safe_open(rotary_file(self.folder, layer.rotary), framework="pt", device=str(device)) as file:
             metadata = file.metadata()
-            near, far = (RotaryTable(file.get_tensor(name), metadata["is_neox"] == "True") for name in ("near", "far"))
-        return RotaryRows(near, far, int(metadata["far_position"]))
+            is_neox = metadata["is_neox"] == "True"
+            near, far = (RotaryTable(file.get_tensor(name), is_neox) for name in ("near", "far"))
+            turns = Turns(file.get_tensor("turns"), is_neox)
+        return RotaryRows(near, far, int(metadata["far_position"]), turns)
 
 
 def save_rotary(folder: Path, number: int, table: RotaryTable, context: int) -> None:
     """Write the rows of a table that :class:`RotaryRows` describes."""
     far_position = table.cos_sin.shape[0] - context
-    rows = {"near": table.cos_sin[:context], "far": table.cos_sin[far_position:]}
+    rows = {
+        "near": table.cos_sin[:context],
+        "far": table.cos_sin[far_position:],
+        "turns": Turns.over(table).moments,
+    }
     metadata = {"is_neox": str(table.is_neox), "far_position": str(far_position)}
     save_tensors(rotary_file(folder, number), {name: each.cpu().clone() for name, each in rows.items()}, metadata)
 
@@ -191,6 +259,11 @@ def save_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[st
 def layer_file(folder: Path, window: int, layer: int) -> Path:
     """Where a capture holds a layer's tensors of a window."""
     return folder / f"window-{window:04d}" / f"layer-{layer:03d}.safetensors"
+
+
+def gram_file(folder: Path, layer: int) -> Path:
+    """Where a capture holds the Gram of a layer's attention output."""
+    return folder / f"gram-{layer:03d}.safetensors"
 
 
 def rotary_file(folder: Path, number: int) -> Path:

@@ -6,7 +6,7 @@ Works with both model runners: a layer's ``forward`` is tapped, which eager exec
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from kvtuner_tools.calibration.captured import (
     save_tensors,
 )
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
+from kvtuner_tools.engines.residual_readers import ResidualReaders
 from kvtuner_tools.model_files import max_positions
 from vllm_kvtuner.engine.statics import layer_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
@@ -41,7 +42,7 @@ class CaptureJob:
         shape: the model.
         text: windows to run.
         context: tokens of the longest window at most.
-        queries: query rows to keep of a window.
+        queries: query rows of a window in its sample.
         seed: of their drawing.
         dtype: the model's dtype as vLLM takes it.
         inputs: digest of everything the capture follows from.
@@ -68,7 +69,7 @@ class _Tap:
         folder: the capture's.
         window: the window.
         num_tokens: its tokens.
-        rows: [num_queries] int64, query rows to keep, ascending.
+        rows: [num_queries] int64, the sample of query rows, ascending.
         pending: layers that have not run yet.
     """
 
@@ -96,12 +97,16 @@ class _Tap:
         if query.shape[0] < self.num_tokens:
             rule = f"a window of {self.num_tokens} tokens must run in one step"
             raise RuntimeError(f"layer {index}: {rule}, but got a step of {query.shape[0]}")
-        queries = query.view(-1, layer.num_heads, layer.head_size)[self.rows.to(query.device)]
-        keys, values = (
-            rows.view(-1, layer.num_kv_heads, layer.head_size)[: self.num_tokens].cpu().clone() for rows in (key, value)
-        )
-        tensors = {"key": keys, "value": values, "query": queries.cpu(), "query_position": self.rows}
-        save_tensors(layer_file(self.folder, self.window, index), tensors)
+        seen = {
+            "query": (query, layer.num_heads),
+            "key": (key, layer.num_kv_heads),
+            "value": (value, layer.num_kv_heads),
+        }
+        tensors = {
+            name: rows.view(-1, heads, layer.head_size)[: self.num_tokens].cpu().clone()
+            for name, (rows, heads) in seen.items()
+        }
+        save_tensors(layer_file(self.folder, self.window, index), {**tensors, "query_position": self.rows})
 
 
 def run_capture_engine(job: CaptureJob) -> None:
@@ -135,9 +140,14 @@ def run_capture_engine(job: CaptureJob) -> None:
             windows=tuple(map(len, job.text.windows)),
             layers=layers,
         )
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        readers = ResidualReaders()
+        llm.collective_rpc(_watch, args=(readers,))
+        llm.generate([{"prompt_token_ids": list(job.text.windows[0])}], params, use_tqdm=False)
+        problem = llm.collective_rpc(_write_grams, args=(readers, layers, job.folder))[0]
+        capture = replace(capture, gram_unsupported=problem)
         capture.write()
         missing = capture.missing_windows()
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
         total = len(capture.windows)
         for window in tqdm(missing, desc="capture", unit="window", initial=total - len(missing), total=total):
             tap.begin(window, capture.windows[window], layers, job)
@@ -191,6 +201,26 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
     for number, table in enumerate(tables):
         save_rotary(job.folder, number, table, job.context)
     return str(config.model_config.dtype).removeprefix("torch."), tuple(layers[index] for index in sorted(layers))
+
+
+def _watch(worker: Any, readers: ResidualReaders) -> None:
+    """Note what the next step runs through. Runs in the worker."""
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    config, model = worker.vllm_config, worker.model_runner.get_model()
+    known = {id(module) for module in model.modules()}
+    attention = {
+        extract_layer_index(name): layer
+        for name, layer in config.compilation_config.static_forward_context.items()
+        if id(layer) in known and hasattr(layer, "num_kv_heads")
+    }
+    readers.watch(model, config.model_config.get_hidden_size(), attention)
+
+
+def _write_grams(worker: Any, readers: ResidualReaders, layers: tuple[CapturedLayer, ...], folder: Path) -> str | None:
+    """Why the Grams of the attention outputs cannot be had, or None. Runs in the worker."""
+    with torch.inference_mode():
+        return readers.write(worker.model_runner.get_model(), layers, folder)
 
 
 def _tap_forward(layer: Any, index: int, tap: _Tap) -> None:

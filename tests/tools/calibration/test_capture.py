@@ -107,6 +107,76 @@ def test_it_is_what_the_model_computes(tmp_path, data, kind):
     assert [layer.rotary for layer in capture.layers] == ([0, 1] if kind == "gemma3" else [0, 0])
 
 
+def reference_grams(reference, ids):
+    """W_h^T M W_h' of every layer by the formula, from transformers' weights and residual stream: fp64."""
+    streams, gain_of_output = {}, {}
+
+    def keep(name):
+        def hook(module, arguments):
+            streams[name] = arguments[0][0, 4:].double().square().mean(-1).log().mean().exp()
+
+        return hook
+
+    def gain(norm):
+        return norm.weight.double() + ("Gemma" in type(norm).__name__)
+
+    decoder, heads = reference.model, reference.config.num_key_value_heads
+    for index, layer in enumerate(decoder.layers):
+        is_sandwich = hasattr(layer, "pre_feedforward_layernorm")
+        mlp_norm = layer.pre_feedforward_layernorm if is_sandwich else layer.post_attention_layernorm
+        layer.input_layernorm.register_forward_pre_hook(keep((index, "attention")))
+        mlp_norm.register_forward_pre_hook(keep((index, "mlp")))
+        gain_of_output[index] = gain(layer.post_attention_layernorm) if is_sandwich else None
+    decoder.norm.register_forward_pre_hook(keep("end"))
+    with torch.no_grad():
+        predicted = reference(torch.tensor([ids])).logits[0, 4:].double().softmax(-1).mean(0)
+
+    def read(weights, norm, square):
+        weight = torch.cat([each.weight for each in weights]).double() * gain(norm)
+        return weight.mT @ weight / (len(weight) * square)
+
+    table = reference.get_output_embeddings().weight.double() * gain(decoder.norm)
+    mean = predicted @ table
+    gram = ((table * predicted[:, None]).mT @ table - torch.outer(mean, mean)) / streams["end"]
+    grams = {}
+    for index, layer in reversed(list(enumerate(decoder.layers))):
+        attention, mlp, sandwich = layer.self_attn, layer.mlp, gain_of_output[index] is not None
+        mlp_norm = layer.pre_feedforward_layernorm if sandwich else layer.post_attention_layernorm
+        gram = gram + read([mlp.gate_proj, mlp.up_proj], mlp_norm, streams[index, "mlp"])
+        output = attention.o_proj.weight.double()
+        output = output * gain_of_output[index][:, None] if sandwich else output
+        parts = output.view(len(output), heads, -1).permute(1, 0, 2)
+        grams[index] = parts.mT @ gram @ parts
+        inner = [attention.q_proj, attention.k_proj, attention.v_proj]
+        gram = gram + read(inner, layer.input_layernorm, streams[index, "attention"])
+    return grams
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3"])
+def test_grams_are_what_reads_the_attention_outputs(tmp_path, data, kind):
+    make_tiny_model(tmp_path / "model", kind, num_layers=2, dtype=torch.float32)
+    wanted = request(tmp_path / "model", data, tokens=NUM_TOKENS)
+    capture = run_capture(wanted, tmp_path)
+    assert capture.gram_unsupported is None
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    grams = reference_grams(reference.requires_grad_(False), tokens_of(wanted, capture)[0])
+    for layer in capture.layers:
+        group = layer.num_heads // layer.num_kv_heads
+        got = capture.load_output_gram(layer)
+        assert got.shape == (layer.num_kv_heads, group, layer.head_size, group, layer.head_size)
+        got, expected = got.double().flatten(1, 2).flatten(2), grams[layer.index]
+        if kind == "gemma3":  # behind a norm, which divides by a number that is the same for all heads
+            got *= expected.norm() / got.norm()
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+def test_a_model_whose_attention_outputs_are_gated_says_so(tmp_path, data):
+    make_tiny_model(tmp_path / "model", "qwen3_next", num_layers=2)
+    capture = run_capture(request(tmp_path / "model", data, tokens=NUM_TOKENS, dtype="bfloat16"), tmp_path)
+    assert "must go straight into a projection, but those of layers [1] do not" in capture.gram_unsupported
+    assert capture.load_output_gram(capture.layers[0]) is None
+
+
 def tokens_of(wanted, capture):
     tokenizer = make_tokenizer()
     text = capture_module.load_text(
@@ -152,6 +222,8 @@ def test_a_model_with_its_rotary_embedding_elsewhere_says_so(tmp_path, data):
         assert layer.rotary is None and capture.load_rotary(layer) is None
         assert "needs the rotary embedding beside the attention layer" in layer.offset_unsupported
         assert capture.load_layer(layer)[0].key.shape == (NUM_TOKENS, 2, 64)
+        (whole,) = capture.load_windows(layer, [0])
+        assert whole.query.shape == (NUM_TOKENS, 4, 64) and whole.query_position.tolist() == list(range(NUM_TOKENS))
 
 
 def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path, data, monkeypatch):
@@ -177,7 +249,7 @@ def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path, data, monkeypa
 
     run_capture(wanted, tmp_path / "undisturbed")
     files = contents(tmp_path / "undisturbed")
-    assert len(files) == 34 * 3 + 2
+    assert len(files) == 34 * 3 + 3 + 2
     assert contents(tmp_path / "killed") == files
 
     with monkeypatch.context() as patch:
@@ -199,6 +271,7 @@ def test_another_request_replaces_the_capture_and_nothing_else(tmp_path, data):
     assert (len(capture.windows), capture.seed) == (1, 1)
     assert sorted(path.name for path in (tmp_path / CAPTURE_FOLDER).iterdir()) == [
         "capture.json",
+        "gram-000.safetensors",
         "notes.txt",
         "rotary-0.safetensors",
         "window-0000",
