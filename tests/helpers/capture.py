@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvtuner_tools.calibration.captured import Capture, CapturedLayer, layer_file, save_rotary, save_tensors
+from kvtuner_tools.calibration.captured import (
+    Capture,
+    CapturedLayer,
+    gram_file,
+    layer_file,
+    save_rotary,
+    save_tensors,
+)
 from kvtuner_tools.calibration.rotation import apply_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
 
@@ -46,6 +53,7 @@ def make_capture(
     spread: torch.Tensor | None = None,
     query_spread: torch.Tensor | None = None,
     value_spread: torch.Tensor | None = None,
+    output_gram: torch.Tensor | None = None,
     layer: CapturedLayer = LAYER,
     num_windows: int = 3,
     num_tokens: int = 192,
@@ -59,6 +67,7 @@ def make_capture(
         spread: their standard deviation, [head_size]; 1 by default.
         query_spread: that of the queries; 1.5 by default.
         value_spread: that of the values; 1 by default.
+        output_gram: [num_kv_heads, group, head_size, group, head_size]; nothing reads the outputs by default.
         layer: the layer.
         num_windows: windows.
         num_tokens: tokens of each.
@@ -85,6 +94,8 @@ def make_capture(
         save_tensors(path, tensors)
     if layer.rotary is not None:
         save_rotary(folder, 0, table, num_tokens)
+    if output_gram is not None:
+        save_tensors(gram_file(folder, layer.index), {"output_gram": output_gram})
     capture = Capture(
         folder=folder,
         inputs=f"numbers {seed}",
@@ -96,6 +107,7 @@ def make_capture(
         dtype="float32",
         windows=(num_tokens,) * num_windows,
         layers=(layer,),
+        gram_unsupported="nothing reads these numbers" if output_gram is None else None,
     )
     capture.write()
     return Capture.read(folder)

@@ -16,7 +16,7 @@ from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, Precision
 from vllm_kvtuner.profile.problems import Problems, show
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, RecentWindow, TransformSettings
 
-SENSITIVITY_SCHEMA = "kvtuner-sensitivity/1"
+SENSITIVITY_SCHEMA = "kvtuner-sensitivity/2"
 STATICS_FILE = "statics.safetensors"
 """Name of the file with the static tensors in a calibration's output folder."""
 PAIR_NAMES = tuple(pair.name for pair in QUANTIZED_PAIRS)
@@ -35,7 +35,8 @@ class LayerSensitivity:
         head_size: numbers per head.
         sliding_window: tokens a query sees, or None for full attention.
         transforms: what the layer does before it stores.
-        output_error: relative error of the attention output per quantized pair.
+        output_error: relative error of the attention output per quantized pair; as what reads it counts it, where round
+            feedback was chosen.
         score_error: relative error of the attention scores per key bits (``K8``, ``K4``, ``K2``).
         output_error_per_head: the same as ``output_error``, one number per KV head.
     """

@@ -5,6 +5,9 @@ and O' that of quantized ones, the output error is sqrt(sum |O' - O|^2 / sum |O|
 over all heads. With P and P' the attention weights, the score error is the mean over query rows of sum_t |P'_t - P_t|;
 a row's weights sum to 1, so it is relative as it stands. With a recent window, each query's newest tokens and the sink
 tokens at the head of its text are unquantized in O' and P'.
+
+With the Gram of what reads the outputs, G, the squares are those of the output's numbers of a KV head's query heads
+together: (O' - O)^T G (O' - O), and O^T G O. They count errors as the model does, those that round feedback makes too.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,6 +49,7 @@ class AttentionMeter:
         windows: its windows.
         rotary: row t rotates a window's token t; None where the layer has no table.
         recent_window: tokens of each query whose keys and values are not quantized; None where all are.
+        output_gram: [num_kv_heads, group, head_size, group, head_size] fp32, G; None for the identity.
 
     Attributes:
         windows: its windows.
@@ -57,8 +61,10 @@ class AttentionMeter:
         windows: Sequence[Window],
         rotary: RotaryTable | None,
         recent_window: RecentWindow | None = None,
+        output_gram: torch.Tensor | None = None,
     ) -> None:
         self._layer = layer
+        self._gram = output_gram
         self.windows = windows
         self._rotary = rotary
         self._recent_window = recent_window
@@ -70,7 +76,7 @@ class AttentionMeter:
         self._weights = self._attend(self._keys)
         values = self._split(self._values)
         self._outputs = [weights @ value for weights, value in zip(self._weights, values, strict=True)]
-        self._norm = torch.stack([output.square().sum((1, 2)) for output in self._outputs]).sum(0)
+        self._norm = torch.stack([self._square(output) for output in self._outputs]).sum(0)
 
     def at_far_positions(self, rows: RotaryRows) -> "AttentionMeter":
         """The same windows as they would be at the far positions of the layer's rotary table."""
@@ -81,24 +87,23 @@ class AttentionMeter:
             query_before = undo_rotary(window.query, window.query_position, rows.near)
             query = apply_rotary(query_before, window.query_position, rows.far)
             moved.append(replace(window, key=key, query=query))
-        return AttentionMeter(self._layer, moved, rows.far, self._recent_window)
+        return AttentionMeter(self._layer, moved, rows.far, self._recent_window, self._gram)
 
-    def key_errors(self, transforms: LayerTransforms) -> dict[int, float]:
+    def key_errors(self, transforms: LayerTransforms, bits: Sequence[int] = QUANTIZED_BITS) -> dict[int, float]:
         """Output error per key bits, with unquantized values."""
-        return {
-            bits: self._error(self._attend(keys), self._values)[0] for bits, keys in self._quantized_keys(transforms)
-        }
+        quantized = self._quantized_keys(transforms, bits)
+        return {each: self._error(self._attend(keys), self._values)[0] for each, keys in quantized}
 
-    def value_errors(self, transforms: LayerTransforms) -> dict[int, float]:
+    def value_errors(self, transforms: LayerTransforms, bits: Sequence[int] = QUANTIZED_BITS) -> dict[int, float]:
         """Output error per value bits, with unquantized keys."""
-        quantized = self._quantized_values(transforms)
-        return {bits: self._error(self._weights, values)[0] for bits, values in quantized}
+        quantized = self._quantized_values(transforms, bits)
+        return {each: self._error(self._weights, values)[0] for each, values in quantized}
 
     def pair_errors(self, transforms: LayerTransforms) -> PairErrors:
         """Errors of all quantized pairs."""
-        values = dict(self._quantized_values(transforms))
+        values = dict(self._quantized_values(transforms, QUANTIZED_BITS))
         output, per_head, score = {}, {}, {}
-        for k_bits, keys in self._quantized_keys(transforms):
+        for k_bits, keys in self._quantized_keys(transforms, QUANTIZED_BITS):
             weights = self._attend(keys)
             difference = [(new - old).abs().sum(-1).flatten() for new, old in zip(weights, self._weights, strict=True)]
             score[k_bits] = float(torch.cat(difference).mean())
@@ -109,17 +114,19 @@ class AttentionMeter:
             {pair: output[pair] for pair in QUANTIZED_PAIRS}, {pair: per_head[pair] for pair in QUANTIZED_PAIRS}, score
         )
 
-    def _quantized_keys(self, transforms: LayerTransforms) -> Iterator[tuple[int, torch.Tensor]]:
+    def _quantized_keys(self, transforms: LayerTransforms, wanted: Sequence[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """Per bits the keys as a reader gets them, in model space."""
         transforms = replace(transforms, rotary=self._rotary)
         rows = transform_keys(self._keys, self._positions, transforms)
-        for bits in QUANTIZED_BITS:
+        for bits in wanted:
             read = code_format(bits).round_trip(rows, transforms.range_search, transforms.key_feedback)
             yield bits, restore_keys(read, self._positions, transforms)
 
-    def _quantized_values(self, transforms: LayerTransforms) -> Iterator[tuple[int, torch.Tensor]]:
+    def _quantized_values(
+        self, transforms: LayerTransforms, wanted: Sequence[int]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         rows = rotate_values(self._values, transforms)
-        for bits in QUANTIZED_BITS:
+        for bits in wanted:
             read = code_format(bits).round_trip(rows, transforms.range_search, transforms.value_feedback)
             yield bits, rotate_values(read, transforms)
 
@@ -153,10 +160,18 @@ class AttentionMeter:
             got = attention @ value
             if self._recent_window is not None:
                 got += (attention * self._is_unquantized(window)) @ (exact - value)
-            squares.append((got - output).square().sum((1, 2)))
+            squares.append(self._square(got - output))
         square = torch.stack(squares).sum(0)
         per_head = (square / self._norm).sqrt()
         return float((square.sum() / self._norm.sum()).sqrt()), tuple(per_head.tolist())
+
+    def _square(self, outputs: torch.Tensor) -> torch.Tensor:
+        """[num_kv_heads], sums of squares of [num_kv_heads, group * num_queries, head_size]."""
+        if self._gram is None:
+            return outputs.square().sum((1, 2))
+        heads, group, size = self._gram.shape[:3]
+        together = outputs.view(heads, group, -1, size).transpose(1, 2).flatten(2)
+        return ((together @ self._gram.flatten(3).flatten(1, 2)) * together).sum((1, 2)).clamp(min=0)
 
     def _split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """Per window [num_kv_heads, num_tokens, head_size]."""

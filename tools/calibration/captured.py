@@ -198,12 +198,15 @@ class Capture:
             if not all(layer_file(self.folder, window, layer.index).exists() for layer in self.layers)
         ]
 
-    def load_layer(self, layer: CapturedLayer, device: torch.device | str = "cpu") -> list[Window]:
-        """All windows of a layer with the sampled queries.
+    def load_layer(
+        self, layer: CapturedLayer, device: torch.device | str = "cpu", windows: Iterable[int] | None = None
+    ) -> list[Window]:
+        """Some windows of a layer, or all, with the sampled queries.
 
         Takes 4 (2 tokens num_kv_heads + windows num_queries num_heads) head_size bytes.
         """
-        return [self._load(layer, window, device, sampled=True) for window in range(len(self.windows))]
+        chosen = range(len(self.windows)) if windows is None else windows
+        return [self._load(layer, window, device, sampled=True) for window in chosen]
 
     def load_windows(
         self, layer: CapturedLayer, windows: Iterable[int], device: torch.device | str = "cpu"

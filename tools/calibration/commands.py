@@ -68,7 +68,7 @@ def _interruptible() -> Iterator[None]:
 
 def _all_arguments(parser: argparse.ArgumentParser) -> None:
     _first_arguments(parser)
-    add_options(parser, ("sensitivity", "prune", "cluster", "search"))
+    add_options(parser, ("transforms", "feedback", "sensitivity", "prune", "cluster", "search"))
 
 
 def _first_arguments(parser: argparse.ArgumentParser) -> None:
@@ -142,10 +142,12 @@ def _search(args: argparse.Namespace) -> int:
     return 0
 
 
-STAGE_COMMANDS = {name: _stage(name) for name in ("sensitivity", "prune", "cluster", "search", "export", "report")}
+STAGE_COMMANDS = {name: _stage(name) for name in STAGES[1:]}
 
 calibrate = Command(_all_arguments, _calibrate)
 capture = Command(_first_arguments, _capture)
+transforms = STAGE_COMMANDS["transforms"]
+feedback = STAGE_COMMANDS["feedback"]
 sensitivity = STAGE_COMMANDS["sensitivity"]
 prune = STAGE_COMMANDS["prune"]
 cluster = STAGE_COMMANDS["cluster"]

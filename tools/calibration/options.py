@@ -29,7 +29,7 @@ from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, parse_layers
 from vllm_kvtuner.profile.profile import MAX_RECENT_WINDOW, MAX_SINK_TOKENS, SINK_TOKENS_WITHOUT_WINDOW, RecentWindow
 
-OPTIONS_SCHEMA = "kvtuner-calibration/1"
+OPTIONS_SCHEMA = "kvtuner-calibration/2"
 OPTIONS_FILE = "calibration.json"
 
 
@@ -44,11 +44,12 @@ class CalibrationOptions:
         dtype: of the model.
         seed: of everything that is drawn.
         window: tokens of a window at most.
-        capture_tokens: tokens that sensitivity is measured on.
+        capture_tokens: tokens that transforms, round feedback and sensitivity are measured on.
         search_tokens: tokens that a setting is scored on in the search.
         heldout_tokens: tokens that final scores rest on.
         kv_memory: bytes of the measuring engine's KV cache.
         transforms: ``choose`` them by measured error, or ``none``.
+        round_feedback: ``choose`` it for layers that have less error with it, or ``none``.
         recent_window: newest tokens of each request that every quantized layer also keeps unquantized.
         recent_window_bits: 16, or 8.
         sink_tokens: first tokens of each request that the recent window holds too.
@@ -75,6 +76,7 @@ class CalibrationOptions:
     heldout_tokens: int = 4096
     kv_memory: int = 1 << 30
     transforms: str = "choose"
+    round_feedback: str = "choose"
     recent_window: int = 0
     recent_window_bits: int = 16
     sink_tokens: int = 0
@@ -92,6 +94,11 @@ class CalibrationOptions:
     @property
     def unquantized_layers(self) -> tuple[int, ...]:
         return tuple(parse_layers(self.unquantized, None)) if self.unquantized else ()
+
+    @property
+    def has_feedback(self) -> bool:
+        """Whether round feedback is chosen: without Hadamard rotations it is worse than nearest rounding."""
+        return self.transforms == "choose" and self.round_feedback == "choose"
 
     @property
     def recent(self) -> RecentWindow | None:
@@ -144,7 +151,9 @@ class CalibrationOptions:
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "capture": ("data", "heldout", "dtype", "seed", "window", "capture_tokens", "search_tokens", "heldout_tokens"),
-    "sensitivity": ("transforms", "recent_window", "recent_window_bits", "sink_tokens"),
+    "transforms": ("transforms", "recent_window", "recent_window_bits", "sink_tokens"),
+    "feedback": ("round_feedback",),
+    "sensitivity": (),
     "prune": ("unquantized", "keep_all_pairs"),
     "cluster": ("cluster_factor",),
     "search": (
@@ -173,11 +182,15 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "dtype": ("dtype of the model", {"choices": ("bfloat16", "float16", "float32")}),
     "seed": ("seed of everything that is drawn", {"type": int}),
     "window": ("tokens of a window of text", {"type": int}),
-    "capture_tokens": ("tokens that sensitivity is measured on", {"type": int}),
+    "capture_tokens": ("tokens that transforms, round feedback and sensitivity are measured on", {"type": int}),
     "search_tokens": ("tokens that each setting is scored on in the search", {"type": int}),
     "heldout_tokens": ("tokens that the final scores rest on", {"type": int}),
     "kv_memory": ("KV cache memory of the measuring engine", {"type": parse_memory}),
     "transforms": ("choose each layer's transforms by measured error, or use none", {"choices": ("choose", "none")}),
+    "round_feedback": (
+        "round with feedback in layers that have less error with it, or in none; without transforms in none",
+        {"choices": ("choose", "none")},
+    ),
     "recent_window": (
         "newest tokens of each request that layers also keep, and read, in more bits",
         {"type": int},

@@ -1,12 +1,13 @@
 """The stages of a calibration, each from the files of those before it in the output folder to its own.
 
-A stage whose files follow from the same inputs is not run again: capture and transforms know their own, a key lies
-beside the sensitivity table, the search goes on in the study that its plan names, and held-out scores are kept per
-setting. The rest takes no time.
+A stage whose files follow from the same inputs is not run again: capture, transforms and round feedback know their own,
+a key lies beside the sensitivity table, the search goes on in the study that its plan names, and held-out scores are
+kept per setting. The rest takes no time.
 """
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict
 from functools import cached_property
@@ -31,6 +32,7 @@ from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, ru
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
 from kvtuner_tools.calibration.export import write_profile
+from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
 from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
 from kvtuner_tools.calibration.outcome import (
     HELDOUT_FILE,
@@ -49,11 +51,13 @@ from kvtuner_tools.calibration.search import LazyEvaluator, run_search, search_r
 from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
 from kvtuner_tools.calibration.space import SearchSpace, check_budget
 from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
-from kvtuner_tools.calibration.transform_choice import choose_transforms
+from kvtuner_tools.calibration.transform_choice import TransformChoice, choose_transforms
 from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 from kvtuner_tools.heldout import file_sha256
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
+from vllm_kvtuner.profile.statics import FEEDBACK_KINDS
 
 SENSITIVITY_KEY_FILE = "sensitivity.key.json"
 KEY_SCHEMA = "kvtuner-stage-key/1"
@@ -111,11 +115,22 @@ class Calibration:
         capture = run_capture(request, self.out)
         return f"{len(capture.layers)} layers, {sum(capture.windows):,} tokens"
 
+    def transforms(self) -> str:
+        if self.options.transforms != "choose":
+            return "none"
+        choice = self._transforms()
+        return f"{len(choice.layers)} layers, {_named(choice.transforms.values())}"
+
+    def feedback(self) -> str:
+        choice = self._feedback()
+        if choice is None:
+            return "none"
+        return f"{len(choice.layers)} layers, {_named(choice.transforms.values(), FEEDBACK_KINDS)}"
+
     def sensitivity(self) -> str:
-        capture = Capture.read(self.out / CAPTURE_FOLDER)
+        capture = self._capture
         recent_window = self.options.recent
-        choose = self.options.transforms == "choose"
-        choice = choose_transforms(capture, self.out, recent_window=recent_window) if choose else None
+        choice = self._chosen()
         measured = [capture.inputs, None if choice is None else choice.inputs, unquantized_tokens(recent_window)]
         inputs = digest(measured)
         path, key_path = self.out / SENSITIVITY_FILE, self.out / SENSITIVITY_KEY_FILE
@@ -164,7 +179,7 @@ class Calibration:
         path = self.out / PROFILE_FILE
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         result = SearchResult.read(self.out)
-        write_profile(path, table, self.out / STATICS_FILE, result, heldout, self.options.recent)
+        write_profile(path, table, self._statics, result, heldout, self.options.recent)
         return f"{path}. {verdict(heldout, result.max_bits)}"
 
     def report(self) -> str:
@@ -175,11 +190,36 @@ class Calibration:
             read_clusters(self.out / CLUSTERS_FILE),
             result,
             Heldout.read(self.out),
+            FeedbackChoice.read(self.out) if self.options.has_feedback else None,
             read_study_figures(self.out / FIGURES_FILE),
             {stage: cost["seconds"] for stage, cost in read_costs(self.out).items() if stage != "report"},
         )
         write_report(self.out / REPORT_FILE, html)
         return str(self.out / REPORT_FILE)
+
+    @property
+    def _capture(self) -> Capture:
+        return Capture.read(self.out / CAPTURE_FOLDER)
+
+    def _transforms(self) -> TransformChoice:
+        return choose_transforms(self._capture, self.out, recent_window=self.options.recent)
+
+    def _feedback(self) -> FeedbackChoice | None:
+        """Round feedback of all layers; None where it is not asked for."""
+        if not self.options.has_feedback:
+            return None
+        return choose_feedback(self._capture, self._transforms(), self.out, recent_window=self.options.recent)
+
+    def _chosen(self) -> TransformChoice | FeedbackChoice | None:
+        """What the layers do before they store; None for nothing."""
+        if self.options.transforms != "choose":
+            return None
+        return self._feedback() or self._transforms()
+
+    @property
+    def _statics(self) -> Path:
+        """The file that the layers' transforms read, if any does."""
+        return self.out / (FEEDBACK_STATICS_FILE if self.options.has_feedback else STATICS_FILE)
 
     def _plan(self) -> SearchPlan:
         candidates = read_candidates(self.out / CANDIDATES_FILE)
@@ -203,7 +243,7 @@ class Calibration:
             dtype=self.options.dtype,
             windows=text.windows,
             transforms=transforms,
-            statics=read_statics(self.out / STATICS_FILE) if needs_statics else None,
+            statics=read_statics(self._statics) if needs_statics else None,
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
             recent_window=self.options.recent,
@@ -255,6 +295,12 @@ class Calibration:
         total = seconds + (before["seconds"] if before.get("inputs") == inputs else 0.0)
         costs[stage] = {"inputs": inputs, "seconds": round(total, 2)}
         write_json(self.out / COSTS_FILE, {"schema": COSTS_SCHEMA, "stages": costs})
+
+
+def _named(settings: Iterable[TransformSettings], names: Iterable[str] = TRANSFORM_KEYS) -> str:
+    """How many layers have each transform that any has."""
+    counts = Counter(name for each in settings for name in each.names if name in names)
+    return ", ".join(f"{name} in {count}" for name, count in counts.items()) or "none of them"
 
 
 def read_costs(out: Path) -> dict[str, dict[str, Any]]:

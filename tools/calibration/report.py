@@ -1,5 +1,6 @@
 """``report.html``: what a calibration found and why, in one file that needs nothing else."""
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,8 +13,10 @@ import plotly.io
 from kvtuner_tools.calibration import plots
 from kvtuner_tools.calibration.artifacts import SensitivityTable
 from kvtuner_tools.calibration.cluster import Cluster
+from kvtuner_tools.calibration.feedback_choice import FeedbackChoice, SideChoice
 from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, short_name, verdict
 from kvtuner_tools.calibration.prune import LayerCandidates
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS
 from vllm_kvtuner.profile.problems import format_layers
 
 _STYLE = """
@@ -33,6 +36,7 @@ def build_report(
     clusters: Sequence[Cluster],
     result: SearchResult,
     heldout: Heldout,
+    feedback: FeedbackChoice | None,
     study_figures: Mapping[str, go.Figure],
     costs: Mapping[str, float],
 ) -> str:
@@ -44,6 +48,7 @@ def build_report(
         clusters: what shares a decision.
         result: what the search found.
         heldout: scores on text that nothing was chosen by.
+        feedback: round feedback of all layers; None where it was not asked for.
         study_figures: title -> figure of Optuna's.
         costs: stage -> seconds.
     """
@@ -73,6 +78,7 @@ def build_report(
         plots.sensitivity_figure(table, pair_names),
         "<h3>Per KV head, at the chosen pairs</h3>",
         plots.heads_figure(table, result),
+        *_feedback(feedback, result),
         "<h2>Clusters</h2>",
         "<p>Layers of one cluster have the same shape and candidates, like errors, and one pair.</p>",
         _clusters_table(clusters, result),
@@ -164,6 +170,53 @@ def _additive(result: SearchResult) -> str:
             f"({found.nominal_bits:.3f} nominal); the chosen one has {ratio:.1%} of its mean KL on the same text."
         )
     return f"<p>{' '.join(sentences)}</p>"
+
+
+def _feedback(feedback: FeedbackChoice | None, result: SearchResult) -> list[str]:
+    """What round feedback does to each layer's error."""
+    title = "<h2>Round feedback</h2>"
+    if feedback is None:
+        return [title, "<p>Not asked for: all codes are nearest ones.</p>"]
+    sides = {"keys": [each.keys for each in feedback.layers], "values": [each.values for each in feedback.layers]}
+    sentences = []
+    for name, choices in sides.items():
+        ratios = [each.ratio for each in choices if each is not None and each.is_on]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
+        gain = "" if mean is None else f", where their error is {mean:.2f} times that of nearest codes (geometric mean)"
+        sentences.append(f"{len(ratios)} of {len(choices)} layers round {name} with feedback{gain}.")
+    header = (
+        "layer",
+        "pair",
+        "keys: ratio",
+        "ranges, 2 bits",
+        "4 bits",
+        "values: ratio",
+        "ranges, 2 bits",
+        "4 bits",
+        "",
+    )
+    rows = [
+        [
+            str(each.index),
+            result.chosen.pairs[each.index].name,
+            *_feedback_cells(each.keys),
+            *_feedback_cells(each.values),
+            each.note or "",
+        ]
+        for each in feedback.layers
+    ]
+    text = (
+        "The ratio is that of the attention output's error with feedback to that with nearest codes, as what reads "
+        "the output counts it, on windows that the metrics have not seen. Above 1, nearest codes are taken."
+    )
+    return [title, f"<p>{' '.join(sentences)} {text}</p>", _html_table(header, rows)]
+
+
+def _feedback_cells(side: SideChoice | None) -> list[str]:
+    if side is None:
+        return ["", "", ""]
+    ranges = [" / ".join(f"{factor:g}" for factor in side.ranges[str(bits)]) for bits in FEEDBACK_BITS]
+    return [f"{side.ratio:.3f}", *(ranges if side.is_on else ["nearest"] * len(ranges))]
 
 
 def _clusters_table(clusters: Sequence[Cluster], result: SearchResult) -> str:

@@ -8,6 +8,7 @@ from tqdm import tqdm
 from kvtuner_tools.calibration.artifacts import LayerSensitivity, SensitivityTable
 from kvtuner_tools.calibration.attention_error import AttentionMeter
 from kvtuner_tools.calibration.captured import Capture
+from kvtuner_tools.calibration.feedback_choice import FeedbackChoice
 from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
@@ -18,13 +19,16 @@ SENSITIVITY_FILE = "sensitivity.json"
 
 def measure_sensitivity(
     capture: Capture,
-    choice: TransformChoice | None,
+    choice: TransformChoice | FeedbackChoice | None,
     out_dir: Path,
     *,
     recent_window: RecentWindow | None = None,
     device: torch.device | str | None = None,
 ) -> SensitivityTable:
     """Measure every layer at the captured positions and write ``sensitivity.json``.
+
+    With round feedback, output errors are counted as what reads the outputs counts them: it trades errors that nothing
+    reads for those that count.
 
     Args:
         capture: what to measure on.
@@ -34,12 +38,17 @@ def measure_sensitivity(
         device: where to measure; by default the first GPU, or the CPU.
     """
     device = device or default_device()
-    built = {} if choice is None else layer_transforms(choice, out_dir, device)
+    built = {}
+    if choice is not None:
+        statics = None if choice.statics is None else out_dir / choice.statics
+        built = layer_transforms(choice.transforms, statics, device)
+    is_weighted = isinstance(choice, FeedbackChoice)
     layers = []
     for layer in tqdm(capture.layers, desc="sensitivity", unit="layer"):
         rotary = capture.load_rotary(layer, device)
         near = None if rotary is None else rotary.near
-        meter = AttentionMeter(layer, capture.load_layer(layer, device), near, recent_window)
+        gram = capture.load_output_gram(layer, device) if is_weighted else None
+        meter = AttentionMeter(layer, capture.load_layer(layer, device), near, recent_window, gram)
         errors = meter.pair_errors(built.get(layer.index, LayerTransforms()))
         layers.append(
             LayerSensitivity(

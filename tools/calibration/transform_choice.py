@@ -34,10 +34,12 @@ from kvtuner_tools.calibration.captured import Capture, CapturedLayer
 from kvtuner_tools.calibration.key_statics import PairLayout
 from kvtuner_tools.calibration.transform_candidates import NEAR, TransformCandidate, TransformCandidates
 from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.feedback import RoundFeedback
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
-from vllm_kvtuner.profile.statics import save_statics
+from vllm_kvtuner.profile.statics import RANGES_SUFFIX, save_statics
 
 TRANSFORMS_SCHEMA = "kvtuner-transforms/2"
 TRANSFORMS_FILE = "transforms.json"
@@ -163,22 +165,34 @@ def choose_transforms(
 
 
 def layer_transforms(
-    choice: TransformChoice, out_dir: Path, device: torch.device | str = "cpu"
+    chosen: Mapping[int, TransformSettings], statics: Path | None, device: torch.device | str = "cpu"
 ) -> dict[int, LayerTransforms]:
-    """Each layer's transforms with their tensors, without rotary tables."""
-    tensors = {} if choice.statics is None else load_file(out_dir / choice.statics, device=str(device))
+    """Each layer's transforms with their tensors, without rotary tables.
+
+    Args:
+        chosen: layer -> transforms.
+        statics: the file that holds what they need; None where they need nothing.
+        device: of the tensors.
+    """
+    tensors = {} if statics is None else load_file(statics, device=str(device))
+
+    def feedback(name: str) -> RoundFeedback:
+        ranges = {bits: tensors[name + RANGES_SUFFIX.format(bits=bits)] for bits in FEEDBACK_BITS}
+        return RoundFeedback(tensors[name], {bits: tuple(each.tolist()) for bits, each in ranges.items()})
 
     def build(index: int, settings: TransformSettings) -> LayerTransforms:
-        assert not settings.key_round_feedback and not settings.value_round_feedback, "not among the candidates"
+        prefix = f"layers.{index}."
         return LayerTransforms(
-            key_offset=tensors[f"layers.{index}.key_offset"] if settings.key_offset else None,
-            key_equalization=tensors[f"layers.{index}.key_equalization"] if settings.key_equalization else None,
+            key_offset=tensors[prefix + "key_offset"] if settings.key_offset else None,
+            key_equalization=tensors[prefix + "key_equalization"] if settings.key_equalization else None,
             key_hadamard=settings.key_hadamard,
             value_hadamard=settings.value_hadamard,
             range_search=settings.range_search,
+            key_feedback=feedback(prefix + "key_round_feedback") if settings.key_round_feedback else None,
+            value_feedback=feedback(prefix + "value_round_feedback") if settings.value_round_feedback else None,
         )
 
-    return {index: build(index, settings) for index, settings in choice.transforms.items()}
+    return {index: build(index, settings) for index, settings in chosen.items()}
 
 
 def default_device() -> torch.device:

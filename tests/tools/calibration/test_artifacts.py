@@ -19,7 +19,7 @@ def test_sensitivity_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda d: d.update(schema="other/1"), "schema must be 'kvtuner-sensitivity/1', but got 'other/1'"),
+        (lambda d: d.update(schema="other/1"), "schema must be 'kvtuner-sensitivity/2', but got 'other/1'"),
         (lambda d: d.update(extra=1), "must only have the keys"),
         (lambda d: d.pop("seed"), "must have the keys seed, but got none"),
         (lambda d: d.update(layers=3), "layers must be a list, but got 3"),

@@ -20,6 +20,12 @@ from kvtuner_tools import cli
 from kvtuner_tools.calibration import pipeline
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.export import write_profile
+from kvtuner_tools.calibration.feedback_choice import (
+    FEEDBACK_STATICS_FILE,
+    FeedbackChoice,
+    LayerFeedback,
+    SideChoice,
+)
 from kvtuner_tools.calibration.options import STAGES, CalibrationOptions, Texts
 from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, pareto_front, verdict
 from kvtuner_tools.calibration.pipeline import Calibration
@@ -28,13 +34,21 @@ from tests.helpers.calibration import FakeEvaluator, sensitivity_table
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
-from vllm_kvtuner.profile.statics import LayerStatics, load_statics, save_statics
+from vllm_kvtuner.profile.statics import FeedbackStatics, LayerStatics, load_statics, save_statics
 
 pytestmark = pytest.mark.slow  # whole calibrations, though on a stand-in for engines
 
-AFTER_SENSITIVITY = STAGES[2:]
-OFFSETS = {layer: LayerStatics(key_offset=np.full((2, 64), layer, dtype=np.float32)) for layer in (0, 2, 3)}
-STATICS = TransformSettings(key_offset=True, key_hadamard=True)
+AFTER_SENSITIVITY = STAGES[STAGES.index("sensitivity") + 1 :]
+STATICS = TransformSettings(key_offset=True, key_hadamard=True, key_round_feedback=True)
+FEEDBACK = FeedbackStatics(
+    factors=np.broadcast_to(np.eye(64, dtype=np.float16), (2, 64, 64)),
+    ranges={2: (0.75, 1.0), 4: (1.0,)},
+    transforms=("key_hadamard",),
+)
+OFFSETS = {
+    layer: LayerStatics(key_offset=np.full((2, 64), layer, dtype=np.float32), key_round_feedback=FEEDBACK)
+    for layer in (0, 2, 3)
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,8 +72,17 @@ def calibration(out, table, evaluators, monkeypatch, **options):
     made = Calibration(out, options)
     made.__dict__["texts"] = texts()
     table.write(out / "sensitivity.json")
-    save_statics(out / "statics.safetensors", OFFSETS, {"data": "bundled", "method": "test", "model": "fake"})
+    feedback = FeedbackChoice("made up", FEEDBACK_STATICS_FILE, tuple(map(feedback_of, table.layers)))
+    feedback.write(out)
+    save_statics(out / FEEDBACK_STATICS_FILE, OFFSETS, {"data": "bundled", "method": "test", "model": "fake"})
     return made
+
+
+def feedback_of(layer):
+    ranges = {str(bits): each for bits, each in FEEDBACK.ranges.items()}
+    errors = {"nearest": {"2": 0.4, "4": 0.04}, "feedback": {"2": 0.1, "4": 0.01}}
+    keys = SideChoice(layer.transforms.key_round_feedback, ranges, errors, 0.25)
+    return LayerFeedback(layer.index, layer.transforms, keys, replace(keys, is_on=False, ratio=1.125), None)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +114,11 @@ def test_profile_round_trip(finished):
     assert {index: each.key_offset.tolist() for index, each in statics.items()} == {
         index: OFFSETS[index].key_offset.tolist() for index in (2, 3)
     }
+    for index, each in statics.items():
+        bits = profile.pairs[index].k_bits
+        has_feedback = bits in FEEDBACK.ranges
+        assert (each.key_round_feedback is not None) == has_feedback
+        assert not has_feedback or each.key_round_feedback.ranges == {bits: FEEDBACK.ranges[bits]}
     assert profile.model is not None and profile.model.name == "fake"
     provenance = profile.provenance
     assert provenance["versions"] == table.versions
@@ -121,6 +149,21 @@ def test_nothing_runs_twice(finished, monkeypatch, tmp_path):
     for stage in AFTER_SENSITIVITY:
         anew.run(stage)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+def test_without_round_feedback_the_transforms_statics_are_exported(finished, monkeypatch, tmp_path):
+    _, table, _ = finished
+    settings = replace(STATICS, key_round_feedback=False)
+    layers = tuple(replace(layer, transforms=settings) for layer in table.layers[2:4])
+    table = replace(table, layers=(*table.layers[:2], *layers, *table.layers[4:]))
+    made = calibration(tmp_path, table, [], monkeypatch, round_feedback="none")
+    (tmp_path / FEEDBACK_STATICS_FILE).rename(tmp_path / "statics.safetensors")
+    for stage in AFTER_SENSITIVITY:
+        made.run(stage)
+    assert "Not asked for: all codes are nearest ones." in (tmp_path / "report.html").read_text()
+    profile = load_profile(str(tmp_path / "profile.yaml"))
+    statics = load_statics(profile.statics, profile.resolve(profile.model))
+    assert {index: each.key_round_feedback for index, each in statics.items()} == {2: None, 3: None}
 
 
 @pytest.mark.slow
@@ -208,6 +251,9 @@ def test_report_holds_the_data_and_needs_nothing_else(finished):
     for each in heldout.settings:
         assert f"<td>{each.origin}</td><td>{each.nominal_bits:.3f}</td><td>{each.stored_bits:.3f}</td>" in html
     assert "Optuna: " in html
+    assert "2 of 10 layers round keys with feedback, where their error is 0.25 times" in html
+    assert "0 of 10 layers round values with feedback. " in html
+    assert "<td>0.250</td><td>0.75 / 1</td><td>1</td><td>1.125</td><td>nearest</td><td>nearest</td>" in html
 
 
 @pytest.mark.slow
@@ -328,10 +374,10 @@ def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, c
     window = ["--recent-window", "64", "--sink-tokens", "4"]
     assert cli.main(["calibrate", model, "--out", out, "--max-bits", "4", *window]) == 0
     assert CalibrationOptions.read(tmp_path / "out").sink_tokens == 4
-    assert cli.main(["sensitivity", out, "--recent-window", "0"]) == 1
+    assert cli.main(["transforms", out, "--recent-window", "0"]) == 1
     assert f"--{SINKS_ALONE}, but got 4" in capsys.readouterr().err
     assert CalibrationOptions.read(tmp_path / "out").recent_window == 64
-    assert cli.main(["sensitivity", out, "--recent-window", "0", "--sink-tokens", "0"]) == 0
+    assert cli.main(["transforms", out, "--recent-window", "0", "--sink-tokens", "0"]) == 0
 
 
 def test_the_models_own_folder_is_no_output_folder(model, capsys, monkeypatch):
@@ -503,7 +549,7 @@ def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):
     broken = replace(table, model={**table.model, "num_layers": 3})
     with pytest.raises(ValueError, match="layers"):
         write_profile(
-            tmp_path / "p.yaml", broken, out / "statics.safetensors", SearchResult.read(out), Heldout.read(out), None
+            tmp_path / "p.yaml", broken, out / FEEDBACK_STATICS_FILE, SearchResult.read(out), Heldout.read(out), None
         )
     assert not list(tmp_path.glob("*.yaml"))
     assert yaml.safe_load((out / "profile.yaml").read_text())["version"] == 1

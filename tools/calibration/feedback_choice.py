@@ -1,0 +1,350 @@
+"""Round feedback of each layer: metrics from its captured attention, factors from them, and ranges by measured error.
+
+Metrics come from all windows but every fourth, and choose nothing: on the windows left out, each side is rounded with
+feedback in each of the candidates' ranges, and to the nearest codes. What is measured there is the error of the
+attention output as what reads it counts it. A side keeps feedback where that is less than with nearest codes, by the
+geometric mean over 2 and 4 bits, at the captured positions and at far ones. Its factors are then those of all windows.
+
+Ranges of strong feedback are wide, since a number takes up what others lack; those of weak feedback are narrow.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from kvtuner_tools.calibration.artifacts import digest, read_artifact, unquantized_tokens
+from kvtuner_tools.calibration.attention_error import AttentionMeter
+from kvtuner_tools.calibration.captured import Capture, CapturedLayer
+from kvtuner_tools.calibration.round_metric import RoundMetrics, round_metrics
+from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
+from kvtuner_tools.results import write_json
+from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS
+from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
+from vllm_kvtuner.profile.statics import (
+    FEEDBACK_KINDS,
+    LINEAR_TRANSFORMS,
+    FeedbackStatics,
+    LayerStatics,
+    save_statics,
+)
+
+FEEDBACK_SCHEMA = "kvtuner-feedback/1"
+FEEDBACK_FILE = "feedback.json"
+"""Name of the choice in a calibration's output folder."""
+FEEDBACK_STATICS_FILE = "feedback.statics.safetensors"
+"""Holds the statics of the transforms, and those of round feedback with them."""
+RANGES = {
+    2: ((0.52, 0.62, 0.72), (0.6, 0.7, 0.8), (0.7, 0.82, 0.95), (0.8, 0.95, 1.1)),
+    4: ((0.8, 0.88, 0.96), (0.85, 0.92, 1.0), (0.89, 0.96, 1.03), (0.93, 1.0, 1.05)),
+}
+"""Bits -> candidates, from narrow to wide."""
+ONE_RANGE_FLOOR = 0.02
+"""Loss in error for which one range is taken instead of three, which cost the store three times the work."""
+HELDOUT_EVERY = 4
+"""Windows of which one is held out."""
+NEAREST, FEEDBACK = "nearest", "feedback"
+
+
+@dataclass(frozen=True)
+class SideChoice:
+    """Round feedback of a layer's keys or values.
+
+    Args:
+        is_on: whether it is used.
+        ranges: bits -> factors on a row's range.
+        errors: ``nearest`` and ``feedback`` -> bits -> error of the attention output on held-out windows.
+        ratio: of feedback's to nearest codes' error, the geometric mean over bits at the worse positions.
+    """
+
+    is_on: bool
+    ranges: Mapping[str, tuple[float, ...]]
+    errors: Mapping[str, Mapping[str, float]]
+    ratio: float
+
+
+@dataclass(frozen=True)
+class LayerFeedback:
+    """What was chosen for one layer.
+
+    Args:
+        index: decoder layer.
+        transforms: all of its transforms, round feedback with them.
+        keys: of its keys; None where ``note`` says why.
+        values: likewise.
+        note: why keys, or both, have no round feedback, or None.
+    """
+
+    index: int
+    transforms: TransformSettings
+    keys: SideChoice | None
+    values: SideChoice | None
+    note: str | None
+
+
+@dataclass(frozen=True)
+class FeedbackChoice:
+    """Transforms of all layers, round feedback with them.
+
+    Args:
+        inputs: digest of what it follows from.
+        statics: name of the safetensors file beside it, or None if no layer needs one.
+        layers: in the model's order.
+    """
+
+    inputs: str
+    statics: str | None
+    layers: tuple[LayerFeedback, ...]
+
+    @property
+    def transforms(self) -> dict[int, TransformSettings]:
+        """Layer -> its transforms."""
+        return {layer.index: layer.transforms for layer in self.layers}
+
+    def write(self, out_dir: Path) -> None:
+        """Write ``feedback.json``."""
+        write_json(out_dir / FEEDBACK_FILE, {"schema": FEEDBACK_SCHEMA, **asdict(self)})
+
+    @classmethod
+    def read(cls, out_dir: Path) -> "FeedbackChoice":
+        """Read what :meth:`write` wrote.
+
+        Raises:
+            ProfileError: not readable, or of another schema.
+        """
+        path = out_dir / FEEDBACK_FILE
+        document = read_artifact(path, FEEDBACK_SCHEMA, tuple(field.name for field in fields(cls)))
+        layers = tuple(
+            LayerFeedback(
+                index=layer["index"],
+                transforms=TransformSettings(**layer["transforms"]),
+                keys=_read_side(layer["keys"]),
+                values=_read_side(layer["values"]),
+                note=layer["note"],
+            )
+            for layer in document.pop("layers")
+        )
+        return cls(**document, layers=layers)
+
+
+def choose_feedback(
+    capture: Capture,
+    choice: TransformChoice,
+    out_dir: Path,
+    *,
+    recent_window: RecentWindow | None = None,
+    device: torch.device | str | None = None,
+) -> FeedbackChoice:
+    """Make and choose round feedback for every layer; write ``feedback.json`` and, where needed, its statics file.
+
+    A choice that is there already, from the same inputs, is read instead. Layers come one at a time, and windows of a
+    layer too but for those held out.
+
+    Args:
+        capture: what to measure on.
+        choice: transforms of every layer, without round feedback.
+        out_dir: the calibration's output folder; holds the choice's statics.
+        recent_window: tokens of each query that are not quantized; None where all are.
+        device: where to measure; by default the first GPU, or the CPU.
+    """
+    device = device or default_device()
+    inputs = digest(
+        {
+            "schema": FEEDBACK_SCHEMA,
+            "capture": capture.inputs,
+            "transforms": choice.inputs,
+            "ranges": {str(bits): ranges for bits, ranges in RANGES.items()},
+            **unquantized_tokens(recent_window),
+        }
+    )
+    if (found := _find(out_dir, inputs)) is not None:
+        return found
+    statics_path = None if choice.statics is None else out_dir / choice.statics
+    transforms = layer_transforms(choice.transforms, statics_path, device)
+    layers, statics = [], {}
+    for layer in tqdm(capture.layers, desc="round feedback", unit="layer"):
+        settings = choice.transforms[layer.index]
+        known = transforms[layer.index]
+        sides, feedback, note = _LayerCalibration(capture, layer, known, recent_window, device).choose()
+        keys, values = (sides.get(kind) for kind in FEEDBACK_KINDS)
+        settings = replace(settings, **{kind: kind in feedback for kind in FEEDBACK_KINDS})
+        layers.append(LayerFeedback(layer.index, settings, keys, values, note))
+        static = _layer_statics(known, settings, feedback)
+        if any(each is not None for each in vars(static).values()):
+            statics[layer.index] = static
+    if statics:
+        metadata = _metadata(statics_path) if statics_path is not None else {}
+        metadata |= {"model": capture.model["name"], "method": "calibration", "data": capture.data["source"]}
+        save_statics(out_dir / FEEDBACK_STATICS_FILE, statics, metadata)
+    result = FeedbackChoice(inputs, FEEDBACK_STATICS_FILE if statics else None, tuple(layers))
+    result.write(out_dir)
+    return result
+
+
+class _LayerCalibration:
+    """Round feedback of one layer.
+
+    Args:
+        capture: what to measure on.
+        layer: of it.
+        transforms: of the layer, without round feedback.
+        recent_window: tokens of each query that are not quantized.
+        device: where to measure.
+    """
+
+    def __init__(
+        self,
+        capture: Capture,
+        layer: CapturedLayer,
+        transforms: LayerTransforms,
+        recent_window: RecentWindow | None,
+        device: torch.device | str,
+    ) -> None:
+        self._capture = capture
+        self._layer = layer
+        self._transforms = transforms
+        self._recent_window = recent_window
+        self._device = device
+        self._rotary = capture.load_rotary(layer, device)
+
+    def choose(self) -> tuple[dict[str, SideChoice], dict[str, RoundFeedback], str | None]:
+        """Per name of a transform what was chosen and the feedback of those that are used; and why some are missing."""
+        gram = self._capture.load_output_gram(self._layer, self._device)
+        windows = range(len(self._capture.windows))
+        heldout = [*windows[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]] or [*windows[1:]][-1:]
+        if gram is None:
+            return {}, {}, self._capture.gram_unsupported
+        if not heldout:
+            return {}, {}, "text must have at least two windows, one of them to measure on"
+        seen = self._metrics([each for each in windows if each not in heldout], gram)
+        unseen = self._metrics(heldout, gram)
+        meters = self._meters(heldout, gram)
+        factors = self._factors(seen)
+        problem = self._layer.offset_unsupported
+        kinds = FEEDBACK_KINDS if problem is None else FEEDBACK_KINDS[1:]
+        sides = {kind: _choose_side(self._measures(kind, meters), factors[kind]) for kind in kinds}
+        factors = self._factors(RoundMetrics(seen.keys + unseen.keys, seen.values + unseen.values))
+        used = {
+            kind: RoundFeedback(factors[kind], {int(bits): ranges for bits, ranges in side.ranges.items()})
+            for kind, side in sides.items()
+            if side.is_on
+        }
+        return sides, used, problem
+
+    def _meters(self, windows: list[int], gram: torch.Tensor) -> list[AttentionMeter]:
+        """At the captured positions, and at far ones where there are any."""
+        rows = self._capture.load_layer(self._layer, self._device, windows)
+        near = None if self._rotary is None else self._rotary.near
+        meter = AttentionMeter(self._layer, rows, near, self._recent_window, gram)
+        return [meter] if self._rotary is None else [meter, meter.at_far_positions(self._rotary)]
+
+    def _measures(self, kind: str, meters: list[AttentionMeter]) -> list["Measure"]:
+        """By each meter; of values by the first alone, which positions do not change."""
+        if kind == "value_round_feedback":
+            meters = meters[:1]
+
+        def measure(meter: AttentionMeter, given: RoundFeedback | None) -> dict[int, float]:
+            if kind == "value_round_feedback":
+                return meter.value_errors(replace(self._transforms, value_feedback=given), FEEDBACK_BITS)
+            return meter.key_errors(replace(self._transforms, key_feedback=given), FEEDBACK_BITS)
+
+        return [partial(measure, meter) for meter in meters]
+
+    def _metrics(self, windows: list[int], gram: torch.Tensor) -> RoundMetrics:
+        near = None if self._rotary is None else self._rotary.near
+        rows = self._capture.load_windows(self._layer, windows, self._device)
+        return round_metrics(self._layer, rows, gram, near, self._recent_window)
+
+    def _factors(self, metrics: RoundMetrics) -> dict[str, torch.Tensor]:
+        """Transform's name -> factors."""
+        turns = None if self._rotary is None else self._rotary.turns
+        packed = metrics.at_positions(turns).packed(self._transforms)
+        factors = (triangular_factors(each) for each in (packed.keys, packed.values))
+        return dict(zip(FEEDBACK_KINDS, factors, strict=True))
+
+
+Measure = Callable[[RoundFeedback | None], dict[int, float]]
+"""Error per bits with some round feedback, or with nearest codes."""
+
+
+def _choose_side(measures: list[Measure], factors: torch.Tensor) -> SideChoice:
+    """Ranges by the first measure, and whether feedback is better than nearest codes by all of them."""
+    near = measures[0]
+    nearest = near(None)
+    best: dict[int, tuple[float, tuple[float, ...]]] = {}
+    for candidates in zip(*RANGES.values(), strict=True):
+        ranges = dict(zip(RANGES, candidates, strict=True))
+        for bits, error in near(RoundFeedback(factors, ranges)).items():
+            if bits not in best or error < best[bits][0]:
+                best[bits] = error, ranges[bits]
+    middle = {bits: ranges[1:2] for bits, (_, ranges) in best.items()}
+    for bits, error in near(RoundFeedback(factors, middle)).items():
+        if error <= (1 + ONE_RANGE_FLOOR) * best[bits][0]:
+            best[bits] = error, middle[bits]
+    chosen = RoundFeedback(factors, {bits: ranges for bits, (_, ranges) in best.items()})
+    errors = {bits: error for bits, (error, _) in best.items()}
+    ratio = max([_ratio(errors, nearest)] + [_ratio(each(chosen), each(None)) for each in measures[1:]])
+    return SideChoice(
+        is_on=ratio < 1,
+        ranges={str(bits): tuple(ranges) for bits, ranges in chosen.ranges.items()},
+        errors={
+            name: {str(bits): e for bits, e in each.items()} for name, each in ((NEAREST, nearest), (FEEDBACK, errors))
+        },
+        ratio=ratio,
+    )
+
+
+def _ratio(errors: Mapping[int, float], nearest: Mapping[int, float]) -> float:
+    """Geometric mean over bits; 1 where nothing is read packed."""
+    pairs = [(errors[bits], nearest[bits]) for bits in nearest if nearest[bits] > 0 and errors[bits] > 0]
+    return math.exp(sum(math.log(mine / theirs) for mine, theirs in pairs) / len(pairs)) if pairs else 1.0
+
+
+def _layer_statics(
+    transforms: LayerTransforms, settings: TransformSettings, feedback: Mapping[str, RoundFeedback]
+) -> LayerStatics:
+    """All of a layer's statics, as the file holds them."""
+
+    def plain(tensor: torch.Tensor | None) -> np.ndarray | None:
+        return None if tensor is None else tensor.cpu().numpy()
+
+    used = {
+        kind: FeedbackStatics(
+            each.factors.cpu().numpy(),
+            each.ranges,
+            tuple(name for name in LINEAR_TRANSFORMS[kind] if getattr(settings, name)),
+        )
+        for kind, each in feedback.items()
+    }
+    return LayerStatics(plain(transforms.key_offset), plain(transforms.key_equalization), **used)
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
+
+
+def _read_side(raw: dict[str, Any] | None) -> SideChoice | None:
+    if raw is None:
+        return None
+    return SideChoice(**{**raw, "ranges": {bits: tuple(each) for bits, each in raw["ranges"].items()}})
+
+
+def _find(out_dir: Path, inputs: str) -> FeedbackChoice | None:
+    """The choice from the same inputs, if it is there."""
+    try:
+        found = FeedbackChoice.read(out_dir)
+    except ProfileError:
+        return None
+    there = found.statics is None or (out_dir / found.statics).exists()
+    return found if found.inputs == inputs and there else None
