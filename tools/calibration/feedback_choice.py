@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from kvtuner_tools.calibration.artifacts import digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.attention_error import AttentionMeter
-from kvtuner_tools.calibration.captured import Capture, CapturedLayer
-from kvtuner_tools.calibration.round_metric import RoundMetrics, round_metrics
+from kvtuner_tools.calibration.captured import Capture, CapturedLayer, Window
+from kvtuner_tools.calibration.round_metric import DAMPING, PACKED_DAMPING, RoundMetrics, round_metrics
 from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
@@ -53,6 +53,8 @@ ONE_RANGE_FLOOR = 0.02
 """Loss in error for which one range is taken instead of three, which cost the store three times the work."""
 HELDOUT_EVERY = 4
 """Windows of which one is held out."""
+QUERIES = 256
+"""Queries of a window that errors are measured on."""
 NEAREST, FEEDBACK = "nearest", "feedback"
 
 
@@ -63,7 +65,8 @@ class SideChoice:
     Args:
         is_on: whether it is used.
         ranges: bits -> factors on a row's range.
-        errors: ``nearest`` and ``feedback`` -> bits -> error of the attention output on held-out windows.
+        errors: ``nearest`` and ``feedback`` -> bits -> error of the attention output on held-out windows, at the
+            captured positions.
         ratio: of feedback's to nearest codes' error, the geometric mean over bits at the worse positions.
     """
 
@@ -164,6 +167,7 @@ def choose_feedback(
             "capture": capture.inputs,
             "transforms": choice.inputs,
             "ranges": {str(bits): ranges for bits, ranges in RANGES.items()},
+            "method": [ONE_RANGE_FLOOR, HELDOUT_EVERY, QUERIES, DAMPING, PACKED_DAMPING],
             **unquantized_tokens(recent_window),
         }
     )
@@ -243,7 +247,7 @@ class _LayerCalibration:
 
     def _meters(self, windows: list[int], gram: torch.Tensor) -> list[AttentionMeter]:
         """At the captured positions, and at far ones where there are any."""
-        rows = self._capture.load_layer(self._layer, self._device, windows)
+        rows = [_sampled(each) for each in self._capture.load_windows(self._layer, windows, self._device)]
         near = None if self._rotary is None else self._rotary.near
         meter = AttentionMeter(self._layer, rows, near, self._recent_window, gram)
         return [meter] if self._rotary is None else [meter, meter.at_far_positions(self._rotary)]
@@ -273,35 +277,48 @@ class _LayerCalibration:
         return dict(zip(FEEDBACK_KINDS, factors, strict=True))
 
 
+def _sampled(window: Window) -> Window:
+    """With evenly spaced queries, at most QUERIES; the few of other stages leave the choice of ranges to chance."""
+    count = len(window.query)
+    rows = torch.arange(count - 1, 0, -math.ceil(count / QUERIES), device=window.query.device).flip(0)
+    return replace(window, query=window.query[rows], query_position=window.query_position[rows])
+
+
 Measure = Callable[[RoundFeedback | None], dict[int, float]]
 """Error per bits with some round feedback, or with nearest codes."""
 
 
 def _choose_side(measures: list[Measure], factors: torch.Tensor) -> SideChoice:
-    """Ranges by the first measure, and whether feedback is better than nearest codes by all of them."""
-    near = measures[0]
-    nearest = near(None)
+    """Ranges of least error over all measures, and whether feedback is better than nearest codes by each of them."""
     best: dict[int, tuple[float, tuple[float, ...]]] = {}
+
+    def mean_errors(ranges: Mapping[int, tuple[float, ...]]) -> dict[int, float]:
+        """Bits -> geometric mean of the measures' errors."""
+        measured = [measure(RoundFeedback(factors, ranges)) for measure in measures]
+        return {bits: math.prod(each[bits] for each in measured) ** (1 / len(measured)) for bits in ranges}
+
     for candidates in zip(*RANGES.values(), strict=True):
         ranges = dict(zip(RANGES, candidates, strict=True))
-        for bits, error in near(RoundFeedback(factors, ranges)).items():
+        for bits, error in mean_errors(ranges).items():
             if bits not in best or error < best[bits][0]:
                 best[bits] = error, ranges[bits]
     middle = {bits: ranges[1:2] for bits, (_, ranges) in best.items()}
-    for bits, error in near(RoundFeedback(factors, middle)).items():
+    for bits, error in mean_errors(middle).items():
         if error <= (1 + ONE_RANGE_FLOOR) * best[bits][0]:
             best[bits] = error, middle[bits]
     chosen = RoundFeedback(factors, {bits: ranges for bits, (_, ranges) in best.items()})
-    errors = {bits: error for bits, (error, _) in best.items()}
-    ratio = max([_ratio(errors, nearest)] + [_ratio(each(chosen), each(None)) for each in measures[1:]])
+    nearest, errors = [each(None) for each in measures], [each(chosen) for each in measures]
+    ratio = max(map(_ratio, errors, nearest))
     return SideChoice(
         is_on=ratio < 1,
         ranges={str(bits): tuple(ranges) for bits, ranges in chosen.ranges.items()},
-        errors={
-            name: {str(bits): e for bits, e in each.items()} for name, each in ((NEAREST, nearest), (FEEDBACK, errors))
-        },
+        errors={NEAREST: _by_name(nearest[0]), FEEDBACK: _by_name(errors[0])},
         ratio=ratio,
     )
+
+
+def _by_name(errors: Mapping[int, float]) -> dict[str, float]:
+    return {str(bits): error for bits, error in errors.items()}
 
 
 def _ratio(errors: Mapping[int, float], nearest: Mapping[int, float]) -> float:
