@@ -298,13 +298,20 @@ def statics_of(offset: float, factor: float, metadata: dict[str, str]) -> bytes:
     """A statics file with one number everywhere."""
     tensors = {f"layers.{n}.key_offset": np.full((2, 64), offset, np.float32) for n in range(LAYERS)}
     tensors |= {f"layers.{n}.key_equalization": np.full((2, 64), factor, np.float32) for n in range(LAYERS)}
-    return safetensors.numpy.save(tensors, metadata or None)
+    diagonal = np.eye(64, dtype=np.float16) * np.float16(min(factor, 1000.0))
+    for layer in range(LAYERS):
+        name = f"layers.{layer}.value_round_feedback"
+        tensors |= {name: np.stack([diagonal, diagonal]), f"{name}_ranges_4bit": np.array([0.9, factor], np.float32)}
+        metadata = {name: "none", **metadata}
+    return safetensors.numpy.save(tensors, metadata)
 
 
 def odd_statics(rng: random.Random) -> bytes:
     """A statics file that fits SHAPE, but for numbers and metadata that may be anything."""
     values = ("64", "0", "-2", "3", "9" * 20, "9" * 5000, "٣", "", "neox", "interleaved", "\x00", "x" * 1000)
     metadata = {key: rng.choice(values) for key in ("rotary_dim", "rope_style") if rng.random() < 0.3}
+    if rng.random() < 0.1:
+        metadata["layers.1.value_round_feedback"] = rng.choice((*values, "value_hadamard"))
     factor = rng.choice((1.0, 1.0, 1.0, 0.0, -1.0, np.nan, np.inf, 1e38))
     return statics_of(rng.choice((0.0, 3.0, 3.0, np.nan, -np.inf)), factor, metadata)
 
@@ -369,12 +376,14 @@ def read_statics(folder: Path, content: bytes) -> None:
     path = folder / STATICS
     path.write_bytes(content)
     profile = folder / "statics.yaml"
-    switches = "{key_offset: true, key_equalization: true}"
+    switches = "{key_offset: true, key_equalization: true, value_round_feedback: true}"
     profile.write_text(f"version: 1\nlayers: K4V4\ntransforms: {switches}\nstatics: {STATICS}\n")
     statics = load_statics(path, load_profile(str(profile)).resolve(SHAPE))
     for layer in statics.values():
         for tensor in (layer.key_offset, layer.key_equalization):
             assert tensor is not None and tensor.shape == (2, 64) and np.isfinite(tensor).all()
+        assert (feedback := layer.value_round_feedback) is not None and len(feedback.ranges[4]) in (1, 2, 3)
+        assert feedback.factors.shape == (2, 64, 64) and np.isfinite(feedback.factors).all()
 
 
 KINDS: tuple[tuple[str, Callable[[random.Random], bytes], Callable[[Path, bytes], None]], ...] = (

@@ -152,10 +152,10 @@ def _layers(profile: Profile, resolved: ResolvedProfile | None) -> list[dict[str
     if resolved is not None:
         entries = [(layer.index, layer.pair, layer.transforms, layer.recent) for layer in resolved.layers]
     elif isinstance(profile.pairs, PrecisionPair):
-        entries = [(None, profile.pairs, profile.transforms, profile.recent_of(-1))]
+        entries = [(None, profile.pairs, profile.transforms.at(profile.pairs), profile.recent_of(-1))]
     else:
         entries = [
-            (layer, pair, profile.transforms_of(layer), profile.recent_of(layer))
+            (layer, pair, profile.transforms_of(layer).at(pair), profile.recent_of(layer))
             for layer, pair in profile.pairs.items()
         ]
     return [
@@ -164,7 +164,7 @@ def _layers(profile: Profile, resolved: ResolvedProfile | None) -> list[dict[str
             "pair": pair.name,
             "k_bits": pair.k_bits,
             "v_bits": pair.v_bits,
-            "transforms": list(transforms.names if pair.is_quantized else ()),
+            "transforms": list(transforms.names),
             "recent_window": recent.tokens if recent is not None and pair.is_quantized else 0,
             "recent_window_bits": recent.bits if recent is not None and pair.is_quantized else None,
             "sink_tokens": recent.sink_tokens if recent is not None and pair.is_quantized else 0,

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_kvtuner.engine.statics import _heads_of_rank, layer_rotary, rotary_table
+from vllm_kvtuner.engine.statics import _feedback, _heads_of_rank, layer_rotary, rotary_table
+from vllm_kvtuner.profile.statics import FeedbackStatics
 
 
 @pytest.mark.parametrize(
@@ -21,6 +22,16 @@ def test_a_rank_takes_the_statics_of_its_own_heads(total, local, world_size, exp
     slices = [_heads_of_rank(total, local, rank, world_size) for rank in range(world_size)]
     assert [(part.start, part.stop) for part in slices] == expected
     assert all(np.arange(total)[part].size == local for part in slices)
+
+
+def test_a_rank_takes_the_feedback_of_its_own_heads():
+    factors = np.random.default_rng(0).standard_normal((4, 8, 8)).astype(np.float16)
+    static = FeedbackStatics(factors, {2: (0.8, 1.0)}, ())
+    feedback = _feedback(static, slice(1, 3), torch.device("cpu"))
+    assert feedback.factors.dtype == torch.float16
+    assert torch.equal(feedback.factors, torch.from_numpy(factors[1:3]))
+    assert feedback.ranges == {2: (0.8, 1.0)}
+    assert _feedback(None, slice(0, 4), torch.device("cpu")) is None
 
 
 class _Rotary(torch.nn.Module):

@@ -8,13 +8,14 @@ import torch
 from tests.helpers import cuda_emulator
 from vllm_kvtuner.kernels import choice, gpu, self_test
 from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, Span
-from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, UNSERVED_ON_GPUS
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS
 
 CPU = torch.device("cpu")
+ON_GPUS = tuple(name for name in TRANSFORM_KEYS if name not in UNSERVED_ON_GPUS)
 WINDOW = {"span": Span(None, 40, 4), "write_lse": True, "window_block_size": 32}
 
 
@@ -67,7 +68,7 @@ def test_one_and_several_tokens_are_decoded_in_few_and_many_requests():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tested",
-    [case("K2V2", transforms=TRANSFORM_KEYS), case("K4V2", **WINDOW), case(limits=(3, 16))],
+    [case("K2V2", transforms=ON_GPUS), case("K4V2", **WINDOW), case(limits=(3, 16))],
     ids=["all transforms", "recent window", "as many tokens as may be"],
 )
 def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
@@ -83,7 +84,7 @@ def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
 def test_the_cuda_kernels_pass(pair, device, record_property):
     """Compiled by then, in milliseconds; ``record_property`` keeps them for ``--junit-xml``."""
     shape = AttentionShape(32, 8, 128, 128**-0.5)
-    for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, {"span": Span(1024)}):
+    for fields in ({"transforms": ON_GPUS}, WINDOW, {"span": Span(1024)}):
         tested = self_test.Case(PageLayout(pair, 128, 16), shape, BatchLimits(256, 4), **fields)
         errors = gpu.measure_cuda(tested, device)
         assert errors.problem is None, errors

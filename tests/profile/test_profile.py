@@ -4,6 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -294,9 +295,31 @@ def test_statics_are_required_where_quantized_layers_use_them(write, transforms,
     text = f"version: 1\nlayers: {{0: K8V8, 1: K16V16, 2: K4V4}}\ntransforms: {transforms}\n"
     path = write(text)
     assert problems_of(load_profile, path) == (
-        f"{path}: statics must name a safetensors file where key_offset or key_equalization is true,"
+        f"{path}: statics must name a safetensors file where key_offset, key_equalization, "
+        "key_round_feedback or value_round_feedback is true,"
         f" but got none, needed for {layers}",
     )
+
+
+def test_round_feedback_is_for_few_bits(write):
+    """8-bit sides round to nearest codes, and need no statics for it."""
+    switches = "{key_hadamard: true, key_round_feedback: true, value_round_feedback: true}"
+    load_profile(write(f"version: 1\nlayers: {{0-2: K8V8, 3: K16V16}}\ntransforms: {switches}\n"))
+    text = f"version: 1\nlayers: {{0: K8V2, 1: K4V8, 2: K8V8, 3: K16V16}}\ntransforms: {switches}\n"
+    path = write(text)
+    assert problems_of(load_profile, path) == (
+        f"{path}: statics must name a safetensors file where key_offset, key_equalization, key_round_feedback or "
+        "value_round_feedback is true, but got none, needed for layers 0-1",
+    )
+    Path(path).with_name("s.safetensors").touch()
+    resolved = load_profile(write(f"{text}statics: s.safetensors\n")).resolve(SHAPE)
+    assert [layer.transforms.names for layer in resolved.layers] == [
+        ("key_hadamard", "value_round_feedback"),
+        ("key_hadamard", "key_round_feedback"),
+        ("key_hadamard",),
+        (),
+    ]
+    assert [layer.transforms.needs_statics for layer in resolved.layers] == [True, True, False, False]
 
 
 def test_statics_are_not_required_where_nothing_is_quantized(write):

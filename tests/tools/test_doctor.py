@@ -335,6 +335,21 @@ def test_cuda_asked_for_on_a_card_that_fails_is_a_problem(gpu_card, monkeypatch)
     assert advice.startswith("unset KVTUNER_DECODE_KERNEL")
 
 
+def test_round_feedback_on_a_card_is_a_problem_that_is_not_tested(monkeypatch):
+    """No kernel is asked for it: what served such a layer would round to nearest codes."""
+    asked = []
+    monkeypatch.setattr(gpu, "prove", lambda cases, device: asked.extend(cases) or RIGHT)
+    card = machine.Section("device", {"device": "a card"})
+    group = doctor.Group("0", PrecisionPair(4, 2), 64, TransformSettings(key_round_feedback=True))
+    section = doctor._kernels([group], card)
+    ((problem, advice),) = section.problems
+    assert problem.endswith("key_round_feedback must be false on a GPU, whose kernels round to nearest codes")
+    assert "or serve the profile on a CPU" in advice
+    assert asked == []
+    (fact,) = section.facts.values()
+    assert fact == {"layers": "0", "self-test": "not run"}
+
+
 @pytest.mark.parametrize("error", [ValueError("the folder"), RuntimeError("the context")])
 def test_a_self_test_that_ends_in_an_error_is_a_problem(gpu_card, error):
     section = gpu_card(error)

@@ -114,12 +114,14 @@ class AttentionMeter:
         transforms = replace(transforms, rotary=self._rotary)
         rows = transform_keys(self._keys, self._positions, transforms)
         for bits in QUANTIZED_BITS:
-            yield bits, restore_keys(_quantized(rows, bits, transforms), self._positions, transforms)
+            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.key_feedback)
+            yield bits, restore_keys(read, self._positions, transforms)
 
     def _quantized_values(self, transforms: LayerTransforms) -> Iterator[tuple[int, torch.Tensor]]:
         rows = rotate_values(self._values, transforms)
         for bits in QUANTIZED_BITS:
-            yield bits, rotate_values(_quantized(rows, bits, transforms), transforms)
+            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.value_feedback)
+            yield bits, rotate_values(read, transforms)
 
     def _attend(self, keys: torch.Tensor) -> list[torch.Tensor]:
         """Attention weights of the sampled queries, per window [num_kv_heads, group * num_queries, num_tokens]."""
@@ -172,8 +174,3 @@ class AttentionMeter:
         is_sink = torch.arange(distance.shape[1], device=distance.device) < recent.sink_tokens
         group = window.query.shape[1] // self._layer.num_kv_heads
         return ((distance >= 0) & ((distance < recent.tokens) | is_sink)).repeat(group, 1)
-
-
-def _quantized(rows: torch.Tensor, bits: int, transforms: LayerTransforms) -> torch.Tensor:
-    """Rows as a page gives them back, fp32."""
-    return code_format(bits).round_trip(rows, transforms.range_search)

@@ -169,6 +169,7 @@ def layer_transforms(
     tensors = {} if choice.statics is None else load_file(out_dir / choice.statics, device=str(device))
 
     def build(index: int, settings: TransformSettings) -> LayerTransforms:
+        assert not settings.key_round_feedback and not settings.value_round_feedback, "not among the candidates"
         return LayerTransforms(
             key_offset=tensors[f"layers.{index}.key_offset"] if settings.key_offset else None,
             key_equalization=tensors[f"layers.{index}.key_equalization"] if settings.key_equalization else None,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_kvtuner.engine.config import resolved_profile
+from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
 from vllm_kvtuner.profile.statics import load_statics
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvtuner.profile.profile import ResolvedProfile
+    from vllm_kvtuner.profile.statics import FeedbackStatics
 
 
 def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedProfile | None = None) -> None:
@@ -51,14 +53,13 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
         device = next(model.parameters()).device
         heads = _heads_of_rank(precision.shape.num_kv_heads, layer.num_kv_heads, rank, world_size)
 
-        def tensor(array: Any, heads: slice = heads, device: torch.device = device) -> torch.Tensor | None:
-            return None if array is None else torch.from_numpy(array[heads].copy()).to(device)
-
         chosen, static = precision.transforms, statics[precision.index]
         rotary = None
         if chosen.key_offset:
             parent = modules[names[id(layer)].rpartition(".")[0]]
             rotary = layer_rotary(parent, config, precision.index)
+        tensor = functools.partial(_on_device, heads=heads, device=device)
+        feedback = functools.partial(_feedback, heads=heads, device=device)
         layer.impl.bind_statics(
             LayerTransforms(
                 key_offset=tensor(static.key_offset) if chosen.key_offset else None,
@@ -67,8 +68,22 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
                 key_hadamard=chosen.key_hadamard,
                 value_hadamard=chosen.value_hadamard,
                 range_search=chosen.range_search,
+                key_feedback=feedback(static.key_round_feedback) if chosen.key_round_feedback else None,
+                value_feedback=feedback(static.value_round_feedback) if chosen.value_round_feedback else None,
             )
         )
+
+
+def _on_device(array: Any, heads: slice, device: torch.device) -> torch.Tensor | None:
+    return None if array is None else torch.from_numpy(array[heads].copy()).to(device)
+
+
+def _feedback(static: FeedbackStatics | None, heads: slice, device: torch.device) -> RoundFeedback | None:
+    if static is None:
+        return None
+    factors = _on_device(static.factors, heads, device)
+    assert factors is not None
+    return RoundFeedback(factors, static.ranges)
 
 
 def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:

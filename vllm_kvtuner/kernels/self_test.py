@@ -29,7 +29,8 @@ from vllm_kvtuner.kernels.contract import (
 from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.codes import RANGE_FACTORS
-from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout
+from vllm_kvtuner.pages.feedback import RoundFeedback
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, FEEDBACK_BITS, PageLayout
 from vllm_kvtuner.pages.transforms import (
     LayerTransforms,
     RotaryTable,
@@ -52,6 +53,8 @@ OFFSET_PAIRS = 8
 """Rotary pairs with a key offset, as many as kernels keep in registers."""
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
+FEEDBACK = 0.25
+"""Of random round feedback, see :func:`_random_feedback`."""
 POISON = 255
 """Byte of what nobody stored: scale and minimum of such a token are NaN, and so is all that reads them."""
 SPARE_ROWS = 3
@@ -166,6 +169,8 @@ def transform_names(transforms: LayerTransforms) -> tuple[str, ...]:
         "key_hadamard": transforms.key_hadamard,
         "value_hadamard": transforms.value_hadamard,
         "range_search": transforms.range_search,
+        "key_round_feedback": transforms.key_feedback is not None,
+        "value_round_feedback": transforms.value_feedback is not None,
     }
     return tuple(name for name, on in states.items() if on)
 
@@ -221,7 +226,21 @@ def random_transforms(names: tuple[str, ...], case: Case, device: torch.device) 
         key_hadamard="key_hadamard" in names,
         value_hadamard="value_hadamard" in names,
         range_search="range_search" in names,
+        key_feedback=_random_feedback(heads, size, random) if "key_round_feedback" in names else None,
+        value_feedback=_random_feedback(heads, size, random) if "value_round_feedback" in names else None,
     )
+
+
+def _random_feedback(heads: int, size: int, random: torch.Generator) -> RoundFeedback:
+    """Weak, in ranges that clip nothing: what a number takes up is FEEDBACK of the others' largest error at most.
+
+    So errors stay within 0.5 / (1 - FEEDBACK) steps.
+    """
+    coefficients = torch.randn(heads, size, size, generator=random, device=random.device, dtype=torch.float32).triu(1)
+    coefficients *= FEEDBACK / coefficients.abs().sum(-1, keepdim=True).clamp(min=1e-3)
+    diagonal = 0.5 + torch.rand(heads, size, generator=random, device=random.device, dtype=torch.float32)
+    factors = (coefficients + torch.diag_embed(diagonal)).half()
+    return RoundFeedback(factors, dict.fromkeys(FEEDBACK_BITS, (1.0, 1.1)))
 
 
 @contextlib.contextmanager

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_kvtuner.pages.layout import QUANTIZED_BITS
+from vllm_kvtuner.pages.feedback import RoundFeedback
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS, FP16_MAX, QUANTIZED_BITS
 
 RANGE_FACTORS = tuple(1.0 - 0.05 * step for step in range(11))
 """Factors 1, 0.95, ..., 0.5 that range search shrinks a row's [min, max] by, about its middle."""
-FP16_MAX = 65504.0
 
 
 @dataclass(frozen=True)
@@ -37,28 +37,29 @@ class UniformCodes:
         return 8 // self.bits
 
     def quantize(
-        self, rows: torch.Tensor, range_search: bool = False
+        self, rows: torch.Tensor, range_search: bool = False, feedback: RoundFeedback | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Nearest codes of rows.
+        """Codes of rows: the nearest ones, or by round feedback.
 
         Scale and minimum are rounded to fp16 before the codes are taken, so that codes match what a reader multiplies
         by; a constant row gets scale 0.
 
         Args:
-            rows: [..., head_size], any float dtype.
+            rows: [..., head_size], any float dtype; [..., num_kv_heads, head_size] with feedback.
             range_search: among RANGE_FACTORS take the range with the least squared error, if bits < 8.
+            feedback: of the layer's side, in FEEDBACK_BITS; its ranges then stand for those of the search.
 
         Returns:
             codes uint8 [..., head_size], scale fp16 [...], minimum fp16 [...].
         """
         rows = rows.float()
+        if feedback is not None and self.bits in FEEDBACK_BITS:
+            return self._feed_back(rows, feedback)
         low, high = rows.amin(-1), rows.amax(-1)
         best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
         best_error = torch.empty(0)
         for factor in RANGE_FACTORS if range_search and self.bits < 8 else (1.0,):
-            shrink = (high - low) * (0.5 * (1.0 - factor))
-            scale = ((high - low) * (factor / self.levels)).clamp(max=FP16_MAX).half()
-            minimum = (low + shrink).clamp(-FP16_MAX, FP16_MAX).half()
+            scale, minimum = self._range(low, high, factor)
             step, base = scale.float()[..., None], minimum.float()[..., None]
             inverse = torch.where(step > 0, 1.0 / step, 0.0)
             codes = ((rows - base) * inverse + 0.5).floor().clamp(0, self.levels)
@@ -75,6 +76,25 @@ class UniformCodes:
                 )
         assert best is not None
         return best[0].to(torch.uint8), best[1], best[2]
+
+    def _feed_back(
+        self, rows: torch.Tensor, feedback: RoundFeedback
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`quantize`; numbers beyond fp16 count as its largest, so that errors stay finite."""
+        shape = rows.shape
+        rows = rows.reshape(-1, *shape[-2:]).clamp(-FP16_MAX, FP16_MAX)
+        low, high = rows.amin(-1), rows.amax(-1)
+        ranges = [self._range(low, high, factor) for factor in feedback.ranges[self.bits]]
+        scale, minimum = (torch.stack(each) for each in zip(*ranges, strict=True))
+        codes, chosen = feedback.round(rows, scale, minimum, self.levels)
+        scale, minimum = (each.gather(0, chosen[None])[0].view(shape[:-1]) for each in (scale, minimum))
+        return codes.reshape(shape), scale, minimum
+
+    def _range(self, low: torch.Tensor, high: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and minimum, fp16, of rows from ``low`` to ``high`` whose range is ``factor`` as wide."""
+        shrink = (high - low) * (0.5 * (1.0 - factor))
+        scale = ((high - low) * (factor / self.levels)).clamp(max=FP16_MAX).half()
+        return scale, (low + shrink).clamp(-FP16_MAX, FP16_MAX).half()
 
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [..., head_size] to bytes uint8 [..., row bytes], in the order of pages/layout.py."""
@@ -95,9 +115,11 @@ class UniformCodes:
         scale, minimum = meta.float().unsqueeze(-1).unbind(-2)
         return self.unpack(packed).float() * scale + minimum
 
-    def round_trip(self, rows: torch.Tensor, range_search: bool = False) -> torch.Tensor:
+    def round_trip(
+        self, rows: torch.Tensor, range_search: bool = False, feedback: RoundFeedback | None = None
+    ) -> torch.Tensor:
         """Rows fp32 as a page would give them back; arguments as :meth:`quantize`."""
-        codes, scale, minimum = self.quantize(rows, range_search)
+        codes, scale, minimum = self.quantize(rows, range_search, feedback)
         return codes.float() * scale.float()[..., None] + minimum.float()[..., None]
 
 

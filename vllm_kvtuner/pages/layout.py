@@ -26,6 +26,11 @@ BLOCK_SIZE_MULTIPLE = 16
 """Tokens a block must be a multiple of, so that every part of a chunk is aligned."""
 MAX_HEAD_SIZE = 256
 """Largest head_size a kernel serves."""
+FEEDBACK_BITS = (2, 4)
+"""Bits of codes that round feedback serves; codes of 8 are nearest ones, whose errors are too small to matter."""
+MAX_RANGES = 3
+"""Ranges that round feedback tries for a row, at most."""
+FP16_MAX = 65504.0
 RECENT_BITS = (8, 16)
 """Bits in which a recent window keeps its tokens: K8V8 pages, or rows of the model's dtype."""
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_kvtuner.pages.feedback import RoundFeedback
+
 ANGLE_STEP = 32
 """Positions between the rows of :attr:`RotaryTable.coarse_angles`."""
 
@@ -126,6 +128,8 @@ class LayerTransforms:
         key_hadamard: rotate keys by the Hadamard matrix of :func:`hadamard`.
         value_hadamard: rotate values by it.
         range_search: choose each row's range by squared error instead of taking [min, max].
+        key_feedback: round keys with feedback, in ranges of its own, or None.
+        value_feedback: likewise for values.
     """
 
     key_offset: torch.Tensor | None = None
@@ -134,6 +138,8 @@ class LayerTransforms:
     key_hadamard: bool = False
     value_hadamard: bool = False
     range_search: bool = False
+    key_feedback: RoundFeedback | None = None
+    value_feedback: RoundFeedback | None = None
 
     @functools.cached_property
     def offset_partner(self) -> torch.Tensor | None:

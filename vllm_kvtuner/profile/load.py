@@ -21,7 +21,7 @@ A profile file::
     recent_window_bits: 16      # or 8
     recent_window_overrides: {0-3: 128, 30-31: 0}
     sink_tokens: 4              # a request's first tokens, which layers with a window read in its bits too
-    statics: llama.statics.safetensors   # beside the profile; key_offset and key_equalization read it
+    statics: llama.statics.safetensors   # beside the profile; key_offset, key_equalization and round feedback read it
     attend_cached_prefill: false
     provenance: {}              # how it was made: any plain values
 
@@ -52,6 +52,7 @@ from vllm_kvtuner.profile.profile import (
     MAX_SINK_TOKENS,
     SCHEMA_VERSION,
     SINK_TOKENS_WITHOUT_WINDOW,
+    STATIC_TRANSFORMS,
     TRANSFORM_KEYS,
     LayerPrecision,
     Profile,
@@ -149,7 +150,9 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
         elif not os.path.isfile(path.parent / statics):
             problems.add("statics", "must name a file (relative to the profile)", f"{statics!r}, which is not there")
     elif needing := _layers_needing_statics(pairs, transforms, overrides):
-        rule = "must name a safetensors file where key_offset or key_equalization is true"
+        rule = (
+            f"must name a safetensors file where {', '.join(STATIC_TRANSFORMS[:-1])} or {STATIC_TRANSFORMS[-1]} is true"
+        )
         problems.add("statics", rule, f"none, needed for {needing}")
 
     attend = document.get("attend_cached_prefill", False)
@@ -304,11 +307,9 @@ def _layers_needing_statics(
     overrides: Mapping[int, TransformSettings],
 ) -> str | None:
     if isinstance(pairs, PrecisionPair):
-        needed = pairs.is_quantized and any(each.needs_statics for each in (transforms, *overrides.values()))
-        return "the quantized layers" if needed else None
-    layers = [
-        layer for layer, pair in pairs.items() if pair.is_quantized and overrides.get(layer, transforms).needs_statics
-    ]
+        settings = (transforms, *overrides.values())
+        return "the quantized layers" if any(each.at(pairs).needs_statics for each in settings) else None
+    layers = [layer for layer, pair in pairs.items() if overrides.get(layer, transforms).at(pair).needs_statics]
     return f"layers {format_layers(layers)}" if layers else None
 
 

@@ -1,12 +1,13 @@
 """What a precision profile says, and how it meets a model."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_kvtuner.pages.layout import (
     BLOCK_SIZE_MULTIPLE,
+    FEEDBACK_BITS,
     RECENT_BITS,
     UNQUANTIZED,
     PrecisionPair,
@@ -31,6 +32,8 @@ class TransformSettings:
         key_hadamard: rotate keys over head_size.
         value_hadamard: rotate values over head_size.
         range_search: choose each row's range by squared error.
+        key_round_feedback: round each number of a key with regard to the errors of those before it (statics).
+        value_round_feedback: likewise for values.
     """
 
     key_offset: bool = False
@@ -38,10 +41,22 @@ class TransformSettings:
     key_hadamard: bool = False
     value_hadamard: bool = False
     range_search: bool = False
+    key_round_feedback: bool = False
+    value_round_feedback: bool = False
 
     @property
     def needs_statics(self) -> bool:
-        return self.key_offset or self.key_equalization
+        return bool(set(STATIC_TRANSFORMS) & set(self.names))
+
+    def at(self, pair: PrecisionPair) -> "TransformSettings":
+        """What of them a layer of that pair does: none in 16 bits, and round feedback in few bits alone."""
+        if not pair.is_quantized:
+            return TransformSettings()
+        return replace(
+            self,
+            key_round_feedback=self.key_round_feedback and pair.k_bits in FEEDBACK_BITS,
+            value_round_feedback=self.value_round_feedback and pair.v_bits in FEEDBACK_BITS,
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -51,7 +66,8 @@ class TransformSettings:
 
 TRANSFORM_KEYS = tuple(field.name for field in fields(TransformSettings))
 """Names of the transforms, in the order they are applied."""
-
+STATIC_TRANSFORMS = ("key_offset", "key_equalization", "key_round_feedback", "value_round_feedback")
+"""Those of them that read statics."""
 
 MAX_RECENT_WINDOW = 4096
 """Longest recent window, in tokens."""
@@ -95,7 +111,7 @@ class LayerPrecision:
         index: decoder layer.
         pair: bits of its keys and values.
         shape: KV heads (before tensor parallelism) and head size.
-        transforms: what it does before storing; all off for K16V16.
+        transforms: what it does before storing, only what its pair makes use of.
         recent: its recent window; None for K16V16.
     """
 
@@ -192,7 +208,7 @@ class Profile:
         for index in shape.attention_layers:
             pair = self.pair_of(index)
             assert pair is not None
-            transforms = self.transforms_of(index) if pair.is_quantized else TransformSettings()
+            transforms = self.transforms_of(index).at(pair)
             recent = self.recent_of(index) if pair.is_quantized else None
             layers.append(LayerPrecision(index, pair, shape.layers[index], transforms, recent))
         return ResolvedProfile(self, tuple(layers))

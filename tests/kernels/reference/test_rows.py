@@ -1,6 +1,7 @@
 """Store and gather in torch: what is stored comes back."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from vllm_kvtuner.kernels.reference.rows import (
     reshape_and_cache_ref,
     store_rows_ref,
 )
+from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
-from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.pages.transforms import LayerTransforms, rotate_values, transform_keys
 from vllm_kvtuner.pages.views import page_sides
 
 CPU = torch.device("cpu")
@@ -73,6 +75,48 @@ def test_what_is_stored_comes_back(pair):
         step = meta[slots // 16, :, slots % 16, 0].float().max()
         assert (got - want).abs().max() <= 4.2 * factor * step
         assert (got - want).square().mean().sqrt() <= 0.35 * factor * step
+
+
+@pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
+def test_each_side_is_stored_with_its_own_feedback(pair):
+    """Of the transformed rows, in the page's bits, whatever the search; reading and :func:`read_back_ref` agree."""
+    layout = make_layout(pair, 64)
+    rotary = rotary_table(64, True, 200, CPU)
+    keys_know, values_know = random_feedback(3, 64, (0.8, 1.1)), random_feedback(3, 64, (0.7,))
+    transforms = random_transforms(
+        3, 64, CPU, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True, range_search=True
+    )
+    transforms = replace(transforms, key_feedback=keys_know, value_feedback=values_know)
+    table, num_blocks = random_table(layout, SEQ_LENS, CPU)
+    key, value = torch.randn(2, sum(SEQ_LENS), 3, 64)
+    positions = torch.cat([torch.arange(length) for length in SEQ_LENS])
+    slots = slots_of(table, SEQ_LENS, 16)
+    pages = Pages(empty_cache(layout, num_blocks, 3, CPU), layout, transforms)
+    reshape_and_cache_ref(key, value, slots, positions, pages)
+    rows = transform_keys(key, positions, transforms), rotate_values(value, transforms)
+    for side, row, know in zip(page_sides(pages.kv_cache, layout), rows, (keys_know, values_know), strict=True):
+        codes, scale, minimum = side.format.quantize(row, range_search=True, feedback=know)
+        block, offset = slots // 16, slots % 16
+        assert torch.equal(side.format.unpack(side.codes[block, :, offset]), codes)
+        assert torch.equal(side.meta[block, :, offset], torch.stack([scale, minimum], dim=-1))
+        nearest = side.format.quantize(row, range_search=True)[0]
+        assert torch.equal(codes, nearest) == (side.format.bits == 8)
+    read = gathered(pages, table, key)
+    for got, at_once in zip(read, read_back_ref(key, value, positions, layout.pair, transforms), strict=True):
+        torch.testing.assert_close(at_once, got, rtol=0, atol=1e-5)
+
+
+def gathered(pages, table, key):
+    keys, values = torch.empty(2, *key.shape)
+    bounds = torch.tensor([0, *itertools.accumulate(SEQ_LENS)], dtype=torch.int32)
+    starts = torch.zeros(len(SEQ_LENS), dtype=torch.int32)
+    gather_cache_ref(pages, CachedTokens(table, bounds, starts, sum(SEQ_LENS)), keys, values)
+    return keys, values
+
+
+def random_feedback(heads, size, ranges):
+    root = torch.eye(size, dtype=torch.float64) + 0.2 * torch.randn(heads, size, size, dtype=torch.float64)
+    return RoundFeedback(triangular_factors(root @ root.mT), dict.fromkeys((2, 4), ranges))
 
 
 def test_empty_slots_store_nothing():

@@ -23,7 +23,7 @@ from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.engine import KV_CACHE_BYTES, cpu_only, fork_server
 from vllm_kvtuner.engine import checks
 from vllm_kvtuner.profile.load import load_profile
-from vllm_kvtuner.profile.statics import LayerStatics, save_statics
+from vllm_kvtuner.profile.statics import FeedbackStatics, LayerStatics, save_statics
 
 pytestmark = cpu_only
 
@@ -35,6 +35,7 @@ QWEN_PROFILES = {
         "statics: statics.safetensors\n"
         "transforms:\n"
         "  {key_offset: true, key_equalization: true, key_hadamard: true, value_hadamard: true, range_search: true,\n"
+        "  key_round_feedback: true, value_round_feedback: true,\n"
         "  overrides: {1: {key_offset: false, key_equalization: false}, 2: {value_hadamard: false}}}"
     ),
     "plain": "layers: K8V8",
@@ -187,13 +188,24 @@ def test_a_calibration_with_sink_tokens_ends_in_a_profile_that_serves_what_was_s
 
 
 def random_statics(path: Path) -> None:
+    """Of the transformed Qwen profile."""
     numbers = np.random.default_rng(0)
     factors = numbers.uniform(0.5, 2, (2, 32))
-    layer = LayerStatics(
-        key_offset=numbers.normal(size=(2, 64)).astype(np.float32),
-        key_equalization=np.concatenate([factors, factors], axis=1).astype(np.float32),
-    )
-    save_statics(path, dict.fromkeys(range(4), layer), {})
+
+    def feedback(*transforms: str) -> FeedbackStatics:
+        upper = np.triu(0.2 * numbers.normal(size=(2, 64, 64)), 1)
+        return FeedbackStatics(upper + np.eye(64), {2: (0.8, 1.1), 4: (1.0,)}, transforms)
+
+    def layer(index: int) -> LayerStatics:
+        equalization = () if index == 1 else ("key_equalization",)
+        return LayerStatics(
+            key_offset=numbers.normal(size=(2, 64)).astype(np.float32),
+            key_equalization=np.concatenate([factors, factors], axis=1).astype(np.float32),
+            key_round_feedback=feedback(*equalization, "key_hadamard"),
+            value_round_feedback=feedback(*(() if index == 2 else ("value_hadamard",))),
+        )
+
+    save_statics(path, {index: layer(index) for index in range(4)}, {})
 
 
 @pytest.mark.parametrize(

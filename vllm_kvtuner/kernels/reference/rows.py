@@ -23,8 +23,10 @@ def reshape_and_cache_ref(
     block, offset = slots // block_size, slots % block_size
     keys = transform_keys(key[keep], None if positions is None else positions[keep], pages.transforms)
     values = rotate_values(value[keep], pages.transforms)
-    for rows, side in zip((keys, values), page_sides(pages.kv_cache, pages.layout), strict=True):
-        codes, scale, minimum = side.format.quantize(rows, pages.transforms.range_search)
+    feedbacks = pages.transforms.key_feedback, pages.transforms.value_feedback
+    sides = page_sides(pages.kv_cache, pages.layout)
+    for rows, feedback, side in zip((keys, values), feedbacks, sides, strict=True):
+        codes, scale, minimum = side.format.quantize(rows, pages.transforms.range_search, feedback)
         side.codes[block, :, offset] = side.format.pack(codes)
         side.meta[block, :, offset] = torch.stack([scale, minimum], dim=-1)
     if window is not None:
@@ -51,8 +53,10 @@ def read_back_ref(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values fp32 in model space that :func:`gather_cache_ref` would give of tokens stored at ``pair``;
     arguments as :func:`reshape_and_cache_ref`."""
-    keys = code_format(pair.k_bits).round_trip(transform_keys(key, positions, transforms), transforms.range_search)
-    values = code_format(pair.v_bits).round_trip(rotate_values(value, transforms), transforms.range_search)
+    search = transforms.range_search
+    keys, values = transform_keys(key, positions, transforms), rotate_values(value, transforms)
+    keys = code_format(pair.k_bits).round_trip(keys, search, transforms.key_feedback)
+    values = code_format(pair.v_bits).round_trip(values, search, transforms.value_feedback)
     return restore_keys(keys, positions, transforms), rotate_values(values, transforms)
 
 
