@@ -58,10 +58,12 @@ class RecentMetadata(AttentionMetadata):
     Args:
         block_table: [num_reqs, max_blocks] int32; blocks that have left the window may be any.
         slot_mapping: [num_tokens] int64, -1 for tokens that are not stored.
+        holds_step: whether all of the batch's tokens are stored, since each request has as few as a decode.
     """
 
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    holds_step: bool
 
 
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
@@ -81,11 +83,12 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RecentMetadata:
         common = common_attn_metadata
-        if common.max_query_len > self._decode_query_len:
+        holds_step = common.max_query_len <= self._decode_query_len
+        if not holds_step:
             # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well.
             # In place, since vLLM's buffer is where CUDA graphs look for it.
             common.slot_mapping.masked_fill_(common.slot_mapping < self._block_size, -1)
-        return RecentMetadata(common.block_table_tensor[: common.num_reqs], common.slot_mapping)
+        return RecentMetadata(common.block_table_tensor[: common.num_reqs], common.slot_mapping, holds_step)
 
 
 class RecentBackend(AttentionBackend):
