@@ -1,10 +1,10 @@
 """The recent window: a second cache of a layer, which holds its newest tokens in 16 or 8 bits.
 
-Every token is stored packed at once, and in the window too. Attention reads the newest ``tokens`` of each query from
-there, and those of the request's first ``sink_tokens`` that the layer's own sliding window leaves visible. The window
-is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward context under the attention layer's
-name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both model runners (and 0.32.0 and
-0.33.0) do with every ``AttentionLayerBase`` there, this uses
+Every token is stored packed in its step (step_packing.py says when), and in the window too. Attention reads the newest
+``tokens`` of each query from there, and those of the request's first ``sink_tokens`` that the layer's own sliding
+window leaves visible. The window is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward
+context under the attention layer's name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both
+model runners (and 0.32.0 and 0.33.0) do with every ``AttentionLayerBase`` there, this uses
 
 - ``get_kv_cache_spec`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/attn_utils.py): a spec per name, so that the
   window becomes a KV cache group, with blocks from the pool of the packed pages;
