@@ -176,3 +176,9 @@ def test_drafts_that_are_rejected(llama, repetitive, profile):
     drafted, accepted = (late.counts[f"vllm:spec_decode_num_{kind}_tokens"] for kind in ("draft", "accepted"))
     assert 0 < accepted < drafted
     assert late.packed[LATE_LAYERS] > 0
+
+
+def test_layers_in_several_cache_groups(gemma3, prompts, profile):
+    """Sliding-window and full layers, and their windows, have slots of their own."""
+    late = lives(gemma3, profile, [Call(prompts, {"max_tokens": 80})], block_size=32)
+    assert late.packed[LATE_LAYERS] >= 80 - 1
