@@ -1,4 +1,4 @@
-"""The CUDA store with round feedback: lane by lane on a CPU and, marked ``gpu``, on a card; and through the compiler."""
+"""The CUDA store with round feedback: lane by lane on a CPU, on a card (``gpu``), and through the compiler."""
 
 import dataclasses
 

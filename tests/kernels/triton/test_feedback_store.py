@@ -22,7 +22,7 @@ from vllm_kvtuner.pages.layout import FEEDBACK_BITS, FP16_MAX
 from vllm_kvtuner.pages.transforms import LayerTransforms, rotate_values, transform_keys
 
 TOTAL_LIMIT = 0.03
-"""By how much the weighted error of all rows of a test together may differ from the reference's: of some 20 rows one that
+"""By how much the weighted error of a test's rows together may differ from the reference's: one of some 20 rows that
 takes another code at a tie counts by a hundredth."""
 ROW_LIMIT = 3.0
 """How many times the reference's the weighted error of one row may be: a code that lies between two moves others."""
@@ -113,6 +113,7 @@ def test_every_head_size(head_size, dtype, device):
     check_against_reference(pages, slots, key, value)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", ["K4V4", "K2V2"])
 def test_codes_are_the_references_where_nothing_is_near_a_tie(pair, device):
     """Byte for byte: rows are whole steps above a whole minimum and coefficients whole, but for a quarter each, so that
@@ -187,6 +188,7 @@ def test_untouched_bytes_stay(device):
     assert torch.equal(after, before)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("which", ["both", "keys", "values"])
 def test_a_recent_window_keeps_the_rows(which, device):
     """As they are, and a token in either, both or none."""
@@ -225,6 +227,7 @@ def test_constant_rows_get_scale_0(device):
     assert not values.meta.any()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("huge", [7e4, 3e38, math.inf])
 def test_huge_rows_saturate(huge, device):
     known = feedback(64, 2, 2, device)
@@ -267,24 +270,25 @@ def test_rows_with_nan_read_as_nan(device):
         assert torch.equal(read.isnan(), rows.isnan().any(-1, keepdim=True).expand_as(read))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits", FEEDBACK_BITS)
 def test_the_best_range_is_taken(bits, device):
     """No other range of the three gives a row much less of the error that counts, and each serves some rows."""
-    known = feedback(64, 2, 3, device)
-    key, value = tokens(35, 2, 64, torch.float32, device)
-    slots = random_slots(35, 48, device)
+    known = feedback(32, 2, 3, device)
+    key, value = tokens(16, 2, 32, torch.float32, device)
+    slots = random_slots(16, 48, device)
 
     def read(ranges):
         one = RoundFeedback(known.factors, {bits: ranges})
         pages = empty_pages(
-            make_layout(f"K{bits}V{bits}", 64), 3, 2, device, LayerTransforms(key_feedback=one, value_feedback=one)
+            make_layout(f"K{bits}V{bits}", 32), 3, 2, device, LayerTransforms(key_feedback=one, value_feedback=one)
         )
         reshape_and_cache(key, value, slots, None, pages)
         side = stored(pages, slots)[1]
         return weighted_error(value.cpu(), side.format.dequantize(side.codes, side.meta).cpu(), known.factors.cpu())
 
     alone = torch.stack([read((factor,)) for factor in RANGES[3]])
-    assert (read(RANGES[3]) <= alone.amin(0) * 1.01 + 1e-9).float().mean() >= 0.97
+    assert (read(RANGES[3]) <= alone.amin(0) * 1.01 + 1e-9).float().mean() >= 0.9
     assert (alone.argmin(0).flatten().bincount() > 0).sum() > 1, "no range serves all rows"
 
 

@@ -39,7 +39,7 @@ class FeedbackTables(NamedTuple):
     """What the kernel reads of a side's round feedback.
 
     Args:
-        ranges: [ranges, 2] fp32, factors on a row's maximum - minimum: of the step, and of what the minimum moves by.
+        ranges: [ranges, 2] fp32, as RoundFeedback has them.
         triangles: [num_kv_heads, blocks, floats] fp32, the coefficients within each block of 16 channels, those of
             channel 15 on 0 to 14 first, each channel's filled up to 4; then the 16 weights.
         fragments: [num_kv_heads, pairs of blocks, 32, 8] fp16, coefficients of a later block's channels on an earlier
@@ -54,8 +54,7 @@ class FeedbackTables(NamedTuple):
     def of(cls, feedback: RoundFeedback, bits: int) -> "FeedbackTables":
         """Those for codes of ``bits``."""
         factors = feedback.factors
-        levels, (heads, size, _) = 2**bits - 1, factors.shape
-        ranges = [(factor / levels, 0.5 * (1.0 - factor)) for factor in feedback.ranges[bits]]
+        heads, size, _ = factors.shape
         blocks = size // BLOCK
         pairs = [(earlier, later) for later in range(blocks) for earlier in range(later)]
         earlier, later = torch.tensor(pairs, device=factors.device).view(-1, 2).unbind(1)
@@ -65,7 +64,7 @@ class FeedbackTables(NamedTuple):
         inside = factors.float().view(heads, blocks, BLOCK, blocks, BLOCK).diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
         triangles = torch.cat([inside[..., _TRIANGLE[0], _TRIANGLE[1]] * _TRIANGLE[2].to(factors.device),
                                inside.diagonal(dim1=2, dim2=3).square()], dim=-1)  # fmt: skip
-        return cls(torch.tensor(ranges, device=factors.device).float(), triangles.contiguous(), fragments.contiguous())
+        return cls(feedback.range_factors[bits], triangles.contiguous(), fragments.contiguous())
 
 
 def _triangle() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
