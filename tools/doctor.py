@@ -263,8 +263,9 @@ def _self_test(section: Section, title: str, group: Group, device: "torch.device
 
 
 def _errors(errors: dict[str, float]) -> str:
+    feedback = f", round feedback {errors['feedback']:.1%}" if errors["feedback"] else ""
     return (
-        f"largest errors: store {errors['store']:.2f} steps, gather {errors['gather']:.1e} and decode "
+        f"largest errors: store {errors['store']:.2f} steps{feedback}, gather {errors['gather']:.1e} and decode "
         f"{errors['decode']:.1e} of the largest number; {errors['stray']} numbers astray; {errors['seconds']:.3f} s"
     )
 

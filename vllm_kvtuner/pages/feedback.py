@@ -62,6 +62,11 @@ class RoundFeedback:
             for bits, factors in self.ranges.items()
         }
 
+    def weighted_error(self, errors: torch.Tensor) -> torch.Tensor:
+        """e^T M e, fp32 [num_tokens, num_kv_heads], of errors [num_tokens, num_kv_heads, head_size] fp32."""
+        taken = errors + torch.einsum("hij,thj->thi", self.coefficients, errors)
+        return (self.weights * taken.square()).sum(-1)
+
     def round(
         self, rows: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
