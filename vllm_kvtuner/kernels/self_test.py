@@ -62,8 +62,8 @@ SPARE_ROWS = 3
 STORE_LIMIT = 1.0
 """Steps of a row's scale; rounding takes half of one, fp16's of scale and minimum and the kernels' the rest."""
 FEEDBACK_LIMIT = 0.03
-"""Over the reference's weighted error. A number that lies between two codes moves others of its row, which may be better
-or worse for it; nearest codes are about FEEDBACK worse."""
+"""Over the reference's weighted error. A number that lies between two codes moves others of its row, which may be
+better or worse for it; nearest codes are about FEEDBACK worse."""
 WORST_ROW = 100
 """What the worst row's counts less than that of all: it may have 1 + FEEDBACK_LIMIT WORST_ROW times the reference's."""
 GATHER_LIMIT = 1e-2
