@@ -26,13 +26,12 @@ struct FeedbackTables {
   const u8* fragments;     // [KV heads][FRAGMENTS][FRAGMENT_BYTES]
 };
 
-// Where the coefficients stand with which channel `channel` of a block adds to those before it, multiples of 4 floats.
+// Where the coefficients stand with which channel `channel` of a block adds to those before it: the last channel's first,
+// each channel's filled up to a multiple of 4. Without a loop, which compilers leave where they should count.
 __device__ __forceinline__ constexpr int triangle_at(int channel) {
-  int floats = 0;
-  for (int other = BLOCK - 1; other > channel; other--) floats += (other + 3) / 4 * 4;
-  return floats;
+  return TRIANGLE - 4 * (channel / 4 + 1) * (channel / 4 * 2 + channel % 4);
 }
-static_assert(triangle_at(0) == TRIANGLE, "triangle");
+static_assert(triangle_at(BLOCK - 1) == 0 && triangle_at(BLOCK - 2) == 16 && triangle_at(0) == TRIANGLE, "triangle");
 
 // Where the coefficients of block `behind` on block `block` before it stand.
 __device__ __forceinline__ int fragment_at(int block, int behind) {
@@ -136,7 +135,8 @@ __device__ __forceinline__ float round_rows(const float* rows, u8* errors, u8* c
       const float code = shifted - MAGIC;
       error[i] = fmaf(code, -UNIT, exact[i]);
 #pragma unroll
-      for (int j = (i - 1) / 4 * 4; i > 0 && j >= 0; j -= 4) {
+      for (int j = BLOCK - 4; j >= 0; j -= 4) {
+        if (j >= i) continue;
         const float4 four = *(const float4*)(triangle + triangle_at(i) + j);
         const float coefficient[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
