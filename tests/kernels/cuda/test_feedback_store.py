@@ -21,10 +21,11 @@ seed = portable.seed
 
 
 class _Portable:
-    """The portable kernel's own tests."""
+    """The portable kernel's own tests, by the variant for few rows and the one for many."""
 
-    @pytest.fixture(autouse=True)
-    def cuda_kernel(self, monkeypatch):
+    @pytest.fixture(autouse=True, params=["few_rows", "many_rows"])
+    def cuda_kernel(self, request, monkeypatch):
+        monkeypatch.setattr(cuda, "MANY_ROWS", 0 if request.param == "many_rows" else 1 << 62)
         monkeypatch.setattr(portable, "reshape_and_cache", cuda.reshape_and_cache)
 
     test_weighted_error = staticmethod(portable.test_the_weighted_error_is_the_references)
@@ -39,6 +40,7 @@ class _Portable:
     test_ranges = staticmethod(portable.test_the_best_range_is_taken)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
 class TestEmulated(_Portable):
     @pytest.fixture
@@ -60,22 +62,23 @@ def feedback(head_size, ranges):
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize(
-    ("pair", "head_size", "ranges", "dtype", "transformed"),
+    ("pair", "head_size", "ranges", "dtype", "transformed", "many_rows"),
     [
-        ("K4V2", 128, (3, 3), torch.bfloat16, True),
-        ("K4V4", 128, (1, 0), torch.bfloat16, False),
-        ("K2V2", 256, (3, 2), torch.float16, True),
-        ("K8V4", 64, (0, 3), torch.float32, False),
+        ("K4V2", 128, (3, 3), torch.bfloat16, True, True),
+        ("K4V4", 128, (1, 1), torch.bfloat16, True, False),
+        ("K4V4", 128, (1, 0), torch.bfloat16, False, True),
+        ("K2V2", 256, (3, 2), torch.float16, True, True),
+        ("K8V4", 64, (0, 3), torch.float32, False, False),
     ],
 )
-def test_variants_compile(pair, head_size, ranges, dtype, transformed, arch):
+def test_variants_compile(pair, head_size, ranges, dtype, transformed, many_rows, arch):
     """Without spills, and within the shared memory that a CTA can have there; ``-rP`` shows the registers."""
     rotary = rotary_table(head_size, True, 16, CPU)
     switches = dict(key_hadamard=True, value_hadamard=True)
     transforms = random_transforms(8, head_size, CPU, rotary, 5.0 * transformed, transformed, **switches)
     keys, values = (feedback(head_size, count) if count else None for count in ranges)
     transforms = dataclasses.replace(transforms, key_feedback=keys, value_feedback=values)
-    rows = RowVariant(make_layout(pair, head_size), 8, dtype, wide_lanes(head_size))
+    rows = RowVariant(make_layout(pair, head_size), 8, dtype, wide_lanes(head_size) if many_rows else 32)
     store = StoreVariant(rows, window_block_size=32 if dtype == torch.bfloat16 else 0)
     variant = feedback_store.FeedbackVariant(store, ranges)
     cubin = bytes(compile_cubin(feedback_store.source(transforms, variant), arch, None).code)

@@ -8,13 +8,13 @@ import torch
 from vllm_kvtuner.kernels.cuda import arguments
 from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
-from vllm_kvtuner.kernels.cuda.rows import NUM_WARPS, STORE_FIELDS, StoreVariant
+from vllm_kvtuner.kernels.cuda.rows import NUM_WARPS, STORE_FIELDS, StoreVariant, wide_lanes
 from vllm_kvtuner.pages.feedback import BLOCK, RoundFeedback
 from vllm_kvtuner.pages.layout import FEEDBACK_BITS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
-MIN_CTAS = 4
-"""Of a multiprocessor: 128 registers a thread, which rounding does not spill."""
+MIN_CTAS = {1: 4, 2: 3, 3: 3}
+"""Of a multiprocessor, by ranges: as many as shared memory has room for, with registers enough not to spill."""
 NEAREST_SHARE = 8
 """Of a card's CTAs, one in as many stores a side without feedback, whose rows take about a tenth of the work."""
 SIDES = ("key", "value")
@@ -94,8 +94,14 @@ class FeedbackVariant(NamedTuple):
 
     @property
     def group_rows(self) -> int:
-        """Tokens that a CTA rounds at a time: fewer of larger heads, so that any card's shared memory holds them."""
-        return 32 if self.store.rows.layout.head_size <= 128 else 16
+        """Tokens that a CTA rounds at a time.
+
+        Fewer of larger heads, so that any card's shared memory holds them, and where there are few, each of which
+        then waits for fewer.
+        """
+        rows = self.store.rows
+        many = rows.most_lanes == wide_lanes(rows.layout.head_size)
+        return 32 if many and rows.layout.head_size <= 128 else 16
 
     @property
     def shared_bytes(self) -> int:
@@ -110,7 +116,7 @@ class FeedbackVariant(NamedTuple):
         k_ranges, v_ranges = self.ranges
         return {
             **self.store.macros(transforms),
-            "MIN_CTAS": MIN_CTAS,
+            "MIN_CTAS": MIN_CTAS[max(self.ranges)],
             "K_RANGES": k_ranges,
             "V_RANGES": v_ranges,
             "FEEDBACK_ROWS": self.group_rows,

@@ -4,7 +4,7 @@
 // A *group* is FEEDBACK_ROWS neighbouring tokens of one KV head, keys or values, which a CTA stores at a time. All its
 // warps transform the rows. Then a warp for each range that is tried has a row in each lane: 16 channels in a row one
 // after the other, from coefficients that all lanes share, then what their errors are to the next 16 by matrix
-// instructions. What the errors further behind are to those is summed up before, in the shadow of the loads.
+// instructions. What the errors further behind are to those is summed up before, before the lanes begin.
 //
 // Rounding counts in units of 2^BITS steps above the row's minimum, so that codes end where the unit interval does.
 #pragma once
@@ -80,20 +80,52 @@ __device__ __forceinline__ float round_rows(const float* rows, u8* errors, u8* c
   float cost = 0.0f;
   float ahead[TILES][2][4] = {};  // of the next block: what errors behind the block at hand are to it
 
-  auto add = [&](int block, int behind) {
-    const uint4 b = FRAGMENTS_IN_SHARED ? *(const uint4*)(fragments + fragment_at(block, behind) + lane * 16)
-                                        : __ldg((const uint4*)(fragments + fragment_at(block, behind) + lane * 16));
+  auto fragment = [&](int block, int behind) {
+    const uint4* words = (const uint4*)(fragments + fragment_at(block, behind)) + lane;
+    return FRAGMENTS_IN_SHARED ? *words : __ldg(words);
+  };
+  auto load_errors = [&](u32 (&a)[TILES][4], int behind) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++)
+      load_matrices(a[tile], error_rows + tile * 16 * MEMORY::ERROR_ROW + behind * (2 * BLOCK));
+  };
+  auto multiply_errors = [&](const u32 (&a)[TILES][4], const uint4& b) {
 #pragma unroll
     for (int tile = 0; tile < TILES; tile++) {
-      u32 a[4];
-      load_matrices(a, error_rows + tile * 16 * MEMORY::ERROR_ROW + behind * (2 * BLOCK));
-      mma_fp16(ahead[tile][0], a[0], a[1], a[2], a[3], b.x, b.y);
-      mma_fp16(ahead[tile][1], a[0], a[1], a[2], a[3], b.z, b.w);
+      mma_fp16(ahead[tile][0], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b.x, b.y);
+      mma_fp16(ahead[tile][1], a[tile][0], a[tile][1], a[tile][2], a[tile][3], b.z, b.w);
     }
   };
 
 #pragma unroll 1
   for (int block = BLOCKS - 1; block >= 0; block--) {
+    if (block < BLOCKS - 1) {
+#pragma unroll
+      for (int tile = 0; tile < TILES; tile++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+          float* pair = sums + (tile * 16 + i / 2 * 8 + g) * MEMORY::SUM_ROW + i % 2 * 8 + 2 * t;
+          *(float2*)pair = make_float2(ahead[tile][i % 2][i / 2 * 2], ahead[tile][i % 2][i / 2 * 2 + 1]);
+          ahead[tile][i % 2][i / 2 * 2] = ahead[tile][i % 2][i / 2 * 2 + 1] = 0.0f;
+        }
+      }
+      __syncwarp();
+    }
+    // Two at a time, so that loads wait for one another less.
+    uint4 next;
+    if (block > 0) {
+      next = fragment(block - 1, block);
+#pragma unroll 1
+      for (int behind = BLOCKS - 1; behind > block; behind -= 2) {
+        const bool two = behind - 1 > block;
+        u32 a[2][TILES][4];
+        const uint4 b0 = fragment(block - 1, behind), b1 = fragment(block - 1, behind - two);
+        load_errors(a[0], behind);
+        load_errors(a[1], behind - two);
+        multiply_errors(a[0], b0);
+        if (two) multiply_errors(a[1], b1);
+      }
+    }
     float exact[BLOCK], aim[BLOCK];
 #pragma unroll
     for (int i = 0; i < BLOCK; i += 4) {
@@ -107,22 +139,11 @@ __device__ __forceinline__ float round_rows(const float* rows, u8* errors, u8* c
     }
     if (block < BLOCKS - 1) {
 #pragma unroll
-      for (int tile = 0; tile < TILES; tile++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          float* pair = sums + (tile * 16 + i / 2 * 8 + g) * MEMORY::SUM_ROW + i % 2 * 8 + 2 * t;
-          *(float2*)pair = make_float2(ahead[tile][i % 2][i / 2 * 2], ahead[tile][i % 2][i / 2 * 2 + 1]);
-          ahead[tile][i % 2][i / 2 * 2] = ahead[tile][i % 2][i / 2 * 2 + 1] = 0.0f;
-        }
-      }
-      __syncwarp();
-#pragma unroll
       for (int i = 0; i < BLOCK; i += 4) {
         const float4 four = *(const float4*)(sums + row * MEMORY::SUM_ROW + i);
         aim[i] += four.x, aim[i + 1] += four.y, aim[i + 2] += four.z, aim[i + 3] += four.w;
       }
     }
-    for (int behind = BLOCKS - 1; block > 0 && behind > block; behind--) add(block - 1, behind);
 
     const float* triangle = triangles + block * BLOCK_FLOATS;
     u32 bits[BLOCK];
@@ -163,7 +184,9 @@ __device__ __forceinline__ float round_rows(const float* rows, u8* errors, u8* c
     for (int i = 0; i < 8; i++) halves[i] = pack_fp16(error[2 * i], error[2 * i + 1]);
     store_bytes<32>(own_errors + block * (2 * BLOCK), halves);
     __syncwarp();
-    add(block - 1, block);
+    u32 a[TILES][4];
+    load_errors(a, block);
+    multiply_errors(a, next);
   }
   const float unit = any ? range.scale * SIZE : SIZE;
   return cost * unit * unit;
