@@ -4,7 +4,7 @@
 // A *group* is FEEDBACK_ROWS neighbouring tokens of one KV head, keys or values, which a CTA stores at a time. All its
 // warps transform the rows. Then a warp for each range that is tried has a row in each lane: 16 channels in a row one
 // after the other, from coefficients that all lanes share, then what their errors are to the next 16 by matrix
-// instructions. What the errors further behind are to those is summed up before, before the lanes begin.
+// instructions. What the errors further behind are to those is summed up before the lanes begin.
 //
 // Rounding counts in units of 2^BITS steps above the row's minimum, so that codes end where the unit interval does.
 #pragma once
