@@ -462,7 +462,6 @@ def check_store(
     assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
     if pages.transforms.key_offset is not None:
         assert positions is not None and positions.is_contiguous() and positions.dtype == torch.int64
-    assert pages.transforms.key_feedback is None and pages.transforms.value_feedback is None, "nearest codes alone"
     if window is not None:
         window.check(key, slot_mapping.shape[0])
 
