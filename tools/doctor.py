@@ -16,7 +16,6 @@ from kvtuner_tools import machine
 from kvtuner_tools.machine import Section
 from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
-from vllm_kvtuner.kernels.limits import UNSERVED_ON_GPUS
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import TransformSettings
@@ -151,20 +150,13 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
     on_gpu = card.facts["device"] != "cpu"
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     section = Section("kernels")
-    served = [group for group in groups if not (on_gpu and _refused(group))]
-    verdict = _prove(served, device, section) if on_gpu else None
+    verdict = _prove(groups, device, section) if on_gpu else None
     for group in groups:
         title = f"{group.pair} of head size {group.head_size}"
         if group.transforms.names:
             title += f" with {', '.join(group.transforms.names)}"
         fact: dict[str, Any] = {} if group.layers is None else {"layers": group.layers}
         section.facts[title] = fact
-        if on_gpu and (names := _refused(group)):
-            fact["self-test"] = "not run"
-            advice = "set it to false in the profile, or serve the profile on a CPU"
-            problem = f"{title}: {' and '.join(names)} must be false on a GPU, whose kernels round to nearest codes"
-            section.problems.append((problem, advice))
-            continue
         if on_gpu and verdict is None:
             fact["self-test"] = "not run"
             continue
@@ -176,11 +168,6 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
             continue
         _self_test(section, title, group, device)
     return section
-
-
-def _refused(group: Group) -> list[str]:
-    """Transforms of the group that no GPU serves."""
-    return [name for name in UNSERVED_ON_GPUS if getattr(group.transforms, name)]
 
 
 def _case(group: Group) -> "Case":
@@ -263,8 +250,9 @@ def _self_test(section: Section, title: str, group: Group, device: "torch.device
 
 
 def _errors(errors: dict[str, float]) -> str:
+    feedback = f", round feedback {errors['feedback']:.1%}" if errors["feedback"] else ""
     return (
-        f"largest errors: store {errors['store']:.2f} steps, gather {errors['gather']:.1e} and decode "
+        f"largest errors: store {errors['store']:.2f} steps{feedback}, gather {errors['gather']:.1e} and decode "
         f"{errors['decode']:.1e} of the largest number; {errors['stray']} numbers astray; {errors['seconds']:.3f} s"
     )
 

@@ -8,8 +8,7 @@ from vllm import platforms
 from vllm_kvtuner.engine import checks
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
-from vllm_kvtuner.profile.problems import ProfileError
-from vllm_kvtuner.profile.profile import Profile, TransformSettings
+from vllm_kvtuner.profile.profile import Profile
 
 
 @pytest.mark.parametrize(
@@ -60,30 +59,3 @@ def test_speculation_that_is_refused(tokens, parallel_drafting, dtype, got):
     assert len(problems) == bool(got)
     for part in got:
         assert part in problems[0]
-
-
-@pytest.mark.parametrize("is_cpu", [False, True])
-def test_round_feedback_is_refused_on_a_gpu(is_cpu, monkeypatch):
-    """Also where only one side or one layer has it; what 8 bits leave out does not count."""
-    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
-    keys, values = TransformSettings(key_round_feedback=True), TransformSettings(value_round_feedback=True)
-    resolved = Profile("p", None, PrecisionPair(4, 2), transform_overrides={0: keys, 2: values, 3: keys})
-    rule = "must be false on a GPU, whose kernels round to nearest codes, but got true for layers"
-    refused = (f"p: transforms.key_round_feedback {rule} 0, 3", f"p: transforms.value_round_feedback {rule} 2")
-    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
-    assert checks.round_feedback(resolved.resolve(shape)) == (() if is_cpu else refused)
-    assert checks.round_feedback(Profile("p", None, PrecisionPair(8, 8), transforms=keys).resolve(shape)) == ()
-
-
-def test_an_engine_asks_for_round_feedback_before_weights_load(monkeypatch):
-    """``check_config`` itself, with all other checks silent."""
-    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),))
-    resolved = Profile("p", None, PrecisionPair(4, 2), transforms=TransformSettings(key_round_feedback=True))
-    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: False))
-    monkeypatch.setattr(checks, "resolved_profile", lambda config: resolved.resolve(shape))
-    for name in ("settings", "draft_model"):
-        monkeypatch.setattr(checks, name, lambda config: ())
-    cache = SimpleNamespace(cache_dtype="kvtuner")
-    config = SimpleNamespace(additional_config={"kvtuner_profile": "p"}, cache_config=cache)
-    with pytest.raises(ProfileError, match=r"^p: transforms.key_round_feedback must be false on a GPU"):
-        checks.check_config(config)

@@ -44,6 +44,16 @@ class PackedCache:
         starts = starts_of(query_lens, self.kv_cache.device)
         return Queries(self.block_table, self.seq_lens, starts, max(query_lens))
 
+    def poison_newest(self, tokens: int) -> None:
+        """Each request's newest tokens are not packed yet."""
+        for request, length in enumerate(self.seq_lens.tolist()):
+            token = torch.arange(max(0, length - tokens), length, device=self.kv_cache.device)
+            block = self.block_table[request].long()[token // self.layout.block_size]
+            offset = token % self.layout.block_size
+            for side in self.sides:
+                side.codes[block, :, offset] = POISON_BYTE
+                side.meta.view(torch.int16)[block, :, offset] = -1
+
     def shape(self, num_heads: int, logits_soft_cap: float = 0.0) -> AttentionShape:
         """Of a layer of ``num_heads`` query heads, scale 1 / sqrt."""
         size = self.layout.head_size

@@ -1,5 +1,6 @@
 """What the self-test of kernels lets pass, and what it finds."""
 
+import dataclasses
 import time
 
 import pytest
@@ -8,14 +9,13 @@ import torch
 from tests.helpers import cuda_emulator
 from vllm_kvtuner.kernels import choice, gpu, self_test
 from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, Span
-from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, UNSERVED_ON_GPUS
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS
 
 CPU = torch.device("cpu")
-ON_GPUS = tuple(name for name in TRANSFORM_KEYS if name not in UNSERVED_ON_GPUS)
 WINDOW = {"span": Span(None, 40, 4), "write_lse": True, "window_block_size": 32}
 
 
@@ -68,7 +68,7 @@ def test_one_and_several_tokens_are_decoded_in_few_and_many_requests():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tested",
-    [case("K2V2", transforms=ON_GPUS), case("K4V2", **WINDOW), case(limits=(3, 16))],
+    [case("K2V2", transforms=TRANSFORM_KEYS), case("K4V2", **WINDOW), case(limits=(3, 16))],
     ids=["all transforms", "recent window", "as many tokens as may be"],
 )
 def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
@@ -84,7 +84,7 @@ def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
 def test_the_cuda_kernels_pass(pair, device, record_property):
     """Compiled by then, in milliseconds; ``record_property`` keeps them for ``--junit-xml``."""
     shape = AttentionShape(32, 8, 128, 128**-0.5)
-    for fields in ({"transforms": ON_GPUS}, WINDOW, {"span": Span(1024)}):
+    for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, {"span": Span(1024)}):
         tested = self_test.Case(PageLayout(pair, 128, 16), shape, BatchLimits(256, 4), **fields)
         errors = gpu.measure_cuda(tested, device)
         assert errors.problem is None, errors
@@ -180,6 +180,31 @@ def be_off_by_a_sum(self, query, queries, pages, output, lse):
 
 def write_nothing(*_):
     pass
+
+
+def round_to_nearest(self, key, value, slots, positions, pages, window):
+    nearest = dataclasses.replace(pages.transforms, key_feedback=None, value_feedback=None)
+    STORE(key, value, slots, positions, pages._replace(transforms=nearest), window)
+
+
+def spoil_one_row(self, key, value, slots, positions, pages, window):
+    STORE(key, value, slots, positions, pages, window)
+    if (slots >= 0).any():
+        key = key.index_fill(0, slots.argmax(), 0)  # of which everything is an error
+        STORE(key, value, slots, positions, pages, window)
+
+
+@pytest.mark.parametrize("broken", [round_to_nearest, spoil_one_row, swap_codes, miss_a_token])
+@pytest.mark.parametrize("pair", ["K4V4", "K2V2", "K8V4"])
+def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch):
+    names = ("key_hadamard", "key_round_feedback", "value_round_feedback")
+    monkeypatch.setattr(ReferenceKernels, "store", broken)
+    errors = measure_reference(case(pair, transforms=names))
+    if pair == "K8V4" and broken is spoil_one_row:
+        assert "store error" in errors.problem
+    else:
+        assert not errors.feedback <= 1.5 * self_test.FEEDBACK_LIMIT
+        assert "feedback error" in errors.problem
 
 
 @pytest.mark.parametrize(

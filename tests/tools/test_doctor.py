@@ -335,19 +335,15 @@ def test_cuda_asked_for_on_a_card_that_fails_is_a_problem(gpu_card, monkeypatch)
     assert advice.startswith("unset KVTUNER_DECODE_KERNEL")
 
 
-def test_round_feedback_on_a_card_is_a_problem_that_is_not_tested(monkeypatch):
-    """No kernel is asked for it: what served such a layer would round to nearest codes."""
+def test_round_feedback_on_a_card_is_tested(monkeypatch):
     asked = []
     monkeypatch.setattr(gpu, "prove", lambda cases, device: asked.extend(cases) or RIGHT)
-    card = machine.Section("device", {"device": "a card"})
+    monkeypatch.setattr(doctor, "_choices", lambda group, device, verdict: {})
+    monkeypatch.setattr(doctor, "_self_test", lambda *_: None)
     group = doctor.Group("0", PrecisionPair(4, 2), 64, TransformSettings(key_round_feedback=True))
-    section = doctor._kernels([group], card)
-    ((problem, advice),) = section.problems
-    assert problem.endswith("key_round_feedback must be false on a GPU, whose kernels round to nearest codes")
-    assert "or serve the profile on a CPU" in advice
-    assert asked == []
-    (fact,) = section.facts.values()
-    assert fact == {"layers": "0", "self-test": "not run"}
+    section = doctor._kernels([group], machine.Section("device", {"device": "a card"}))
+    assert section.problems == []
+    assert [case.transforms for case in asked] == [("key_round_feedback",)]
 
 
 @pytest.mark.parametrize("error", [ValueError("the folder"), RuntimeError("the context")])

@@ -18,10 +18,19 @@ from vllm_kvtuner import envs
 from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of
 from vllm_kvtuner.attention.prefill import Flash, GpuPrefill, Prefill, Prefills, ReferencePrefill, WorkspaceShape
 from vllm_kvtuner.attention.prefill_plan import workspace_rows
+from vllm_kvtuner.attention.step_packing import StepPacking, step_packing
 from vllm_kvtuner.attention.window_cache import RecentCache
 from vllm_kvtuner.attention.window_kernels import GpuWindow, LayerWindow, ReferenceWindow
 from vllm_kvtuner.engine.config import recent_block_size
-from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, KernelSet, Pages, Span
+from vllm_kvtuner.kernels.contract import (
+    AttentionShape,
+    BatchLimits,
+    KernelSet,
+    LatePacking,
+    Pages,
+    Span,
+    StepRows,
+)
 from vllm_kvtuner.kernels.gpu import GpuKernels, prove
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.self_test import Case
@@ -55,6 +64,20 @@ class Served(NamedTuple):
     kernels: KernelSet
     prefill: Prefill
     window: LayerWindow | None
+
+
+class PackedLate(NamedTuple):
+    """How a layer's tokens are packed at the end of a step whose tokens its window holds.
+
+    Args:
+        name: of its window.
+        packing: of the engine.
+        kernels: the two parts of its store.
+    """
+
+    name: str
+    packing: StepPacking
+    kernels: LatePacking
 
 
 class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
@@ -98,6 +121,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.limits = BatchLimits(config.scheduler_config.max_num_seqs, max_decode_query_len(config))
         self.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
         self._pages: tuple[torch.Tensor, Pages] | None = None
+        self._late: PackedLate | None = None
         self._serve(None)
         self.configure(settings)
 
@@ -167,6 +191,23 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.served.kernels.forget()
         if self.served.window is not None:
             self.served.window.packed.forget()
+        if self._late is not None:
+            self._late.packing.leave(self._late.name)
+        self._late = self._pack_late()
+
+    def _pack_late(self) -> PackedLate | None:
+        """None for a layer that packs its tokens at once: any that has no window which holds a step's tokens as they
+        are, or another's cache, or a store that is not worth the wait (KernelSet.late_packing)."""
+        cache = self.recent_window
+        if cache is None or cache.is_packed or cache.window.tokens < self.limits.max_decode_query_len:
+            return None
+        if self.kv_sharing_target_layer_name is not None:
+            return None
+        kernels = self.served.kernels.late_packing(self.settings.precision.pair, self.transforms)
+        if kernels is None or (packing := step_packing(self.config)) is None:
+            return None
+        packing.join(cache.layer_name)
+        return PackedLate(cache.layer_name, packing, kernels)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self._prove_kernels()
@@ -245,8 +286,16 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if (window := self.served.window) is not None:
             window.store(key, value, positions, self.transforms)
             rows = window.rows()
+        pages = self.pages(kv_cache)
+        if self._late is not None and rows is not None:
+            name, packing, kernels = self._late
+            packing.check()
+            if self._window_holds_step():
+                kernels.keep_rows(key, value, rows)
+                packing.add(name, StepRows(pages, rows, slot_mapping, positions))
+                return
         # Last, because decoding may begin while this store ends, and not while another's kernel does.
-        self.served.kernels.store(key, value, slot_mapping, positions, self.pages(kv_cache), rows)
+        self.served.kernels.store(key, value, slot_mapping, positions, pages, rows)
 
     def forward(
         self,
@@ -269,7 +318,17 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             self._decode(query, pages, attn_metadata, output)
         if attn_metadata.prefill is not None:
             self.served.prefill(Prefills(query, key, value, pages, attn_metadata), output)
+        if self._late is not None and self._window_holds_step():
+            name, packing, kernels = self._late
+            if rows := packing.attended(name):
+                kernels.pack_rows(rows)
         return output
+
+    def _window_holds_step(self) -> bool:
+        """Whether the layer's window holds all tokens of the batch in flight, so that they may be packed at its end."""
+        assert self.recent_window is not None
+        metadata = self.recent_window.metadata
+        return metadata is not None and metadata.holds_step
 
     def _decode(self, query: torch.Tensor, pages: Pages, metadata: KVTunerMetadata, output: torch.Tensor) -> None:
         tokens = metadata.num_decode_tokens

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from vllm_kvtuner.attention.impl import KVTunerImpl
-from vllm_kvtuner.engine.checks import round_feedback
 from vllm_kvtuner.engine.config import resolved_profile
 from vllm_kvtuner.engine.statics import bind_statics
 from vllm_kvtuner.pages.layout import PageLayout, content_bytes
@@ -37,14 +36,12 @@ def switch(worker: Any, resolved: ResolvedProfile) -> None:
 
     Raises:
         ValueError: a pair that needs more room than its layer's pages have, K16V16 where the engine was built with a
-            quantized layer, or the other way round, another recent window than it was built with, or round feedback
-            on a GPU; nothing is switched then. Or the statics do not fit.
+            quantized layer, or the other way round, or another recent window than it was built with;
+            nothing is switched then. Or the statics do not fit.
     """
     room = {layer.index: layer for layer in resolved_profile(worker.vllm_config).layers}
     if refusals := [refusal for layer in resolved.layers if (refusal := _refusal(layer, room[layer.index]))]:
         raise ValueError("\n".join(refusals))
-    if problems := round_feedback(resolved):
-        raise ValueError("\n".join(problems))
     precisions = {layer.index: layer for layer in resolved.layers}
     for layer in worker.vllm_config.compilation_config.static_forward_context.values():
         if isinstance(impl := getattr(layer, "impl", None), SwitchableImpl):

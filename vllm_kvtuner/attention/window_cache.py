@@ -1,10 +1,10 @@
 """The recent window: a second cache of a layer, which holds its newest tokens in 16 or 8 bits.
 
-Every token is stored packed at once, and in the window too. Attention reads the newest ``tokens`` of each query from
-there, and those of the request's first ``sink_tokens`` that the layer's own sliding window leaves visible. The window
-is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward context under the attention layer's
-name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both model runners (and 0.32.0 and
-0.33.0) do with every ``AttentionLayerBase`` there, this uses
+Every token is stored packed in its step (step_packing.py says when), and in the window too. Attention reads the newest
+``tokens`` of each query from there, and those of the request's first ``sink_tokens`` that the layer's own sliding
+window leaves visible. The window is a layer of its own to vLLM: a :class:`RecentCache` stands in the static forward
+context under the attention layer's name with ``.recent`` behind it, and asks for a ``SlidingWindowSpec``. Of what both
+model runners (and 0.32.0 and 0.33.0) do with every ``AttentionLayerBase`` there, this uses
 
 - ``get_kv_cache_spec`` (v1/worker/gpu_model_runner.py, v1/worker/gpu/attn_utils.py): a spec per name, so that the
   window becomes a KV cache group, with blocks from the pool of the packed pages;
@@ -58,10 +58,12 @@ class RecentMetadata(AttentionMetadata):
     Args:
         block_table: [num_reqs, max_blocks] int32; blocks that have left the window may be any.
         slot_mapping: [num_tokens] int64, -1 for tokens that are not stored.
+        holds_step: whether all of the batch's tokens are stored, since each request has as few as a decode.
     """
 
     block_table: torch.Tensor
     slot_mapping: torch.Tensor
+    holds_step: bool
 
 
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
@@ -81,11 +83,12 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RecentMetadata:
         common = common_attn_metadata
-        if common.max_query_len > self._decode_query_len:
+        holds_step = common.max_query_len <= self._decode_query_len
+        if not holds_step:
             # Tokens that nobody will read have places in the null block, which other caches' tables lead to as well.
             # In place, since vLLM's buffer is where CUDA graphs look for it.
             common.slot_mapping.masked_fill_(common.slot_mapping < self._block_size, -1)
-        return RecentMetadata(common.block_table_tensor[: common.num_reqs], common.slot_mapping)
+        return RecentMetadata(common.block_table_tensor[: common.num_reqs], common.slot_mapping, holds_step)
 
 
 class RecentBackend(AttentionBackend):

@@ -18,10 +18,10 @@ from vllm_kvtuner.engine.config import (
     needs_packed_blocks,
     resolved_profile,
 )
-from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, UNSERVED_ON_GPUS
+from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
 from vllm_kvtuner.profile.load import shipped_profiles
-from vllm_kvtuner.profile.problems import ProfileError, format_layers
+from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.statics import load_statics
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def check_config(config: VllmConfig) -> None:
     if problems := settings(config):
         raise ProfileError(problems)
     resolved = resolved_profile(config)
-    problems = draft_model(config) + round_feedback(resolved)
+    problems = draft_model(config)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
@@ -170,21 +170,6 @@ def draft_model(config: VllmConfig) -> tuple[str, ...]:
         "speculative decoding must do without a draft model (n-gram and EAGLE serve) where the model mixes kinds of "
         "layers or the profile has a recent_window, since vLLM's model runner V1 then mixes up their blocks, but got "
         f"{speculative.model}",
-    )
-
-
-def round_feedback(resolved: ResolvedProfile) -> tuple[str, ...]:
-    """No kernel on a GPU has it yet; rounding to nearest codes there would be another profile."""
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
-        return ()
-    source = resolved.profile.source or resolved.profile.name
-    return tuple(
-        f"{source}: transforms.{name} must be false on a GPU, whose kernels round to nearest codes, but got true for "
-        f"layers {format_layers(layers)}"
-        for name in UNSERVED_ON_GPUS
-        if (layers := [layer.index for layer in resolved.layers if getattr(layer.transforms, name)])
     )
 
 

@@ -5,6 +5,7 @@ implementation on a GPU makes. reference/ defines each operation in torch; trito
 have the same name and arguments everywhere (with ``_ref`` behind it in the reference).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -235,6 +236,61 @@ class ReshapeAndCache(Protocol):
         """
 
 
+class StepRows(NamedTuple):
+    """A step's new tokens of one layer, which its recent window holds and its pages do not yet.
+
+    Args:
+        pages: where they are packed.
+        window: where they are kept as they are.
+        slot_mapping: of the pages, as a store's; each token that has a slot here has one in the window.
+        positions: as a store's.
+    """
+
+    pages: Pages
+    window: WindowRows
+    slot_mapping: torch.Tensor
+    positions: torch.Tensor | None
+
+
+class KeepRows(Protocol):
+    """The part of a store that the recent window is: new tokens as they are, to their slots there, in place."""
+
+    def __call__(self, key: torch.Tensor, value: torch.Tensor, window: WindowRows) -> None:
+        """Store tokens.
+
+        Args:
+            key: [num_tokens, num_kv_heads, head_size], after RoPE.
+            value: as key.
+            window: where they are kept.
+        """
+
+
+class PackRows(Protocol):
+    """The other part, of many layers at once and later: pages then hold what a store would have written, bit by bit."""
+
+    def __call__(self, layers: Sequence[StepRows]) -> None:
+        """Pack tokens.
+
+        Launches depend on shapes alone, as decoding's, so that a CUDA graph may hold them. Of layers in different KV
+        cache groups the slot mappings are different tensors.
+
+        Args:
+            layers: whose, in the order in which they have stored; each with head count, head size and pair of its own.
+        """
+
+
+class LatePacking(NamedTuple):
+    """A store in two parts.
+
+    Args:
+        keep_rows: what a layer stores while it is computed.
+        pack_rows: what is done for all layers when the last of them has attended.
+    """
+
+    keep_rows: KeepRows
+    pack_rows: PackRows
+
+
 class GatherCache(Protocol):
     """Gather: dequantize a slice of each request's cached tokens back to model space, in place."""
 
@@ -340,6 +396,15 @@ class KernelSet(Protocol):
     def store(self) -> ReshapeAndCache:
         """New tokens into the layer's pages."""
 
+    def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None:
+        """The store in two parts, for a layer with a recent window of 16 bits; None where it gains nothing or is not
+        served, so that the layer stores at once.
+
+        Args:
+            pair: of the layer.
+            transforms: of the layer, statics included.
+        """
+
     @property
     def gather(self) -> GatherCache:
         """Tokens back from the layer's pages."""
@@ -397,7 +462,6 @@ def check_store(
     assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
     if pages.transforms.key_offset is not None:
         assert positions is not None and positions.is_contiguous() and positions.dtype == torch.int64
-    assert pages.transforms.key_feedback is None and pages.transforms.value_feedback is None, "nearest codes alone"
     if window is not None:
         window.check(key, slot_mapping.shape[0])
 

@@ -12,6 +12,7 @@ from vllm_kvtuner.kernels.contract import (
     BatchLimits,
     CachedTokens,
     GatherCache,
+    LatePacking,
     Launch,
     Pages,
     Queries,
@@ -99,6 +100,10 @@ class GpuKernels:
     ) -> None:
         """As the contract's ReshapeAndCache."""
         self._row_kernels(pages).reshape_and_cache(key, value, slot_mapping, positions, pages, window)
+
+    def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None:
+        """None: each layer stores at once, in one kernel."""
+        return None
 
     def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
         """As the contract's GatherCache."""

@@ -30,7 +30,7 @@ from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.codes import RANGE_FACTORS
 from vllm_kvtuner.pages.feedback import RoundFeedback
-from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, FEEDBACK_BITS, PageLayout
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, FEEDBACK_BITS, FP16_MAX, PageLayout
 from vllm_kvtuner.pages.transforms import (
     LayerTransforms,
     RotaryTable,
@@ -53,7 +53,7 @@ OFFSET_PAIRS = 8
 """Rotary pairs with a key offset, as many as kernels keep in registers."""
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
-FEEDBACK = 0.25
+FEEDBACK = 0.5
 """Of random round feedback, see :func:`_random_feedback`."""
 POISON = 255
 """Byte of what nobody stored: scale and minimum of such a token are NaN, and so is all that reads them."""
@@ -61,6 +61,11 @@ SPARE_ROWS = 3
 """Rows of queries beyond the last request's, as a CUDA graph's batch has them."""
 STORE_LIMIT = 1.0
 """Steps of a row's scale; rounding takes half of one, fp16's of scale and minimum and the kernels' the rest."""
+FEEDBACK_LIMIT = 0.03
+"""Over the reference's weighted error. A number that lies between two codes moves others of its row, which may be
+better or worse for it; nearest codes are about FEEDBACK worse."""
+WORST_ROW = 100
+"""What the worst row's counts less than that of all: it may have 1 + FEEDBACK_LIMIT WORST_ROW times the reference's."""
 GATHER_LIMIT = 1e-2
 """Over the largest number: bf16 rounds what is read by 2^-9 of it, the kernels' arithmetic by less."""
 DECODE_LIMIT = 5e-3
@@ -133,12 +138,13 @@ class Errors:
     """Largest errors of one case.
 
     Args:
-        store: in steps of the row's scale, clipping by range search left out.
+        store: in steps of the row's scale, clipping by range search left out; of sides without round feedback.
         gather: over the largest key or value.
         decode: over the largest value, what the output's type rounds left out; 0 where decoding is not tested.
         lse: of log-sum-exps; 0 where there are none.
         stray: numbers that were written where nothing belongs, or differ from what was to be copied.
         seconds: for all, compiling included.
+        feedback: by how much the weighted error of sides with round feedback is above the reference's, over that.
     """
 
     store: float
@@ -147,11 +153,13 @@ class Errors:
     lse: float
     stray: int
     seconds: float
+    feedback: float = 0.0
 
     @property
     def problem(self) -> str | None:
         """Which of them are too large, or None."""
-        limits = {"store": STORE_LIMIT, "gather": GATHER_LIMIT, "decode": DECODE_LIMIT, "lse": LSE_LIMIT, "stray": 0}
+        limits = {"store": STORE_LIMIT, "feedback": FEEDBACK_LIMIT, "gather": GATHER_LIMIT, "decode": DECODE_LIMIT}
+        limits |= {"lse": LSE_LIMIT, "stray": 0}
         # Written so that NaN is too large.
         wrong = [name for name, limit in limits.items() if not getattr(self, name) <= limit]
         return ", ".join(f"{name} error {getattr(self, name):.3g} above {limits[name]:.3g}" for name in wrong) or None
@@ -190,11 +198,14 @@ def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = T
         stray = batch.store(kernels)
         keys, values = (batch.stored(side) for side in page_sides(batch.pages.kv_cache, case.layout))
         transforms = batch.pages.transforms
-        store = max(
-            keys.steps(transform_keys(batch.key, batch.position, transforms), transforms.range_search),
-            values.steps(rotate_values(batch.value, transforms), transforms.range_search),
-            key=_nan_last,
-        )
+        store = feedback = 0.0
+        wanted = transform_keys(batch.key, batch.position, transforms), rotate_values(batch.value, transforms)
+        feedbacks = transforms.key_feedback, transforms.value_feedback
+        for rows, exact, known in zip((keys, values), wanted, feedbacks, strict=True):
+            if known is not None and rows.side.format.bits in FEEDBACK_BITS:
+                feedback = max(feedback, rows.excess(exact, known), key=_nan_last)
+            else:
+                store = max(store, rows.steps(exact, transforms.range_search), key=_nan_last)
         key, value = restore_keys(keys.rows, batch.position, transforms), rotate_values(values.rows, transforms)
         gather, outside = _gather_error(kernels, batch, key, value)
         decode_error = lse_error = 0.0
@@ -203,7 +214,8 @@ def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = T
                 errors = _decode_errors(kernels, batch, sizes, key, value)
                 decode_error = max(decode_error, errors[0], key=_nan_last)
                 lse_error = max(lse_error, errors[1], key=_nan_last)
-    return Errors(store, gather, decode_error, lse_error, stray + outside, seconds=time.monotonic() - begin)
+    seconds = time.monotonic() - begin
+    return Errors(store, gather, decode_error, lse_error, stray + outside, seconds, feedback)
 
 
 def random_transforms(names: tuple[str, ...], case: Case, device: torch.device) -> LayerTransforms:
@@ -232,12 +244,12 @@ def random_transforms(names: tuple[str, ...], case: Case, device: torch.device) 
 
 
 def _random_feedback(heads: int, size: int, random: torch.Generator) -> RoundFeedback:
-    """Weak, in ranges that clip nothing: what a number takes up is FEEDBACK of the others' largest error at most.
+    """What a number takes up of others' errors has FEEDBACK of an error's mean square: so much do nearest codes lose.
 
-    So errors stay within 0.5 / (1 - FEEDBACK) steps.
+    It stays below 1, so that errors do not grow from channel to channel.
     """
     coefficients = torch.randn(heads, size, size, generator=random, device=random.device, dtype=torch.float32).triu(1)
-    coefficients *= FEEDBACK / coefficients.abs().sum(-1, keepdim=True).clamp(min=1e-3)
+    coefficients *= FEEDBACK**0.5 / coefficients.norm(dim=-1, keepdim=True).clamp(min=1.0)
     diagonal = 0.5 + torch.rand(heads, size, generator=random, device=random.device, dtype=torch.float32)
     factors = (coefficients + torch.diag_embed(diagonal)).half()
     return RoundFeedback(factors, dict.fromkeys(FEEDBACK_BITS, (1.0, 1.1)))
@@ -280,6 +292,14 @@ class _StoredRows:
         factor = min(RANGE_FACTORS) if range_search and self.side.format.bits < 8 else 1.0
         beyond = (wanted - self.rows).abs() / scale - (1 - factor) / (2 * factor) * levels
         return torch.maximum(rounding, beyond).max().item()
+
+    def excess(self, wanted: torch.Tensor, feedback: RoundFeedback) -> float:
+        """By how much the weighted error is above that of the reference's rounding: of all rows, or of the worst."""
+        exact = wanted.clamp(-FP16_MAX, FP16_MAX)
+        reference = self.side.format.round_trip(wanted, feedback=feedback)
+        ours, theirs = (feedback.weighted_error(exact - rows) for rows in (self.rows, reference))
+        total, worst = ours.sum() / theirs.sum() - 1, (ours / theirs).max() - 1
+        return torch.maximum(total, worst / WORST_ROW).item()
 
 
 class _Batch:

@@ -45,6 +45,28 @@ class RoundFeedback:
         """Squares of the diagonal, [num_kv_heads, head_size] fp32: what a channel's distance from its code counts."""
         return self.factors.float().diagonal(dim1=-2, dim2=-1).square()
 
+    @functools.cached_property
+    def columns(self) -> torch.Tensor:
+        """[num_kv_heads, head_size, head_size] fp16: what ``factors`` has in column j, for the kernels, in row j."""
+        return self.factors.mT.contiguous()
+
+    @functools.cached_property
+    def range_factors(self) -> dict[int, torch.Tensor]:
+        """Per bits [ranges, 2] fp32, factors on a row's maximum - minimum: the step, and what the minimum moves by."""
+        return {
+            bits: torch.tensor(
+                [(factor / (2**bits - 1), 0.5 * (1.0 - factor)) for factor in factors],
+                dtype=torch.float32,
+                device=self.factors.device,
+            )
+            for bits, factors in self.ranges.items()
+        }
+
+    def weighted_error(self, errors: torch.Tensor) -> torch.Tensor:
+        """e^T M e, fp32 [num_tokens, num_kv_heads], of errors [num_tokens, num_kv_heads, head_size] fp32."""
+        taken = errors + torch.einsum("hij,thj->thi", self.coefficients, errors)
+        return (self.weights * taken.square()).sum(-1)
+
     def round(
         self, rows: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: int
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvtuner.pages.feedback import RoundFeedback
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS, PrecisionPair
 
 ANGLE_STEP = 32
 """Positions between the rows of :attr:`RotaryTable.coarse_angles`."""
@@ -140,6 +141,11 @@ class LayerTransforms:
     range_search: bool = False
     key_feedback: RoundFeedback | None = None
     value_feedback: RoundFeedback | None = None
+
+    def rounds_with_feedback(self, pair: PrecisionPair) -> bool:
+        """Whether rows of a pair are rounded with feedback, on a side at least."""
+        sides = (pair.k_bits, self.key_feedback), (pair.v_bits, self.value_feedback)
+        return any(bits in FEEDBACK_BITS and feedback is not None for bits, feedback in sides)
 
     @functools.cached_property
     def offset_partner(self) -> torch.Tensor | None:

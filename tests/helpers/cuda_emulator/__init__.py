@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_kvtuner.kernels.cuda import gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda import feedback_store, gather_cache, paged_attention, reshape_and_cache
 from vllm_kvtuner.kernels.cuda.build import SOURCES, Source
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
@@ -44,6 +44,7 @@ BODIES = {
     "to_fp16(": "return (u16)float_to_half(x);",
     "to_bf16(": "return (u16)float_to_bfloat(x);",
     "pack_bf16(": "return float_to_bfloat(low) | float_to_bfloat(high) << 16;",
+    "multiprocessors(": f"return {NUM_SMS};",
     "arrive(": "return atomicAdd(counter, 1);",
     "mma_u8s8_k32(": _MMA.format(
         words="a0, a1, a2, a3, b0, b1", k=32, per_word=4, a=4, b=2, kinds="unsigned_byte, signed_byte"
@@ -163,7 +164,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(source: Source, block: int, shared_bytes: int, device: torch.device) -> EmulatedKernel:
         return EmulatedKernel(source, block, shared_bytes)
 
-    for launcher in (gather_cache, paged_attention, reshape_and_cache):
+    for launcher in (feedback_store, gather_cache, paged_attention, reshape_and_cache):
         monkeypatch.setattr(launcher, "build", build)
     properties = SimpleNamespace(
         multi_processor_count=NUM_SMS,

@@ -14,8 +14,7 @@ from tests.helpers.paged_cache import make_layout, random_transforms, rotary_tab
 from tests.kernels.cuda.test_build import SHARED_BYTES, SHARED_BYTES_OF_A_CTA, Variant
 from vllm_kvtuner.kernels.cuda import gather_cache, reshape_and_cache
 from vllm_kvtuner.kernels.cuda.build import compile_cubin
-from vllm_kvtuner.kernels.cuda.reshape_and_cache import StoreVariant
-from vllm_kvtuner.kernels.cuda.rows import NUM_WARPS, RowVariant, wide_lanes
+from vllm_kvtuner.kernels.cuda.rows import NUM_WARPS, RowVariant, StoreVariant, wide_lanes
 from vllm_kvtuner.kernels.trial import RUN_CAPABILITIES
 
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from tests.helpers.cubin import local_memory_instructions, resource_usage
 from tests.helpers.decode_cases import HEAD_SIZES, linear_table, with_offset_pairs
 from tests.helpers.paged_cache import make_layout, random_transforms
 from vllm_kvtuner.kernels.contract import Span
-from vllm_kvtuner.kernels.cuda import build, gather_cache, paged_attention_config, reshape_and_cache
+from vllm_kvtuner.kernels.cuda import build, feedback_store, gather_cache, paged_attention_config, reshape_and_cache
 from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 from vllm_kvtuner.kernels.cuda import variant as variants
 from vllm_kvtuner.kernels.cuda.page_layout import page_layout
-from vllm_kvtuner.kernels.cuda.rows import RowVariant
+from vllm_kvtuner.kernels.cuda.rows import RowVariant, StoreVariant
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -221,6 +221,7 @@ def test_unsupported_layers_are_named(layout, transforms, soft_cap, reason):
 
 
 SMALL = RowVariant(make_layout("K8V8", 64), 1, torch.float16, 8)
+SMALL_FEEDBACK = StoreVariant(SMALL._replace(layout=make_layout("K4V4", 64)))
 
 
 def small_source() -> build.Source:
@@ -257,11 +258,15 @@ def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
 
 
 SOURCES = {
+    "feedback_store": (
+        feedback_store.ARGUMENTS,
+        lambda: feedback_store.source(LayerTransforms(), feedback_store.FeedbackVariant(SMALL_FEEDBACK, (1, 1))),
+    ),
     "gather_cache": (gather_cache.ARGUMENTS, small_source),
     "paged_attention": (variants.ARGUMENTS, lambda: Variant("K4V2", 64, block_size=128).settle("sm_90").source()),
     "reshape_and_cache": (
         reshape_and_cache.ARGUMENTS,
-        lambda: reshape_and_cache.source(LayerTransforms(), reshape_and_cache.StoreVariant(SMALL)),
+        lambda: reshape_and_cache.source(LayerTransforms(), StoreVariant(SMALL)),
     ),
 }
 

@@ -222,6 +222,21 @@ def test_offsets_beyond_32_bits(device):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("pair", ["K4V2", "K8V8"])
+@pytest.mark.parametrize("query_len", [1, 4])
+def test_tokens_that_a_recent_window_serves_may_hold_anything(query_len, pair, device):
+    """They may not be packed yet; a request shorter than the window has none that are."""
+    cache = random_cache(make_layout(pair, 128), [1500, 20, 64, 70], 2, device)
+    query = torch.randn(4 * query_len, 8, 128, device=device).bfloat16()
+    results = []
+    for poisoned in (0, 64):
+        cache.poison_newest(poisoned)
+        lse = torch.empty(8, len(query), device=device)
+        options = {"skip_newest": 64, "workspace": workspace_of(cache, 8, 4, query_len), "lse": lse}
+        results.append((attend(cuda.paged_attention, cache, query, [query_len] * 4, LayerTransforms(), **options), lse))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 def test_a_workspace_may_be_larger_and_left_by_another_layer(device):
     """As the engine's is: for more requests and query tokens, and shared by layers of one shape."""
     cache = random_cache(make_layout("K4V2", 128), [5000, 40, 1], 2, device)

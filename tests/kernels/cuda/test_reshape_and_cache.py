@@ -7,7 +7,7 @@ from tests.helpers.paged_cache import make_layout, random_transforms, rotary_tab
 from tests.kernels.triton import test_reshape_and_cache as portable
 from vllm_kvtuner.kernels.cuda import reshape_and_cache as cuda
 from vllm_kvtuner.kernels.cuda.build import compile_cubin
-from vllm_kvtuner.kernels.cuda.rows import RowVariant, row_lanes, unsupported, wide_lanes
+from vllm_kvtuner.kernels.cuda.rows import RowVariant, StoreVariant, row_lanes, unsupported, wide_lanes
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref
 from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE, QUANTIZED_BITS
 
@@ -80,7 +80,7 @@ def test_variants_compile(pair, head_size, rotary_dim, is_neox, dtype, many_rows
         2, head_size, CPU, rotary, offset=float(rotary_dim), equalization=rotary is not None, **switches
     )
     most_lanes = wide_lanes(head_size) if many_rows else 32
-    variant = cuda.StoreVariant(
+    variant = StoreVariant(
         RowVariant(make_layout(pair, head_size), 2, dtype, most_lanes),
         window_block_size=32 if dtype == torch.bfloat16 else 0,
     )

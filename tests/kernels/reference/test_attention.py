@@ -98,6 +98,20 @@ def test_blocks_that_have_left_the_sliding_window_may_hold_anything():
     assert torch.equal(*outputs)
 
 
+@pytest.mark.parametrize("query_lens", [[1], [4]])
+def test_tokens_that_a_recent_window_serves_may_hold_anything(query_lens):
+    """They may not be packed yet."""
+    cache = random_cache(make_layout("K4V4", 64), [100], 2, CPU)
+    query = torch.randn(sum(query_lens), 4, 64)
+    outputs = []
+    for poisoned in (0, 20):
+        cache.poison_newest(poisoned)
+        outputs.append(torch.empty_like(query))
+        span = Span(skip_newest=20)
+        paged_attention_ref(query, cache.queries(query_lens), cache.pages(), cache.shape(4), span, outputs[-1])
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("skip", [1, 7, 200])
 def test_segments_merge_to_attention_over_all_tokens(skip):
     query, key, value = torch.randn(30, 4, 64), torch.randn(90, 2, 64), torch.randn(90, 2, 64)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.helpers.paged_cache import empty_cache, make_layout, random_table, random_transforms, rotary_table, slots_of
-from vllm_kvtuner.kernels.contract import CachedTokens, Pages, WindowRows
+from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, Pages, Span, StepRows, WindowRows
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.reference.rows import (
     gather_cache_ref,
     gather_rows_ref,
@@ -16,7 +17,7 @@ from vllm_kvtuner.kernels.reference.rows import (
     store_rows_ref,
 )
 from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, rotate_values, transform_keys
 from vllm_kvtuner.pages.views import page_sides
 
@@ -130,3 +131,33 @@ def test_empty_slots_store_nothing():
     reshape_and_cache_ref(rows, rows, torch.tensor([-1, 20]), None, pages)
     changed = (kv_cache != before).any(-1).nonzero()
     assert set(changed[:, 0].tolist()) == {1}, "slot 20 lies in block 1"
+
+
+def test_two_parts_of_a_store_are_the_store():
+    """The window's rows first, and later the pages of several layers from there: bytes are the same, of each layer."""
+    rotary = rotary_table(64, True, 200, CPU)
+    positions, slots = torch.tensor([5, 190, 77, 0, 12]), torch.tensor([3, 40, -1, 17, -1])
+    window_slots = torch.tensor([30, 31, -1, 2, 9])
+    waiting, expected, got = [], [], []
+    for index, pair in enumerate(["K4V2", "K2V2", "K4V4"]):
+        transforms = random_transforms(
+            2, 64, CPU, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True
+        )
+        know = random_feedback(2, 64, (0.8, 1.1))
+        transforms = replace(transforms, key_feedback=know, value_feedback=know if index else None)
+        assert transforms.rounds_with_feedback(PrecisionPair.parse(pair))
+        key, value = torch.randn(2, 5, 2, 64).bfloat16()
+        layout = make_layout(pair, 64)
+        for pages_of in (expected, got):
+            pages = Pages(empty_cache(layout, 4, 2, CPU), layout, transforms)
+            pages_of.append((pages.kv_cache, WindowRows(torch.zeros(4, 2, 16, 128).bfloat16(), window_slots)))
+        reshape_and_cache_ref(key, value, slots, positions, pages._replace(kv_cache=expected[-1][0]), expected[-1][1])
+        parts = ReferenceKernels(AttentionShape(2, 2, 64, 0.125), Span()).late_packing(layout.pair, transforms)
+        empty = pages.kv_cache.clone()
+        parts.keep_rows(key, value, got[-1][1])
+        assert torch.equal(pages.kv_cache, empty)
+        waiting.append(StepRows(pages, got[-1][1], slots, positions))
+    parts.pack_rows(waiting)
+    for (kv_cache, window), (mine, my_window) in zip(expected, got, strict=True):
+        assert torch.equal(kv_cache, mine)
+        assert torch.equal(window.kv_cache, my_window.kv_cache)

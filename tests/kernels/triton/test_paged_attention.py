@@ -189,6 +189,21 @@ def test_blocks_that_left_the_window_may_hold_anything(query_lens, device):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("query_lens", [[1, 1], [4, 4]], ids=["one_query", "several_queries"])
+def test_tokens_that_a_recent_window_serves_may_hold_anything(query_lens, device):
+    """They may not be packed yet; a request shorter than the window has none that are."""
+    cache = random_cache(make_layout("K4V2", 64), [150, 20], 2, device)
+    query = torch.randn(sum(query_lens), 6, 64, device=device)
+    results = []
+    for poisoned in (0, 24):
+        cache.poison_newest(poisoned)
+        lse = torch.empty(6, len(query), device=device)
+        options = {"skip_newest": 24, "workspace": decode_workspace(8, 6, 64, device), "lse": lse}
+        results.append((attend(paged_attention, cache, query, query_lens, LayerTransforms(), **options), lse))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+
+
 def test_a_window_reads_no_tile_outside(device):
     case = far_window(device)
     rotary = rotary_table(64, True, int(case.whole.seq_lens[0]), device)

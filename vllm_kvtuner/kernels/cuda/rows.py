@@ -5,12 +5,35 @@ from typing import NamedTuple
 import torch
 
 from vllm_kvtuner.kernels.cuda import page_layout
+from vllm_kvtuner.kernels.cuda.arguments import Field
 from vllm_kvtuner.pages.layout import ALIGNMENT, PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 NUM_WARPS = 4
 NUMBER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Types of numbers in memory, as device/rows.cuh counts them."""
+STORE_FIELDS = (
+    Field("const u8*", "key", "[tokens][KV heads][HEAD_SIZE] of NUMBERS"),
+    Field("const u8*", "value", "likewise"),
+    Field("u8*", "kv_cache", "chunks"),
+    Field("const long long*", "slot_mapping", "[slots]"),
+    Field("const long long*", "positions", "[slots]"),
+    Field("const float*", "offset", "[KV heads][HEAD_SIZE]"),
+    Field("const float*", "partner", "[KV heads][HEAD_SIZE], what the sines multiply"),
+    Field("const u8*", "cos_sin", "[positions][ROTARY_DIM] of ROTARY_NUMBERS"),
+    Field("const float*", "equalization", "[KV heads][HEAD_SIZE]"),
+    Field("u32", "key_stride", "bytes from token to token"),
+    Field("u32", "value_stride", "bytes from token to token"),
+    Field("u32", "block_stride", "bytes"),
+    Field("u32", "head_stride", "bytes"),
+    Field("int", "num_slots", "tokens that have a slot or -1"),
+    Field("u8*", "window", "[blocks][KV heads][WINDOW_BLOCK_SIZE][2][HEAD_SIZE] of NUMBERS, a key beside its value"),
+    Field("const long long*", "window_slots", "[slots]"),
+    Field("u32", "window_block_stride", "bytes"),
+    Field("u32", "window_head_stride", "bytes"),
+    Field("u32", "window_place_stride", "bytes"),
+)
+"""Arguments of a store, with round feedback or without."""
 
 
 class RowVariant(NamedTuple):
@@ -60,6 +83,22 @@ class RowVariant(NamedTuple):
 
     def headers(self) -> dict[str, str]:
         return {page_layout.HEADER: page_layout.page_layout(Chunk=self.layout)}
+
+
+class StoreVariant(NamedTuple):
+    """What a compiled store depends on besides the layer's transforms.
+
+    Args:
+        rows: as gather has it.
+        window_block_size: tokens per block of the recent window that keeps tokens too, 0 for none.
+    """
+
+    rows: RowVariant
+    window_block_size: int = 0
+
+    def macros(self, transforms: LayerTransforms) -> dict[str, int]:
+        search, window = int(transforms.range_search), self.window_block_size
+        return {**self.rows.macros(transforms), "RANGE_SEARCH": search, "WINDOW_BLOCK_SIZE": window}
 
 
 def unsupported(layout: PageLayout) -> str | None:

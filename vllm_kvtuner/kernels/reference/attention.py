@@ -75,10 +75,11 @@ class _Batch:
     def dequantize(self, pages: Pages, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each [requests, num_kv_heads, tokens, head_size] fp32.
 
-        Bytes beyond a request's length, and in blocks that have left its sliding window (which may be another
-        request's, in another format), may be anything, NaN included, which a probability of 0 would not silence.
+        Bytes of tokens that no query sees may be anything, NaN included, which a probability of 0 would not silence:
+        beyond what the newest query sees (where a recent window serves the newest tokens, they may not be packed yet),
+        and in blocks that have left a sliding window (which may be another request's, in another format).
         """
-        filled = self.tokens < self.seq_lens[:, None]
+        filled = self.tokens < (self.seq_lens - span.skip_newest)[:, None]
         if span.sliding_window is not None:
             filled &= self.tokens > (self.seq_lens - self.query_lens - span.sliding_window)[:, None]
         filled = filled.view(*self.blocks.shape, 1, pages.layout.block_size, 1)

@@ -2,9 +2,14 @@
 
 import torch
 
-from vllm_kvtuner.kernels.contract import AttentionShape, Pages, Queries, Span
+from vllm_kvtuner.kernels.contract import AttentionShape, LatePacking, Pages, Queries, Span
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
-from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref
+from vllm_kvtuner.kernels.reference.rows import (
+    gather_cache_ref,
+    pack_rows_ref,
+    reshape_and_cache_ref,
+    store_rows_ref,
+)
 from vllm_kvtuner.kernels.reference.window_attention import window_attention_ref
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -33,6 +38,10 @@ class ReferenceKernels:
 
     def wake_up(self) -> None:
         """Nothing is kept over a sleep."""
+
+    def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None:
+        """With round feedback, as on a GPU, though nothing is gained on a CPU."""
+        return LatePacking(store_rows_ref, pack_rows_ref) if transforms.rounds_with_feedback(pair) else None
 
     def attend(
         self,

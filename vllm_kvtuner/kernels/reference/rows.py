@@ -1,8 +1,10 @@
 """Store and gather in torch, on the packed bytes of pages/layout.py and on plain rows."""
 
+from collections.abc import Sequence
+
 import torch
 
-from vllm_kvtuner.kernels.contract import CachedTokens, Pages, WindowRows
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages, StepRows, WindowRows
 from vllm_kvtuner.pages.codes import code_format
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms, restore_keys, rotate_values, transform_keys
@@ -65,6 +67,19 @@ def store_rows_ref(key: torch.Tensor, value: torch.Tensor, window: WindowRows) -
     keep = (window.slot_mapping >= 0).nonzero().squeeze(1)
     slots, block_size = window.slot_mapping[keep], window.kv_cache.shape[2]
     window.kv_cache[slots // block_size, :, slots % block_size] = torch.cat([key[keep], value[keep]], dim=-1)
+
+
+def pack_rows_ref(layers: Sequence[StepRows]) -> None:
+    """As :class:`vllm_kvtuner.kernels.contract.PackRows`."""
+    for layer in layers:
+        keep = (layer.slot_mapping >= 0).nonzero().squeeze(1)
+        slots, kept = layer.window.slot_mapping[keep], layer.window.kv_cache
+        assert (slots >= 0).all(), "the window holds all tokens of the step"
+        block_size = kept.shape[2]
+        key, value = kept[slots // block_size, :, slots % block_size].chunk(2, dim=-1)
+        positions = None if layer.positions is None else layer.positions[keep]
+        # Contiguous, as a store's own rows are, so that matrix products round alike.
+        reshape_and_cache_ref(key.contiguous(), value.contiguous(), layer.slot_mapping[keep], positions, layer.pages)
 
 
 def gather_rows_ref(rows: torch.Tensor, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:

@@ -40,8 +40,6 @@ def store_rows(
         keep: bool [rows], False for rows that are not stored.
     """
     ROWS: tl.constexpr = x.shape[0]
-    FIELDS: tl.constexpr = 8 // BITS
-    WIDTH: tl.constexpr = x.shape[1] // FIELDS
     low = tl.min(tl.where(valid, x, float("inf")), 1)
     high = tl.max(tl.where(valid, x, float("-inf")), 1)
     scale, minimum = _range(low, high, 0, BITS)
@@ -55,7 +53,21 @@ def store_rows(
             scale = tl.where(error < best, trial_scale, scale)
             minimum = tl.where(error < best, trial_minimum, minimum)
             best = tl.minimum(error, best)
-    packed = _quantize(x, scale, minimum, BITS).to(tl.int32)
+    write_rows(
+        _quantize(x, scale, minimum, BITS), scale, minimum, chunk_ptr, offset, keep, ROW_BYTES, CODES, META, BITS
+    )
+
+
+@triton.jit
+def write_rows(
+    codes, scale, minimum, chunk_ptr, offset, keep,
+    ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr,
+):  # fmt: skip
+    """Pack and write codes, fp32 [rows, columns], and their fp16 scale and minimum; arguments as store_rows."""
+    ROWS: tl.constexpr = codes.shape[0]
+    FIELDS: tl.constexpr = 8 // BITS
+    WIDTH: tl.constexpr = codes.shape[1] // FIELDS
+    packed = codes.to(tl.int32)
     if FIELDS > 1:
         shift = tl.arange(0, FIELDS) * BITS
         packed = tl.sum(tl.reshape(packed, [ROWS, FIELDS, WIDTH]) << shift[None, :, None], 1)
@@ -78,6 +90,12 @@ def _range(low, high, step, BITS: tl.constexpr):
     for index in tl.static_range(1, 11):
         stretch = tl.where(step == index, (1.0 - 0.05 * index) / ((1 << BITS) - 1), stretch)
         shift = tl.where(step == index, 0.5 * (1.0 - (1.0 - 0.05 * index)), shift)
+    return shrunk_range(low, high, stretch, shift)
+
+
+@triton.jit
+def shrunk_range(low, high, stretch, shift):
+    """Scale and minimum, fp16, by the factors on high - low that the step and what the minimum moves by have."""
     scale = tl.minimum((high - low) * stretch, 65504.0)
     minimum = low + (high - low) * shift
     return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -65504.0), 65504.0).to(tl.float16)
@@ -86,10 +104,16 @@ def _range(low, high, step, BITS: tl.constexpr):
 @triton.jit
 def _quantize(x, scale, minimum, BITS: tl.constexpr):
     """Codes, as fp32, of rows x [rows, columns] under fp16 scale and minimum [rows]."""
-    step = scale.to(tl.float32)
-    inverse = tl.where(step > 0, tl.math.div_rn(1.0, tl.where(step > 0, step, 1.0)), 0.0)
+    inverse = inverse_step(scale)
     codes = tl.floor((x - minimum.to(tl.float32)[:, None]) * inverse[:, None] + 0.5)
     return tl.minimum(tl.maximum(codes, 0.0), (1 << BITS) - 1.0)
+
+
+@triton.jit
+def inverse_step(scale):
+    """1 / scale as fp32, or 0 for a scale of 0."""
+    step = scale.to(tl.float32)
+    return tl.where(step > 0, tl.math.div_rn(1.0, tl.where(step > 0, step, 1.0)), 0.0)
 
 
 @triton.jit

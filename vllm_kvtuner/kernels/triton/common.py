@@ -104,3 +104,13 @@ def rotated_offset(
         sin = tl.load(row + HALF, mask=rotated, other=0.0).to(tl.float32)
         offset = offset * cos + tl.load(partner_ptr + index, mask=rotated, other=0.0) * sin
     return offset
+
+
+@triton.jit
+def keep_rows(
+    x, in_row, dim, row_ptr, slot, head, block_stride, head_stride, place_stride, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """Write rows x [rows, columns], whose columns are the dimensions ``dim``, as they are to their window's slots."""
+    block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+    row_ptr += block * block_stride + head.to(tl.int64) * head_stride + place * place_stride
+    tl.store(row_ptr[:, None] + dim[None, :], x, mask=(slot >= 0)[:, None] & in_row[None, :])

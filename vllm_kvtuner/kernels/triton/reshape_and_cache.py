@@ -1,26 +1,18 @@
 """Store: transform, quantize, pack and scatter new tokens to their slots, keys and values in one launch, and as they
-are to those of a recent window."""
+are to those of a recent window. Sides with round feedback have launches of their own (feedback_store.py)."""
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import Pages, WindowRows, check_store
+from vllm_kvtuner.kernels.triton import feedback_store
 from vllm_kvtuner.kernels.triton.codes import byte_columns, store_rows
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, rotated_offset, row_warps
+from vllm_kvtuner.kernels.triton.common import hadamard_rows, keep_rows, rotated_offset, row_warps
 
+SIDES = (feedback_store.KEYS, feedback_store.VALUES)
 MANY_ROWS = 1 << 14
 """(token, KV head) rows from which larger programs still fill any card."""
-
-
-@triton.jit
-def _keep_rows(
-    x, in_row, dim, row_ptr, slot, head, block_stride, head_stride, place_stride, BLOCK_SIZE: tl.constexpr
-):  # fmt: skip
-    """Write rows x [rows, columns], whose columns are the dimensions ``dim``, as they are to their window's slots."""
-    block, place = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    row_ptr += block * block_stride + head.to(tl.int64) * head_stride + place * place_stride
-    tl.store(row_ptr[:, None] + dim[None, :], x, mask=(slot >= 0)[:, None] & in_row[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -33,7 +25,7 @@ def _reshape_and_cache_kernel(
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
     V_CODES: tl.constexpr, K_META: tl.constexpr, V_META: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr,
     KEY_HADAMARD: tl.constexpr, VALUE_HADAMARD: tl.constexpr, RANGE_SEARCH: tl.constexpr,
-    WINDOW_BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    WINDOW_BLOCK_SIZE: tl.constexpr, FIRST_SIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     token, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
@@ -46,13 +38,13 @@ def _reshape_and_cache_kernel(
         loaded |= window_slot >= 0
     chunk_ptr = kv_cache_ptr + slot // BLOCK_SIZE * block_stride + head.to(tl.int64) * head_stride
     offset = slot % BLOCK_SIZE
-    if tl.program_id(1) == 0:
+    if tl.program_id(1) + FIRST_SIDE == 0:
         dim, in_row = byte_columns(HEAD_SIZE, K_BITS)
         valid = loaded[:, None] & in_row[None, :]
         source = key_ptr + token.to(tl.int64)[:, None] * key_stride + (head * HEAD_SIZE)[:, None] + dim[None, :]
         x = tl.load(source, mask=valid, other=0.0)
         if window_ptr is not None:
-            _keep_rows(
+            keep_rows(
                 x, in_row, dim, window_ptr, window_slot, head, window_block_stride, window_head_stride,
                 window_place_stride, WINDOW_BLOCK_SIZE,
             )  # fmt: skip
@@ -74,7 +66,7 @@ def _reshape_and_cache_kernel(
         source = value_ptr + token.to(tl.int64)[:, None] * value_stride + (head * HEAD_SIZE)[:, None] + dim[None, :]
         x = tl.load(source, mask=valid, other=0.0)
         if window_ptr is not None:
-            _keep_rows(
+            keep_rows(
                 x, in_row, dim, window_ptr + HEAD_SIZE, window_slot, head, window_block_stride, window_head_stride,
                 window_place_stride, WINDOW_BLOCK_SIZE,
             )  # fmt: skip
@@ -95,7 +87,7 @@ def reshape_and_cache(
     """As :class:`vllm_kvtuner.kernels.contract.ReshapeAndCache`.
 
     Where a number lies within rounding of the middle between two codes, this kernel may take the other code than the
-    reference.
+    reference; with round feedback, codes of channels before it then follow.
     """
     check_store(key, value, slot_mapping, positions, pages, window)
     kv_cache, layout, transforms = pages
@@ -104,12 +96,18 @@ def reshape_and_cache(
     num_rows = slot_mapping.shape[0] * num_kv_heads
     if num_rows == 0:
         return
+    sides = [side for side in SIDES if not feedback_store.rounds(side, pages)]
+    for side in SIDES:
+        if side not in sides:
+            feedback_store.store_side(side, key, value, slot_mapping, positions, pages, window)
+    if not sides:
+        return
     has_offset = transforms.key_offset is not None
     rotary = transforms.rotary if has_offset else None
     rows, row_slots = (None, None) if window is None else window
     row_strides = (0, 0, 0) if rows is None else rows.stride()
     rows_per_program = 32 if num_rows >= MANY_ROWS else 16
-    _reshape_and_cache_kernel[(triton.cdiv(num_rows, rows_per_program), 2)](
+    _reshape_and_cache_kernel[(triton.cdiv(num_rows, rows_per_program), len(sides))](
         key, value, kv_cache, slot_mapping, positions if has_offset else None,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
         num_rows, key.stride()[0], value.stride()[0], block_stride, head_stride,
@@ -120,5 +118,5 @@ def reshape_and_cache(
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,
         RANGE_SEARCH=transforms.range_search, WINDOW_BLOCK_SIZE=0 if rows is None else rows.shape[2],
-        ROWS=rows_per_program, num_warps=row_warps(head_size),
+        FIRST_SIDE=SIDES.index(sides[0]), ROWS=rows_per_program, num_warps=row_warps(head_size),
     )  # fmt: skip

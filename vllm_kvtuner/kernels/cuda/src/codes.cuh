@@ -53,7 +53,11 @@ struct UniformCodes {
   // does.
   static __device__ __forceinline__ Range make_range(float low, float high, int step) {
     const float stretch = divide((float)(20 - step), 20.0f * LEVELS, 1.0f / (20.0f * LEVELS));
-    const float shift = divide((float)step, 40.0f, 1.0f / 40.0f);
+    return make_range(low, high, stretch, divide((float)step, 40.0f, 1.0f / 40.0f));
+  }
+
+  // Likewise, by the factors on high - low that the step and what the minimum moves by have.
+  static __device__ __forceinline__ Range make_range(float low, float high, float stretch, float shift) {
     const float range = __fsub_rn(high, low);
     const u16 scale = to_fp16(fminf(__fmul_rn(range, stretch), FP16_MAX));
     const u16 minimum = to_fp16(fminf(fmaxf(__fadd_rn(low, __fmul_rn(range, shift)), -FP16_MAX), FP16_MAX));

@@ -53,6 +53,13 @@ __device__ __forceinline__ bool elect_one() {
 #endif
 }
 
+// Of the card.
+__device__ __forceinline__ u32 multiprocessors() {
+  u32 count;
+  asm("mov.u32 %0, %%nsmid;" : "=r"(count));
+  return count;
+}
+
 __device__ __forceinline__ int arrive(int* counter) {
   int before;
   asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
