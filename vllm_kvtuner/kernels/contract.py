@@ -457,13 +457,27 @@ def check_store(
     assert head_size == pages.layout.head_size and value.shape == key.shape, (key.shape, value.shape, pages.layout)
     check_rows(key)
     check_rows(value)
-    pages.check()
     assert pages.num_kv_heads == num_kv_heads and slot_mapping.shape[0] <= num_tokens
-    assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
-    if pages.transforms.key_offset is not None:
-        assert positions is not None and positions.is_contiguous() and positions.dtype == torch.int64
+    _check_slots(slot_mapping, positions, pages)
     if window is not None:
         window.check(key, slot_mapping.shape[0])
+
+
+def check_pack(layer: StepRows) -> None:
+    """What every GPU kernel asks of a layer whose tokens are packed from its window."""
+    pages, window, slot_mapping, positions = layer
+    _check_slots(slot_mapping, positions, pages)
+    # Keys of a block's first place stand for the rows that were kept.
+    window.check(window.kv_cache[:, :, 0, : pages.layout.head_size], slot_mapping.shape[0])
+    assert window.kv_cache.shape[1] == pages.num_kv_heads, (window.kv_cache.shape, pages.kv_cache.shape)
+
+
+def _check_slots(slot_mapping: torch.Tensor, positions: torch.Tensor | None, pages: Pages) -> None:
+    pages.check()
+    assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
+    if pages.transforms.key_offset is not None:
+        assert positions is not None and positions.shape[0] >= slot_mapping.shape[0], "a position of each slot"
+        assert positions.is_contiguous() and positions.dtype == torch.int64
 
 
 def check_gather(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:

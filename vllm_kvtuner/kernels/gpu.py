@@ -18,6 +18,7 @@ from vllm_kvtuner.kernels.contract import (
     Queries,
     ReshapeAndCache,
     Span,
+    StepRows,
     WindowRows,
 )
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, SHORT_PREFILL_TOKENS
@@ -102,8 +103,14 @@ class GpuKernels:
         self._row_kernels(pages).reshape_and_cache(key, value, slot_mapping, positions, pages, window)
 
     def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None:
-        """None: each layer stores at once, in one kernel."""
-        return None
+        """By CUDA, for layers with round feedback on a side at least; Triton's store takes all at once."""
+        if not transforms.rounds_with_feedback(pair):
+            return None
+        layout = PageLayout(pair, self.shape.head_size, BLOCK_SIZE_MULTIPLE)
+        # As what it is, a layer with a window, so that both parts are tested where nobody has asked before.
+        case = self.test_case(layout, self_test.transform_names(transforms), BLOCK_SIZE_MULTIPLE)
+        kernels = self._given or choice.row_kernels(layout, self.device, lambda: prove([case], self.device).failure)
+        return _row_kernels(kernels).late
 
     def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
         """As the contract's GatherCache."""
@@ -188,9 +195,13 @@ class GpuKernels:
     def _store_nothing(
         self, key: torch.Tensor, value: torch.Tensor, pages: Pages, window_rows: torch.Tensor | None
     ) -> None:
+        """All at once, and in two parts where the layer may store so."""
         slots, positions = (self._integers(len(key), fill=fill, dtype=torch.int64) for fill in (-1, 0))
         window = None if window_rows is None else WindowRows(window_rows, slots)
         self.store(key, value, slots, positions, pages, window)
+        if window is not None and (late := self.late_packing(pages.layout.pair, pages.transforms)) is not None:
+            late.keep_rows(key, value, window)
+            late.pack_rows([StepRows(pages, window, slots, positions)])
 
     def _integers(self, *shape: int, fill: int = 0, dtype: torch.dtype = torch.int32) -> torch.Tensor:
         return torch.full(shape, fill, dtype=dtype, device=self.device)
@@ -246,10 +257,11 @@ def measure_cuda(case: Case, device: torch.device) -> Errors:
 
 
 class _RowKernels(NamedTuple):
-    """Store and gather of one implementation."""
+    """Store and gather of one implementation, and the store in two parts if it has one."""
 
     reshape_and_cache: ReshapeAndCache
     gather_cache: GatherCache
+    late: LatePacking | None = None
 
 
 # Implementations are imported when a layer has chosen them: cuda-core is not installed on every GPU machine, nor Triton
@@ -260,9 +272,11 @@ class _RowKernels(NamedTuple):
 def _row_kernels(kernels: str) -> _RowKernels:
     if kernels == choice.CUDA:
         from vllm_kvtuner.kernels.cuda import gather_cache as cuda_gather
+        from vllm_kvtuner.kernels.cuda import keep_rows, pack_rows
         from vllm_kvtuner.kernels.cuda import reshape_and_cache as cuda_store
 
-        return _RowKernels(cuda_store.reshape_and_cache, cuda_gather.gather_cache)
+        late = LatePacking(keep_rows.keep_rows, pack_rows.pack_rows)
+        return _RowKernels(cuda_store.reshape_and_cache, cuda_gather.gather_cache, late)
     from vllm_kvtuner.kernels.triton import gather_cache, reshape_and_cache
 
     return _RowKernels(reshape_and_cache.reshape_and_cache, gather_cache.gather_cache)

@@ -18,7 +18,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_kvtuner.kernels.cuda import feedback_store, gather_cache, paged_attention, reshape_and_cache
+from vllm_kvtuner.kernels.cuda import (
+    feedback_store,
+    gather_cache,
+    keep_rows,
+    pack_rows,
+    paged_attention,
+    reshape_and_cache,
+)
 from vllm_kvtuner.kernels.cuda.build import SOURCES, Source
 
 HEADER = Path(__file__).with_name("cuda_emulator.h")
@@ -164,7 +171,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(source: Source, block: int, shared_bytes: int, device: torch.device) -> EmulatedKernel:
         return EmulatedKernel(source, block, shared_bytes)
 
-    for launcher in (feedback_store, gather_cache, paged_attention, reshape_and_cache):
+    for launcher in (feedback_store, gather_cache, keep_rows, pack_rows, paged_attention, reshape_and_cache):
         monkeypatch.setattr(launcher, "build", build)
     properties = SimpleNamespace(
         multi_processor_count=NUM_SMS,

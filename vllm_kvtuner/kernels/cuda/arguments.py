@@ -20,17 +20,21 @@ class Field(NamedTuple):
     """One argument.
 
     Args:
-        type: in C, a pointer or one of ``SCALARS``.
+        type: in C, a pointer, one of ``SCALARS``, or a structure that the C text declares.
         name: on both sides.
         comment: shape or unit, which the C text repeats.
+        structure: the host's type of a structure.
     """
 
     type: str
     name: str
     comment: str
+    structure: Any = None
 
     @property
     def host_type(self) -> Any:
+        if self.structure is not None:
+            return self.structure
         return ctypes.c_void_p if self.type.endswith("*") else SCALARS[self.type]
 
 
@@ -58,8 +62,12 @@ class Arguments:
         A kernel takes its parameters one by one and puts them into the structure: members of a structure that is
         itself the parameter are loaded where they are used, so that what follows from them stays in loops.
         """
-        lines = [f"  {field.type} {field.name};  // {field.comment}" for field in self.fields]
         parameters = ", ".join(f"{field.type} {field.name}" for field in self.fields)
         names = ", ".join(field.name for field in self.fields)
         macros = [f"#define ARGUMENT_LIST {parameters}", f"#define ARGUMENT_NAMES {names}"]
-        return "\n".join(["struct Arguments {", *lines, "};", *macros, ""])
+        return "\n".join([self.members("Arguments"), *macros, ""])
+
+    def members(self, name: str) -> str:
+        """The C text of the structure, without macros, for one that is a part of a kernel's arguments."""
+        lines = [f"  {field.type} {field.name};  // {field.comment}" for field in self.fields]
+        return "\n".join([f"struct {name} {{", *lines, "};"])

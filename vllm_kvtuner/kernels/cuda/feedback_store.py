@@ -152,6 +152,29 @@ def _tables(transforms: LayerTransforms, side: str, bits: int) -> FeedbackTables
     return FeedbackTables.of(feedback, bits)
 
 
+def table_addresses(transforms: LayerTransforms, bits: tuple[int, int]) -> dict[str, int]:
+    """Arguments that are a layer's round feedback, of the sides that have it; the tables live as its transforms do."""
+    given = {}
+    for side, of_side, ranges in zip(SIDES, bits, rounded_ranges(transforms, bits), strict=True):
+        if ranges:
+            for name, table in _tables(transforms, side, of_side)._asdict().items():
+                given[f"{side}_{name}"] = table.data_ptr()
+    return given
+
+
+def share_ctas(variant: FeedbackVariant, num_slots: int, max_ctas: int) -> tuple[int, int]:
+    """How many CTAs of ``max_ctas`` round tokens with feedback, and how many store the other side."""
+    rows = variant.store.rows
+    groups = nearest = 0
+    for lanes, ranges in zip(rows.lanes, variant.ranges, strict=True):
+        if ranges:
+            groups += math.ceil(num_slots / variant.group_rows) * rows.num_kv_heads
+        else:
+            nearest = math.ceil(math.ceil(num_slots * lanes / 32) * rows.num_kv_heads / NUM_WARPS)
+    nearest = min(nearest, math.ceil(max_ctas / NEAREST_SHARE))
+    return min(groups, max(max_ctas - nearest, 1)), nearest
+
+
 def launch(
     transforms: LayerTransforms, store: StoreVariant, device: torch.device, num_slots: int, given: dict[str, int]
 ) -> None:
@@ -164,18 +187,9 @@ def launch(
         num_slots: tokens that have a slot or -1.
         given: all arguments of a store without round feedback, by name.
     """
-    rows = store.rows
-    bits = rows.layout.k_bits, rows.layout.v_bits
+    bits = store.rows.layout.k_bits, store.rows.layout.v_bits
     variant = FeedbackVariant(store, rounded_ranges(transforms, bits))
     kernel = _build(transforms, variant, device)
-    groups = nearest = 0
-    for side, of_side, lanes, ranges in zip(SIDES, bits, rows.lanes, variant.ranges, strict=True):
-        if ranges:
-            groups += math.ceil(num_slots / variant.group_rows) * rows.num_kv_heads
-            for name, table in _tables(transforms, side, of_side)._asdict().items():
-                given[f"{side}_{name}"] = table.data_ptr()
-        else:
-            nearest = math.ceil(math.ceil(num_slots * lanes / 32) * rows.num_kv_heads / NUM_WARPS)
-    nearest = min(nearest, math.ceil(kernel.max_ctas / NEAREST_SHARE))
-    feedback_ctas = min(groups, max(kernel.max_ctas - nearest, 1))
-    kernel.launch(feedback_ctas + nearest, ARGUMENTS.structure(feedback_ctas=feedback_ctas, **given))
+    feedback_ctas, nearest = share_ctas(variant, num_slots, kernel.max_ctas)
+    given.update(table_addresses(transforms, bits), feedback_ctas=feedback_ctas)
+    kernel.launch(feedback_ctas + nearest, ARGUMENTS.structure(**given))

@@ -18,6 +18,7 @@ from vllm_kvtuner.kernels.cuda.rows import (
     transform_addresses,
     unsupported,
     wide_lanes,
+    window_addresses,
 )
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -71,13 +72,7 @@ def reshape_and_cache(
     variant = StoreVariant(row_variant, 0 if window is None else window.kv_cache.shape[2])
     given = transform_addresses(transforms)
     if window is not None:
-        given.update(
-            window=window.kv_cache.data_ptr(),
-            window_slots=window.slot_mapping.data_ptr(),
-            window_block_stride=byte_stride(window.kv_cache, 0),
-            window_head_stride=byte_stride(window.kv_cache, 1),
-            window_place_stride=byte_stride(window.kv_cache, 2),
-        )
+        given.update(window_addresses(window), window_slots=window.slot_mapping.data_ptr())
     given.update(
         key=key.data_ptr(),
         value=value.data_ptr(),

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_kvtuner.kernels.contract import WindowRows
 from vllm_kvtuner.kernels.cuda import page_layout
 from vllm_kvtuner.kernels.cuda.arguments import Field
 from vllm_kvtuner.pages.layout import ALIGNMENT, PageLayout
@@ -127,6 +128,17 @@ def transform_addresses(transforms: LayerTransforms) -> dict[str, int]:
         "partner": _address(transforms.offset_partner),
         "cos_sin": _address(rotary.cos_sin if rotary else None),
         "equalization": _address(transforms.key_equalization),
+    }
+
+
+def window_addresses(window: WindowRows) -> dict[str, int]:
+    """Arguments that are a recent window's cache; ``window_slots``, which change from step to step, come on top."""
+    cache = window.kv_cache
+    return {
+        "window": cache.data_ptr(),
+        "window_block_stride": byte_stride(cache, 0),
+        "window_head_stride": byte_stride(cache, 1),
+        "window_place_stride": byte_stride(cache, 2),
     }
 
 

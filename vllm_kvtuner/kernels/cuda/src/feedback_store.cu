@@ -2,8 +2,6 @@
 //
 // Defined by the build: what reshape_and_cache has, and K_RANGES and V_RANGES (ranges that rounding with feedback tries,
 // 0: nearest codes), FEEDBACK_ROWS (tokens of a group, 16 or 32), SHARED_BYTES (dynamic shared memory).
-//
-// The first feedback_ctas CTAs round with feedback, those behind them store the other side, if there is one.
 #include "device/base.cuh"
 #include "device/numbers.cuh"
 #include "device/rows.cuh"
@@ -15,11 +13,12 @@
 #include "page_layout.cuh"
 #include "arguments.cuh"
 
+using StoreArguments = Arguments;
+
 #include "store/tile.cuh"
 #include "store/nearest.cuh"
 #include "store/feedback.cuh"
-
-static_assert(SHARED_BYTES == FeedbackMemory<constant_max(K_RANGES, V_RANGES)>::BYTES, "shared memory");
+#include "store/sides.cuh"
 
 extern __shared__ __align__(128) u8 memory[];
 
@@ -27,32 +26,5 @@ extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     feedback_store(ARGUMENT_LIST) {
   const Arguments a = {ARGUMENT_NAMES};
   launch_dependents();
-  if (K_RANGES && V_RANGES || blockIdx.x < a.feedback_ctas) {
-    const int of_head = (a.num_slots + FEEDBACK_ROWS - 1) / FEEDBACK_ROWS;
-    const int key_groups = K_RANGES ? of_head * NUM_KV_HEADS : 0;
-    const int groups = key_groups + (V_RANGES ? of_head * NUM_KV_HEADS : 0);
-    // Neighbouring groups, of one head but for a few.
-    const int begin = (int)((u64)groups * blockIdx.x / a.feedback_ctas);
-    const int end = (int)((u64)groups * (blockIdx.x + 1) / a.feedback_ctas);
-    if constexpr (K_RANGES > 0) {
-      const FeedbackTables tables = {a.key_ranges, a.key_triangles, a.key_fragments};
-      store_groups<true, K_BITS, K_RANGES, KEY_HADAMARD>(a, tables, begin, min(end, key_groups), of_head, memory);
-    }
-    if constexpr (V_RANGES > 0) {
-      const FeedbackTables tables = {a.value_ranges, a.value_triangles, a.value_fragments};
-      store_groups<false, V_BITS, V_RANGES, VALUE_HADAMARD>(a, tables, max(begin, key_groups) - key_groups,
-                                                            end - key_groups, of_head, memory);
-    }
-    return;
-  }
-  if constexpr (!K_RANGES || !V_RANGES) {
-    __shared__ Range ranges[NUM_WARPS][MAX_ROWS][RANGE_STEPS];
-    constexpr bool KEYS = !K_RANGES;
-    constexpr int LANES = KEYS ? K_LANES : V_LANES;
-    const int thread = threadIdx.x, warp = __shfl_sync(FULL_WARP, thread / 32, 0), lane = thread % 32;
-    const int tiles = tiles_of(a.num_slots, LANES);
-    store_tiles<KEYS ? K_BITS : V_BITS, LANES, KEYS ? KEY_HADAMARD : VALUE_HADAMARD>(
-        a, (blockIdx.x - a.feedback_ctas) * NUM_WARPS + warp, (gridDim.x - a.feedback_ctas) * NUM_WARPS, tiles,
-        KEYS ? tiles : 0, ranges[warp], lane);
-  }
+  store_sides(a, blockIdx.x, gridDim.x, memory);
 }

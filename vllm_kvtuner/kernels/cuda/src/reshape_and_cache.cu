@@ -14,6 +14,8 @@
 #include "page_layout.cuh"
 #include "arguments.cuh"
 
+using StoreArguments = Arguments;
+
 #include "store/tile.cuh"
 #include "store/nearest.cuh"
 

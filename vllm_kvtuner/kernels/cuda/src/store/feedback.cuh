@@ -194,7 +194,7 @@ __device__ __forceinline__ float round_rows(const float* rows, u8* errors, u8* c
 
 // Stores the groups from `group` to `end` - 1 of one side, ordered by KV heads.
 template <bool IS_KEY, int BITS, int RANGES, bool HADAMARD>
-__device__ __forceinline__ void store_groups(const Arguments& a, const FeedbackTables& tables, int group, int end,
+__device__ __forceinline__ void store_groups(const StoreArguments& a, const FeedbackTables& tables, int group, int end,
                                              int groups_of_head, u8* memory) {
   using CODES = CodeFormat<BITS>;
   using MEMORY = FeedbackMemory<RANGES>;
@@ -214,6 +214,11 @@ __device__ __forceinline__ void store_groups(const Arguments& a, const FeedbackT
   int loaded = -1;  // head whose coefficients are here
   for (; group < end; group++, turn++) {
     const int head = group / groups_of_head, first = group % groups_of_head * FEEDBACK_ROWS;
+#if FROM_WINDOW
+    // A CUDA graph's batch is filled up by tokens without a slot, of which whole groups may consist. All warps see it.
+    const bool present = lane < FEEDBACK_ROWS && first + lane < a.num_slots && a.slot_mapping[first + lane] >= 0;
+    if (!__any_sync(FULL_WARP, present)) continue;
+#endif
     if (head != loaded) {
       // Nobody rounds any more: the last group was written behind a barrier.
       const u8* source = (const u8*)(tables.triangles + (u64)(u32)head * (BLOCKS * BLOCK_FLOATS));
@@ -229,9 +234,7 @@ __device__ __forceinline__ void store_groups(const Arguments& a, const FeedbackT
     {
       Tile<SHARE> tile;
       tile.load(a, first + row, head, IS_KEY, part);
-#if WINDOW_BLOCK_SIZE
       tile.keep(a, part);
-#endif
       float x[SHARE::COUNT];
 #pragma unroll
       for (int run = 0; run < SHARE::RUNS; run++)

@@ -79,7 +79,7 @@ __device__ __forceinline__ int best_range(const float (&x)[SHARE::COUNT], const 
 
 // Stores the tiles `tile`, `tile + step`, ... below `end`. Returns the first that is not below it.
 template <int BITS, int LANES, bool HADAMARD>
-__device__ __forceinline__ int store_tiles(const Arguments& a, int tile, int step, int end, int key_tiles,
+__device__ __forceinline__ int store_tiles(const StoreArguments& a, int tile, int step, int end, int key_tiles,
                                            Range (&all_ranges)[MAX_ROWS][RANGE_STEPS], int lane) {
   using CODES = CodeFormat<BITS>;
   using SHARE = RowShare<HEAD_SIZE, CODES, LANES>;
@@ -95,9 +95,7 @@ __device__ __forceinline__ int store_tiles(const Arguments& a, int tile, int ste
   Tile<SHARE> next;
   load(next, tile);
   for (; tile < end; tile += step) {
-#if WINDOW_BLOCK_SIZE
     next.keep(a, part);
-#endif
     float x[COUNT];
 #pragma unroll
     for (int run = 0; run < SHARE::RUNS; run++)

@@ -1,0 +1,181 @@
+"""Launch pack_rows.cu: tokens that the recent windows of several layers keep into the layers' pages, by few launches.
+
+Layers share a launch where they share the compiled kernel and the tensors that say which tokens are packed. What is a
+layer's own goes with the launch, among its arguments, so that nothing has to be kept in step with caches and statics,
+and a CUDA graph may hold the launch whenever it is captured.
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_kvtuner.kernels.contract import StepRows, check_pack
+from vllm_kvtuner.kernels.cuda import arguments, feedback_store
+from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
+from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
+from vllm_kvtuner.kernels.cuda.feedback_store import FeedbackVariant, rounded_ranges, share_ctas, table_addresses
+from vllm_kvtuner.kernels.cuda.reshape_and_cache import most_lanes
+from vllm_kvtuner.kernels.cuda.rows import (
+    NUM_WARPS,
+    RowVariant,
+    StoreVariant,
+    byte_stride,
+    transform_addresses,
+    window_addresses,
+)
+from vllm_kvtuner.pages.transforms import LayerTransforms
+
+MAX_LAYERS = 32
+"""Of a launch, whose arguments are then below the 4 KB that every driver takes."""
+SMALLEST_GROUP = 16
+"""Tokens that a CTA rounds at a time where they are few; as many take it however many layers there are."""
+_ROWS = ("key", "value", "key_stride", "value_stride")
+_STEP = ("slot_mapping", "positions", "window_slots", "num_slots", "feedback_ctas")
+LAYER = Arguments(*(field for field in feedback_store.ARGUMENTS.fields if field.name not in (*_ROWS, *_STEP)))
+STEP = Arguments(
+    *(field for field in feedback_store.ARGUMENTS.fields if field.name in _STEP),
+    Field("u32", "layer_ctas", "CTAs of a layer, those that round with feedback first"),
+)
+
+
+class _Layers(ctypes.Structure):
+    _fields_ = (("of", LAYER.structure * MAX_LAYERS),)
+
+
+ARGUMENTS = Arguments(
+    Field("Layers", "layers", "what each layer has of its own", _Layers),
+    Field("Step", "step", "what they share", STEP.structure),
+)
+DECLARATION = "\n".join(
+    [
+        LAYER.members("Layer"),
+        STEP.members("Step"),
+        f"struct Layers {{ Layer of[{MAX_LAYERS}]; }};",
+        ARGUMENTS.declaration,
+    ]
+)
+
+
+class _Caches(NamedTuple):
+    """What a layer's arguments depend on besides its transforms, for an engine's life as a rule."""
+
+    bits: tuple[int, int]
+    kv_cache: int
+    block_stride: int
+    head_stride: int
+    window: tuple[tuple[str, int], ...]
+
+
+class _Launch(NamedTuple):
+    """What layers of a launch have in common.
+
+    Args:
+        source: of the kernel for few tokens.
+        variant: that it was made from.
+        slot_mapping, window_slots, positions: addresses.
+        num_slots: tokens that have a slot or -1.
+    """
+
+    source: Source
+    variant: FeedbackVariant
+    slot_mapping: int
+    window_slots: int
+    positions: int
+    num_slots: int
+
+
+@kept_with_transforms
+def source(transforms: LayerTransforms, variant: FeedbackVariant) -> Source:
+    """What is compiled for a variant of a layer with the transforms."""
+    headers = {**variant.store.rows.headers(), arguments.HEADER: DECLARATION}
+    return Source("pack_rows", tuple(variant.macros(transforms).items()), tuple(headers.items()))
+
+
+@kept_with_transforms
+def _build(transforms: LayerTransforms, variant: FeedbackVariant, device: torch.device) -> BuiltKernel:
+    return build(source(transforms, variant), 32 * NUM_WARPS, variant.shared_bytes, device)
+
+
+@kept_with_transforms
+def _arguments(transforms: LayerTransforms, caches: _Caches) -> Any:
+    """Of a layer, as :data:`LAYER` has them."""
+    return LAYER.structure(
+        kv_cache=caches.kv_cache,
+        block_stride=caches.block_stride,
+        head_stride=caches.head_stride,
+        **dict(caches.window),
+        **transform_addresses(transforms),
+        **table_addresses(transforms, caches.bits),
+    )
+
+
+def pack_rows(layers: Sequence[StepRows]) -> None:
+    """As :class:`vllm_kvtuner.kernels.contract.PackRows`, of layers with round feedback on a side at least.
+
+    Bytes are those of a store at once by the CUDA kernel, whose code this is. A token that has a slot in the pages and
+    none in the window is not packed. The first call of a variant compiles it.
+    """
+    launches: dict[_Launch, list[StepRows]] = {}
+    for layer in layers:
+        check_pack(layer)
+        if layer.slot_mapping.shape[0]:
+            launches.setdefault(_launch_of(layer), []).append(layer)
+    for common, members in launches.items():
+        count = math.ceil(len(members) / math.ceil(len(members) / MAX_LAYERS))
+        for first in range(0, len(members), count):
+            _pack(common, members[first : first + count])
+
+
+def _launch_of(layer: StepRows) -> _Launch:
+    pages, window = layer.pages, layer.window
+    ranges = rounded_ranges(pages.transforms, (pages.layout.k_bits, pages.layout.v_bits))
+    assert any(ranges), "layers without round feedback are stored at once"
+    rows = RowVariant(pages.layout, pages.num_kv_heads, window.kv_cache.dtype, 32)
+    variant = FeedbackVariant(StoreVariant(rows, window.kv_cache.shape[2]), ranges)
+    positions = None if pages.transforms.key_offset is None else layer.positions
+    return _Launch(
+        source(pages.transforms, variant),
+        variant,
+        layer.slot_mapping.data_ptr(),
+        window.slot_mapping.data_ptr(),
+        0 if positions is None else positions.data_ptr(),
+        layer.slot_mapping.shape[0],
+    )
+
+
+def _pack(common: _Launch, members: Sequence[StepRows]) -> None:
+    pages, num_slots = members[0].pages, common.num_slots
+    rows = common.variant.store.rows
+    if num_slots > SMALLEST_GROUP:
+        rows = rows._replace(
+            most_lanes=most_lanes(pages.layout.head_size, num_slots * rows.num_kv_heads * len(members))
+        )
+    variant = common.variant._replace(store=common.variant.store._replace(rows=rows))
+    kernel = _build(pages.transforms, variant, pages.kv_cache.device)
+    feedback_ctas, nearest = share_ctas(variant, num_slots, max(kernel.max_ctas // len(members), 1))
+    step = STEP.structure(
+        slot_mapping=common.slot_mapping,
+        positions=common.positions,
+        window_slots=common.window_slots,
+        num_slots=num_slots,
+        feedback_ctas=feedback_ctas,
+        layer_ctas=feedback_ctas + nearest,
+    )
+    given = ARGUMENTS.structure(step=step)
+    for index, layer in enumerate(members):
+        given.layers.of[index] = _arguments(layer.pages.transforms, _caches_of(layer))
+    kernel.launch((feedback_ctas + nearest) * len(members), given)
+
+
+def _caches_of(layer: StepRows) -> _Caches:
+    kv_cache, layout = layer.pages.kv_cache, layer.pages.layout
+    return _Caches(
+        (layout.k_bits, layout.v_bits),
+        kv_cache.data_ptr(),
+        byte_stride(kv_cache, 0),
+        byte_stride(kv_cache, 1),
+        tuple(window_addresses(layer.window).items()),
+    )
