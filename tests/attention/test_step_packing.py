@@ -11,8 +11,12 @@ from vllm_kvtuner.attention import impl, step_packing
 from vllm_kvtuner.attention.step_packing import StepPacking
 from vllm_kvtuner.attention.window_cache import RecentCache, RecentMetadataBuilder
 from vllm_kvtuner.blocks.window_manager import RecentSpec
+from vllm_kvtuner.kernels import choice, gpu
 from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, Span
+from vllm_kvtuner.kernels.cuda.keep_rows import keep_rows
+from vllm_kvtuner.kernels.cuda.pack_rows import pack_rows
 from vllm_kvtuner.kernels.gpu import GpuKernels
+from vllm_kvtuner.kernels.trial import Verdict
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -173,9 +177,31 @@ def test_layers_whose_tokens_wait(monkeypatch, settings, late):
         assert made._late is None and not packing._members
 
 
-def test_layers_on_gpus_store_at_once():
-    kernels = GpuKernels(AttentionShape(4, 2, 64, 0.125), Span(None, 24), BatchLimits(8, 1), torch.device("cpu"))
-    assert kernels.late_packing(PrecisionPair(4, 2), LayerTransforms(key_feedback=FEEDBACK)) is None
+@pytest.mark.parametrize(
+    ("capability", "failure", "pair", "known", "late"),
+    [
+        ((9, 0), None, "K4V2", FEEDBACK, True),
+        ((8, 0), None, "K8V4", FEEDBACK, True),
+        ((9, 0), "a bad card", "K4V2", FEEDBACK, False),
+        ((7, 5), None, "K4V2", FEEDBACK, False),
+        (None, None, "K4V2", FEEDBACK, False),
+        ((9, 0), None, "K4V8", FEEDBACK, False),
+        ((9, 0), None, "K4V2", None, False),
+    ],
+)
+def test_layers_on_gpus_whose_tokens_wait(capability, failure, pair, known, late, monkeypatch):
+    """Where CUDA's kernels serve, and pass the self-test of a layer with a window; Triton's store at once."""
+    proved = []
+    monkeypatch.setattr(choice, "device_capability", lambda device: capability)
+    monkeypatch.setattr(gpu, "prove", lambda cases, device: proved.extend(cases) or Verdict(failure))
+    kernels = GpuKernels(AttentionShape(4, 2, 64, 0.125), Span(None, 24), BatchLimits(8, 1), torch.device("cpu"), True)
+    parts = kernels.late_packing(PrecisionPair.parse(pair), LayerTransforms(value_feedback=known))
+    assert (parts is not None) == late
+    assert all(case.window_block_size and case.transforms == ("value_round_feedback",) for case in proved)
+    if late:
+        assert proved and parts == (keep_rows, pack_rows)
+        monkeypatch.setenv("KVTUNER_DECODE_KERNEL", "triton")
+        assert kernels.late_packing(PrecisionPair.parse(pair), LayerTransforms(value_feedback=known)) is None
 
 
 @pytest.mark.parametrize(("query_len", "holds"), [(1, True), (1 + DRAFTED, True), (2 + DRAFTED, False)])

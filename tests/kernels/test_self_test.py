@@ -40,11 +40,12 @@ def test_the_reference_passes(pair, transforms):
     "tested",
     [
         case(**WINDOW),
+        case("K4V2", transforms=("key_offset", "key_round_feedback", "value_round_feedback"), **WINDOW),
         case(span=Span(100), block_size=64, soft_cap=30.0),
         case("K2V2", 128, dtype=torch.float16, limits=(1, 1)),
         case("K8V8", transforms=("key_offset",), span=Span(200, 17), write_lse=True),
     ],
-    ids=["recent window", "sliding window", "fp16", "windows and offset"],
+    ids=["recent window", "packed late", "sliding window", "fp16", "windows and offset"],
 )
 def test_the_reference_passes_in_every_kind_of_layer(tested):
     assert measure_reference(tested).problem is None
@@ -68,7 +69,11 @@ def test_one_and_several_tokens_are_decoded_in_few_and_many_requests():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "tested",
-    [case("K2V2", transforms=TRANSFORM_KEYS), case("K4V2", **WINDOW), case(limits=(3, 16))],
+    [
+        case("K2V2", transforms=TRANSFORM_KEYS),
+        case("K4V2", transforms=("key_hadamard", "key_round_feedback"), **WINDOW),
+        case(limits=(3, 16)),
+    ],
     ids=["all transforms", "recent window", "as many tokens as may be"],
 )
 def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
@@ -84,7 +89,8 @@ def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
 def test_the_cuda_kernels_pass(pair, device, record_property):
     """Compiled by then, in milliseconds; ``record_property`` keeps them for ``--junit-xml``."""
     shape = AttentionShape(32, 8, 128, 128**-0.5)
-    for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, {"span": Span(1024)}):
+    late = {"transforms": TRANSFORM_KEYS, **WINDOW}
+    for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, late, {"span": Span(1024)}):
         tested = self_test.Case(PageLayout(pair, 128, 16), shape, BatchLimits(256, 4), **fields)
         errors = gpu.measure_cuda(tested, device)
         assert errors.problem is None, errors
@@ -236,6 +242,31 @@ def test_kernels_that_err_are_found(method, broken, seen, monkeypatch):
     assert not errors.passed and f"{seen} error" in errors.problem
 
 
+def forget_to_keep(late):
+    return late._replace(keep_rows=write_nothing)
+
+
+def forget_to_pack(late):
+    return late._replace(pack_rows=write_nothing)
+
+
+def pack_to_nearest(late):
+    def pack_rows(layers):
+        for layer in layers:
+            nearest = dataclasses.replace(layer.pages.transforms, value_feedback=None)
+            late.pack_rows([layer._replace(pages=layer.pages._replace(transforms=nearest))])
+
+    return late._replace(pack_rows=pack_rows)
+
+
+@pytest.mark.parametrize("broken", [forget_to_keep, forget_to_pack, pack_to_nearest])
+def test_a_store_in_two_parts_that_is_not_the_store_is_found(broken, monkeypatch):
+    parts = ReferenceKernels.late_packing
+    monkeypatch.setattr(ReferenceKernels, "late_packing", lambda self, *of_layer: broken(parts(self, *of_layer)))
+    errors = measure_reference(case(transforms=("value_round_feedback",), **WINDOW))
+    assert errors.stray > 0 and "stray error" in errors.problem
+
+
 def test_rows_beyond_the_last_query_are_looked_at():
     """Of what stands for a GPU's kernels, which have to make them 0; the reference leaves them as they are."""
 
@@ -243,6 +274,7 @@ def test_rows_beyond_the_last_query_are_looked_at():
         def __init__(self, shape, span):
             reference = ReferenceKernels(shape, span)
             self.store, self.gather, self.attend = reference.store, reference.gather, reference.attend
+            self.late_packing = reference.late_packing
 
     errors = measure_reference(case(), OnGpu)
     assert errors.problem.startswith("decode error nan above")

@@ -19,18 +19,20 @@ from vllm_kvtuner.kernels.contract import (
     BatchLimits,
     CachedTokens,
     GatherCache,
+    LatePacking,
     Pages,
     Queries,
     ReshapeAndCache,
     Segment,
     Span,
+    StepRows,
     WindowRows,
 )
 from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.codes import RANGE_FACTORS
 from vllm_kvtuner.pages.feedback import RoundFeedback
-from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, FEEDBACK_BITS, FP16_MAX, PageLayout
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, FEEDBACK_BITS, FP16_MAX, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import (
     LayerTransforms,
     RotaryTable,
@@ -120,6 +122,8 @@ class Kernels(Protocol):
     @property
     def store(self) -> ReshapeAndCache: ...
 
+    def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None: ...
+
     @property
     def gather(self) -> GatherCache: ...
 
@@ -142,7 +146,8 @@ class Errors:
         gather: over the largest key or value.
         decode: over the largest value, what the output's type rounds left out; 0 where decoding is not tested.
         lse: of log-sum-exps; 0 where there are none.
-        stray: numbers that were written where nothing belongs, or differ from what was to be copied.
+        stray: numbers that were written where nothing belongs, or differ from what was to be copied, or from what a
+            store in one part has written.
         seconds: for all, compiling included.
         feedback: by how much the weighted error of sides with round feedback is above the reference's, over that.
     """
@@ -195,7 +200,7 @@ def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = T
     begin = time.monotonic()
     with torch.no_grad(), _plain_defaults():
         batch = _Batch(case, device)
-        stray = batch.store(kernels)
+        stray = batch.store(kernels) + batch.store_late(kernels)
         keys, values = (batch.stored(side) for side in page_sides(batch.pages.kv_cache, case.layout))
         transforms = batch.pages.transforms
         store = feedback = 0.0
@@ -347,24 +352,51 @@ class _Batch:
         """Store all tokens, few of them first; gives how many bytes or numbers lie where they do not belong."""
         whole, heads = self.pages.kv_cache, self.case.shape.num_kv_heads
         self.pages = self.pages._replace(kv_cache=whole[:, :heads])
-        slots = self.block * self.case.layout.block_size + self.offset
         window = self._window()
-        rest = max(math.ceil(MANY_ROWS / heads) - (len(slots) - FEW_TOKENS), 0)
-        for begin, end, extra in ((0, FEW_TOKENS, 0), (FEW_TOKENS, len(slots), rest)):
-            key, value, slot, place = (
-                torch.cat([rows[begin:end], rows.new_full((extra, *rows.shape[1:]), fill)])
-                for rows, fill in ((self.key, 0), (self.value, 0), (slots, -1), (self.position, 0))
-            )
+        for begin, end, extra in self._portions():
             kept = None
             if window is not None:
                 kept = WindowRows(window[:, :heads], self._window_slots(begin, end, extra))
-            kernels.store(key, value, slot, place, self.pages, kept)
+            key, value, slots, positions = self._rows(begin, end, extra)
+            kernels.store(key, value, slots, positions, self.pages, kept)
         taken = self.cache(0)
         for side in page_sides(taken[:, :heads], self.case.layout):
             for part in (side.codes, side.meta.view(torch.uint8)):
                 part[self.block, :, self.offset] = 1
         stray = int(((whole != POISON) & (taken == 0)).sum())
         return stray if window is None else stray + self._window_strays(window)
+
+    def store_late(self, kernels: Kernels) -> int:
+        """Store all tokens in two parts too, where the layer may; gives how many bytes differ from :meth:`store`'s."""
+        size, heads = self.case.window_block_size, self.case.shape.num_kv_heads
+        late = kernels.late_packing(self.case.layout.pair, self.pages.transforms) if size else None
+        if late is None:
+            return 0
+        whole, blocks = self.cache(POISON), math.ceil(len(self.key) / size)
+        pages = self.pages._replace(kv_cache=whole[:, :heads])
+        shape = (blocks, heads, size, 2 * self.case.layout.head_size)
+        window = torch.full(shape, torch.nan, dtype=self.case.dtype, device=self.device)
+        for begin, end, extra in self._portions():
+            key, value, slots, positions = self._rows(begin, end, extra)
+            token = torch.arange(begin, end + extra, device=self.device)
+            kept = WindowRows(window, torch.where(token < end, blocks * size - 1 - token, -1))
+            late.keep_rows(key, value, kept)
+            late.pack_rows([StepRows(pages, kept, slots, positions)])
+        whole_before = self.pages.kv_cache._base
+        assert whole_before is not None
+        return int((whole != whole_before).sum())
+
+    def _portions(self) -> Iterator[tuple[int, int, int]]:
+        """The first token, the end, and how many without a slot come on top, of what is stored at a time."""
+        heads, tokens = self.case.shape.num_kv_heads, len(self.key)
+        yield 0, FEW_TOKENS, 0
+        yield FEW_TOKENS, tokens, max(math.ceil(MANY_ROWS / heads) - (tokens - FEW_TOKENS), 0)
+
+    def _rows(self, begin: int, end: int, extra: int) -> Iterator[torch.Tensor]:
+        """Keys, values, slots and positions of a portion."""
+        slots = self.block * self.case.layout.block_size + self.offset
+        for rows, fill in ((self.key, 0), (self.value, 0), (slots, -1), (self.position, 0)):
+            yield torch.cat([rows[begin:end], rows.new_full((extra, *rows.shape[1:]), fill)])
 
     def stored(self, side: Side) -> _StoredRows:
         """What one side of the pages holds of the tokens."""

@@ -14,7 +14,9 @@ from vllm_kvtuner.pages.layout import FEEDBACK_BITS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 MIN_CTAS = {1: 4, 2: 3, 3: 3}
-"""Of a multiprocessor, by ranges: as many as shared memory has room for, with registers enough not to spill."""
+"""Of a multiprocessor, by ranges, with registers enough not to spill; fewer where shared memory has no room."""
+MOST_SHARED_BYTES, OTHER_SHARED_BYTES = 228 << 10, 2 << 10
+"""Of the multiprocessor that has most, and what a CTA takes besides its dynamic shared memory."""
 NEAREST_SHARE = 8
 """Of a card's CTAs, one in as many stores a side without feedback, whose rows take about a tenth of the work."""
 SIDES = ("key", "value")
@@ -116,7 +118,7 @@ class FeedbackVariant(NamedTuple):
         k_ranges, v_ranges = self.ranges
         return {
             **self.store.macros(transforms),
-            "MIN_CTAS": MIN_CTAS[max(self.ranges)],
+            "MIN_CTAS": min(MIN_CTAS[max(self.ranges)], MOST_SHARED_BYTES // (self.shared_bytes + OTHER_SHARED_BYTES)),
             "K_RANGES": k_ranges,
             "V_RANGES": v_ranges,
             "FEEDBACK_ROWS": self.group_rows,

@@ -26,6 +26,9 @@ extern __shared__ __align__(128) u8 memory[];
 
 extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_CTAS)
     pack_rows(ARGUMENT_LIST) {
-  const StoreArguments a = {layers.of[blockIdx.x / step.layer_ctas], step};
+  // Loaded where they are used, so that they take no registers for long.
+  __shared__ StoreArguments a;
+  if (threadIdx.x == 0) a = {layers.of[blockIdx.x / step.layer_ctas], step};
+  __syncthreads();
   store_sides(a, blockIdx.x % step.layer_ctas, step.layer_ctas, memory);
 }
