@@ -1,7 +1,8 @@
 """The recent window of one attention layer: who stores it, who reads it, and who attends to it.
 
-In 16 bits its rows are stored by the kernel that stores the packed pages, in the same launch; in 8 bits by the kernels
-for K8V8 pages. Attention over the window is merged with that over the packed pages, which leaves out what it holds.
+In 16 bits its rows are stored by the kernel that stores the packed pages, in the same launch, or before it where tokens
+are packed at a step's end (step_packing.py); in 8 bits by the kernels for K8V8 pages. Attention over the window is
+merged with that over the packed pages, which leaves out what it holds.
 """
 
 from abc import ABC, abstractmethod

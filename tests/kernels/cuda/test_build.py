@@ -16,7 +16,15 @@ from tests.helpers.cubin import local_memory_instructions, resource_usage
 from tests.helpers.decode_cases import HEAD_SIZES, linear_table, with_offset_pairs
 from tests.helpers.paged_cache import make_layout, random_transforms
 from vllm_kvtuner.kernels.contract import Span
-from vllm_kvtuner.kernels.cuda import build, feedback_store, gather_cache, paged_attention_config, reshape_and_cache
+from vllm_kvtuner.kernels.cuda import (
+    build,
+    feedback_store,
+    gather_cache,
+    keep_rows,
+    pack_rows,
+    paged_attention_config,
+    reshape_and_cache,
+)
 from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 from vllm_kvtuner.kernels.cuda import variant as variants
 from vllm_kvtuner.kernels.cuda.page_layout import page_layout
@@ -222,6 +230,7 @@ def test_unsupported_layers_are_named(layout, transforms, soft_cap, reason):
 
 SMALL = RowVariant(make_layout("K8V8", 64), 1, torch.float16, 8)
 SMALL_FEEDBACK = StoreVariant(SMALL._replace(layout=make_layout("K4V4", 64)))
+WITH_WINDOW = SMALL_FEEDBACK._replace(window_block_size=16)
 
 
 def small_source() -> build.Source:
@@ -263,6 +272,11 @@ SOURCES = {
         lambda: feedback_store.source(LayerTransforms(), feedback_store.FeedbackVariant(SMALL_FEEDBACK, (1, 1))),
     ),
     "gather_cache": (gather_cache.ARGUMENTS, small_source),
+    "keep_rows": (keep_rows.ARGUMENTS, lambda: keep_rows.source(64, 2, torch.bfloat16, 16)),
+    "pack_rows": (
+        pack_rows.ARGUMENTS,
+        lambda: pack_rows.source(LayerTransforms(), feedback_store.FeedbackVariant(WITH_WINDOW, (1, 1))),
+    ),
     "paged_attention": (variants.ARGUMENTS, lambda: Variant("K4V2", 64, block_size=128).settle("sm_90").source()),
     "reshape_and_cache": (
         reshape_and_cache.ARGUMENTS,
@@ -282,15 +296,20 @@ def test_sources_are_whole():
 def test_the_hosts_arguments_are_the_kernels(stem):
     """By name, in order, in place and of one size: the driver copies as many bytes of each as the kernel takes."""
     arguments, source = SOURCES[stem]
-    structure = arguments.structure
-    assert [name for name, _ in structure._fields_] == [field.name for field in arguments.fields]
-    checks = [f'static_assert(sizeof(Arguments) == {ctypes.sizeof(structure)}, "all");']
-    for field, offset in zip(arguments.fields, structure.offsets.tolist(), strict=True):
-        assert getattr(structure, field.name).offset == offset
-        # How the compiler itself spells offsetof.
-        place = f"(unsigned long long)__INTADDR__(&((Arguments*)0)->{field.name})"
-        checks.append(f'static_assert({place} == {offset}, "{field.name}");')
-        checks.append(f'static_assert(sizeof(Arguments::{field.name}) == {ctypes.sizeof(field.host_type)}, "size");')
+    parts = {"Arguments": arguments}
+    if stem == "pack_rows":
+        parts |= {"Layer": pack_rows.LAYER, "Step": pack_rows.STEP}
+    checks = []
+    for part, fields in parts.items():
+        structure = fields.structure
+        assert [name for name, _ in structure._fields_] == [field.name for field in fields.fields]
+        checks.append(f'static_assert(sizeof({part}) == {ctypes.sizeof(structure)}, "all");')
+        for field, offset in zip(fields.fields, structure.offsets.tolist(), strict=True):
+            assert getattr(structure, field.name).offset == offset
+            # How the compiler itself spells offsetof.
+            place = f"(unsigned long long)__INTADDR__(&(({part}*)0)->{field.name})"
+            checks.append(f'static_assert({place} == {offset}, "{field.name}");')
+            checks.append(f'static_assert(sizeof({part}::{field.name}) == {ctypes.sizeof(field.host_type)}, "size");')
     headers = dict(source().headers)
     checked = source()._replace(
         headers=tuple({**headers, "arguments.cuh": headers["arguments.cuh"] + "\n".join(checks) + "\n"}.items())
