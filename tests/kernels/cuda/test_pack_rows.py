@@ -117,12 +117,13 @@ class _TwoParts:
         check_packed([layer], [step(49, device, without=(0, 5, *range(16, 32), 40))])
 
     def test_layers_of_a_launch_keep_apart(self, device):
-        """Their statics, their caches, and their windows; the last CTA's share is less."""
+        """Their statics, caches, windows, slots and positions; the last CTA's share is less."""
         layers = [Layer("K4V2", device, (2, 1), transformed=True) for _ in range(5)]
-        check_packed(layers, [step(21, device, without=(3,))] * 5)
+        first, second = step(21, device, without=(3,)), step(21, device, without=(20,))
+        check_packed(layers, [first, second, first, second, step(21, device)])
 
     def test_unlike_layers_take_launches_of_their_own(self, device):
-        """By pair, sides, ranges, heads, and by the tensors that say which tokens they are."""
+        """By pair, sides, ranges, heads and number of tokens."""
         layers = [
             Layer("K4V2", device),
             Layer("K2V2", device),

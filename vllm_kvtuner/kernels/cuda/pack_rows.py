@@ -1,7 +1,7 @@
 """Launch pack_rows.cu: tokens that the recent windows of several layers keep into the layers' pages, by few launches.
 
-Layers share a launch where they share the compiled kernel and the tensors that say which tokens are packed. What is a
-layer's own goes with the launch, among its arguments, so that nothing has to be kept in step with caches and statics,
+Layers share a launch where they share the compiled kernel, the strides of their caches and the number of tokens. What
+is a layer's own goes with the launch, among its arguments. So nothing has to be kept in step with caches and statics,
 and a CUDA graph may hold the launch whenever it is captured.
 """
 
@@ -33,7 +33,8 @@ MAX_LAYERS = 32
 SMALLEST_GROUP = 16
 """Tokens that a CTA rounds at a time where they are few; as many take it however many layers there are."""
 _ROWS = ("key", "value", "key_stride", "value_stride")
-_STEP = ("slot_mapping", "positions", "window_slots", "num_slots", "feedback_ctas")
+_STRIDES = ("block_stride", "head_stride", "window_block_stride", "window_head_stride", "window_place_stride")
+_STEP = (*_STRIDES, "num_slots", "feedback_ctas")
 LAYER = Arguments(*(field for field in feedback_store.ARGUMENTS.fields if field.name not in (*_ROWS, *_STEP)))
 STEP = Arguments(
     *(field for field in feedback_store.ARGUMENTS.fields if field.name in _STEP),
@@ -59,31 +60,19 @@ DECLARATION = "\n".join(
 )
 
 
-class _Caches(NamedTuple):
-    """What a layer's arguments depend on besides its transforms, for an engine's life as a rule."""
-
-    bits: tuple[int, int]
-    kv_cache: int
-    block_stride: int
-    head_stride: int
-    window: tuple[tuple[str, int], ...]
-
-
 class _Launch(NamedTuple):
     """What layers of a launch have in common.
 
     Args:
         source: of the kernel for few tokens.
         variant: that it was made from.
-        slot_mapping, window_slots, positions: addresses.
+        strides: as ``_STRIDES``.
         num_slots: tokens that have a slot or -1.
     """
 
     source: Source
     variant: FeedbackVariant
-    slot_mapping: int
-    window_slots: int
-    positions: int
+    strides: tuple[int, ...]
     num_slots: int
 
 
@@ -100,16 +89,9 @@ def _build(transforms: LayerTransforms, variant: FeedbackVariant, device: torch.
 
 
 @kept_with_transforms
-def _arguments(transforms: LayerTransforms, caches: _Caches) -> Any:
-    """Of a layer, as :data:`LAYER` has them."""
-    return LAYER.structure(
-        kv_cache=caches.kv_cache,
-        block_stride=caches.block_stride,
-        head_stride=caches.head_stride,
-        **dict(caches.window),
-        **transform_addresses(transforms),
-        **table_addresses(transforms, caches.bits),
-    )
+def _statics(transforms: LayerTransforms, bits: tuple[int, int]) -> dict[str, int]:
+    """Arguments that are a layer's statics, with codes of ``bits``."""
+    return {**transform_addresses(transforms), **table_addresses(transforms, bits)}
 
 
 def pack_rows(layers: Sequence[StepRows]) -> None:
@@ -135,13 +117,15 @@ def _launch_of(layer: StepRows) -> _Launch:
     assert any(ranges), "layers without round feedback are stored at once"
     rows = RowVariant(pages.layout, pages.num_kv_heads, window.kv_cache.dtype, 32)
     variant = FeedbackVariant(StoreVariant(rows, window.kv_cache.shape[2]), ranges)
-    positions = None if pages.transforms.key_offset is None else layer.positions
+    strides = {
+        "block_stride": byte_stride(pages.kv_cache, 0),
+        "head_stride": byte_stride(pages.kv_cache, 1),
+        **window_addresses(window),
+    }
     return _Launch(
         source(pages.transforms, variant),
         variant,
-        layer.slot_mapping.data_ptr(),
-        window.slot_mapping.data_ptr(),
-        0 if positions is None else positions.data_ptr(),
+        tuple(strides[name] for name in _STRIDES),
         layer.slot_mapping.shape[0],
     )
 
@@ -157,25 +141,25 @@ def _pack(common: _Launch, members: Sequence[StepRows]) -> None:
     kernel = _build(pages.transforms, variant, pages.kv_cache.device)
     feedback_ctas, nearest = share_ctas(variant, num_slots, max(kernel.max_ctas // len(members), 1))
     step = STEP.structure(
-        slot_mapping=common.slot_mapping,
-        positions=common.positions,
-        window_slots=common.window_slots,
         num_slots=num_slots,
         feedback_ctas=feedback_ctas,
         layer_ctas=feedback_ctas + nearest,
+        **dict(zip(_STRIDES, common.strides, strict=True)),
     )
     given = ARGUMENTS.structure(step=step)
     for index, layer in enumerate(members):
-        given.layers.of[index] = _arguments(layer.pages.transforms, _caches_of(layer))
+        given.layers.of[index] = _own(layer)
     kernel.launch((feedback_ctas + nearest) * len(members), given)
 
 
-def _caches_of(layer: StepRows) -> _Caches:
-    kv_cache, layout = layer.pages.kv_cache, layer.pages.layout
-    return _Caches(
-        (layout.k_bits, layout.v_bits),
-        kv_cache.data_ptr(),
-        byte_stride(kv_cache, 0),
-        byte_stride(kv_cache, 1),
-        tuple(window_addresses(layer.window).items()),
+def _own(layer: StepRows) -> Any:
+    """What of the arguments is a layer's, as :data:`LAYER` has it."""
+    pages, window, slot_mapping, positions = layer
+    return LAYER.structure(
+        kv_cache=pages.kv_cache.data_ptr(),
+        window=window.kv_cache.data_ptr(),
+        slot_mapping=slot_mapping.data_ptr(),
+        window_slots=window.slot_mapping.data_ptr(),
+        positions=0 if pages.transforms.key_offset is None or positions is None else positions.data_ptr(),
+        **_statics(pages.transforms, (pages.layout.k_bits, pages.layout.v_bits)),
     )

@@ -1,7 +1,7 @@
 // The later part of a store of layers with round feedback: packs tokens that each layer's recent window keeps by then, of
 // several layers in one launch.
 //
-// Defined by the build: what feedback_store has. All layers of a launch share it, and which tokens are packed.
+// Defined by the build: what feedback_store has. All layers of a launch share it.
 #define FROM_WINDOW 1
 
 #include "device/base.cuh"
