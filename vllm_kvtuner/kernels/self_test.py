@@ -34,6 +34,7 @@ from vllm_kvtuner.pages.codes import RANGE_FACTORS
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, FEEDBACK_BITS, FP16_MAX, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import (
+    SIDES,
     LayerTransforms,
     RotaryTable,
     linear_rotary,
@@ -205,9 +206,8 @@ def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = T
         transforms = batch.pages.transforms
         store = feedback = 0.0
         wanted = transform_keys(batch.key, batch.position, transforms), rotate_values(batch.value, transforms)
-        feedbacks = transforms.key_feedback, transforms.value_feedback
-        for rows, exact, known in zip((keys, values), wanted, feedbacks, strict=True):
-            if known is not None and rows.side.format.bits in FEEDBACK_BITS:
+        for side, rows, exact in zip(SIDES, (keys, values), wanted, strict=True):
+            if (known := transforms.feedback(side, rows.side.format.bits)) is not None:
                 feedback = max(feedback, rows.excess(exact, known), key=_nan_last)
             else:
                 store = max(store, rows.steps(exact, transforms.range_search), key=_nan_last)

@@ -7,9 +7,8 @@ import triton.language as tl
 from vllm_kvtuner.kernels.contract import Pages, WindowRows
 from vllm_kvtuner.kernels.triton.codes import byte_columns, inverse_step, shrunk_range, write_rows
 from vllm_kvtuner.kernels.triton.common import hadamard_rows, keep_rows, rotated_offset, row_warps
-from vllm_kvtuner.pages.layout import FEEDBACK_BITS
+from vllm_kvtuner.pages.transforms import KEY
 
-KEYS, VALUES = "keys", "values"
 ROWS = 16
 """Tokens of a program, which all have the same KV head and hence the same coefficients."""
 
@@ -106,14 +105,6 @@ def _feedback_store_kernel(
     write_rows(codes, scale, minimum, chunk_ptr, slot % BLOCK_SIZE, keep, ROW_BYTES, CODES, META, BITS)
 
 
-def rounds(side: str, pages: Pages) -> bool:
-    """Whether rows of a side, KEYS or VALUES, are rounded with feedback."""
-    layout, transforms = pages.layout, pages.transforms
-    if side == KEYS:
-        return transforms.key_feedback is not None and layout.k_bits in FEEDBACK_BITS
-    return transforms.value_feedback is not None and layout.v_bits in FEEDBACK_BITS
-
-
 def store_side(
     side: str,
     key: torch.Tensor,
@@ -123,12 +114,11 @@ def store_side(
     pages: Pages,
     window: WindowRows | None,
 ) -> None:
-    """As :class:`vllm_kvtuner.kernels.contract.ReshapeAndCache`, of the side alone, which :func:`rounds`."""
+    """As :class:`vllm_kvtuner.kernels.contract.ReshapeAndCache`, of the side alone, which has round feedback."""
     kv_cache, layout, transforms = pages
-    keys = side == KEYS
-    rows, bits, feedback = (
-        (key, layout.k_bits, transforms.key_feedback) if keys else (value, layout.v_bits, transforms.value_feedback)
-    )
+    keys = side == KEY
+    rows, bits = (key, layout.k_bits) if keys else (value, layout.v_bits)
+    feedback = transforms.feedback(side, bits)
     assert feedback is not None
     offset = transforms.key_offset if keys else None
     rotary = transforms.rotary if offset is not None else None

@@ -9,8 +9,8 @@ from vllm_kvtuner.kernels.contract import Pages, WindowRows, check_store
 from vllm_kvtuner.kernels.triton import feedback_store
 from vllm_kvtuner.kernels.triton.codes import byte_columns, store_rows
 from vllm_kvtuner.kernels.triton.common import hadamard_rows, keep_rows, rotated_offset, row_warps
+from vllm_kvtuner.pages.transforms import SIDES
 
-SIDES = (feedback_store.KEYS, feedback_store.VALUES)
 MANY_ROWS = 1 << 14
 """(token, KV head) rows from which larger programs still fill any card."""
 
@@ -96,9 +96,11 @@ def reshape_and_cache(
     num_rows = slot_mapping.shape[0] * num_kv_heads
     if num_rows == 0:
         return
-    sides = [side for side in SIDES if not feedback_store.rounds(side, pages)]
-    for side in SIDES:
-        if side not in sides:
+    sides = []
+    for side, bits in zip(SIDES, (layout.k_bits, layout.v_bits), strict=True):
+        if transforms.feedback(side, bits) is None:
+            sides.append(side)
+        else:
             feedback_store.store_side(side, key, value, slot_mapping, positions, pages, window)
     if not sides:
         return
