@@ -22,7 +22,8 @@ from vllm_kvtuner.kernels.contract import (
     WindowRows,
 )
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, SHORT_PREFILL_TOKENS
-from vllm_kvtuner.kernels.self_test import Case, Errors
+from vllm_kvtuner.kernels.self_test_cases import Case, random_transforms, transform_names
+from vllm_kvtuner.kernels.self_test_errors import Errors
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -108,7 +109,7 @@ class GpuKernels:
             return None
         layout = PageLayout(pair, self.shape.head_size, BLOCK_SIZE_MULTIPLE)
         # As what it is, a layer with a window, so that both parts are tested where nobody has asked before.
-        case = self.test_case(layout, self_test.transform_names(transforms), BLOCK_SIZE_MULTIPLE)
+        case = self.test_case(layout, transform_names(transforms), BLOCK_SIZE_MULTIPLE)
         kernels = self._given or choice.row_kernels(layout, self.device, lambda: prove([case], self.device).failure)
         return _row_kernels(kernels).late
 
@@ -127,7 +128,7 @@ class GpuKernels:
         """As the contract's PagedAttention, with the layer's shape and span; ``lse`` if the layer has one."""
         assert (lse is not None) == self.write_lse
         if self._decode is None:
-            names = self_test.transform_names(pages.transforms)
+            names = transform_names(pages.transforms)
             self._kernel = self._choose(pages.layout, pages.transforms, names)
             self._decode = _decode_module(self._kernel)
         # Short prefills are few among decodes.
@@ -224,7 +225,7 @@ class GpuKernels:
 
     def _row_kernels(self, pages: Pages) -> "_RowKernels":
         if self._rows is None:
-            failure = self._failure(pages.layout, self_test.transform_names(pages.transforms))
+            failure = self._failure(pages.layout, transform_names(pages.transforms))
             self._rows = _row_kernels(self._given or choice.row_kernels(pages.layout, self.device, failure))
         return self._rows
 
@@ -249,7 +250,7 @@ def measure_cuda(case: Case, device: torch.device) -> Errors:
     from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
     kernels = GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype, choice.CUDA)
-    transforms = self_test.random_transforms(case.transforms, case, torch.device("cpu"))
+    transforms = random_transforms(case.transforms, case, torch.device("cpu"))
     capability = choice.device_capability(device)
     assert capability is not None
     reason = unsupported(case.layout, transforms, case.shape.logits_soft_cap, capability, case.write_lse)

@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 
 from vllm_kvtuner.kernels.cuda import cache_folder
-from vllm_kvtuner.kernels.self_test import Case, Errors
+from vllm_kvtuner.kernels.self_test_cases import Case
+from vllm_kvtuner.kernels.self_test_errors import Errors
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
