@@ -77,6 +77,7 @@ def asked(monkeypatch):
         return Errors(0.5, 0.0, 0.0, 0.0, 0, 0.0)
 
     monkeypatch.setattr(gpu, "measure_cuda", measure)
+    monkeypatch.setattr(gpu, "compile_cuda", trial.compile_as_they_run)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     return calls

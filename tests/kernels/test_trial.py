@@ -242,6 +242,7 @@ def ask_the_process(monkeypatch, capsys, outcomes):
         return outcome
 
     monkeypatch.setattr(trial_process.gpu, "measure_cuda", measure)
+    monkeypatch.setattr(trial_process.gpu, "compile_cuda", trial.compile_as_they_run)
     trial_process.main()
     return json.loads(capsys.readouterr().out)
 

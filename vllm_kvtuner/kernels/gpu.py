@@ -1,6 +1,7 @@
 """The GPU kernels of one layer: which of them serve it, and the scratch that they share with other layers."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -242,19 +243,42 @@ def prove(cases: Iterable[Case], device: torch.device) -> trial.Verdict:
     """Test the CUDA kernels on a card where they would serve; see :func:`vllm_kvtuner.kernels.trial.prove`."""
     capability = choice.device_capability(device)
     wanted = [case for case in cases if choice.may_take_cuda(case.layout, capability)]
-    return trial.prove(wanted, device, measure_cuda)
+    return trial.prove(wanted, device, measure_cuda, compile_cuda)
 
 
 def measure_cuda(case: Case, device: torch.device) -> Errors:
     """Errors of the CUDA kernels on a case, through the launchers and the scratch that serve it."""
-    from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
-
     kernels = GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype, choice.CUDA)
     transforms = random_transforms(case.transforms, case, torch.device("cpu"))
+    return self_test.measure(case, kernels, device, _cuda_decodes(case, transforms, device))
+
+
+def compile_cuda(cases: Iterable[Case], device: torch.device) -> dict[Case, Exception]:
+    """Compile what :func:`measure_cuda` runs of all cases side by side; gives why, of cases of which some does not.
+
+    Raises:
+        ValueError: as :func:`vllm_kvtuner.kernels.cuda.cache_folder.make`.
+    """
+    from vllm_kvtuner.kernels.cuda.build import compile_side_by_side
+    from vllm_kvtuner.kernels.cuda.case_sources import case_sources
+
+    wanted = {}
+    for case in cases:
+        transforms = random_transforms(case.transforms, case, torch.device("cpu"))
+        wanted[case] = case_sources(case, transforms, device, _cuda_decodes(case, transforms, device))
+    failed = compile_side_by_side(itertools.chain.from_iterable(wanted.values()), device)
+    errors = {case: [failed[source] for source in sources if source in failed] for case, sources in wanted.items()}
+    return {case: found[0] for case, found in errors.items() if found}
+
+
+def _cuda_decodes(case: Case, transforms: LayerTransforms, device: torch.device) -> bool:
+    """Whether the CUDA kernels decode such a layer; their store and gather may serve where they do not."""
+    from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
+
     capability = choice.device_capability(device)
     assert capability is not None
-    reason = unsupported(case.layout, transforms, case.shape.logits_soft_cap, capability, case.write_lse)
-    return self_test.measure(case, kernels, device, decode=reason is None)
+    soft_cap = case.shape.logits_soft_cap
+    return unsupported(case.layout, transforms, soft_cap, capability, case.write_lse) is None
 
 
 class _RowKernels(NamedTuple):

@@ -39,10 +39,6 @@ from vllm_kvtuner.pages.transforms import (
 )
 from vllm_kvtuner.pages.views import Side, page_sides
 
-FEW_TOKENS = 17
-"""Tokens that are stored first, by the store's variant for few rows; the others take that for many."""
-MANY_ROWS = 1 << 15
-"""(token, KV head) rows of that second store, most of them without a slot."""
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
 POISON = 255
@@ -164,7 +160,7 @@ class _Batch:
         whole, heads = self.pages.kv_cache, self.case.shape.num_kv_heads
         self.pages = self.pages._replace(kv_cache=whole[:, :heads])
         window = self._window()
-        for begin, end, extra in self._portions():
+        for begin, end, extra in self.case.portions:
             kept = None
             if window is not None:
                 kept = WindowRows(window[:, :heads], self._window_slots(begin, end, extra))
@@ -187,7 +183,7 @@ class _Batch:
         pages = self.pages._replace(kv_cache=whole[:, :heads])
         shape = (blocks, heads, size, 2 * self.case.layout.head_size)
         window = torch.full(shape, torch.nan, dtype=self.case.dtype, device=self.device)
-        for begin, end, extra in self._portions():
+        for begin, end, extra in self.case.portions:
             key, value, slots, positions = self._rows(begin, end, extra)
             token = torch.arange(begin, end + extra, device=self.device)
             kept = WindowRows(window, torch.where(token < end, blocks * size - 1 - token, -1))
@@ -196,12 +192,6 @@ class _Batch:
         whole_before = self.pages.kv_cache._base
         assert whole_before is not None
         return int((whole != whole_before).sum())
-
-    def _portions(self) -> Iterator[tuple[int, int, int]]:
-        """The first token, the end, and how many without a slot come on top, of what is stored at a time."""
-        heads, tokens = self.case.shape.num_kv_heads, len(self.key)
-        yield 0, FEW_TOKENS, 0
-        yield FEW_TOKENS, tokens, max(math.ceil(MANY_ROWS / heads) - (tokens - FEW_TOKENS), 0)
 
     def _rows(self, begin: int, end: int, extra: int) -> Iterator[torch.Tensor]:
         """Keys, values, slots and positions of a portion."""

@@ -1,5 +1,6 @@
 """Kinds of layers that kernels are tested on, with random statics."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,10 @@ SEQ_LENS = (300, 129, 70, 64, 31, 17, 16, 1)
 """Tokens of the requests, as many as there are; the first has those besides that a span leaves out."""
 MAX_WINDOW = 4096
 """Tokens of a sliding window that the first request is longer by, at most."""
+FEW_TOKENS = 17
+"""Tokens that are stored first, by the store's variant for few rows; the others take that for many."""
+MANY_ROWS = 1 << 15
+"""(token, KV head) rows of that second store, most of them without a slot."""
 OFFSET_PAIRS = 8
 """Rotary pairs with a key offset, as many as kernels keep in registers."""
 FEEDBACK = 0.5
@@ -53,6 +58,13 @@ class Case(NamedTuple):
         span = self.span
         beyond = span.skip_newest + span.skip_first + min(span.sliding_window or 0, MAX_WINDOW)
         return (SEQ_LENS[0] + beyond, *SEQ_LENS[1:])
+
+    @property
+    def portions(self) -> tuple[tuple[int, int, int], ...]:
+        """The first token, the end, and how many without a slot come on top, of what is stored at a time."""
+        tokens = sum(self.seq_lens)
+        rest = max(math.ceil(MANY_ROWS / self.shape.num_kv_heads) - (tokens - FEW_TOKENS), 0)
+        return (0, FEW_TOKENS, 0), (FEW_TOKENS, tokens, rest)
 
     def __str__(self) -> str:
         names = f" with {', '.join(self.transforms)}" if self.transforms else ""
