@@ -20,8 +20,9 @@ from vllm_kvtuner.engine.config import (
 )
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
-from vllm_kvtuner.profile.load import shipped_profiles
-from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.fitting import advice
+from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError
 from vllm_kvtuner.profile.statics import load_statics
 
 if TYPE_CHECKING:
@@ -50,21 +51,32 @@ def check_config(config: VllmConfig) -> None:
     if not spec:
         raise ValueError(
             f"--kv-cache-dtype {KV_CACHE_DTYPE} needs a precision profile: --kvtuner-profile FILE, NAME or pair such "
-            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE). "
-            f"Shipped profiles: {', '.join(shipped_profiles())}"
+            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE); {advice(_shape(config))}"
         )
     if not isinstance(config.additional_config, dict):
         raise ValueError(f"additional_config must be a dict to carry {PROFILE_KEY!r}, but got a custom object")
     additional[PROFILE_KEY] = str(spec)
     if problems := settings(config):
         raise ProfileError(problems)
-    resolved = resolved_profile(config)
+    resolved = _resolved(config)
     problems = draft_model(config) + captured_stores(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
+
+
+def _resolved(config: VllmConfig) -> ResolvedProfile:
+    """The profile, or a refusal that names others where there is no such profile."""
+    try:
+        return resolved_profile(config)
+    except UnknownProfileError as error:
+        raise UnknownProfileError([f"{problem}; {advice(_shape(config))}" for problem in error.problems]) from None
+
+
+def _shape(config: VllmConfig) -> ModelShape:
+    return ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
 
 
 def _digest(resolved: ResolvedProfile) -> str:
