@@ -34,8 +34,10 @@ def published(tmp_path, monkeypatch):
         additional_config={PROFILE_KEY: str(path)},
     )
 
-    def publish(capability, on_cpu=False):
+    def publish(capability, on_cpu=False, told=None):
         registry = CollectorRegistry()
+        for engine, kernels in (told or {}).items():
+            metrics.keep_decode_kernels(config, engine, kernels)
         metrics.publish(functools.partial(Gauge, registry=registry), config, [0, 1], capability, on_cpu)
         return lambda name, **labels: registry.get_sample_value(
             f"vllm:kvtuner_{name}", {"model_name": "served", "engine": "1", **labels}
@@ -72,3 +74,18 @@ def test_layers_by_decode_kernel(published, monkeypatch, capability, on_cpu, ask
     assert value("layers", pair="K16V16", decode_kernel="vllm") == 1
     assert value("layers", pair="K4V2", decode_kernel=k4v2) == 1
     assert value("layers", pair="K4V4", decode_kernel=k4v4) == 2
+
+
+def test_what_the_workers_have_told_stands_before_the_rules(published):
+    """Of each engine its own: a card that failed its self-test is one engine's."""
+    value = published((9, 0), told={1: {1: "triton", 2: "triton", 3: "cuda"}})
+    assert value("layers", pair="K16V16", decode_kernel="vllm") == 1
+    for kernel in ("triton", "cuda"):
+        assert value("layers", pair="K4V4", decode_kernel=kernel) == 1
+    assert value("layers", engine="0", pair="K4V4", decode_kernel="cuda") == 2
+    assert value("layers", engine="0", pair="K4V4", decode_kernel="triton") is None
+
+
+def test_a_layer_is_tritons_where_one_of_its_workers_has_that():
+    workers = [{0: "cuda", 1: "triton"}, {0: "triton", 1: "cuda"}, {2: "cuda"}]
+    assert metrics.merge_decode_kernels(workers) == {0: "triton", 1: "triton", 2: "cuda"}

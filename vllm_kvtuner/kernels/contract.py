@@ -377,6 +377,10 @@ class KernelSet(Protocol):
     shape: AttentionShape
     span: Span
 
+    @property
+    def decode_kernel(self) -> str | None:
+        """Name of what decodes; None before it is chosen, by the first call at the latest."""
+
     def forget(self) -> None:
         """Choose anew at the next call: the layer's pair or transforms have changed."""
 

@@ -69,6 +69,7 @@ class GpuKernels:
 
     def forget(self) -> None:
         """Choose anew at the next call: the layer's pair or transforms have changed."""
+        self.decode_kernel: str | None = None
         self._decode: Any = None
         self._launches: dict[int, Launch] = {}
         self._rows: _RowKernels | None = None
@@ -130,15 +131,16 @@ class GpuKernels:
         assert (lse is not None) == self.write_lse
         if self._decode is None:
             names = transform_names(pages.transforms)
-            self._kernel = self._choose(pages.layout, pages.transforms, names)
-            self._decode = _decode_module(self._kernel)
+            self.decode_kernel = self._choose(pages.layout, pages.transforms, names)
+            self._decode = _decode_module(self.decode_kernel)
         # Short prefills are few among decodes.
         pass_query_len = min(queries.max_query_len, self.limits.max_decode_query_len)
         launch = self._launches.get(pass_query_len)
         if launch is None:
+            assert self.decode_kernel is not None
             # No kernel of the model writes what says where the tokens are.
-            dependent = self._kernel == choice.CUDA
-            launch = self._launches[pass_query_len] = Launch(self._workspace(self._kernel), pass_query_len, dependent)
+            dependent, workspace = self.decode_kernel == choice.CUDA, self._workspace(self.decode_kernel)
+            launch = self._launches[pass_query_len] = Launch(workspace, pass_query_len, dependent)
         self._decode.paged_attention(query, queries, pages, self.shape, self.span, output, lse, launch=launch)
 
     def merge_window(

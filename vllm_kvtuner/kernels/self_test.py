@@ -141,7 +141,9 @@ class _Batch:
         self.position = position.to(device)
         self.block = table[request, position // size].long().to(device)
         self.offset = (position % size).to(device)
-        self.pages = Pages(self.cache(POISON), case.layout, random_transforms(case.transforms, case, device))
+        self.whole = self.cache(POISON)
+        pages = self.whole[:, :heads]
+        self.pages = Pages(pages, case.layout, random_transforms(case.transforms, case, device))
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Random numbers of the case's dtype."""
@@ -157,8 +159,7 @@ class _Batch:
 
     def store(self, kernels: Kernels) -> int:
         """Store all tokens, few of them first; gives how many bytes or numbers lie where they do not belong."""
-        whole, heads = self.pages.kv_cache, self.case.shape.num_kv_heads
-        self.pages = self.pages._replace(kv_cache=whole[:, :heads])
+        heads = self.case.shape.num_kv_heads
         window = self._window()
         for begin, end, extra in self.case.portions:
             kept = None
@@ -170,7 +171,7 @@ class _Batch:
         for side in page_sides(taken[:, :heads], self.case.layout):
             for part in (side.codes, side.meta.view(torch.uint8)):
                 part[self.block, :, self.offset] = 1
-        stray = int(((whole != POISON) & (taken == 0)).sum())
+        stray = int(((self.whole != POISON) & (taken == 0)).sum())
         return stray if window is None else stray + self._window_strays(window)
 
     def store_late(self, kernels: Kernels) -> int:
@@ -189,9 +190,7 @@ class _Batch:
             kept = WindowRows(window, torch.where(token < end, blocks * size - 1 - token, -1))
             late.keep_rows(key, value, kept)
             late.pack_rows([StepRows(pages, kept, slots, positions)])
-        whole_before = self.pages.kv_cache._base
-        assert whole_before is not None
-        return int((whole != whole_before).sum())
+        return int((whole != self.whole).sum())
 
     def _rows(self, begin: int, end: int, extra: int) -> Iterator[torch.Tensor]:
         """Keys, values, slots and positions of a portion."""
