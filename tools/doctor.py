@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvtuner.kernels.contract import KernelSet
-    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.kernels.trial import Verdict
 
 SCHEMA = "kvtuner-doctor/1"
@@ -216,7 +216,7 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 def _case(group: Group) -> "Case":
     """Layers such as the group's, with few heads and batches: decodes of one token and of several."""
     from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits
-    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.pages.layout import PageLayout
 
     size = group.head_size
@@ -239,13 +239,14 @@ def _prove(groups: Sequence[Group], device: "torch.device", section: Section) ->
 def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") -> dict[str, str]:
     import torch
 
-    from vllm_kvtuner.kernels import choice, self_test
+    from vllm_kvtuner.kernels import choice
+    from vllm_kvtuner.kernels.self_test_cases import random_transforms
 
     if verdict is None:
         return {"decode": "reference, since the device is a CPU", "store and gather": "reference"}
     case = _case(group)
     capability = choice.device_capability(device)
-    transforms = self_test.random_transforms(case.transforms, case, torch.device("cpu"))
+    transforms = random_transforms(case.transforms, case, torch.device("cpu"))
     found: dict[str, str] = {}
     if choice.may_take_cuda(case.layout, capability):
         found["CUDA kernels"] = f"self-test {verdict}"

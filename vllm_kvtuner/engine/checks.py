@@ -59,7 +59,7 @@ def check_config(config: VllmConfig) -> None:
     if problems := settings(config):
         raise ProfileError(problems)
     resolved = _resolved(config)
-    problems = draft_model(config)
+    problems = draft_model(config) + captured_stores(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
@@ -182,6 +182,38 @@ def draft_model(config: VllmConfig) -> tuple[str, ...]:
         "speculative decoding must do without a draft model (n-gram and EAGLE serve) where the model mixes kinds of "
         "layers or the profile has a recent_window, since vLLM's model runner V1 then mixes up their blocks, but got "
         f"{speculative.model}",
+    )
+
+
+STORE_OP = "vllm::unified_kv_cache_update"
+"""The custom op that calls a backend's ``do_kv_cache_update``."""
+
+
+def captured_stores(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """Where piecewise CUDA graphs hold the stores, these replay what they were captured with.
+
+    That is right for slots, which stay in one place, and wrong for the window's slots and the tokens' positions, which
+    a batch with prompts brings anew.
+    """
+    from vllm import envs as vllm_envs
+
+    compilation = config.compilation_config
+    if not compilation.cudagraph_mode.has_piecewise_cudagraphs():
+        return ()
+    if not resolved.recent_windows and not any(layer.transforms.key_offset for layer in resolved.layers):
+        return ()
+    got = None
+    if vllm_envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+        got = "VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM also sets by itself for some models (=0 turns it off)"
+    elif STORE_OP not in (compilation.splitting_ops or ()):
+        partition = "use_inductor_graph_partition" if compilation.use_inductor_graph_partition else "splitting_ops"
+        got = f"{partition} that leaves {STORE_OP} in them"
+    if got is None:
+        return ()
+    source = resolved.profile.source or resolved.profile.name
+    return (
+        f"{source}: piecewise CUDA graphs must leave stores out with a recent_window or a key_offset "
+        f"(cudagraph_mode FULL_DECODE_ONLY does too), but got {got}",
     )
 
 
