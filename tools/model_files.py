@@ -54,6 +54,18 @@ def max_positions(model: str) -> int:
     return _auto_config(model).get_text_config().max_position_embeddings
 
 
+def text_value(model: str, name: str) -> Any:
+    """A value of a model's config, or of its text part; None where it is not given.
+
+    Raises:
+        ProfileError: no such model.
+    """
+    config = read_config(model)
+    if not isinstance(config, dict):
+        return getattr(config.get_text_config(), name, None)
+    return (config.get("text_config") or config).get(name, config.get(name))
+
+
 def refuse_model_folder(model: str, folder: Path) -> None:
     """Refuse to write statics where vLLM would read them as weights: beside the model's own.
 

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import optuna
 
+from kvtuner_tools.calibration import window_default
+from kvtuner_tools.calibration.option_checks import check_options
 from kvtuner_tools.calibration.options import (
     OPTIONS_FILE,
     STAGES,
     CalibrationOptions,
     add_options,
-    check_options,
     given_options,
     merge,
 )
+from kvtuner_tools.model_files import load_model_shape
 from vllm_kvtuner.profile.problems import ProfileError
 
 INTERRUPTED = 130
@@ -43,10 +45,13 @@ class Command:
 
 def _run(options: CalibrationOptions, out: Path, stages: Sequence[str]) -> int:
     check_options(options, out, with_budget="search" in stages)
+    filled, left_out = window_default.fill(options, load_model_shape(options.model))
+    if left_out is not None:
+        print(left_out, file=sys.stderr)
     from kvtuner_tools.calibration.pipeline import Calibration
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    calibration = Calibration(out, options)
+    calibration = Calibration(out, filled)
     options.write(out)
     started = time.monotonic()
     with _interruptible():

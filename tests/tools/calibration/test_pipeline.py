@@ -68,7 +68,8 @@ def calibration(out, table, evaluators, monkeypatch, **options):
         return evaluators[-1]
 
     monkeypatch.setattr(pipeline, "start_engine", start)
-    options = CalibrationOptions(model="fake", **({"max_bits": 4.0, "trials": 30} | options))
+    defaults = {"max_bits": 4.0, "trials": 30, "recent_window": 0, "sink_tokens": 0}
+    options = CalibrationOptions(model="fake", **(defaults | options))
     made = Calibration(out, options)
     made.__dict__["texts"] = texts()
     table.write(out / "sensitivity.json")
@@ -325,7 +326,7 @@ def model(tmp_path):
         (["--memory", "1GiB", "--context", "100"], ["but got --memory, --context"]),
         (["--max-bits", "2"], ["at least 2.500 stored bits (2.000 nominal)", "but got 2.000 stored bits"]),
         (
-            ["--memory", "1MB", "--context", "1000", "--concurrency", "4"],
+            ["--memory", "1MB", "--context", "1000", "--concurrency", "4", "--recent-window", "0"],
             ["at least 2.500 stored bits", "got 1.938 stored bits"],
         ),
         (["--max-bits", "3", "--unquantized", "0"], ["at least 5.875 stored bits (5.500 nominal)"]),
@@ -344,7 +345,9 @@ def model(tmp_path):
         ),
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "17"], [f"--{TOO_MANY_SINKS}, but got 17"]),
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "-1"], [f"--{TOO_MANY_SINKS}, but got -1"]),
-        (["--max-bits", "4", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
+        (["--max-bits", "4", "--recent-window", "0", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
+        (["--max-bits", "4", "--window", "272"], ["--window must be more than 272 tokens, 4 times the 68"]),
+        (["--max-bits", "4", "--recent-window", "512"], ["--window must be more than 2064 tokens", "but got 512"]),
         (["--max-bits", "4", "--storage", "nonsense"], ["--storage must be a database that can be opened"]),
     ],
 )
@@ -396,8 +399,9 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert cli.main(["search", str(out), "--max-bits", "4.25"]) == 0
     assert [stage for stage, _ in ran] == ["capture", "prune", "search", "search"]
     assert ran[2][1].memory == 1 << 20
-    assert ran[3][1] == CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
-    assert CalibrationOptions.read(out) == ran[3][1]
+    asked = CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
+    assert CalibrationOptions.read(out) == asked
+    assert ran[3][1] == replace(asked, recent_window=64, sink_tokens=4)
     assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs"]) == 0
     assert [stage for stage, _ in ran[4:]] == list(STAGES)
     assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
