@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_tools.calibration.calibration_text import BUNDLED_FILES
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
@@ -62,7 +64,7 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
 
 
 def test_wheel_holds_the_calibration_text(wheel):
-    names = {"prose.txt", "conversations.jsonl"}
+    names = {*BUNDLED_FILES, "README.md", "LICENSE.python.txt"}
     assert {f"kvtuner_tools/calibration/data/{name}" for name in names} <= set(wheel.namelist())
 
 

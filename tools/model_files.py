@@ -51,7 +51,24 @@ def max_positions(model: str) -> int:
     Raises:
         ProfileError: no such model.
     """
+    if isinstance(given := text_value(model, "max_position_embeddings"), int):
+        return given
     return _auto_config(model).get_text_config().max_position_embeddings
+
+
+def load_tokenizer(model: str) -> Any:
+    """transformers' tokenizer of a model folder or id.
+
+    Raises:
+        ProfileError: none there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ProfileError([f"{model}: model must have a tokenizer, but got {reason}"]) from None
 
 
 def text_value(model: str, name: str) -> Any:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import optuna
 
-from kvtuner_tools.calibration import window_default
 from kvtuner_tools.calibration.option_checks import check_options
 from kvtuner_tools.calibration.options import (
     OPTIONS_FILE,
@@ -23,7 +22,6 @@ from kvtuner_tools.calibration.options import (
     given_options,
     merge,
 )
-from kvtuner_tools.model_files import load_model_shape
 from vllm_kvtuner.profile.problems import ProfileError
 
 INTERRUPTED = 130
@@ -44,14 +42,13 @@ class Command:
 
 
 def _run(options: CalibrationOptions, out: Path, stages: Sequence[str]) -> int:
-    check_options(options, out, with_budget="search" in stages)
-    filled, left_out = window_default.fill(options, load_model_shape(options.model))
-    if left_out is not None:
-        print(left_out, file=sys.stderr)
+    checked = check_options(options, out, stages)
+    if checked.note is not None:
+        print(checked.note, file=sys.stderr)
     from kvtuner_tools.calibration.pipeline import Calibration
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    calibration = Calibration(out, filled)
+    calibration = Calibration(out, checked.options, checked.texts)
     options.write(out)
     started = time.monotonic()
     with _interruptible():

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.calibration.artifacts import read_artifact
-from kvtuner_tools.calibration.calibration_text import CalibrationText, load_text
+from kvtuner_tools.calibration.calibration_text import CalibrationText, TextRequest, draw_texts
 from kvtuner_tools.calibration.cluster import DEFAULT_FACTOR
 from kvtuner_tools.calibration.sampling import SAMPLERS
 from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory
 from kvtuner_tools.calibration.study import sqlite_url
+from kvtuner_tools.model_files import max_positions
 from kvtuner_tools.profile_commands import parse_memory
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import (
@@ -25,6 +26,7 @@ from vllm_kvtuner.profile.profile import RecentWindow
 
 OPTIONS_SCHEMA = "kvtuner-calibration/3"
 OPTIONS_FILE = "calibration.json"
+DEFAULT_WINDOW = 2048
 DEFAULT_RECENT_WINDOW = 64
 DEFAULT_SINK_TOKENS = 4
 """Together they lower the KL several times (docs/notes/windows-and-first-tokens.md) for 3 to 4% of a decode step."""
@@ -40,7 +42,8 @@ class CalibrationOptions:
         heldout: text for the final scores; by default windows of ``data`` that nothing else uses.
         dtype: of the model.
         seed: of everything that is drawn.
-        window: tokens of a window at most.
+        window: tokens of a window at most; None takes what the model has positions for, up to a default.
+        long_window: tokens of the longer windows that half of the held-out text has; 0 for none.
         capture_tokens: tokens that transforms, round feedback and sensitivity are measured on.
         search_tokens: tokens that a setting is scored on in the search.
         heldout_tokens: tokens that final scores rest on.
@@ -68,10 +71,11 @@ class CalibrationOptions:
     heldout: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
-    window: int = 512
-    capture_tokens: int = 4096
-    search_tokens: int = 2048
-    heldout_tokens: int = 4096
+    window: int | None = None
+    long_window: int = 8192
+    capture_tokens: int = 8192
+    search_tokens: int = 4096
+    heldout_tokens: int = 16384
     kv_memory: int = 1 << 30
     transforms: str = "choose"
     round_feedback: str = "choose"
@@ -149,7 +153,17 @@ class CalibrationOptions:
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "capture": ("data", "heldout", "dtype", "seed", "window", "capture_tokens", "search_tokens", "heldout_tokens"),
+    "capture": (
+        "data",
+        "heldout",
+        "dtype",
+        "seed",
+        "window",
+        "long_window",
+        "capture_tokens",
+        "search_tokens",
+        "heldout_tokens",
+    ),
     "transforms": ("transforms", "recent_window", "recent_window_bits", "sink_tokens"),
     "feedback": ("round_feedback",),
     "sensitivity": (),
@@ -180,7 +194,15 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dtype": ("dtype of the model", {"choices": ("bfloat16", "float16", "float32")}),
     "seed": ("seed of everything that is drawn", {"type": int}),
-    "window": ("tokens of a window of text", {"type": int}),
+    "window": (
+        f"tokens of a window of text (default {DEFAULT_WINDOW}, or what the model has positions for)",
+        {"type": int, "metavar": "TOKENS"},
+    ),
+    "long_window": (
+        "tokens of the longer windows that half of the held-out text has, in whole windows, where documents are that "
+        "long; 0 for none",
+        {"type": int},
+    ),
     "capture_tokens": ("tokens that transforms, round feedback and sensitivity are measured on", {"type": int}),
     "search_tokens": ("tokens that each setting is scored on in the search", {"type": int}),
     "heldout_tokens": ("tokens that the final scores rest on", {"type": int}),
@@ -265,24 +287,22 @@ class Texts:
 def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
     """Draw the windows.
 
+    The held-out text is drawn first, so calibrations that differ in the sizes of the others are scored on the same.
+
     Raises:
         ValueError: files that cannot be used or that hold too little text.
     """
+    assert options.window is not None, "window_default.fill comes first"
     data = None if options.data is None else Path(options.data)
-    total = 0
-    drawn: list[CalibrationText] = []
-    used: set[tuple[int, ...]] = set()
-    sizes = [options.capture_tokens, options.search_tokens]
-    for tokens in sizes if options.heldout else [*sizes, options.heldout_tokens]:
-        # A longer draw with the same seed begins, file by file, with the windows of a shorter one.
-        total += tokens
-        text = load_text(data, tokenizer, tokens=total, context=options.window, seed=options.seed)
-        drawn.append(replace(text, windows=tuple(window for window in text.windows if window not in used)))
-        used.update(text.windows)
-    if options.heldout:
-        path = Path(options.heldout)
-        drawn.append(
-            load_text(path, tokenizer, tokens=options.heldout_tokens, context=options.window, seed=options.seed)
-        )
-    capture, search, heldout = drawn
-    return Texts(capture, search, heldout)
+    longest = min(options.long_window, max_positions(options.model) - 1)
+    heldout = TextRequest(options.heldout_tokens, options.window, longest, name="--heldout-tokens")
+    requests = [
+        TextRequest(options.capture_tokens, options.window, name="--capture-tokens"),
+        TextRequest(options.search_tokens, options.window, name="--search-tokens"),
+    ]
+    if options.heldout is None:
+        drawn = draw_texts(data, tokenizer, [heldout, *requests], seed=options.seed)
+    else:
+        drawn = draw_texts(Path(options.heldout), tokenizer, [heldout], seed=options.seed)
+        drawn += draw_texts(data, tokenizer, requests, seed=options.seed)
+    return Texts(heldout=drawn[0], capture=drawn[1], search=drawn[2])

@@ -1,10 +1,15 @@
-"""The recent window of a calibration that was not told one: the best known, where the model is served with it."""
+"""Windows that a calibration was not told: of its text, and the recent window where the model is served with it."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 
-from kvtuner_tools.calibration.options import DEFAULT_RECENT_WINDOW, DEFAULT_SINK_TOKENS, CalibrationOptions
-from kvtuner_tools.model_files import text_value
+from kvtuner_tools.calibration.options import (
+    DEFAULT_RECENT_WINDOW,
+    DEFAULT_SINK_TOKENS,
+    DEFAULT_WINDOW,
+    CalibrationOptions,
+)
+from kvtuner_tools.model_files import max_positions, text_value
 from vllm_kvtuner.pages.layout import UNQUANTIZED
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.problems import format_layers
@@ -15,14 +20,14 @@ that is exact for most of a text says nothing of the pairs, and one that is exac
 
 
 def fill(options: CalibrationOptions, shape: ModelShape) -> tuple[CalibrationOptions, str | None]:
-    """The options with ``recent_window`` and ``sink_tokens`` as numbers.
+    """The options with ``window``, ``recent_window`` and ``sink_tokens`` as numbers.
 
     Args:
         options: with None where the default is wanted.
         shape: the model's.
 
     Returns:
-        The options, and one line that says why the default was left out, or None.
+        The options, and one line that says why there is no recent window, where that is not as asked, or None.
     """
     window, sink_tokens, left_out = options.recent_window, options.sink_tokens, None
     if window is None:
@@ -32,7 +37,10 @@ def fill(options: CalibrationOptions, shape: ModelShape) -> tuple[CalibrationOpt
             left_out = f"no recent window and no sink tokens: the window {broken}"
     if sink_tokens is None:
         sink_tokens = DEFAULT_SINK_TOKENS if window else 0
-    return replace(options, recent_window=window, sink_tokens=sink_tokens), left_out
+    text = options.window
+    if text is None:
+        text = min(DEFAULT_WINDOW, max_positions(options.model) - 1)
+    return replace(options, window=text, recent_window=window, sink_tokens=sink_tokens), left_out
 
 
 def refuse(options: CalibrationOptions, shape: ModelShape) -> Iterator[str]:

@@ -16,6 +16,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "head_dim": 64,
     "hidden_size": 256,
+    "max_position_embeddings": 8192,
 }
 OTHER_SHAPES = {"num_key_value_heads": [2, 2, 4, 4]}
 NARROW = {"sliding_window": 48}
@@ -81,6 +82,12 @@ def test_a_window_of_8_bits_is_refused_on_a_gpu(model, monkeypatch, on_gpu, prob
     options = CalibrationOptions(model=model(), recent_window_bits=8)
     found = list(window_default.refuse(options, load_model_shape(options.model)))
     assert len(found) == problems and all(each.endswith("but got 8") for each in found)
+
+
+@pytest.mark.parametrize(("positions", "window"), [(4096, 2048), (2048, 2047), (512, 511)])
+def test_windows_of_text_are_no_longer_than_the_models_positions(model, positions, window):
+    assert fill(model(max_position_embeddings=positions))[0].window == window
+    assert fill(model(max_position_embeddings=positions), window=300)[0].window == 300
 
 
 def test_what_window_and_sinks_hold(model):
