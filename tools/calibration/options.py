@@ -1,7 +1,8 @@
 """What a calibration is asked to do: the options of its commands, kept in the output folder."""
 
 import argparse
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,21 @@ from vllm_kvtuner.profile.profile import RecentWindow
 
 OPTIONS_SCHEMA = "kvtuner-calibration/3"
 OPTIONS_FILE = "calibration.json"
+REPORT_FILE = "report.html"
 DEFAULT_WINDOW = 2048
 DEFAULT_RECENT_WINDOW = 64
 DEFAULT_SINK_TOKENS = 4
 """Together they lower the KL several times (docs/notes/windows-and-first-tokens.md) for 3 to 4% of a decode step."""
+
+
+QUICK: dict[str, Any] = {
+    "window": 1024,
+    "long_window": 0,
+    "capture_tokens": 4096,
+    "heldout_tokens": 4096,
+    "cluster_factor": 1.0,
+}
+"""What ``--quick`` changes of the defaults; every layer decides alone, since no setting is scored for it."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,8 @@ class CalibrationOptions:
         sampler: Optuna's sampler.
         trials: settings to score, seeds included.
         storage: URL of the Optuna storage; an SQLite file in the output folder by default.
+        quick: take pairs by the integer program from sensitivities, on less text, and score no setting in a search.
+        full_report: score all uniform settings, the greedy choice and the integer program's on held-out text too.
     """
 
     model: str = ""
@@ -92,6 +106,8 @@ class CalibrationOptions:
     sampler: str = "nsga2"
     trials: int = 64
     storage: str | None = None
+    quick: bool = False
+    full_report: bool = False
 
     @property
     def unquantized_layers(self) -> tuple[int, ...]:
@@ -110,6 +126,17 @@ class CalibrationOptions:
             return None
         return RecentWindow(self.recent_window, self.recent_window_bits, self.sink_tokens)
 
+    def command(self, out: Path) -> str:
+        """The command line that gives these options, those of a default left out."""
+        words = ["kvtuner", "calibrate", self.model, "--out", str(out)]
+        presets = asdict(CalibrationOptions()) | (QUICK if self.quick else {})
+        for name, value in asdict(self).items():
+            if name != "model" and value != presets[name]:
+                flag = f"--{name.replace('_', '-')}"
+                words += [flag] if value is True else [flag.replace("--", "--no-", 1)] if value is False else []
+                words += [] if isinstance(value, bool) else [flag, str(value)]
+        return shlex.join(words)
+
     def storage_url(self, out: Path) -> str:
         return self.storage or sqlite_url(out / "study.db")
 
@@ -118,17 +145,8 @@ class CalibrationOptions:
         if self.max_bits is not None:
             return bytes_for_bits(self.max_bits, shapes)
         assert self.memory is not None and self.context is not None and self.concurrency is not None
-        recent = self.concurrency * self.recent_bytes(shapes)
+        recent = self.concurrency * recent_bytes(self, shapes)
         return bytes_for_memory(max(0, self.memory - recent), self.context, self.concurrency)
-
-    def recent_bytes(self, shapes: dict[int, tuple[int, int]]) -> int:
-        """Bytes of one request's recent windows, in the smallest blocks that hold them."""
-        if self.recent is None:
-            return 0
-        blocks = recent_blocks(self.recent.tokens, BLOCK_SIZE_MULTIPLE) + (self.recent.sink_tokens > 0)
-        tokens, pair = blocks * BLOCK_SIZE_MULTIPLE, self.recent.pair
-        layers = [shape for layer, shape in shapes.items() if layer not in self.unquantized_layers]
-        return sum(tokens * heads * content_bytes(pair, size) for heads, size in layers)
 
     def budget_text(self, nominal: float, stored: float) -> str:
         """The budget in bits, and what it comes from where it was given as memory."""
@@ -150,6 +168,21 @@ class CalibrationOptions:
             ValueError: none there, or a file of another schema.
         """
         return cls(**read_artifact(out / OPTIONS_FILE, OPTIONS_SCHEMA, tuple(field.name for field in fields(cls))))
+
+
+def recent_bytes(options: CalibrationOptions, shapes: Mapping[int, tuple[int, int]]) -> int:
+    """Bytes of one request's recent windows, in the smallest blocks that hold them.
+
+    Args:
+        options: filled in.
+        shapes: KV heads and head size of every layer.
+    """
+    if options.recent is None:
+        return 0
+    blocks = recent_blocks(options.recent.tokens, BLOCK_SIZE_MULTIPLE) + (options.recent.sink_tokens > 0)
+    tokens, pair = blocks * BLOCK_SIZE_MULTIPLE, options.recent.pair
+    layers = [shape for layer, shape in shapes.items() if layer not in options.unquantized_layers]
+    return sum(tokens * heads * content_bytes(pair, size) for heads, size in layers)
 
 
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -179,7 +212,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "storage",
         "kv_memory",
     ),
-    "export": (),
+    "export": ("full_report",),
     "report": (),
 }
 """Options of each stage's command; those of the stages before it stay as the output folder has them."""
@@ -229,6 +262,14 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
         "largest ratio of two layers' errors within a cluster; 1: every layer decides alone",
         {"type": float, "metavar": "RATIO"},
     ),
+    "full_report": (
+        "score all uniform pairs, the greedy choice and the integer program's on held-out text too",
+        {"action": argparse.BooleanOptionalAction},
+    ),
+    "quick": (
+        "in minutes: less text, and pairs by the integer program from the layers' sensitivities, without a search",
+        {"action": argparse.BooleanOptionalAction},
+    ),
     "max_bits": ("budget in stored bits (scales included)", {"type": float, "metavar": "BITS"}),
     "memory": ("budget as KV cache memory such as 20GiB, with --context and --concurrency", {"type": parse_memory}),
     "context": ("tokens of a request, with --memory", {"type": int, "metavar": "TOKENS"}),
@@ -245,19 +286,25 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
 
 def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
     """Add the options of these stages; what is not given is absent from the parsed arguments."""
-    defaults = CalibrationOptions()
     for stage in stages:
         for name in GROUPS[stage]:
-            text, more = _HELP[name]
-            default = getattr(defaults, name)
-            shown = f" (default {default})" if default not in (None, "", False) else ""
-            parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text + shown, **more)
+            add_option(parser, name)
+
+
+def add_option(parser: argparse.ArgumentParser, name: str) -> None:
+    text, more = _HELP[name]
+    default = getattr(CalibrationOptions(), name)
+    shown = f" (default {default})" if default not in (None, "", False) else ""
+    parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text + shown, **more)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, by name; a budget of one kind replaces one of the other."""
     names = {field.name for field in fields(CalibrationOptions)}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if "quick" in given:
+        presets = QUICK if given["quick"] else {name: getattr(CalibrationOptions(), name) for name in QUICK}
+        given = {**presets, **given}
     if "max_bits" in given and not given.keys() & {"memory", "context", "concurrency"}:
         given |= dict.fromkeys(("memory", "context", "concurrency"))
     elif "memory" in given and "max_bits" not in given:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
 import yaml
 
 from kvtuner_tools.cache_setting import KVTUNER, CacheSetting
@@ -161,8 +162,12 @@ class CalibrationEngine:
             ValueError: pairs missing or for layers that do not exist, or K16V16 for a layer outside
                 ``unquantized_layers``, or another pair for a layer in it.
         """
+        return self.score_tokens(pairs)[0]
+
+    def score_tokens(self, pairs: Mapping[int, PrecisionPair]) -> tuple[Quality, np.ndarray]:
+        """Quality, and the KL of each predicted position, float32 [num_tokens]. Raises as :meth:`score`."""
         scores = self._trial(pairs, _score, self._windows)
-        return Quality(**scores.summary(), num_tokens=len(scores.kl))
+        return Quality(**scores.summary(), num_tokens=len(scores.kl)), scores.kl
 
     def score_task(self, pairs: Mapping[int, PrecisionPair]) -> TaskScore:
         """Accuracy on ``task`` with these pairs. Raises as :meth:`score`."""
