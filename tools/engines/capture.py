@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import (
@@ -26,6 +25,7 @@ from kvtuner_tools.calibration.captured import (
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
 from kvtuner_tools.engines.residual_readers import ResidualReaders
 from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.progress import track
 from vllm_kvtuner.engine.statics import layer_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
 from vllm_kvtuner.profile.model_shape import ModelShape
@@ -149,7 +149,7 @@ def run_capture_engine(job: CaptureJob) -> None:
         capture.write()
         missing = capture.missing_windows()
         total = len(capture.windows)
-        for window in tqdm(missing, desc="capture", unit="window", initial=total - len(missing), total=total):
+        for window in track(missing, "capture", "window", total=total, done=total - len(missing)):
             tap.begin(window, capture.windows[window], layers, job)
             llm.generate([{"prompt_token_ids": list(job.text.windows[window])}], params, use_tqdm=False)
             if tap.pending:

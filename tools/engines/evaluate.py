@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.divergence import TokenScores, compare
+from kvtuner_tools.progress import track
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
 from vllm_kvtuner.profile.profile import ResolvedProfile
 
@@ -278,7 +278,8 @@ class MeasuringEngine:
         # The least for which both runners compute the logits of every prompt position.
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         start = 0
-        for window in tqdm(windows, desc=self._options.label, unit="window", disable=not progress):
+        shown = track(windows, self._options.label, "window", total=len(windows)) if progress else windows
+        for window in shown:
             self._llm.collective_rpc(_begin, args=(start, tuple(window)))
             self._llm.generate([{"prompt_token_ids": list(window)}], params, use_tqdm=False)
             self._llm.collective_rpc(_end)
