@@ -55,6 +55,8 @@ OFFSET_PAIRS = 8
 """Rotary pairs with a key offset, as many as kernels keep in registers."""
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
+SINK_MEAN = 4.0
+"""Of random attention sinks: the log-sum-exp of about 8 tokens' logits, so that sinks and tokens both get weight."""
 FEEDBACK = 0.5
 """Of random round feedback, see :func:`_random_feedback`."""
 POISON = 255
@@ -112,7 +114,8 @@ class Case(NamedTuple):
         return (SEQ_LENS[0] + beyond, *SEQ_LENS[1:])
 
     def __str__(self) -> str:
-        names = f" with {', '.join(self.transforms)}" if self.transforms else ""
+        parts = [*self.transforms, *(["attention sinks"] if self.shape.sinks is not None else [])]
+        names = f" with {', '.join(parts)}" if parts else ""
         return f"{self.layout.pair} of head size {self.layout.head_size}{names}"
 
 
@@ -334,7 +337,10 @@ class _Batch:
         self.position = position.to(device)
         self.block = table[request, position // size].long().to(device)
         self.offset = (position % size).to(device)
-        self.pages = Pages(self.cache(POISON), case.layout, random_transforms(case.transforms, case, device))
+        transforms, sinks = random_transforms(case.transforms, case, device), None
+        if case.shape.sinks is not None:
+            sinks = (SINK_MEAN + QUERY_SPREAD * self.normal(case.shape.num_heads)).to(case.shape.sinks)
+        self.pages = Pages(self.cache(POISON), case.layout, transforms, sinks)
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Random numbers of the case's dtype."""
@@ -500,6 +506,9 @@ def _decode_errors(
         one = Segment.into(torch.empty(len(rows), *query.shape[1:], device=device))
         seen = _visible(position, lens[of], case.span)
         attention_ref(query[rows], key[part], value[part], shape, seen, one.output, one.lse)
+        if (sinks := batch.pages.sinks) is not None:
+            counted = torch.logaddexp(one.lse, sinks[:, None].float())
+            one = Segment(one.output * (one.lse - counted).exp().T[..., None], counted)
         want.output[rows], want.lse[:, rows] = one.output, one.lse
     largest = value.abs().max()
     rounding = want.output.abs() * (torch.finfo(case.dtype).eps / 2)

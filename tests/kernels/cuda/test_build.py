@@ -57,6 +57,7 @@ class Variant:
     sink_tokens: int = 0
     few: bool = False
     dtype: torch.dtype = torch.bfloat16
+    sinks: torch.dtype | None = None
 
     def settle(self, arch: str) -> variants.CompiledVariant:
         switches = dict.fromkeys(("equalization", "key_hadamard", "value_hadamard"), self.transformed)
@@ -71,6 +72,7 @@ class Variant:
         call = variants.Variant(
             layout, self.group, rows, self.dtype,
             Span(self.window, self.recent or 0, self.sink_tokens), self.soft_cap, self.recent is not None, self.few,
+            sinks=self.sinks,
         )  # fmt: skip
         return call.settle(transforms, card)
 
@@ -106,6 +108,8 @@ class Variant:
         Variant("K4V2", 64, group=16, few=True),
         Variant("K2V2", 128, group=16, max_query_len=1),
         Variant("K2V2", 64, group=8),
+        Variant("K4V2", 64, group=8, window=128, sinks=torch.bfloat16),
+        Variant("K4V4", 64, group=16, transformed=True, recent=64, sinks=torch.float32),
     ],
     ids=lambda variant: (
         f"{variant.pair}-{variant.head_size}" + (f"-recent{variant.recent}" * (variant.recent is not None))

@@ -124,7 +124,7 @@ def store_side(
     window: WindowRows | None,
 ) -> None:
     """As :class:`vllm_kvtuner.kernels.contract.ReshapeAndCache`, of the side alone, which :func:`rounds`."""
-    kv_cache, layout, transforms = pages
+    kv_cache, layout, transforms, _ = pages
     keys = side == KEYS
     rows, bits, feedback = (
         (key, layout.k_bits, transforms.key_feedback) if keys else (value, layout.v_bits, transforms.value_feedback)
