@@ -16,6 +16,8 @@ from transformers import (
     FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     Lfm2Config,
@@ -35,9 +37,9 @@ from transformers import (
 HYBRIDS = ("granite_hybrid", "falcon_h1", "qwen3_next", "lfm2")
 """Even layers are linear attention (state-space, both, gated delta net, short convolution), odd ones full attention;
 every layer of Falcon-H1 is both."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", *HYBRIDS)
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "gpt_oss", *HYBRIDS)
 SLIDING_WINDOW = 64
-"""Window in tokens of Gemma 3's even layers; its odd layers see everything."""
+"""Window in tokens of Gemma 3's and gpt-oss's even layers; their odd layers see everything."""
 WEIGHT_STD = 0.08
 """Standard deviation of the random weights: large enough that logits and attention are far from uniform."""
 
@@ -115,6 +117,8 @@ def make_tiny_model(
                 **common, sliding_window=SLIDING_WINDOW, layer_types=kinds, query_pre_attn_scalar=head_size
             )
         )
+    elif architecture == "gpt_oss":
+        model = _gpt_oss(common)
     elif architecture in HYBRIDS:
         model = _hybrid(architecture, common)
     else:
@@ -122,6 +126,20 @@ def make_tiny_model(
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(max_model_len).save_pretrained(folder)
     return folder
+
+
+def _gpt_oss(common: dict[str, Any]) -> PreTrainedModel:
+    """With sinks that take about as much of a query's attention as tokens do.
+
+    Every token takes all experts: a random router's choice of some would turn errors of a cache into leaps.
+    """
+    model = GptOssForCausalLM(
+        GptOssConfig(**common, sliding_window=SLIDING_WINDOW, num_local_experts=2, num_experts_per_tok=2)
+    )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.normal_(mean=4.0, std=2.0)
+    return model
 
 
 def _hybrid(architecture: str, common: dict[str, Any]) -> PreTrainedModel:

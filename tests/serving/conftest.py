@@ -18,6 +18,11 @@ def gemma3(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gpt_oss(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "gpt_oss", "gpt_oss", num_heads=8)
+
+
+@pytest.fixture(scope="session")
 def qwen2(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
 
