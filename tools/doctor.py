@@ -218,8 +218,8 @@ def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") ->
     def failure() -> str | None:
         return verdict.failure
 
-    sinks = group.attention_sinks
-    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure, sinks=sinks))
+    has_sinks = group.attention_sinks
+    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure, has_sinks=has_sinks))
     if group.transforms.key_offset and decode.startswith(choice.CUDA):
         decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position)"
     rows = str(choice.choose_rows(case.layout, capability, failure))

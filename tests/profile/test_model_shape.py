@@ -149,6 +149,7 @@ def test_served_relatives_of_kinds_not_served():
     [
         ({"model_type": "gpt_oss"}, True),
         ({"model_type": "granite_swa"}, True),
+        ({"model_type": "granite_swa", "attention_sinks": False}, False),
         ({"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False}, True),
         ({"add_swa_attention_sink_bias": False}, False),
         ({}, False),

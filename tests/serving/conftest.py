@@ -23,6 +23,11 @@ def gpt_oss(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def granite_swa(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "granite_swa", "granite_swa")
+
+
+@pytest.fixture(scope="session")
 def qwen2(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
 

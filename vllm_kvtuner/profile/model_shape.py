@@ -102,7 +102,7 @@ class ModelShape:
             layers=layers,
             unsupported=reasons,
             offset_unsupported=_offset_unsupported(config, text),
-            attention_sinks=_get(text, "model_type") in _SINKS or any(_get(text, key) for key in _SINK_KEYS),
+            attention_sinks=_has_sinks(text),
         )
 
 
@@ -206,6 +206,12 @@ def _unsupported(config: Any, text: Any) -> Iterator[str]:
         yield f"must have layers of the types {known}, but got {', '.join(unknown)}"
     if kind in _STATE_SPACE or (types and types <= CACHELESS_TYPES):
         yield "must have attention layers, but got none"
+
+
+def _has_sinks(text: Any) -> bool:
+    if _get(text, "attention_sinks") is False:
+        return False
+    return _get(text, "model_type") in _SINKS or any(_get(text, key) for key in _SINK_KEYS)
 
 
 def _alibi(config: Any, text: Any) -> str | None:

@@ -232,6 +232,14 @@ def test_unsupported_layers_are_named(layout, transforms, soft_cap, reason):
     assert got == reason if reason is None else reason in got
 
 
+def test_a_sink_needs_all_of_the_key_offset():
+    """A softmax with a sink is another if all logits of tokens move alike."""
+    layout, unrotated = make_layout("K4V4", 64), random_transforms(1, 64, CPU, offset=1.0)
+    assert "a sink needs all of the key offset" in cuda.unsupported(layout, unrotated, has_sinks=True)
+    rotated = random_transforms(1, 64, CPU, linear_table(64, True, 9, CPU), offset=1.0)
+    assert cuda.unsupported(layout, rotated, has_sinks=True) is None
+
+
 SMALL = RowVariant(make_layout("K8V8", 64), 1, torch.float16, 8)
 SMALL_FEEDBACK = StoreVariant(SMALL._replace(layout=make_layout("K4V4", 64)))
 WITH_WINDOW = SMALL_FEEDBACK._replace(window_block_size=16)

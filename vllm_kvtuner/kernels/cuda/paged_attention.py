@@ -89,7 +89,7 @@ def unsupported(
     logits_soft_cap: float = 0.0,
     capability: tuple[int, int] = (9, 0),
     write_lse: bool = False,
-    sinks: bool = False,
+    has_sinks: bool = False,
 ) -> str | None:
     """Why this kernel does not serve a layer on cards of a compute capability, or None if it does."""
     if layout.head_size > 128 and capability in SMALL_SHARED_MEMORY:
@@ -102,7 +102,7 @@ def unsupported(
     if rotary is not None and rotary.frequencies is None:
         return "the key offset's rotation is not proportional to the position"
     # Without these a softmax is the same, whatever all logits have in common.
-    reasons = {"a capped logit": logits_soft_cap, "attention beside a recent window": write_lse, "a sink": sinks}
+    reasons = {"a capped logit": logits_soft_cap, "attention beside a recent window": write_lse, "a sink": has_sinks}
     what = next((name for name, given in reasons.items() if given), None)
     if what and (rotary is None or transforms.key_offset[:, rotary.rotary_dim :].any()):
         return f"{what} needs all of the key offset, but some of it is not rotated"
