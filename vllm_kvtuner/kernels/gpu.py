@@ -219,8 +219,9 @@ class GpuKernels:
     def _choose(self, layout: PageLayout, transforms: LayerTransforms, names: tuple[str, ...]) -> str:
         if self._given is not None:
             return self._given
-        soft_cap, failure = self.shape.logits_soft_cap, self._failure(layout, names)
-        return choice.decode_kernel(layout, transforms, soft_cap, self.device, self.write_lse, failure)
+        soft_cap, sinks = self.shape.logits_soft_cap, self.shape.sinks is not None
+        failure = self._failure(layout, names)
+        return choice.decode_kernel(layout, transforms, soft_cap, self.device, self.write_lse, failure, sinks)
 
     def _failure(self, layout: PageLayout, transforms: tuple[str, ...]) -> choice.Failure:
         """Asks how the CUDA kernels fail on such a layer; answered at once where it was asked before."""
@@ -234,11 +235,12 @@ class GpuKernels:
 
     def _workspace(self, kernel: str) -> Any:
         """Scratch of the kernel's paged_attention."""
-        limits = self.limits
+        # Layers with and without sinks share it.
+        limits, shape = self.limits, self.shape._replace(sinks=None)
         if kernel == choice.CUDA:
-            return _cuda_workspace(limits.max_num_seqs, limits.max_decode_query_len, self.shape, self.device)
+            return _cuda_workspace(limits.max_num_seqs, limits.max_decode_query_len, shape, self.device)
         tokens = limits.max_num_seqs * limits.max_decode_query_len + SHORT_PREFILL_TOKENS
-        return _triton_workspace(tokens, self.shape, self.device)
+        return _triton_workspace(tokens, shape, self.device)
 
 
 def prove(cases: Iterable[Case], device: torch.device) -> trial.Verdict:
@@ -279,8 +281,8 @@ def _cuda_decodes(case: Case, transforms: LayerTransforms, device: torch.device)
 
     capability = choice.device_capability(device)
     assert capability is not None
-    soft_cap = case.shape.logits_soft_cap
-    return unsupported(case.layout, transforms, soft_cap, capability, case.write_lse) is None
+    soft_cap, sinks = case.shape.logits_soft_cap, case.shape.sinks is not None
+    return unsupported(case.layout, transforms, soft_cap, capability, case.write_lse, sinks) is None
 
 
 class _RowKernels(NamedTuple):

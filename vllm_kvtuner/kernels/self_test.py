@@ -41,6 +41,8 @@ from vllm_kvtuner.pages.views import Side, page_sides
 
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
+SINK_MEAN = 4.0
+"""Of random attention sinks: the log-sum-exp of about 8 tokens' logits, so that sinks and tokens both get weight."""
 POISON = 255
 """Byte of what nobody stored: scale and minimum of such a token are NaN, and so is all that reads them."""
 SPARE_ROWS = 3
@@ -142,8 +144,10 @@ class _Batch:
         self.block = table[request, position // size].long().to(device)
         self.offset = (position % size).to(device)
         self.whole = self.cache(POISON)
-        pages = self.whole[:, :heads]
-        self.pages = Pages(pages, case.layout, random_transforms(case.transforms, case, device))
+        transforms, sinks = random_transforms(case.transforms, case, device), None
+        if case.shape.sinks is not None:
+            sinks = (SINK_MEAN + QUERY_SPREAD * self.normal(case.shape.num_heads)).to(case.shape.sinks)
+        self.pages = Pages(self.whole[:, :heads], case.layout, transforms, sinks)
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Random numbers of the case's dtype."""
@@ -300,6 +304,9 @@ def _decode_errors(
         one = Segment.into(torch.empty(len(rows), *query.shape[1:], device=device))
         seen = _visible(position, lens[of], case.span)
         attention_ref(query[rows], key[part], value[part], shape, seen, one.output, one.lse)
+        if (sinks := batch.pages.sinks) is not None:
+            counted = torch.logaddexp(one.lse, sinks[:, None].float())
+            one = Segment(one.output * (one.lse - counted).exp().T[..., None], counted)
         want.output[rows], want.lse[:, rows] = one.output, one.lse
     largest = value.abs().max()
     rounding = want.output.abs() * (torch.finfo(case.dtype).eps / 2)

@@ -21,13 +21,12 @@ MODES = [
     pytest.param({"enforce_eager": False}, id="full CUDA graphs"),
 ]
 """How the engine runs."""
-QWEN3_NEXT = pytest.param(
-    "qwen3_next",
-    marks=pytest.mark.skipif(
-        "not has_kernels_for_experts()",  # looked up when a test runs, since it imports vLLM
-        reason="needs vLLM's kernels for mixtures of experts",
-    ),
+NEEDS_EXPERTS = pytest.mark.skipif(
+    "not has_kernels_for_experts()",  # looked up when a test runs, since it imports vLLM
+    reason="needs vLLM's kernels for mixtures of experts",
 )
+QWEN3_NEXT = pytest.param("qwen3_next", marks=NEEDS_EXPERTS)
+GPT_OSS = pytest.param("gpt_oss", marks=NEEDS_EXPERTS)
 VALUES_OF_4_BITS = 0.5
 """Tolerance of log-probabilities, in nats, where some layers store values in 4 bits; measured up to 0.23 on a CPU."""
 
@@ -40,6 +39,7 @@ def has_kernels_for_experts():
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     sizes = {"llama": 128, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
+    sizes |= dict.fromkeys(("granite_swa", "gpt_oss"), 64)
     made = {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
     return made | {"gemma3 of 6": make_tiny_model(folder / "gemma3_6", "gemma3", num_layers=6)}
 
@@ -66,7 +66,7 @@ def check(model, profile, tolerance=LOGPROB_TOLERANCE, **options):
         assert [logprob for _, logprob in answer] == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite_hybrid", QWEN3_NEXT])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite_hybrid", "granite_swa", QWEN3_NEXT, GPT_OSS])
 @pytest.mark.parametrize("options", MODES)
 def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
     check(models[architecture], "K8V8", **options)
@@ -139,10 +139,12 @@ def test_recent_windows_beside_linear_attention(models, window_profiles, archite
     check(models[architecture], window_profiles["short"], twice=True)
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "granite_swa"])
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
-def test_both_decode_kernels_serve_recent_windows(models, window_profiles, decode_kernel, monkeypatch):
+def test_both_decode_kernels_serve_recent_windows(models, window_profiles, architecture, decode_kernel, monkeypatch):
+    """Attention sinks beside them too, which Granite SWA has."""
     monkeypatch.setenv("KVTUNER_DECODE_KERNEL", decode_kernel)
-    check(models["gemma3"], window_profiles["gemma"])
+    check(models[architecture], window_profiles["gemma"])
 
 
 def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
