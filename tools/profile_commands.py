@@ -12,7 +12,7 @@ from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.load import load_profile, shipped_profiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
-from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
+from vllm_kvtuner.profile.profile import FROM_WEIGHTS, Profile, RecentWindow, ResolvedProfile, TransformSettings
 from vllm_kvtuner.profile.statics import load_statics
 
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
@@ -43,9 +43,13 @@ def tokens_that_fit(memory: int, bytes_per_token: int) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print a profile")
-    show.add_argument("profiles", metavar="PROFILE", nargs=1, help="file, name of a shipped profile, or pair (K8V4)")
+    show.add_argument(
+        "profiles", metavar="PROFILE", nargs=1, help="file, name of a shipped profile, or pair (K8V4, K8V4:plain)"
+    )
     check = actions.add_parser("check", help="validate profiles; exit status 1 with all problems on stderr")
-    check.add_argument("profiles", metavar="PROFILE", nargs="+", help="file, name of a shipped profile, or pair (K8V4)")
+    check.add_argument(
+        "profiles", metavar="PROFILE", nargs="+", help="file, name of a shipped profile, or pair (K8V4, K8V4:plain)"
+    )
     for action in (show, check):
         action.add_argument("--model", metavar="FOLDER_OR_ID", help="model to match the profile with")
         action.add_argument("--memory", type=parse_memory, help="KV cache memory, such as 20GiB: tokens that fit")
@@ -116,6 +120,11 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
         "tokens_that_fit": _tokens(memory, resolved, "bytes_per_token"),
         "bf16_tokens_that_fit": _tokens(memory, resolved, "bf16_bytes_per_token"),
         "attend_cached_prefill": profile.attend_cached_prefill,
+        "adapts": profile.adapts,
+        "left_out": list((profile if resolved is None else resolved.profile).left_out),
+        "key_offset_from_weights": any(
+            each.key_offset == FROM_WEIGHTS for each in (profile.transforms, *profile.transform_overrides.values())
+        ),
         "statics": None if profile.statics is None else str(profile.statics),
         "layers": _layers(profile, resolved),
         "provenance": profile.provenance,
@@ -187,7 +196,11 @@ def _format(summary: Mapping[str, Any]) -> str:
         bf16 = f"bf16 takes {summary['bf16_bytes_per_token']:,}, {ratio:.2f} times as many"
         rows.append(("bytes per token", f"{summary['bytes_per_token']:,} ({bf16})"))
     if summary["recent_bytes_per_request"]:
-        rows.append(("recent window", f"{summary['recent_bytes_per_request']:,} more bytes per request"))
+        fewer = "; fewer where requests are short" if summary["adapts"] else ""
+        rows.append(("recent window", f"{summary['recent_bytes_per_request']:,} more bytes per request{fewer}"))
+    if summary["key_offset_from_weights"]:
+        rows.append(("key offset", "the k projection's bias, when the model is loaded"))
+    rows += [("without", reason) for reason in summary["left_out"]]
     if summary["tokens_that_fit"] is not None:
         bf16 = f"bf16: {summary['bf16_tokens_that_fit']:,}"
         rows.append(

@@ -5,22 +5,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner import envs
 from vllm_kvtuner.engine.config import (
+    ATTEND_KEY,
     CALIBRATION_KEY,
     DIGEST_KEY,
     KV_CACHE_DTYPE,
+    PAIR_WINDOW_KEY,
     PROFILE_KEY,
     is_calibration,
     needs_packed_blocks,
     resolved_profile,
 )
+from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
-from vllm_kvtuner.profile.load import shipped_profiles
+from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.statics import load_statics
 
@@ -58,13 +63,37 @@ def check_config(config: VllmConfig) -> None:
     additional[PROFILE_KEY] = str(spec)
     if problems := settings(config):
         raise ProfileError(problems)
+    adapt(config)
     resolved = resolved_profile(config)
-    problems = draft_model(config)
+    problems = draft_model(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
+
+
+def adapt(config: VllmConfig) -> None:
+    """Choose what a profile that adapts, which is a pair alone, leaves to the engine: its window and its blocks."""
+    additional = config.additional_config
+    additional.pop(PAIR_WINDOW_KEY, None)
+    profile = load_profile(additional[PROFILE_KEY])
+    if not profile.adapts or is_calibration(config):
+        return
+    from vllm.platforms import current_platform
+
+    cache = config.cache_config
+    if profile.recent_window and current_platform.is_cpu() and not cache.user_specified_block_size:
+        cache.block_size = CPU_BLOCK_SIZE
+
+    def problems(resolved: ResolvedProfile) -> tuple[str, ...]:
+        return (*recent_windows(config, resolved), *draft_model(config, resolved))
+
+    attend = additional.get(ATTEND_KEY)
+    profile = dataclasses.replace(profile, attend_cached_prefill=bool(attend))
+    shape = ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
+    if not shape.unsupported:  # refused by resolving
+        additional[PAIR_WINDOW_KEY] = list(choose_window(config, profile, shape, problems))
 
 
 def _digest(resolved: ResolvedProfile) -> str:
@@ -155,7 +184,7 @@ def speculation(config: VllmConfig) -> list[str]:
     return problems
 
 
-def draft_model(config: VllmConfig) -> tuple[str, ...]:
+def draft_model(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
     """vLLM's model runner V1 hands a draft model the block table of the first KV cache group, whichever its own is.
 
     It then writes its keys into other requests' blocks, with any cache: ``spec_decode_common_attn_metadata`` in
@@ -164,7 +193,7 @@ def draft_model(config: VllmConfig) -> tuple[str, ...]:
     speculative = config.speculative_config
     if speculative is None or not speculative.uses_draft_model() or config.use_v2_model_runner:
         return ()
-    if not needs_packed_blocks(config):
+    if not needs_packed_blocks(config, resolved):
         return ()
     return (
         "speculative decoding must do without a draft model (n-gram and EAGLE serve) where the model mixes kinds of "

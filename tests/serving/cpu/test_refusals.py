@@ -31,7 +31,7 @@ def refused(model, *messages, **options):
 
 def test_a_good_profile_gets_as_far_as_the_weights(weightless):
     with pytest.raises(RuntimeError, match="weights"):
-        run_engine(weightless, profile="K8V8")
+        run_engine(weightless, profile="K8V8:plain")
 
 
 def test_kvtuner_without_a_profile(weightless):
@@ -75,7 +75,7 @@ def test_all_problems_at_once(weightless, tmp_path):
 
 
 def test_a_block_size_that_does_not_pack(weightless):
-    refused(weightless, "block_size must be a multiple of 16", "but got 8", profile="K8V8", block_size=8)
+    refused(weightless, "block_size must be a multiple of 16", "but got 8", profile="K8V8:plain", block_size=8)
 
 
 def test_statics_that_are_not_there(weightless, tmp_path):
