@@ -26,9 +26,11 @@ from kvtuner_tools.engines.evaluate import (
 )
 from kvtuner_tools.heldout import file_sha256, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
+from kvtuner_tools.model_files import load_model_shape
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, write_json
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
+from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 
 SCHEMA = "kvtuner-evaluation/1"
 AUTO = CacheSetting("auto")
@@ -315,7 +317,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         action="append",
         default=[],
-        help="precision profile to evaluate (path, shipped name or pair); repeat",
+        help="precision profile to evaluate (path, shipped name, pair or auto); repeat",
     )
     parser.add_argument(
         "--kv-cache-dtype", action="append", default=[], help="cache dtype of vLLM to evaluate, such as fp8; repeat"
@@ -345,7 +347,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
-    settings = request_settings(args.kv_cache_dtype, args.profile)
+    settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model) for profile in args.profile])
     if not (settings or args.noise_floor or args.task or args.lm_eval):
         raise ValueError(
             "evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, a --task or --lm-eval, but got none"
@@ -379,6 +381,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"Accuracy on {task['questions']} questions of {task['file']}, {task['shots']} worked examples")
     print(table(evaluation))
     return 0
+
+
+def _found(spec: str, model: str) -> str:
+    """The profile that a spec means for the model, with a line on what auto is."""
+    if not is_auto(spec):
+        return spec
+    found = resolve_auto(spec, model, load_model_shape(model)).chosen
+    print(f"{spec} -> {found.spec} ({found.source})")
+    return found.spec
 
 
 def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[CacheSetting, ...]:

@@ -1,6 +1,8 @@
-"""``kvtuner profile show|check|list``: what a profile stores, whether it is right, and which ones are shipped."""
+"""``kvtuner profile show|check|resolve|list``: what a profile stores, whether it is right, what auto means for a model,
+and which ones are shipped."""
 
 import argparse
+import dataclasses
 import json
 import re
 import sys
@@ -9,12 +11,14 @@ from typing import Any
 
 from kvtuner_tools.model_files import load_model_shape
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
-from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.load import AUTO, load_profile, shipped_profiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import FROM_WEIGHTS, Profile, RecentWindow, ResolvedProfile, TransformSettings
 from vllm_kvtuner.profile.statics import load_statics
 
+RESOLUTION_SCHEMA = "kvtuner-resolution/1"
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
 _UNITS = {
     unit: base**power
@@ -53,14 +57,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for action in (show, check):
         action.add_argument("--model", metavar="FOLDER_OR_ID", help="model to match the profile with")
         action.add_argument("--memory", type=parse_memory, help="KV cache memory, such as 20GiB: tokens that fit")
+    resolving = actions.add_parser("resolve", help="say what auto means for a model, and why it is no other profile")
+    resolving.add_argument("model", metavar="MODEL", help="folder or id of the model")
+    resolving.add_argument("--profile", metavar="SPEC", default=AUTO, help="auto or auto:BITS (default: %(default)s)")
     listing = actions.add_parser("list", help="list the shipped profiles")
-    for action in (show, check, listing):
+    for action in (show, check, resolving, listing):
         action.add_argument("--json", action="store_true", help="print JSON (check: one object per line)")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "list":
         return _list(args.json)
+    if args.action == "resolve":
+        return _resolve(args.model, args.profile, args.json)
     if args.action == "show":
         summary = _summarize(args.profiles[0], args.model, args.memory)
         print(json.dumps(summary, indent=2) if args.json else _format(summary))
@@ -82,6 +91,19 @@ def _check(args: argparse.Namespace) -> int:
         elif summary["ok"]:
             print(f"{spec}: ok, {_format_bits(summary)}")
     return status
+
+
+def _resolve(model: str, spec: str, as_json: bool) -> int:
+    if not is_auto(spec):
+        raise ProfileError([f"{spec}: --profile must be {AUTO} or {AUTO}:BITS, which mean something to be looked for"])
+    found = resolve_auto(spec, model, load_model_shape(model))
+    if as_json:
+        print(json.dumps({"schema": RESOLUTION_SCHEMA, **dataclasses.asdict(found)}, indent=2))
+        return 0
+    print(f"{found.asked} -> {found.chosen.spec} ({found.chosen.source}), {found.chosen.stored_bits:.3f} stored bits")
+    for each in found.rejected:
+        print(f"  not {each.spec} ({each.source}): {each.rejected}")
+    return 0
 
 
 def _list(as_json: bool) -> int:
@@ -135,14 +157,17 @@ def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, R
     """A profile, its model's shape where one is known, and the two matched, statics included.
 
     Args:
-        spec: file, name of a shipped profile, or pair.
+        spec: file, name of a shipped profile, pair, or with a model ``auto``.
         model: folder or id; by default the model that the profile names, if it does.
 
     Raises:
         ProfileError: the profile, its statics, or their fit to the model is wrong.
     """
+    shape = None if model is None else load_model_shape(model)
+    if shape is not None and model is not None and is_auto(spec):
+        spec = resolve_auto(spec, model, shape).chosen.spec
     profile = load_profile(spec)
-    shape = profile.model if model is None else load_model_shape(model)
+    shape = shape or profile.model
     resolved = None if shape is None else profile.resolve(shape)
     if resolved is not None and profile.statics is not None:
         load_statics(profile.statics, resolved)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from vllm_kvtuner import envs
 from vllm_kvtuner.engine.config import (
     ATTEND_KEY,
+    AUTO_KEY,
     CALIBRATION_KEY,
     DIGEST_KEY,
     KV_CACHE_DTYPE,
@@ -24,7 +25,8 @@ from vllm_kvtuner.engine.config import (
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
-from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.load import AUTO, load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.statics import load_statics
@@ -39,8 +41,8 @@ def check_config(config: VllmConfig) -> None:
     """Resolve the profile of a new engine configuration, or refuse, before any weight is loaded.
 
     Raises:
-        ValueError: ``kvtuner`` without a profile, a profile without ``kvtuner``, or (ProfileError) a profile that
-            cannot be read or does not fit the model, with all problems.
+        ValueError: a profile without ``kvtuner``, or (ProfileError) one that cannot be read or does not fit the model,
+            with all problems.
     """
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}
     wanted = config.cache_config.cache_dtype == KV_CACHE_DTYPE
@@ -51,18 +53,13 @@ def check_config(config: VllmConfig) -> None:
                 f"{KV_CACHE_DTYPE} only, but got --kv-cache-dtype {config.cache_config.cache_dtype}"
             )
         return
-    spec = additional.get(PROFILE_KEY) or envs.profile()
-    if not spec:
-        raise ValueError(
-            f"--kv-cache-dtype {KV_CACHE_DTYPE} needs a precision profile: --kvtuner-profile FILE, NAME or pair such "
-            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE). "
-            f"Shipped profiles: {', '.join(shipped_profiles())}"
-        )
+    spec = additional.get(PROFILE_KEY) or envs.profile() or AUTO
     if not isinstance(config.additional_config, dict):
         raise ValueError(f"additional_config must be a dict to carry {PROFILE_KEY!r}, but got a custom object")
     additional[PROFILE_KEY] = str(spec)
     if problems := settings(config):
         raise ProfileError(problems)
+    look_for(config)
     adapt(config)
     resolved = resolved_profile(config)
     problems = draft_model(config, resolved)
@@ -71,6 +68,20 @@ def check_config(config: VllmConfig) -> None:
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
+
+
+def look_for(config: VllmConfig) -> None:
+    """Put the profile that ``auto`` means for this model in its place."""
+    additional = config.additional_config
+    spec = additional[PROFILE_KEY]
+    if additional.get(AUTO_KEY, ["", ""])[1] != spec:  # an engine's arguments may be checked again
+        additional.pop(AUTO_KEY, None)
+    if not is_auto(spec):
+        return
+    model = config.model_config
+    found = resolve_auto(spec, model.model, ModelShape.from_hf_config(model.hf_config, model.model))
+    additional[PROFILE_KEY] = found.chosen.spec
+    additional[AUTO_KEY] = [spec, found.chosen.spec, found.chosen.source]
 
 
 def adapt(config: VllmConfig) -> None:
@@ -82,18 +93,21 @@ def adapt(config: VllmConfig) -> None:
         return
     from vllm.platforms import current_platform
 
-    cache = config.cache_config
-    if profile.recent_window and current_platform.is_cpu() and not cache.user_specified_block_size:
-        cache.block_size = CPU_BLOCK_SIZE
-
     def problems(resolved: ResolvedProfile) -> tuple[str, ...]:
         return (*recent_windows(config, resolved), *draft_model(config, resolved))
 
-    attend = additional.get(ATTEND_KEY)
-    profile = dataclasses.replace(profile, attend_cached_prefill=bool(attend))
     shape = ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
-    if not shape.unsupported:  # refused by resolving
-        additional[PAIR_WINDOW_KEY] = list(choose_window(config, profile, shape, problems))
+    if shape.unsupported:  # refused by resolving
+        return
+    profile = dataclasses.replace(profile, attend_cached_prefill=bool(additional.get(ATTEND_KEY)))
+    cache = config.cache_config
+    given = cache.block_size
+    if current_platform.is_cpu() and not cache.user_specified_block_size and not config.model_config.is_hybrid:
+        cache.block_size = CPU_BLOCK_SIZE
+    choice = choose_window(config, profile, shape, problems)
+    if not choice[0]:
+        cache.block_size = given
+    additional[PAIR_WINDOW_KEY] = list(choice)
 
 
 def _digest(resolved: ResolvedProfile) -> str:

@@ -29,6 +29,8 @@ CALIBRATION_KEY = "kvtuner_calibration"
 and attention.switchable.switch changes what the layers store in them while the engine runs."""
 DIGEST_KEY = "kvtuner_digest"
 """Key of additional_config that holds a digest of the files, so that vLLM's compile cache sees them change."""
+AUTO_KEY = "kvtuner_auto"
+"""Key of additional_config: of a profile that ``auto`` was asked for, what was asked, what was taken and from where."""
 PAIR_WINDOW_KEY = "kvtuner_pair_window"
 """Key of additional_config that holds the window that a pair alone has in this engine (engine/pair_window.py): its
 tokens, its bits and its sink tokens, and why it has no better one."""

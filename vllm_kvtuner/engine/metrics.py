@@ -10,7 +10,7 @@ import collections
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvtuner.engine.config import resolved_profile
+from vllm_kvtuner.engine.config import AUTO_KEY, DIGEST_KEY, resolved_profile
 from vllm_kvtuner.kernels import choice
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 UNQUANTIZED_KERNEL = "vllm"
 """Label of layers whose cache and kernel are vLLM's own."""
+GIVEN = "given"
+"""Source of a profile that was named, not looked for."""
 REFERENCE_KERNEL = "reference"
 """Label of the CPU's."""
 
@@ -54,7 +56,13 @@ def publish(
         metric = _gauge(gauge, stem, documentation, [])
         for engine in engines:
             metric.labels(name, str(engine)).set(value)
-    info = _gauge(gauge, "profile_info", "The precision profile that is served.", ["profile"])
+    info = _gauge(
+        gauge,
+        "profile_info",
+        "The precision profile that is served, where it was found, and a digest of what it says.",
+        ["profile", "source", "digest"],
+    )
+    _, _, source = config.additional_config.get(AUTO_KEY, ("", "", GIVEN))
     layers = _gauge(
         gauge,
         "layers",
@@ -66,7 +74,8 @@ def publish(
         (layer.pair.name, _decode_kernel(layer, capability, on_cpu)) for layer in resolved.layers
     )
     for engine in engines:
-        info.labels(name, str(engine), resolved.profile.name).set(1)
+        digest = config.additional_config.get(DIGEST_KEY, "")
+        info.labels(name, str(engine), resolved.profile.name, source, digest).set(1)
         for labels, count in counts.items():
             layers.labels(name, str(engine), *labels).set(count)
 

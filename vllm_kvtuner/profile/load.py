@@ -63,6 +63,9 @@ from vllm_kvtuner.profile.profile import (
     TransformSettings,
 )
 
+AUTO = "auto"
+"""The spec, with or without a budget behind a colon, for what is best for a model (profile/auto.py)."""
+
 __all__ = [
     "LayerPrecision",
     "LayerShape",
@@ -114,6 +117,8 @@ def load_profile(spec: str) -> Profile:
     """
     if is_pair(spec):
         return pair_profile(spec)
+    if spec.partition(":")[0].lower() == AUTO and not os.path.isfile(spec):
+        raise ProfileError([f"{spec}: profile must be looked for with a model (--model), but got none"])
     path = Path(spec)
     if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
         shipped = shipped_profiles()

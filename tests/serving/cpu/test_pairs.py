@@ -1,5 +1,7 @@
 """A pair alone, in engines: the offset of the model's own weights, and the window at a small share of memory."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -75,6 +77,16 @@ def test_the_window_takes_a_small_share_and_is_counted(long_llama, max_model_len
     assert 0 < packed / run.kv_cache_size_tokens - 1 < share
     assert f" {run.kv_cache_size_tokens:,} KV tokens fit, " in run.log
     assert "; without a recent window of 64 tokens and the first 4 in 16 bits, since it would take" in run.log
+
+
+def test_auto_takes_the_models_own_profile(llama, tmp_path):
+    """Which is what a run without a profile asks for."""
+    model = shutil.copytree(llama, tmp_path / "model")
+    (model / "kvtuner").mkdir()
+    (model / "kvtuner" / "mine.yaml").write_text("version: 1\nlayers: K2V4\n")
+    run = run_engine(model, kv_cache_dtype="kvtuner")
+    mine = model / "kvtuner" / "mine.yaml"
+    assert f"kvtuner profile auto -> {mine} (the model's folder): 3.000 nominal bits, 3.500 stored bits" in run.log
 
 
 def test_sliding_window_layers_have_a_shorter_window(gemma3):

@@ -34,9 +34,14 @@ def test_a_good_profile_gets_as_far_as_the_weights(weightless):
         run_engine(weightless, profile="K8V8:plain")
 
 
-def test_kvtuner_without_a_profile(weightless):
-    message = "--kv-cache-dtype kvtuner needs a precision profile: "
-    refused(weightless, message, "llama31_3.25bit", kv_cache_dtype="kvtuner")
+def test_kvtuner_without_a_profile_is_auto(weightless):
+    with pytest.raises(RuntimeError, match="weights"):
+        run_engine(weightless, kv_cache_dtype="kvtuner")
+
+
+def test_a_budget_that_needs_calibration(weightless):
+    message = "auto:2: a budget without a profile of this model must be at least 3.5 stored bits"
+    refused(weightless, message, "needs calibration", profile="auto:2")
 
 
 def test_a_profile_without_kvtuner(weightless):
