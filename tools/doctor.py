@@ -168,6 +168,8 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
             max(0, memory - (weights or 0)), resolved.bytes_per_token
         )
     section.facts["statics"] = None if profile.statics is None else str(profile.statics)
+    if resolved.profile.left_out:
+        section.facts["without"] = "; ".join(resolved.profile.left_out)
     layers: dict[Group, list[int]] = {}
     for layer in resolved.layers:
         sinks = shape is not None and shape.attention_sinks

@@ -8,7 +8,7 @@ import torch
 from prometheus_client import CollectorRegistry, Gauge
 
 from vllm_kvtuner.engine import metrics
-from vllm_kvtuner.engine.config import PROFILE_KEY
+from vllm_kvtuner.engine.config import AUTO_KEY, DIGEST_KEY, PROFILE_KEY
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,7 +31,11 @@ def published(tmp_path, monkeypatch):
     config = SimpleNamespace(
         model_config=SimpleNamespace(model="model", hf_config=HF_CONFIG, served_model_name="served"),
         cache_config=SimpleNamespace(kv_cache_size_tokens=1600, cache_dtype="kvtuner"),
-        additional_config={PROFILE_KEY: str(path)},
+        additional_config={
+            PROFILE_KEY: str(path),
+            AUTO_KEY: ["auto:9", str(path), "the model's folder"],
+            DIGEST_KEY: "0123",
+        },
     )
 
     def publish(capability, on_cpu=False, told=None):
@@ -53,7 +57,7 @@ def test_bits_bytes_and_tokens(published):
     assert value("stored_bits") == pytest.approx(16 * (384 + 80 + 2 * 104) / (4 * 384))
     assert value("nominal_bits") == (16 + 3 + 4 + 4) / 4
     assert value("kv_cache_tokens") == 1600
-    assert value("profile_info", profile="mixed") == 1
+    assert value("profile_info", profile="mixed", source="the model's folder", digest="0123") == 1
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,9 @@ def test_text_says_the_same(capsys, model, profile):
 
 def test_the_profile_comes_from_the_environment_as_in_serving(diagnose, model, monkeypatch):
     monkeypatch.setenv("KVTUNER_PROFILE", "K8V2")
-    assert [fact["kind"] for fact in diagnose(model)["kernels"]] == ["K8V2 of head size 64"]
+    assert [fact["kind"] for fact in diagnose(model)["kernels"]] == [
+        "K8V2 of head size 64 with key_offset, key_hadamard, value_hadamard, range_search"
+    ]
 
 
 def test_all_problems_of_a_profile_and_text_of_them(diagnose, model, capsys):

@@ -173,10 +173,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         return None if self.served.window is None else self.served.window.cache
 
     def configure(self, settings: LayerSettings) -> None:
-        """Take over the layer's pair and transforms; where those need statics, bind_statics completes them."""
+        """Take over the layer's pair and transforms; where those need the model, bind_statics completes them."""
         self.settings = settings
         chosen = settings.precision.transforms
-        self.needs_statics = chosen.needs_statics
+        self.needs_model = chosen.needs_model
         self._transform(
             LayerTransforms(
                 key_hadamard=chosen.key_hadamard,
@@ -187,7 +187,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
 
     def bind_statics(self, transforms: LayerTransforms) -> None:
         """Take over the layer's transforms, statics and rotary table included, once the model is loaded."""
-        self.needs_statics = False
+        self.needs_model = False
         self._transform(transforms)
 
     def _transform(self, transforms: LayerTransforms) -> None:
@@ -284,7 +284,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store key and value [num_tokens, num_kv_heads, head_size] at slot_mapping [<= num_tokens]."""
-        assert not self.needs_statics, "statics are bound when the model is loaded"
+        assert not self.needs_model, "transforms are complete when the model is loaded"
         positions = None
         if self.transforms.key_offset is not None:
             positions = metadata_of(layer.layer_name).positions

@@ -11,7 +11,7 @@ import collections
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvtuner.engine.config import resolved_profile
+from vllm_kvtuner.engine.config import AUTO_KEY, DIGEST_KEY, resolved_profile
 from vllm_kvtuner.kernels import choice
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 UNQUANTIZED_KERNEL = "vllm"
 """Label of layers whose cache and kernel are vLLM's own."""
+GIVEN = "given"
+"""Source of a profile that was named, not looked for."""
 REFERENCE_KERNEL = ReferenceKernels.decode_kernel
 """Label of the CPU's."""
 _KEPT = "_kvtuner_decode_kernels"
@@ -81,7 +83,13 @@ def publish(
         metric = _gauge(gauge, stem, documentation, [])
         for engine in engines:
             metric.labels(name, str(engine)).set(value)
-    info = _gauge(gauge, "profile_info", "The precision profile that is served.", ["profile"])
+    info = _gauge(
+        gauge,
+        "profile_info",
+        "The precision profile that is served, where it was found, and a digest of what it says.",
+        ["profile", "source", "digest"],
+    )
+    _, _, source = config.additional_config.get(AUTO_KEY, ("", "", GIVEN))
     layers = _gauge(
         gauge,
         "layers",
@@ -94,7 +102,8 @@ def publish(
             (layer.pair.name, kernels.get(layer.index) or _decode_kernel(layer, capability, on_cpu))
             for layer in resolved.layers
         )
-        info.labels(name, str(engine), resolved.profile.name).set(1)
+        digest = config.additional_config.get(DIGEST_KEY, "")
+        info.labels(name, str(engine), resolved.profile.name, source, digest).set(1)
         for labels, count in counts.items():
             layers.labels(name, str(engine), *labels).set(count)
 

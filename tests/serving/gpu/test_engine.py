@@ -38,7 +38,7 @@ def has_kernels_for_experts():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"llama": 128, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
+    sizes = {"llama": 128, "qwen2": 64, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
     sizes |= dict.fromkeys(("granite_swa", "gpt_oss"), 64)
     made = {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
     return made | {"gemma3 of 6": make_tiny_model(folder / "gemma3_6", "gemma3", num_layers=6)}
@@ -69,7 +69,13 @@ def check(model, profile, tolerance=LOGPROB_TOLERANCE, **options):
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite_hybrid", "granite_swa", QWEN3_NEXT, GPT_OSS])
 @pytest.mark.parametrize("options", MODES)
 def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
-    check(models[architecture], "K8V8", **options)
+    check(models[architecture], "K8V8:plain", **options)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_pair_alone_takes_the_key_bias_off(models, options):
+    """Its offset is there before the first launch and before CUDA graphs are captured."""
+    check(models["qwen2"], "K8V8", **options)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +164,7 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
         original(*arguments, **keywords)
 
     monkeypatch.setattr(kernel, "paged_attention", counted)
-    generate(models["llama"], "K4V4", enforce_eager=False)
+    generate(models["llama"], "K4V4:plain", enforce_eager=False)
     # Each size is warmed up, then captured.
     assert any(launches)
     after_capture = launches[len(launches) - launches[::-1].index(True) :]
@@ -167,7 +173,7 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
 
 
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
-@pytest.mark.parametrize("profile", ["K4V2", "short", "sink_tokens"])
+@pytest.mark.parametrize("profile", ["K4V2", "K4V2:plain", "short", "sink_tokens"])
 def test_nothing_is_compiled_under_a_request(models, window_profiles, profile, decode_kernel, monkeypatch):
     """Prefills, decodes, and decodes beside what the prefix cache leaves of prompts: 1, 2, 4, 7, 11 and 16 tokens."""
     from triton.runtime import JITFunction
@@ -244,10 +250,10 @@ def test_a_card_that_fails_its_self_test_is_served_by_triton(models, monkeypatch
 
     monkeypatch.setattr(gpu, "measure_cuda", lambda case, device: Errors(0.5, 0.0, 1.0, 0.0, 0, 0.0))
     monkeypatch.setattr(kernel, "paged_attention", lambda *_, **__: pytest.fail("the kernel that failed"))
-    check(models["llama"], "K8V8", enforce_eager=False)
+    check(models["llama"], "K8V8:plain", enforce_eager=False)
     monkeypatch.setenv("KVTUNER_DECODE_KERNEL", "cuda")
     with pytest.raises(ValueError, match="failed their self-test on this card"):
-        generate(models["llama"], "K8V8")
+        generate(models["llama"], "K8V8:plain")
 
 
 def test_a_card_that_nobody_ran_is_tried_in_a_process_once(models, window_profiles, monkeypatch, untested):
