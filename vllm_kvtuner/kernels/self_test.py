@@ -9,17 +9,14 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
 from vllm_kvtuner.kernels.contract import (
     CachedTokens,
-    GatherCache,
-    LatePacking,
+    KernelSet,
     Pages,
     Queries,
-    ReshapeAndCache,
     Segment,
     Span,
     StepRows,
@@ -29,10 +26,8 @@ from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.self_test_cases import Case, random_transforms
 from vllm_kvtuner.kernels.self_test_errors import Errors, StoredRows, nan_last, relative_error
-from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import (
     SIDES,
-    LayerTransforms,
     restore_keys,
     rotate_values,
     transform_keys,
@@ -49,28 +44,7 @@ SPARE_ROWS = 3
 """Rows of queries beyond the last request's, as a CUDA graph's batch has them."""
 
 
-class Kernels(Protocol):
-    """What of a KernelSet is tested."""
-
-    @property
-    def store(self) -> ReshapeAndCache: ...
-
-    def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None: ...
-
-    @property
-    def gather(self) -> GatherCache: ...
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        queries: Queries,
-        pages: Pages,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
-    ) -> None: ...
-
-
-def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = True) -> Errors:
+def measure(case: Case, kernels: KernelSet, device: torch.device, decode: bool = True) -> Errors:
     """Run a case.
 
     Args:
@@ -161,7 +135,7 @@ class _Batch:
         shape = (blocks, heads + 1, layout.block_size, layout.content_bytes)
         return torch.full(shape, byte, dtype=torch.uint8, device=self.device)
 
-    def store(self, kernels: Kernels) -> int:
+    def store(self, kernels: KernelSet) -> int:
         """Store all tokens, few of them first; gives how many bytes or numbers lie where they do not belong."""
         heads = self.case.shape.num_kv_heads
         window = self._window()
@@ -178,7 +152,7 @@ class _Batch:
         stray = int(((self.whole != POISON) & (taken == 0)).sum())
         return stray if window is None else stray + self._window_strays(window)
 
-    def store_late(self, kernels: Kernels) -> int:
+    def store_late(self, kernels: KernelSet) -> int:
         """Store all tokens in two parts too, where the layer may; gives how many bytes differ from :meth:`store`'s."""
         size, heads = self.case.window_block_size, self.case.shape.num_kv_heads
         late = kernels.late_packing(self.case.layout.pair, self.pages.transforms) if size else None
@@ -231,7 +205,7 @@ class _Batch:
         return int((~same).sum())
 
 
-def _gather_error(kernels: Kernels, batch: _Batch, key: torch.Tensor, value: torch.Tensor) -> tuple[float, int]:
+def _gather_error(kernels: KernelSet, batch: _Batch, key: torch.Tensor, value: torch.Tensor) -> tuple[float, int]:
     """Of reading tokens back, whose keys and values in model space are ``key`` and ``value``; and numbers written
     beyond them. Every other request's slice begins behind its first token."""
     lens = torch.tensor(batch.case.seq_lens)
@@ -255,7 +229,7 @@ def _gather_error(kernels: Kernels, batch: _Batch, key: torch.Tensor, value: tor
 
 
 def _decode_errors(
-    kernels: Kernels, batch: _Batch, sizes: tuple[int, int], key: torch.Tensor, value: torch.Tensor
+    kernels: KernelSet, batch: _Batch, sizes: tuple[int, int], key: torch.Tensor, value: torch.Tensor
 ) -> tuple[float, float]:
     """Of outputs and log-sum-exps of a batch of (requests, query tokens at most); the last of several is padding.
 
