@@ -38,13 +38,8 @@ def has_kernels_for_experts():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-<<<<<<< HEAD
     sizes = {"llama": 128, "qwen2": 64, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
-    sizes |= dict.fromkeys(("granite_swa", "gpt_oss"), 64)
-=======
-    sizes = {"llama": 128, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
     sizes["granite_swa"] = 64
->>>>>>> w30-sinks
     made = {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
     made["gpt_oss"] = make_tiny_model(folder / "gpt_oss", "gpt_oss", num_heads=64, num_kv_heads=8)  # as gpt-oss-20b
     return made | {"gemma3 of 6": make_tiny_model(folder / "gemma3_6", "gemma3", num_layers=6)}
