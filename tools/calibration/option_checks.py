@@ -2,6 +2,8 @@
 
 import math
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +15,13 @@ from kvtuner_tools.calibration.options import DEFAULT_WINDOW, GROUPS, Calibratio
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.space import bf16_bytes, check_budget
 from kvtuner_tools.calibration.study import open_storage
-from kvtuner_tools.model_files import load_model_shape, load_tokenizer, max_positions, refuse_model_folder
+from kvtuner_tools.model_files import (
+    load_model_shape,
+    load_tokenizer,
+    max_positions,
+    refuse_model_folder,
+    text_value,
+)
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, UNQUANTIZED
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
@@ -105,6 +113,7 @@ def _check_texts(
     texts: Texts | None = attempt(lambda: load_texts(options, tokenizer))
     if texts is not None:
         attempt(lambda: _check_memory(options, shape, texts))
+        attempt(lambda: _check_disk(options, texts))
     return texts
 
 
@@ -125,6 +134,20 @@ def _check_memory(options: CalibrationOptions, shape: ModelShape, texts: Texts) 
     if options.kv_memory < least:
         rule = f"must hold the longest window, of {longest:,} tokens, which takes {least:,} bytes"
         raise ValueError(f"{flag('kv_memory')} {rule}, but got {options.kv_memory:,}")
+
+
+def _check_disk(options: CalibrationOptions, texts: Texts) -> None:
+    """The reference's logits, fp32 of every predicted token, lie in a temporary file while an engine is compared."""
+    vocab_size = text_value(options.model, "vocab_size")
+    folder = tempfile.gettempdir()
+    if not isinstance(vocab_size, int):
+        return
+    free = shutil.disk_usage(folder).free
+    sizes = {"--search-tokens": texts.search.tokens, "--heldout-tokens": texts.heldout.tokens}
+    name, tokens = max(sizes.items(), key=lambda item: item[1])
+    if (needed := 4 * vocab_size * tokens) > free:
+        rule = f"must be few enough for their logits, {needed:,} bytes, to fit in {folder} (TMPDIR), which has {free:,}"
+        raise ValueError(f"{name} {rule}, but got {tokens:,}")
 
 
 def _folder(out: Path) -> list[str]:

@@ -1,10 +1,12 @@
 """What ``kvtuner calibrate`` prints, where engines write, and what --quick stands for."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from kvtuner_tools import cli
+from kvtuner_tools.calibration import option_checks
 from kvtuner_tools.calibration.options import STAGES, CalibrationOptions
 from kvtuner_tools.calibration.pipeline import Calibration
 from kvtuner_tools.processes import in_own_process
@@ -19,6 +21,7 @@ CONFIG = {
     "head_dim": 64,
     "hidden_size": 256,
     "max_position_embeddings": 4096,
+    "vocab_size": 512,
 }
 
 
@@ -43,6 +46,14 @@ def test_a_line_a_stage_and_the_command_to_serve_last(calibrate, tmp_path, monke
     lines = capsys.readouterr().out.splitlines()
     assert lines[: len(STAGES)] == [f"{number}/9 {stage}: done (0.0 s)" for number, stage in enumerate(STAGES, 1)]
     assert lines[-2:] == ["verdict:    Serve it.", "serve:      vllm serve MODEL"]
+
+
+def test_a_disk_that_cannot_hold_the_references_logits_is_known_before(calibrate, monkeypatch, capsys):
+    monkeypatch.setattr(option_checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    assert calibrate() == 1
+    error = capsys.readouterr().err
+    assert error.startswith("--heldout-tokens must be few enough for their logits, 33,554,432 bytes, to fit in ")
+    assert error.endswith("which has 1,000,000, but got 16,384\n")
 
 
 def fail(_: None) -> None:
