@@ -7,7 +7,7 @@ import torch
 from vllm import distributed
 from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 
-from vllm_kvtuner.engine.key_bias import key_bias, largest_pairs
+from vllm_kvtuner.engine.key_bias import PAIRS_STEP, key_bias, largest_pairs
 from vllm_kvtuner.pages.transforms import RotaryTable
 
 HEADS, KV_HEADS, HEAD_SIZE, HIDDEN = 4, 2, 8, 16
@@ -92,44 +92,77 @@ def test_other_heads_than_the_attention_layers():
 
 
 @pytest.fixture
-def one_rank(monkeypatch):
-    monkeypatch.setattr(distributed, "tensor_model_parallel_all_reduce", lambda tensor: tensor)
+def ranks(monkeypatch):
+    """This process is one rank, or one of several whose offsets are given."""
+
+    def make(*others):
+        monkeypatch.setattr(distributed, "get_tensor_model_parallel_world_size", lambda: 1 + len(others))
+        monkeypatch.setattr(
+            distributed,
+            "tensor_model_parallel_all_reduce",
+            lambda energy: energy + sum(other.square().sum(0) for other in others),
+        )
+
+    make()
+    return make
 
 
 def rotary(is_neox=True, rotary_dim=HEAD_SIZE):
     return RotaryTable(torch.zeros(4, rotary_dim), is_neox)
 
 
-@pytest.mark.parametrize(("is_neox", "pair"), [(True, [1, 5]), (False, [2, 3])])
-def test_the_largest_pairs_are_kept(one_rank, is_neox, pair):
+@pytest.mark.parametrize(("is_neox", "pair"), [(True, [1, 5]), (False, [4, 5])])
+def test_the_largest_pairs_are_kept(ranks, is_neox, pair):
     offset = torch.full((KV_HEADS, HEAD_SIZE), 0.1)
-    offset[1, pair[1]] = -9.0
-    kept, count = largest_pairs(offset, rotary(is_neox), 1)
+    offset[1, 5] = -9.0
+    kept, count = largest_pairs(offset, rotary(is_neox), step=1)
     assert count == 1
-    assert sorted(kept.abs().amax(0).nonzero()[:, 0].tolist()) == pair
+    assert kept.abs().amax(0).nonzero()[:, 0].tolist() == pair
     assert torch.equal(kept[:, pair], offset[:, pair])
 
 
-def test_what_is_not_rotated_is_kept(one_rank):
-    offset = torch.randn(KV_HEADS, HEAD_SIZE)
-    kept, _ = largest_pairs(offset, rotary(rotary_dim=4), 1)
+@pytest.mark.parametrize(("rest", "count"), [(2.1, 0), (1.9, 1), (1.5, 2), (1.1, 3), (0.9, 4)])
+def test_as_few_pairs_as_leave_little(ranks, rest, count):
+    """Pairs of equal numbers: 0 to 4 of them leave a root mean square of 2, 3 ** .5, 2 ** .5, 1 and 0."""
+    offset = torch.full((KV_HEADS, HEAD_SIZE), 2.0)
+    kept, got = largest_pairs(offset, rotary(), rest, step=1)
+    assert got == count
+    assert (0 if kept is None else int(kept[0].count_nonzero())) == 2 * count
+
+
+def test_pairs_come_in_steps(ranks):
+    offset = torch.full((1, 64), 0.1)
+    offset[0, 3] = 9.0
+    assert largest_pairs(offset, rotary(rotary_dim=64))[1] == PAIRS_STEP
+
+
+def test_what_is_not_rotated_is_kept(ranks):
+    offset = torch.full((KV_HEADS, HEAD_SIZE), 0.1)
+    kept, count = largest_pairs(offset, rotary(rotary_dim=4))
+    assert count == 0
     assert torch.equal(kept[:, 4:], offset[:, 4:])
+    assert not kept[:, :4].any()
     assert largest_pairs(offset, None)[0] is offset
 
 
-def test_a_rank_keeps_the_pairs_that_are_largest_over_all_ranks(monkeypatch):
+def test_a_rank_keeps_the_pairs_that_are_largest_over_all_ranks(ranks):
     """Pages may be read by engines of other numbers of ranks."""
     offset, other = torch.zeros(2, 1, HEAD_SIZE)
-    offset[0, 0], offset[0, 1], other[0, 1] = 2.0, 1.0, 3.0
-    monkeypatch.setattr(distributed, "tensor_model_parallel_all_reduce", lambda energy: energy + other.square().sum(0))
-    kept, count = largest_pairs(offset, rotary(), 1)
-    assert (kept[0, 0].item(), kept[0, 1].item(), count) == (0.0, 1.0, 1)
+    offset[0, 0], offset[0, 1], other[0, 1] = 0.5, 0.1, 3.0
+    ranks(other)
+    kept, count = largest_pairs(offset, rotary(), step=1)
+    assert (kept[0, 0].item(), kept[0, 1].item(), count) == (0.0, pytest.approx(0.1), 1)
+    ranks()
+    whole, count_of_one = largest_pairs(torch.cat([offset, other]), rotary(), step=1)
+    assert torch.equal(whole[:1], kept)
+    assert count_of_one == count
 
 
-def test_a_bias_of_zeros_is_no_offset(one_rank):
-    assert largest_pairs(torch.zeros(KV_HEADS, HEAD_SIZE), rotary()) == (None, 0)
+@pytest.mark.parametrize("size", [0.0, 0.1])
+def test_a_small_bias_is_no_offset(ranks, size):
+    assert largest_pairs(torch.full((KV_HEADS, HEAD_SIZE), size), rotary()) == (None, 0)
 
 
-def test_a_bias_that_is_not_finite(one_rank):
+def test_a_bias_that_is_not_finite(ranks):
     with pytest.raises(ValueError, match="finite"):
         largest_pairs(torch.full((KV_HEADS, HEAD_SIZE), torch.inf), rotary())

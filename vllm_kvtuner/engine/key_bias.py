@@ -13,9 +13,12 @@ import torch
 
 from vllm_kvtuner.pages.transforms import RotaryTable
 
-OFFSET_PAIRS = 8
-"""RoPE pairs that an offset is kept in: one more step of the decode kernel's matrix instructions, where all of them
-cost a quarter of its time. Biases are large in few pairs."""
+PAIRS_STEP = 8
+"""RoPE pairs of an offset come in so many: one more step of the decode kernel's matrix instructions."""
+LARGEST_REST = 0.4
+"""Root mean square of the bias in pairs that an offset leaves out, at most. Keys of normalized inputs spread by about 1
+about their bias, so that this adds a seventh to the squared error of a rotated row at most (measured layer by layer on
+Qwen2.5-Coder-0.5B; docs/notes/key-bias-needs-an-offset.md)."""
 
 _KEY_PROJECTIONS = ("k_proj", "key_proj", "key", "wk")
 _KEY_NORM = re.compile("(k|key|qk)_?(layer)?_?norm|norm_?k")
@@ -77,25 +80,27 @@ def _key_projection(parent: torch.nn.Module) -> tuple[Any, int]:
 
 
 def largest_pairs(
-    offset: torch.Tensor, rotary: RotaryTable | None, count: int = OFFSET_PAIRS
+    offset: torch.Tensor, rotary: RotaryTable | None, rest: float = LARGEST_REST, step: int = PAIRS_STEP
 ) -> tuple[torch.Tensor | None, int]:
-    """The offset in the RoPE pairs where it is largest over all heads of all ranks, else 0.
+    """The offset in as few RoPE pairs as leave little of it, over the heads of all ranks, else 0.
 
-    The choice is the same whatever the number of ranks, since engines of other numbers may read each other's pages.
-    What is not rotated is kept: it costs nothing, since its logit is the same for all keys.
+    All pairs cost a quarter of the decode kernel's time, and biases are large in few. The choice is the same whatever
+    the number of ranks, since engines of other numbers may read each other's pages. What is not rotated is kept: it
+    costs nothing, since its logit is the same for all keys.
 
     Args:
         offset: [num_kv_heads, head_size] of this rank.
         rotary: the layer's; None if it rotates nothing.
-        count: of pairs, at most.
+        rest: root mean square over all channels of what is left out, at most.
+        step: number of pairs that are added at once.
 
     Returns:
-        What is left, None where all is 0, and the number of its RoPE pairs.
+        What is kept, None where that is 0, and the number of its RoPE pairs.
 
     Raises:
         ValueError: numbers that are not finite.
     """
-    from vllm.distributed import tensor_model_parallel_all_reduce
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 
     # Asked of all ranks together, so that none waits for another that has gone its own way.
     energy = tensor_model_parallel_all_reduce(offset.square().sum(0))
@@ -106,9 +111,15 @@ def largest_pairs(
     if rotary is None:
         return offset, 0
     first, second = rotary.pairs(offset.device)
-    of_pair = energy[first] + energy[second]
-    dropped = of_pair.argsort(descending=True)[count:]
+    of_pair, order = (energy[first] + energy[second]).sort(descending=True)
+    # Entry n: mean square of what the first n pairs leave.
+    left = torch.cat([of_pair, of_pair.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    left = left / (offset.numel() * get_tensor_model_parallel_world_size())
+    count = -(-int((left > rest**2).sum()) // step) * step
+    dropped = order[count:]
+    energy[first[dropped]] = energy[second[dropped]] = 0.0
+    if not energy.any():
+        return None, 0
     kept = offset.clone()
     kept[:, first[dropped]] = kept[:, second[dropped]] = 0.0
-    of_pair[dropped] = 0.0
-    return kept, int(of_pair.count_nonzero())
+    return kept, int(of_pair[:count].count_nonzero())

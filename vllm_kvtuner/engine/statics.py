@@ -98,7 +98,7 @@ class Offsets:
     """Key offsets that were made of weights.
 
     Args:
-        pairs: layers by the number of RoPE pairs that their offset has; 0 without a bias, or without RoPE.
+        pairs: layers by the number of RoPE pairs that their offset has; 0 where biases are small.
         left_out: layers that go without by the reason.
     """
 
@@ -123,7 +123,7 @@ class Offsets:
     def log(self) -> None:
         """Say what the layers got, in a line each."""
         for count, layers in sorted(self.pairs.items(), reverse=True):
-            what = f"in {count} RoPE pairs" if count else "none in RoPE pairs, since no rotated key has a bias"
+            what = f"in {count} RoPE pairs" if count else "none in RoPE pairs, since biases are small"
             logger.info("kvtuner key offset from weights, layers %s: %s", format_layers(layers), what)
         for reason, layers in self.left_out.items():
             logger.warning("kvtuner key offset from weights, layers %s: none, since %s", format_layers(layers), reason)

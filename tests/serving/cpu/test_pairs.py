@@ -10,7 +10,7 @@ from kvtuner_tools.calibration.key_statics import PairLayout
 from tests.helpers.compare import mean_kl
 from tests.helpers.engine import FULL_LOGPROBS, Call, cpu_only, run_engine
 from tests.helpers.tiny_model import make_tiny_model
-from vllm_kvtuner.engine.key_bias import OFFSET_PAIRS
+from vllm_kvtuner.engine.key_bias import PAIRS_STEP
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.statics import LayerStatics, save_statics
 
@@ -33,7 +33,7 @@ def calls(prompts):
 
 def test_an_offset_of_the_weights_is_that_of_the_checkpoint(qwen2, prompts, tmp_path):
     def largest(offset):
-        return PairLayout(offset.shape[1], is_neox=True).largest_pairs(torch.from_numpy(offset), OFFSET_PAIRS).numpy()
+        return PairLayout(offset.shape[1], is_neox=True).largest_pairs(torch.from_numpy(offset), PAIRS_STEP).numpy()
 
     offsets = key_offsets(str(qwen2))
     statics = {layer: LayerStatics(key_offset=largest(each.key_offset)) for layer, each in offsets.items()}
