@@ -62,7 +62,7 @@ def test_bits_bytes_and_tokens(published):
         pytest.param((10, 0), False, None, "triton", "cuda", id="Blackwell"),
         pytest.param((7, 5), False, None, "triton", "triton", id="Turing"),
         pytest.param(None, False, None, "triton", "triton", id="no CUDA"),
-        pytest.param(None, True, None, "reference", "reference", id="CPU"),
+        pytest.param(None, True, None, "compiled", "compiled", id="CPU"),
     ],
 )
 def test_layers_by_decode_kernel(published, monkeypatch, capability, on_cpu, asked, k4v2, k4v4):
@@ -72,3 +72,8 @@ def test_layers_by_decode_kernel(published, monkeypatch, capability, on_cpu, ask
     assert value("layers", pair="K16V16", decode_kernel="vllm") == 1
     assert value("layers", pair="K4V2", decode_kernel=k4v2) == 1
     assert value("layers", pair="K4V4", decode_kernel=k4v4) == 2
+
+
+def test_layers_that_the_reference_serves_on_a_cpu(published, monkeypatch):
+    monkeypatch.setenv("KVTUNER_CPU_KERNELS", "reference")
+    assert published(None, on_cpu=True)("layers", pair="K4V4", decode_kernel="reference") == 2

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_kvtuner.engine.config import resolved_profile
 from vllm_kvtuner.kernels import choice
+from vllm_kvtuner.kernels.cpu import kernels as cpu
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 
 UNQUANTIZED_KERNEL = "vllm"
 """Label of layers whose cache and kernel are vLLM's own."""
-REFERENCE_KERNEL = "reference"
-"""Label of the CPU's."""
 
 
 def publish(
@@ -85,7 +84,7 @@ def _decode_kernel(layer: LayerPrecision, capability: tuple[int, int] | None, on
     if not layer.pair.is_quantized:
         return UNQUANTIZED_KERNEL
     if on_cpu:
-        return REFERENCE_KERNEL
+        return cpu.REFERENCE if cpu.unavailable(layer.shape.head_size) else cpu.COMPILED
     layout = PageLayout(layer.pair, layer.shape.head_size, BLOCK_SIZE_MULTIPLE)
     # Statics and the card's self-test are the workers'; the other transforms do not matter to the choice.
     return choice.choose_decode(layout, LayerTransforms(), 0.0, capability).kernel
