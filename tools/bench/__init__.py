@@ -6,7 +6,8 @@ import importlib
 BENCHMARKS = (
     ("kernel", "kernel", "attention, store and gather kernels against vLLM's on one card"),
     ("serve", "serve", "decode and prefill speed, throughput and KV capacity of whole engines"),
-    ("picture", "pictures", "draw a result of the other two"),
+    ("turns", "turns", "decode steps of engines on a CPU that take turns, as ratios"),
+    ("picture", "pictures", "draw a result of kernel or serve"),
 )
 """Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, and help of each benchmark."""
 
