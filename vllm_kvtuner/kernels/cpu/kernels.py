@@ -113,6 +113,7 @@ class CompiledKernels(ReferenceKernels):
         super().__init__(shape, span)
         self._library = build.library(shape.head_size)
         self._layer: tuple[Pages, _Layer] | None = None
+        self._window: tuple[torch.Tensor, _Layer] | None = None
 
     def forget(self) -> None:
         """The layer's transforms have changed."""
@@ -155,7 +156,7 @@ class CompiledKernels(ReferenceKernels):
             arguments.positions = positions.data_ptr()
         if window is not None:
             window.check(key, slot_mapping.shape[0])
-            arguments.window = _plain_cache(window.kv_cache)
+            arguments.window = self._of_window(window.kv_cache).arguments.cache
             arguments.window_slots = window.slot_mapping.data_ptr()
         self._library.kvtuner_store(ctypes.byref(arguments))
 
@@ -210,13 +211,13 @@ class CompiledKernels(ReferenceKernels):
     ) -> None:
         """As the contract's WindowAttention; also of a window that packs its tokens."""
         if isinstance(rows, torch.Tensor):
-            layer = LAYER.structure(cache=_plain_cache(rows))
+            layer = self._of_window(rows)
         elif serves(rows.layout):
-            layer = _layer(rows).arguments
+            layer = _layer(rows)
         else:
             super().merge_window(query, queries, rows, output, lse)
             return
-        self._attend(query, queries, ctypes.addressof(layer), output, lse, in_window=True)
+        self._attend(query, queries, layer.address, output, lse, in_window=True)
 
     def _attend(
         self,
@@ -264,7 +265,15 @@ class CompiledKernels(ReferenceKernels):
             self._layer = pages, _layer(pages)
         return self._layer[1]
 
+    def _of_window(self, rows: torch.Tensor) -> _Layer:
+        """Likewise of a window's rows [num_blocks, num_kv_heads, block_size, 2 * head_size]."""
+        if self._window is None or self._window[0] is not rows:
+            arguments = LAYER.structure(cache=_plain_cache(rows))
+            self._window = rows, _Layer(arguments, ctypes.addressof(arguments), (rows,))
+        return self._window[1]
 
+
+@functools.cache
 def serves(layout: PageLayout) -> bool:
     """Whether the compiled operations know the pages' format: rows of codes with scale and minimum in fp16."""
     return layout.constants()["META_ROW"] == META_BYTES
