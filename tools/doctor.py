@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,22 +18,25 @@ from kvtuner_tools.machine import Section
 from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
-from vllm_kvtuner.profile.problems import ProfileError, format_layers
+from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError, format_layers
 from vllm_kvtuner.profile.profile import TransformSettings
 
 if TYPE_CHECKING:
     import torch
 
     from vllm_kvtuner.kernels.contract import KernelSet
-    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.kernels.trial import Verdict
 
+SCHEMA = "kvtuner-doctor/1"
 DEFAULT_PAIRS = ("K8V8", "K4V4", "K2V2")
 DEFAULT_HEAD_SIZE = 128
 KV_HEADS, QUERY_HEADS = 2, 4
 """Of the self-test's layers: KV heads, and query heads of each."""
 BATCH = (24, 4)
 """Requests of the self-test's largest batch, and query tokens of each at most."""
+PROFILE, KERNELS = "profile ", "kernels"
+"""How titles of sections on profiles begin, and the title of that on kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +48,18 @@ class Group:
         pair: quantized.
         head_size: numbers per row.
         transforms: which are on.
+        attention_sinks: whether the model has some.
     """
 
     layers: str | None
     pair: PrecisionPair
     head_size: int
     transforms: TransformSettings
+    attention_sinks: bool = False
+
+    def __str__(self) -> str:
+        parts = [*self.transforms.names, *(["attention sinks"] if self.attention_sinks else [])]
+        return f"{self.pair} of head size {self.head_size}" + (f" with {', '.join(parts)}" if parts else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,19 +76,48 @@ def run(args: argparse.Namespace) -> int:
     # vLLM logs to what stdout is when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
         sections = examine(args.model, args.profile)
-    problems = list(dict.fromkeys(problem for section in sections for problem in section.problems))
+    problems = _problems(sections)
     if args.json:
-        report: dict[str, Any] = {section.title: section.facts for section in sections}
-        report["problems"] = [{"problem": problem, "do": advice} for problem, advice in problems]
-        # JSON has no NaN, as which a kernel that stores nothing shows.
-        plain = json.loads(json.dumps({**report, "serves": not problems}), parse_constant=lambda _: None)
-        print(json.dumps(plain, indent=2))
+        print(json.dumps(report(sections), indent=2))
     else:
         print("\n\n".join(_format(section) for section in sections))
         print(f"\nproblems: {len(problems) or 'none'}")
         for problem, advice in problems:
             print(f"  {problem}\n    do: {advice}")
     return 1 if problems else 0
+
+
+def report(sections: Sequence[Section]) -> dict[str, Any]:
+    """What ``--json`` prints: a key for each section, lists of profiles and of kinds of layers."""
+    problems = _problems(sections)
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "serves": not problems,
+        "problems": [{"problem": problem, "do": advice} for problem, advice in problems],
+        "profiles": [],
+        "kernels": [],
+    }
+    for section in sections:
+        if section.title == KERNELS:
+            found["kernels"] = [{"kind": kind, **_snake(fact)} for kind, fact in section.facts.items()]
+        elif section.title.startswith(PROFILE):
+            found["profiles"].append({"profile": section.title.removeprefix(PROFILE), **_snake(section.facts)})
+        else:
+            found |= _snake({section.title: section.facts})
+    # JSON has no NaN, as which a kernel that stores nothing shows.
+    return json.loads(json.dumps(found), parse_constant=lambda _: None)
+
+
+def _snake(value: Any) -> Any:
+    """Keys of mappings as identifiers: ``layers in vLLM's own cache`` is ``layers_in_vllms_own_cache``."""
+    if not isinstance(value, dict):
+        return value
+    return {re.sub("[^a-z0-9]+", "_", key.lower().replace("'", "")): _snake(each) for key, each in value.items()}
+
+
+def _problems(sections: Sequence[Section]) -> list[tuple[str, str]]:
+    """Each once, with what to do about it."""
+    return list(dict.fromkeys(problem for section in sections for problem in section.problems))
 
 
 def examine(model: str | None, profile: str | None) -> list[Section]:
@@ -106,12 +145,11 @@ def examine(model: str | None, profile: str | None) -> list[Section]:
 
 
 def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section, list[Group]]:
-    section = Section(f"profile {spec}")
+    section = Section(PROFILE + spec)
     try:
         profile, shape, resolved = resolve(spec, model)
     except ProfileError as error:
-        advice = "kvtuner profile check shows it alone; kvtuner profile list names the shipped profiles"
-        section.problems += [(problem, advice) for problem in error.problems]
+        section.problems += [(problem, _advice(problem, error, model)) for problem in error.problems]
         return section, []
     section.facts["file"] = None if profile.source is None else str(profile.source)
     section.facts["model"] = None if shape is None else shape.name
@@ -130,9 +168,12 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
             max(0, memory - (weights or 0)), resolved.bytes_per_token
         )
     section.facts["statics"] = None if profile.statics is None else str(profile.statics)
+    if resolved.profile.left_out:
+        section.facts["without"] = "; ".join(resolved.profile.left_out)
     layers: dict[Group, list[int]] = {}
     for layer in resolved.layers:
-        group = Group(None, layer.pair, layer.shape.head_size, layer.transforms)
+        sinks = shape is not None and shape.attention_sinks
+        group = Group(None, layer.pair, layer.shape.head_size, layer.transforms, sinks)
         layers.setdefault(group, []).append(layer.index)
     if unquantized := [layer.index for layer in resolved.layers if not layer.pair.is_quantized]:
         section.facts["layers in vLLM's own cache"] = format_layers(unquantized)
@@ -143,18 +184,27 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
     ]
 
 
+def _advice(problem: str, error: ProfileError, model: str | None) -> str:
+    """What to do about a problem of a profile, or of the model that it is matched with."""
+    if model is not None and problem.startswith((f"{model}:", f"{model}/")):
+        return "give a folder with a config.json or a model's id; with HF_HUB_OFFLINE=1, one that is in the cache"
+    if isinstance(error, UnknownProfileError):
+        return "kvtuner profile list names the shipped profiles"
+    if model is not None and model in problem:
+        return "give a profile of this model: kvtuner profile list names the shipped ones, kvtuner calibrate makes one"
+    return "correct what the line names; kvtuner profile check shows the profile alone"
+
+
 def _kernels(groups: Sequence[Group], card: Section) -> Section:
     """Which kernels serve each group, and how far they are off."""
     import torch
 
     on_gpu = card.facts["device"] != "cpu"
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    section = Section("kernels")
+    section = Section(KERNELS)
     verdict = _prove(groups, device, section) if on_gpu else None
     for group in groups:
-        title = f"{group.pair} of head size {group.head_size}"
-        if group.transforms.names:
-            title += f" with {', '.join(group.transforms.names)}"
+        title = str(group)
         fact: dict[str, Any] = {} if group.layers is None else {"layers": group.layers}
         section.facts[title] = fact
         if on_gpu and verdict is None:
@@ -173,13 +223,16 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 
 def _case(group: Group) -> "Case":
     """Layers such as the group's, with few heads and batches: decodes of one token and of several."""
+    import torch
+
     from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits
-    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.pages.layout import PageLayout
 
     size = group.head_size
     layout = PageLayout(group.pair, size, BLOCK_SIZE_MULTIPLE)
-    shape = AttentionShape(QUERY_HEADS * KV_HEADS, KV_HEADS, size, size**-0.5)
+    sinks = torch.bfloat16 if group.attention_sinks else None
+    shape = AttentionShape(QUERY_HEADS * KV_HEADS, KV_HEADS, size, size**-0.5, sinks=sinks)
     return Case(layout, shape, BatchLimits(*BATCH), transforms=group.transforms.names)
 
 
@@ -197,15 +250,16 @@ def _prove(groups: Sequence[Group], device: "torch.device", section: Section) ->
 def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") -> dict[str, str]:
     import torch
 
-    from vllm_kvtuner.kernels import choice, self_test
+    from vllm_kvtuner.kernels import choice
     from vllm_kvtuner.kernels.cpu import kernels as cpu
+    from vllm_kvtuner.kernels.self_test_cases import random_transforms
 
     if verdict is None:
         kernels = cpu.choice(group.head_size)
         return {"decode": kernels, "store and gather": kernels}
     case = _case(group)
     capability = choice.device_capability(device)
-    transforms = self_test.random_transforms(case.transforms, case, torch.device("cpu"))
+    transforms = random_transforms(case.transforms, case, torch.device("cpu"))
     found: dict[str, str] = {}
     if choice.may_take_cuda(case.layout, capability):
         found["CUDA kernels"] = f"self-test {verdict}"
@@ -213,7 +267,8 @@ def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") ->
     def failure() -> str | None:
         return verdict.failure
 
-    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure))
+    has_sinks = group.attention_sinks
+    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure, has_sinks=has_sinks))
     if group.transforms.key_offset and decode.startswith(choice.CUDA):
         decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position)"
     rows = str(choice.choose_rows(case.layout, capability, failure))

@@ -23,7 +23,7 @@ def test_run_without_anything_to_evaluate_is_refused() -> None:
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
 
-    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, a --task"):
+    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks"):
         evaluate.run(parser.parse_args(["model", "--data", "text.txt"]))
 
 
@@ -42,10 +42,16 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     output = tmp_path / "result.json"
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    arguments = ["--tokens=600", "--context=300", "--kv-memory=0.03125", "--noise-floor", "--profile=K4V4"]
-    arguments += [f"--task={task}", "--task-limit=2", "--task-shots=1", "--task-tokens=5"]
+    arguments = [
+        "--tokens=600",
+        "--sequence-length=300",
+        "--kv-cache-memory-bytes=32MiB",
+        "--noise-floor",
+        "--profile=K4V4",
+    ]
+    arguments += [f"--tasks={task}", "--limit=2", "--num-fewshot=1", "--max-tokens=5"]
 
-    status = evaluate.run(parser.parse_args([str(model), f"--data={data}", f"--json={output}", *arguments]))
+    status = evaluate.run(parser.parse_args([str(model), f"--data={data}", f"--out={output}", *arguments]))
 
     result = json.loads(output.read_text())
     auto, (floor, profile) = result["reference"], result["settings"]
@@ -107,6 +113,46 @@ def request_of(tmp_path: Path):
         return evaluate.EvaluationRequest(model=str(model), data=data, **values)
 
     return make
+
+
+def options_of(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_json_is_the_result_and_alone_on_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    model, data, task = make_inputs(tmp_path)
+    monkeypatch.setattr(evaluate, "in_own_process", Engines())
+    monkeypatch.setattr(evaluate, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
+    capfd.readouterr()
+    options = ("--profile=K8V8", "--tokens=60", "--sequence-length=30", f"--tasks={task}", "--num-fewshot=1")
+    out = tmp_path / "out.json"
+    assert evaluate.run(options_of(str(model), f"--data={data}", *options, "--json", f"--out={out}")) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result == json.loads(out.read_text())
+    assert (result["schema"], result["context"], result["kv_memory_bytes"]) == (evaluate.SCHEMA, 30, 1 << 30)
+    assert result["task"] | {"file": task.name, "shots": 1, "questions": 2} == result["task"]
+
+
+def test_tasks_are_lm_evals_and_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[evaluate.EvaluationRequest] = []
+
+    def stop(request: evaluate.EvaluationRequest, _: object) -> None:
+        asked.append(request)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(evaluate, "evaluate", stop)
+    tasks = "--tasks=hellaswag,mine.yaml,gsm8k.jsonl"
+    with pytest.raises(ValueError, match="enough"):
+        evaluate.run(options_of("model", "--data=text.txt", tasks, "--limit=3", "--num-fewshot=5"))
+    (request,) = asked
+    assert (request.lm_eval, request.task) == (("hellaswag", "mine.yaml"), Path("gsm8k.jsonl"))
+    assert (request.task_limit, request.num_fewshot) == (3, 5)
+    with pytest.raises(ValueError, match=r"at most one .jsonl file, but got a.jsonl, b.jsonl"):
+        evaluate.run(options_of("model", "--data=text.txt", "--tasks=a.jsonl,b.jsonl"))
 
 
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of) -> None:

@@ -3,8 +3,8 @@
 Errors are relative, over the sampled queries of all windows. With O the attention output of unquantized keys and values
 and O' that of quantized ones, the output error is sqrt(sum |O' - O|^2 / sum |O|^2), per KV head over its query heads or
 over all heads. With P and P' the attention weights, the score error is the mean over query rows of sum_t |P'_t - P_t|;
-a row's weights sum to 1, so it is relative as it stands. With a recent window, each query's newest tokens and the sink
-tokens at the head of its text are unquantized in O' and P'.
+a row's weights, with that of its attention sink, sum to 1, so it is relative as it stands. With a recent window, each
+query's newest tokens and the sink tokens at the head of its text are unquantized in O' and P'.
 
 With the Gram of what reads the outputs, G, the squares are those of the output's numbers of a KV head's query heads
 together: (O' - O)^T G (O' - O), and O^T G O. They count errors as the model does, those that round feedback makes too.
@@ -19,7 +19,15 @@ from kvtuner_tools.calibration.captured import CapturedLayer, RotaryRows, Window
 from kvtuner_tools.calibration.rotation import apply_rotary, undo_rotary
 from vllm_kvtuner.pages.codes import code_format
 from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
-from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, restore_keys, rotate_values, transform_keys
+from vllm_kvtuner.pages.transforms import (
+    KEY,
+    VALUE,
+    LayerTransforms,
+    RotaryTable,
+    restore_keys,
+    rotate_values,
+    transform_keys,
+)
 from vllm_kvtuner.profile.profile import RecentWindow
 
 
@@ -119,7 +127,7 @@ class AttentionMeter:
         transforms = replace(transforms, rotary=self._rotary)
         rows = transform_keys(self._keys, self._positions, transforms)
         for bits in wanted:
-            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.key_feedback)
+            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.feedback(KEY, bits))
             yield bits, restore_keys(read, self._positions, transforms)
 
     def _quantized_values(
@@ -127,7 +135,7 @@ class AttentionMeter:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         rows = rotate_values(self._values, transforms)
         for bits in wanted:
-            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.value_feedback)
+            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.feedback(VALUE, bits))
             yield bits, rotate_values(read, transforms)
 
     def _attend(self, keys: torch.Tensor) -> list[torch.Tensor]:
@@ -148,7 +156,8 @@ class AttentionMeter:
             if layer.sliding_window is not None:
                 hidden |= distance >= layer.sliding_window
             hidden = hidden.repeat(grouped.shape[1], 1)
-            weights.append(scores.masked_fill(hidden, -torch.inf).softmax(-1))
+            scores = scores.masked_fill(hidden, -torch.inf).unflatten(1, (grouped.shape[1], num_queries))
+            weights.append(layer.softmax(scores).flatten(1, 2))
         return weights
 
     def _error(self, weights: list[torch.Tensor], values: torch.Tensor) -> tuple[float, tuple[float, ...]]:

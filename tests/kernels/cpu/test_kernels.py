@@ -1,7 +1,7 @@
 """The compiled operations against the reference, on the same packed bytes or the same rows; both in fp32."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -103,6 +103,27 @@ def test_attention_of_every_head_size_and_transform(head_size, transforms):
 def test_attention_of_every_span(span, soft_cap):
     cache = random_cache(make_layout("K8V4", 64), SEQ_LENS, 2, CPU)
     check_attention(cache, transforms_of("all", 2, 64), cache.shape(4, soft_cap), span, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("span", [Span(), Span(20, 17)], ids=str)
+def test_attention_sinks_count_in_every_softmax(span, dtype):
+    """Also of queries that see no token, whose log-sum-exp is their sink's logit then."""
+    cache = random_cache(make_layout("K4V4", 64), SEQ_LENS, 2, CPU)
+    sinks = torch.randn(4).to(dtype) * 3
+    shape = cache.shape(4)._replace(sinks=dtype)
+    pages = cache.pages(transforms_of("hadamard", 2, 64))._replace(sinks=sinks)
+    query = torch.randn(sum(QUERY_LENS), 4, 64)
+    results = []
+    for kernels in (CompiledKernels, ReferenceKernels):
+        output, lse = torch.full_like(query, torch.nan), torch.full((4, len(query)), torch.nan)
+        kernels(shape, span).attend(query, cache.queries(QUERY_LENS), pages, output, lse)
+        results.append((output, lse))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+    without = torch.empty_like(query)
+    bare = shape._replace(sinks=None)
+    CompiledKernels(bare, span).attend(query, cache.queries(QUERY_LENS), pages._replace(sinks=None), without)
+    assert not torch.allclose(results[0][0], without)
 
 
 def test_what_no_query_sees_may_hold_anything():
@@ -281,7 +302,7 @@ def test_several_threads_give_what_one_gives(monkeypatch):
 
 
 def test_the_reference_serves_formats_that_the_sources_do_not_know(monkeypatch):
-    monkeypatch.setattr(cpu, "serves", lambda layout: False)
+    monkeypatch.setattr(cpu, "serves", lambda pages: False)
     monkeypatch.setattr(CompiledKernels, "_of", None)
     cache = random_cache(make_layout("K4V4", 64), SEQ_LENS, 2, CPU)
     shape, tokens = cache.shape(4), sum(QUERY_LENS)
@@ -290,3 +311,12 @@ def test_the_reference_serves_formats_that_the_sources_do_not_know(monkeypatch):
         for kernels in (CompiledKernels, ReferenceKernels)
     )
     assert torch.equal(ours[0][:tokens], want[0][:tokens])
+
+
+def test_what_is_added_to_pages_later_is_left_to_the_reference(monkeypatch):
+    """A transform or a format that the sources do not know would else be left out without a word."""
+    pages = random_cache(make_layout("K4V4", 64), [20], 2, CPU).pages(transforms_of("all", 2, 64))
+    assert cpu.serves(pages)
+    monkeypatch.setattr(cpu, "KNOWN_TRANSFORMS", cpu.KNOWN_TRANSFORMS - {"value_hadamard"})
+    assert not cpu.serves(pages)
+    assert {field.name for field in fields(LayerTransforms)} >= cpu.KNOWN_TRANSFORMS

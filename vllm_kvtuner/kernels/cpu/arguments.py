@@ -79,6 +79,7 @@ ATTEND = Arguments(
     Field("const void*", "query", "[num_tokens, num_heads, D]"),
     Field("void*", "output", "likewise"),
     Field("float*", "lse", "[num_heads, lse_stride], or null"),
+    Field("const float*", "sinks", "[num_heads], a logit more in every softmax, or null"),
     Field("const int*", "block_table", "[num_reqs, table_stride]"),
     Field("const int*", "seq_lens", "[num_reqs]"),
     Field("const int*", "query_start_loc", "[num_reqs + 1]"),

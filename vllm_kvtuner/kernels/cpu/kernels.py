@@ -1,6 +1,7 @@
 """The compiled operations as a KernelSet: what serves layers on a CPU that has a C++ compiler."""
 
 import ctypes
+import dataclasses
 import functools
 import logging
 import time
@@ -19,19 +20,31 @@ from vllm_kvtuner.kernels.contract import (
     WindowRows,
     check_attention,
     check_rows,
+    check_sinks,
 )
 from vllm_kvtuner.kernels.cpu import build
 from vllm_kvtuner.kernels.cpu.arguments import ATTEND, CACHE, GATHER, LAYER, ROUNDING, STORE, TRANSFORMS
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.codes import RANGE_FACTORS
 from vllm_kvtuner.pages.feedback import RoundFeedback
-from vllm_kvtuner.pages.layout import FEEDBACK_BITS, META_BYTES, UNQUANTIZED, PageLayout, PrecisionPair
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS, META_BYTES, UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the sources' Type."""
+KNOWN_TRANSFORMS = {
+    "key_offset",
+    "rotary",
+    "key_equalization",
+    "key_hadamard",
+    "value_hadamard",
+    "range_search",
+    "key_feedback",
+    "value_feedback",
+}
+"""Fields of LayerTransforms that the sources know."""
 COMPILED = "compiled"
 REFERENCE = "reference"
 
@@ -109,6 +122,8 @@ class CompiledKernels(ReferenceKernels):
         span: cached tokens that decoding serves.
     """
 
+    decode_kernel = COMPILED
+
     def __init__(self, shape: AttentionShape, span: Span) -> None:
         super().__init__(shape, span)
         self._library = build.library(shape.head_size)
@@ -118,6 +133,10 @@ class CompiledKernels(ReferenceKernels):
     def forget(self) -> None:
         """The layer's transforms have changed."""
         self._layer = None
+
+    def serves(self, pages: Pages) -> bool:
+        """As the function; what a layer hands over again and again is not looked at again."""
+        return (self._layer is not None and self._layer[0] is pages) or serves(pages)
 
     def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None:
         """A store at once reads new rows where the model has put them, and nothing waits for it."""
@@ -133,7 +152,7 @@ class CompiledKernels(ReferenceKernels):
         window: WindowRows | None = None,
     ) -> None:
         """As the contract's ReshapeAndCache."""
-        if not serves(pages.layout):
+        if not self.serves(pages):
             super().store(key, value, slot_mapping, positions, pages, window)
             return
         key, value = _rows(key), _rows(value)
@@ -162,7 +181,7 @@ class CompiledKernels(ReferenceKernels):
 
     def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
         """As the contract's GatherCache."""
-        if not serves(pages.layout):
+        if not self.serves(pages):
             super().gather(pages, tokens, key_out, value_out)
             return
         tokens.check()
@@ -196,10 +215,17 @@ class CompiledKernels(ReferenceKernels):
         lse: torch.Tensor | None = None,
     ) -> None:
         """As the contract's PagedAttention, with the layer's shape and span; rows beyond the last query become 0."""
-        if not serves(pages.layout):
+        if not self.serves(pages):
             super().attend(query, queries, pages, output, lse)
             return
-        self._attend(query, queries, self._of(pages).address, output, lse, in_window=False)
+        check_sinks(pages, self.shape)
+        arguments = self._arguments(query, queries, output, lse)
+        arguments.layer = self._of(pages).address
+        if pages.sinks is not None:
+            # Read anew, since a model's weights, these among them, may be loaded again.
+            sinks = pages.sinks.float().contiguous()
+            arguments.sinks = sinks.data_ptr()
+        self._library.kvtuner_attend(ctypes.byref(arguments))
 
     def merge_window(
         self,
@@ -212,27 +238,20 @@ class CompiledKernels(ReferenceKernels):
         """As the contract's WindowAttention; also of a window that packs its tokens."""
         if isinstance(rows, torch.Tensor):
             layer = self._of_window(rows)
-        elif serves(rows.layout):
+        elif serves(rows):
             layer = _layer(rows)
         else:
             super().merge_window(query, queries, rows, output, lse)
             return
-        self._attend(query, queries, layer.address, output, lse, in_window=True)
+        arguments = self._arguments(query, queries, output, lse)
+        arguments.layer, arguments.in_window = layer.address, True
+        self._library.kvtuner_attend(ctypes.byref(arguments))
 
-    def _attend(
-        self,
-        query: torch.Tensor,
-        queries: Queries,
-        layer: int,
-        output: torch.Tensor,
-        lse: torch.Tensor | None,
-        in_window: bool,
-    ) -> None:
+    def _arguments(self, query: torch.Tensor, queries: Queries, output: torch.Tensor, lse: torch.Tensor | None) -> Any:
+        """Of attention, but for what is attended to."""
         shape, span = self.shape, self.span
-        query = _rows(query)
         check_attention(query, queries, shape, output, lse)
-        arguments = ATTEND.structure(
-            layer=layer,
+        return ATTEND.structure(
             query=query.data_ptr(),
             output=output.data_ptr(),
             lse=0 if lse is None else lse.data_ptr(),
@@ -252,12 +271,10 @@ class CompiledKernels(ReferenceKernels):
             sliding_window=span.sliding_window or 0,
             skip_newest=span.skip_newest,
             skip_first=span.skip_first,
-            in_window=in_window,
             threads=torch.get_num_threads(),
             scale=shape.scale,
             soft_cap=shape.logits_soft_cap,
         )
-        self._library.kvtuner_attend(ctypes.byref(arguments))
 
     def _of(self, pages: Pages) -> _Layer:
         """Kept for the pages of the last call, which a layer hands over again and again."""
@@ -273,10 +290,14 @@ class CompiledKernels(ReferenceKernels):
         return self._window[1]
 
 
-@functools.cache
-def serves(layout: PageLayout) -> bool:
-    """Whether the compiled operations know the pages' format: rows of codes with scale and minimum in fp16."""
-    return layout.constants()["META_ROW"] == META_BYTES
+def serves(pages: Pages) -> bool:
+    """Whether the compiled operations know all that the pages are: codes of 2, 4 or 8 bits, scale and minimum in fp16,
+    and no transform that was added since."""
+    layout, transforms = pages.layout, pages.transforms
+    if layout.content_bytes != layout.head_size * (layout.k_bits + layout.v_bits) // 8 + 2 * META_BYTES:
+        return False
+    names = (field.name for field in dataclasses.fields(transforms))
+    return not any(getattr(transforms, name) for name in names if name not in KNOWN_TRANSFORMS)
 
 
 def _rows(rows: torch.Tensor) -> torch.Tensor:

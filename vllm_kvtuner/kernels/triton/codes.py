@@ -8,7 +8,7 @@ takes them by the slice: slice i of a row is code i of every word (bits i * bits
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.triton.common import load_padded
+from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_padded
 
 
 @triton.jit
@@ -96,9 +96,9 @@ def _range(low, high, step, BITS: tl.constexpr):
 @triton.jit
 def shrunk_range(low, high, stretch, shift):
     """Scale and minimum, fp16, by the factors on high - low that the step and what the minimum moves by have."""
-    scale = tl.minimum((high - low) * stretch, 65504.0)
+    scale = tl.minimum((high - low) * stretch, FP16_MAX)
     minimum = low + (high - low) * shift
-    return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -65504.0), 65504.0).to(tl.float16)
+    return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -FP16_MAX), FP16_MAX).to(tl.float16)
 
 
 @triton.jit

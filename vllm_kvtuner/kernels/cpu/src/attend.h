@@ -181,6 +181,13 @@ inline void finish_row(const Attend& args, i64 token, int head, const float* con
     sum += factor * state[D + 1];
     for (int d = 0; d < D; ++d) row[d] += factor * state[d];
   }
+  if (args.sinks && token < args.query_start_loc[args.num_reqs]) {  // as of one more token, whose value is 0
+    const float sink = args.sinks[head], both = std::max(largest, sink);
+    const float factor = largest == -INFINITE ? 0.0f : exp_negative(largest - both);
+    sum = factor * sum + exp_negative(sink - both);
+    for (int d = 0; d < D; ++d) row[d] *= factor;
+    largest = both;
+  }
   float lse = -INFINITE;
   if (sum != 0) {
     lse = largest + std::log(sum);
