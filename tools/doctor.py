@@ -214,7 +214,8 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
             fact |= _choices(group, device, verdict)
         except ValueError as error:
             fact["self-test"] = "not run"
-            section.problems.append((str(error), "unset KVTUNER_DECODE_KERNEL, or correct what it names"))
+            variable = str(error).partition(" ")[0]
+            section.problems.append((str(error), f"unset {variable}, or correct what it names"))
             continue
         _self_test(section, title, group, device)
     return section
@@ -250,10 +251,12 @@ def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") ->
     import torch
 
     from vllm_kvtuner.kernels import choice
+    from vllm_kvtuner.kernels.cpu import kernels as cpu
     from vllm_kvtuner.kernels.self_test_cases import random_transforms
 
     if verdict is None:
-        return {"decode": "reference, since the device is a CPU", "store and gather": "reference"}
+        kernels = cpu.choice(group.head_size)
+        return {"decode": kernels, "store and gather": kernels}
     case = _case(group)
     capability = choice.device_capability(device)
     transforms = random_transforms(case.transforms, case, torch.device("cpu"))
@@ -278,11 +281,11 @@ def _chosen(fact: dict[str, Any]) -> list[str]:
 
 def _serving(case: "Case", device: "torch.device") -> "KernelSet":
     """What serves such a layer on the device."""
+    from vllm_kvtuner.kernels.cpu.kernels import cpu_kernels
     from vllm_kvtuner.kernels.gpu import GpuKernels
-    from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 
     if device.type == "cpu":
-        return ReferenceKernels(case.shape, case.span)
+        return cpu_kernels(case.shape, case.span)
     return GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype)
 
 

@@ -147,6 +147,6 @@ def test_the_metrics_say_what_is_stored(server):
         f"vllm:kvtuner_kv_bytes_per_token{labels}}}": 6768,
         f"vllm:kvtuner_kv_cache_tokens{labels}}}": tokens,
         f'vllm:kvtuner_profile_info{{digest="{digest}",{labels[1:]},profile="{PROFILE}",source="given"}}': 1,
-        f'vllm:kvtuner_layers{{decode_kernel="reference",{labels[1:]},pair="K8V4"}}': 3,
-        f'vllm:kvtuner_layers{{decode_kernel="reference",{labels[1:]},pair="K4V4"}}': 27,
+        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K8V4"}}': 3,
+        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K4V4"}}': 27,
     }

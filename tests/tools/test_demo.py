@@ -76,6 +76,23 @@ def test_memory_report_counts_stored_bytes():
     assert f"{2**30 // 2048:,}" in report
 
 
+@pytest.mark.parametrize(
+    ("on_cpu", "times", "dtype"), [(True, 3.0, "float32"), (True, 0.5, None), (True, 1.1, None), (False, 3.0, None)]
+)
+def test_a_cpu_that_is_slow_in_bfloat16_serves_float32(monkeypatch, capsys, on_cpu, times, dtype):
+    monkeypatch.setattr(demo, "_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(demo, "bfloat16_times_float32", lambda: times)
+    assert demo._dtype() == dtype
+    line = "This processor takes 3.0 times as long in bfloat16 as in float32, so float32 is served\n"
+    assert capsys.readouterr().out == (line if dtype else "")
+    command = demo.server_command(Path("model"), "K4V4", 8000, dtype)
+    assert ("--dtype float32" in " ".join(command)) == (dtype is not None)
+
+
+def test_products_are_compared():
+    assert 0 < demo.bfloat16_times_float32() < 1000
+
+
 def untied_model(embedding: torch.Tensor, head: torch.Tensor) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=embedding.shape[0],

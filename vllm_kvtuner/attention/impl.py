@@ -1,8 +1,8 @@
 """The attention implementation of a quantized layer: which kernel serves which tokens of the batch.
 
 Decodes read the packed pages, prefills go by prefill.py. Where the layer has a recent window, attention over it is
-merged with that over the pages. All of it is asked of three interfaces (KernelSet, Prefill, LayerWindow), which the
-reference implements for a CPU and kernels for a GPU.
+merged with that over the pages. All of it is asked of three interfaces (KernelSet, Prefill, LayerWindow), which are
+implemented for a CPU and for a GPU.
 """
 
 import functools
@@ -31,8 +31,8 @@ from vllm_kvtuner.kernels.contract import (
     Span,
     StepRows,
 )
+from vllm_kvtuner.kernels.cpu.kernels import cpu_kernels
 from vllm_kvtuner.kernels.gpu import GpuKernels, prove
-from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.self_test_cases import Case
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -135,7 +135,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self._serve(cache)
 
     def _serve(self, cache: RecentCache | None) -> None:
-        """Choose who serves the layer: the reference on a CPU, kernels on a GPU."""
+        """Choose who serves the layer: compiled C++ or the reference on a CPU, kernels on a GPU."""
         span = Span(self.sliding_window)
         if cache is not None:
             span = Span(self.sliding_window, cache.window.tokens, cache.window.sink_tokens)
@@ -145,10 +145,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.served = self._on_cpu(span, cache) if current_platform.is_cpu() else self._on_gpu(span, cache)
 
     def _on_cpu(self, span: Span, cache: RecentCache | None) -> Served:
-        kernels = ReferenceKernels(self.shape, span)
+        kernels = cpu_kernels(self.shape, span)
         window = None
         if cache is not None:
-            packed = ReferenceKernels(self._window_shape, Span(cache.window.tokens))
+            packed = cpu_kernels(self._window_shape, Span(cache.window.tokens))
             window = ReferenceWindow(cache, kernels, packed)
         return Served(kernels, ReferencePrefill(kernels, self.attend_cached_prefill, window), window)
 
