@@ -13,12 +13,12 @@ from pathlib import Path
 
 import optuna
 
+from kvtuner_tools.calibration.option_checks import check_options
 from kvtuner_tools.calibration.options import (
     OPTIONS_FILE,
     STAGES,
     CalibrationOptions,
     add_options,
-    check_options,
     given_options,
     merge,
 )
@@ -42,11 +42,13 @@ class Command:
 
 
 def _run(options: CalibrationOptions, out: Path, stages: Sequence[str]) -> int:
-    check_options(options, out, with_budget="search" in stages)
+    checked = check_options(options, out, stages)
+    if checked.note is not None:
+        print(checked.note, file=sys.stderr)
     from kvtuner_tools.calibration.pipeline import Calibration
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    calibration = Calibration(out, options)
+    calibration = Calibration(out, checked.options, checked.texts)
     options.write(out)
     started = time.monotonic()
     with _interruptible():

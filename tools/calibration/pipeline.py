@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +32,7 @@ from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
 from kvtuner_tools.calibration.export import write_profile
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
-from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
+from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts
 from kvtuner_tools.calibration.outcome import (
     HELDOUT_FILE,
     PROFILE_ORIGIN,
@@ -77,11 +76,13 @@ class Calibration:
     Args:
         out: the folder; made if it does not exist.
         options: what is asked for.
+        texts: drawn by the options; None where the stages to run read none.
     """
 
-    def __init__(self, out: Path, options: CalibrationOptions) -> None:
+    def __init__(self, out: Path, options: CalibrationOptions, texts: Texts | None = None) -> None:
         self.out = out
         self.options = options
+        self._texts = texts
         out.mkdir(parents=True, exist_ok=True)
 
     def run(self, stage: str) -> None:
@@ -96,24 +97,19 @@ class Calibration:
         self._add_cost(stage, seconds)
         print(f"{stage}: {message} ({seconds:.1f} s)", flush=True)
 
-    @cached_property
+    @property
     def texts(self) -> Texts:
-        from transformers import AutoTokenizer
-
-        return load_texts(self.options, AutoTokenizer.from_pretrained(self.options.model))
+        assert self._texts is not None, "stages that read text are given it"
+        return self._texts
 
     def capture(self) -> str:
         options = self.options
-        request = CaptureRequest(
-            model=options.model,
-            data=None if options.data is None else Path(options.data),
-            tokens=options.capture_tokens,
-            context=options.window,
-            seed=options.seed,
-            dtype=options.dtype,
-        )
+        request = CaptureRequest(options.model, self.texts.capture, seed=options.seed, dtype=options.dtype)
         capture = run_capture(request, self.out)
-        return f"{len(capture.layers)} layers, {sum(capture.windows):,} tokens"
+        asked = {"capture": options.capture_tokens, "search": options.search_tokens, "held-out": options.heldout_tokens}
+        texts = (self.texts.capture, self.texts.search, self.texts.heldout)
+        got = [f"{name} {each.tokens:,} of {asked[name]:,} asked" for name, each in zip(asked, texts, strict=True)]
+        return f"{len(capture.layers)} layers; tokens: {', '.join(got)}"
 
     def transforms(self) -> str:
         if self.options.transforms != "choose":

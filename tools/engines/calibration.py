@@ -37,6 +37,8 @@ from vllm_kvtuner.profile.statics import load_statics
 
 ROOM = PrecisionPair(8, 8)
 """What every quantized layer's pages have room for."""
+CHUNK = 2048
+"""Tokens whose logits a step computes at most: those of a long window would take more memory than a model."""
 _NONE = TransformSettings()
 
 logger = logging.getLogger(__name__)
@@ -86,7 +88,7 @@ class CalibrationEngine:
         transforms: what layers do before they store, until :meth:`set_transforms`.
         room: what the cache is laid out for.
         task: questions for :meth:`score_task`.
-        chunk: prompt tokens per engine step; by default the longest window.
+        chunk: prompt tokens per engine step; by default the longest window, at most ``CHUNK``.
         kv_memory_bytes: memory of the KV cache.
         dtype: of the model.
 
@@ -131,7 +133,7 @@ class CalibrationEngine:
             dtype=dtype,
             setting=CacheSetting("auto"),
             max_model_len=max_model_len_for(longest_request, max_positions(model)),
-            chunk=chunk or longest,
+            chunk=chunk or min(longest, CHUNK),
             kv_memory_bytes=kv_memory_bytes,
             max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
         )

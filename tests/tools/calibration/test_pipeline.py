@@ -31,6 +31,7 @@ from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, par
 from kvtuner_tools.calibration.pipeline import Calibration
 from kvtuner_tools.calibration.study import EvaluatorSpec
 from tests.helpers.calibration import FakeEvaluator, sensitivity_table
+from tests.helpers.tiny_model import make_tokenizer
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
@@ -68,9 +69,9 @@ def calibration(out, table, evaluators, monkeypatch, **options):
         return evaluators[-1]
 
     monkeypatch.setattr(pipeline, "start_engine", start)
-    options = CalibrationOptions(model="fake", **({"max_bits": 4.0, "trials": 30} | options))
-    made = Calibration(out, options)
-    made.__dict__["texts"] = texts()
+    defaults = {"max_bits": 4.0, "trials": 30, "recent_window": 0, "sink_tokens": 0}
+    options = CalibrationOptions(model="fake", **(defaults | options))
+    made = Calibration(out, options, texts())
     table.write(out / "sensitivity.json")
     feedback = FeedbackChoice("made up", FEEDBACK_STATICS_FILE, tuple(map(feedback_of, table.layers)))
     feedback.write(out)
@@ -314,6 +315,7 @@ def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -325,7 +327,7 @@ def model(tmp_path):
         (["--memory", "1GiB", "--context", "100"], ["but got --memory, --context"]),
         (["--max-bits", "2"], ["at least 2.500 stored bits (2.000 nominal)", "but got 2.000 stored bits"]),
         (
-            ["--memory", "1MB", "--context", "1000", "--concurrency", "4"],
+            ["--memory", "1MB", "--context", "1000", "--concurrency", "4", "--recent-window", "0"],
             ["at least 2.500 stored bits", "got 1.938 stored bits"],
         ),
         (["--max-bits", "3", "--unquantized", "0"], ["at least 5.875 stored bits (5.500 nominal)"]),
@@ -344,7 +346,18 @@ def model(tmp_path):
         ),
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "17"], [f"--{TOO_MANY_SINKS}, but got 17"]),
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "-1"], [f"--{TOO_MANY_SINKS}, but got -1"]),
-        (["--max-bits", "4", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
+        (["--max-bits", "4", "--recent-window", "0", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
+        (["--max-bits", "4", "--window", "272"], ["--window must be more than 272 tokens, 4 times the 68"]),
+        (
+            ["--max-bits", "4", "--recent-window", "512"],
+            ["--window must be more than 2064 tokens", "but got 2048"],
+        ),
+        (["--max-bits", "4", "--window", "2048"], ["--window must be less than the model's 2,048 positions"]),
+        (
+            ["--max-bits", "4", "--capture-tokens", "9000000", "--kv-memory", "1MiB"],
+            ["bundled: --heldout-tokens + --capture-tokens + --search-tokens must be at most the ", "9,020,480"],
+        ),
+        (["--max-bits", "4", "--kv-memory", "1MiB"], ["--kv-memory must hold the longest window, of 2,047 tokens"]),
         (["--max-bits", "4", "--storage", "nonsense"], ["--storage must be a database that can be opened"]),
     ],
 )
@@ -396,8 +409,9 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert cli.main(["search", str(out), "--max-bits", "4.25"]) == 0
     assert [stage for stage, _ in ran] == ["capture", "prune", "search", "search"]
     assert ran[2][1].memory == 1 << 20
-    assert ran[3][1] == CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
-    assert CalibrationOptions.read(out) == ran[3][1]
+    asked = CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
+    assert CalibrationOptions.read(out) == asked
+    assert ran[3][1] == replace(asked, window=2047, recent_window=64, sink_tokens=4)
     assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs"]) == 0
     assert [stage for stage, _ in ran[4:]] == list(STAGES)
     assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
