@@ -43,9 +43,10 @@ def test_the_reference_passes(pair, transforms):
         case("K4V2", transforms=("key_offset", "key_round_feedback", "value_round_feedback"), **WINDOW),
         case(span=Span(100), block_size=64, soft_cap=30.0),
         case("K2V2", 128, dtype=torch.float16, limits=(1, 1)),
+        case("K4V2S8", transforms=TRANSFORM_KEYS, **WINDOW),
         case("K8V8", transforms=("key_offset",), span=Span(200, 17), write_lse=True),
     ],
-    ids=["recent window", "packed late", "sliding window", "fp16", "windows and offset"],
+    ids=["recent window", "packed late", "sliding window", "fp16", "scales of 8 bits", "windows and offset"],
 )
 def test_the_reference_passes_in_every_kind_of_layer(tested):
     assert measure_reference(tested).problem is None

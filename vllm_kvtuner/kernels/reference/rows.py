@@ -30,7 +30,7 @@ def reshape_and_cache_ref(
     for rows, feedback, side in zip((keys, values), feedbacks, sides, strict=True):
         codes, scale, minimum = side.format.quantize(rows, pages.transforms.range_search, feedback)
         side.codes[block, :, offset] = side.format.pack(codes)
-        side.meta[block, :, offset] = torch.stack([scale, minimum], dim=-1)
+        side.meta[block, :, offset] = side.format.pack_meta(scale, minimum)
     if window is not None:
         store_rows_ref(key, value, window)
 
@@ -57,8 +57,8 @@ def read_back_ref(
     arguments as :func:`reshape_and_cache_ref`."""
     search = transforms.range_search
     keys, values = transform_keys(key, positions, transforms), rotate_values(value, transforms)
-    keys = code_format(pair.k_bits).round_trip(keys, search, transforms.key_feedback)
-    values = code_format(pair.v_bits).round_trip(values, search, transforms.value_feedback)
+    keys = code_format(pair.k_bits, pair.scale_bits).round_trip(keys, search, transforms.key_feedback)
+    values = code_format(pair.v_bits, pair.scale_bits).round_trip(values, search, transforms.value_feedback)
     return restore_keys(keys, positions, transforms), rotate_values(values, transforms)
 
 
