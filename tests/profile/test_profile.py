@@ -264,7 +264,7 @@ def test_all_problems_at_once(write):
         ("version: 1\nlayers: []\n", "layers must be a pair"),
         ("version: 1\nlayers: K3V4\n", "layers: k_bits must be one of (2, 4, 8, 16), but got 3"),
         ("version: 1\nlayers: K2V2\nscale_bits: 4\n", "scale_bits must be one of (16, 8), but got 4"),
-        ("version: 1\nlayers: K8V4\nscale_bits: 8\n", "scale_bits must be 16 where no layer's keys and values have codes"),
+        ("version: 1\nlayers: K8V4\nscale_bits: 8\n", "scale_bits must be 16 where no layer's keys and values"),
         ("version: 1\nlayers: K8V4S8\n", "layers: scale_bits must be 16 where codes have other bits than (2, 4)"),
         ("version: 1\nlayers: K8V4\nmodel: toy\n", "model must be a mapping with keys of name, architecture"),
         ("version: 1\nlayers: K8V4\ntransforms: all\n", "transforms must be a mapping"),

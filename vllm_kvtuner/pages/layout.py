@@ -251,7 +251,7 @@ class PageLayout:
         return self.block_size * self.content_bytes
 
     def constants(self) -> dict[str, int]:
-        """Every number of a chunk, by the names that kernels in C++ have for them: bytes, but for TOKENS and SCALE_BITS."""
+        """Every number of a chunk, by the names that kernels in C++ have for them: bytes, but TOKENS and SCALE_BITS."""
         return {
             "TOKENS": self.block_size,
             "K_ROW": self.k_row_bytes,
