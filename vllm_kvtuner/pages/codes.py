@@ -14,6 +14,9 @@ from vllm_kvtuner.pages.layout import FEEDBACK_BITS, FP16_MAX, QUANTIZED_BITS, S
 
 RANGE_FACTORS = tuple(1.0 - 0.05 * step for step in range(11))
 """Factors 1, 0.95, ..., 0.5 that range search shrinks a row's [min, max] by, about its middle."""
+SYMMETRIC_RANGE = 1.875
+"""A range about 0, over a row's largest magnitude: about what maximum - minimum is of a row of some hundred numbers, so
+that the factors that suit ranges with a minimum suit those about 0."""
 NAN_SCALE = 0xFF
 """Byte of the scale of a row that holds NaN."""
 
@@ -34,9 +37,9 @@ class UniformCodes:
         return 2**self.bits - 1
 
     @property
-    def scale_error(self) -> float:
-        """Largest error of a scale by its own rounding, as a share of it."""
-        return 2.0**-11
+    def reach(self) -> float:
+        """Share of a row's range, of factor 1, that the levels span at least: rounding may shrink the scale."""
+        return 1 - 2.0**-11
 
     @property
     def fields(self) -> int:
@@ -146,15 +149,16 @@ class SymmetricCodes(UniformCodes):
     A scale's byte is bits 14 to 7 of an fp16 number: five of exponent, three of mantissa. So it reaches from 2^-17 to
     40,960, and from 2^-14 up steps are of 6 to 13%; a reader shifts. The minimum is an fp16 number, without rounding.
 
-    A range is a factor times twice a row's largest magnitude: a row on one side of 0 is not cut off.
+    A range follows a row's largest magnitude, so that a row on one side of 0 is not cut off.
 
     Args:
         bits: of a code, 2 or 4.
     """
 
     @property
-    def scale_error(self) -> float:
-        return 2.0**-4
+    def reach(self) -> float:
+        """Of twice the largest magnitude."""
+        return SYMMETRIC_RANGE / 2 * (1 - 2.0**-4)
 
     @property
     def largest_scale(self) -> int:
@@ -162,7 +166,7 @@ class SymmetricCodes(UniformCodes):
         return int(torch.tensor(2 * FP16_MAX / self.levels).half().view(torch.int16)) >> 7
 
     def _range(self, low: torch.Tensor, high: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-        span = torch.maximum(-low, high).abs() * 2.0
+        span = torch.maximum(-low, high).abs() * SYMMETRIC_RANGE
         scale = self._scale(self.scale_bytes(span * (factor / self.levels)))
         return scale, scale * (-0.5 * self.levels)
 

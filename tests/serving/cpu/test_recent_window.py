@@ -213,7 +213,8 @@ def test_sliding_window_layers(gemma3, prompts, tmp_path, sink_tokens):
 
 
 @pytest.mark.parametrize(
-    ("pair", "window", "bits", "sink_tokens"), [("K4V4", 64, 16, 0), ("K4V2", 40, 8, 4), ("K2V2", 200, 16, 4)]
+    ("pair", "window", "bits", "sink_tokens"),
+    [("K4V4", 64, 16, 0), ("K4V2", 40, 8, 4), ("K2V2S8", 200, 16, 4)],
 )
 def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits, sink_tokens):
     """The packed pages set the size of a block; a request takes packed blocks and those of its recent windows."""

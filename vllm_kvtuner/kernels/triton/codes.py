@@ -105,7 +105,7 @@ def shrunk_range(low, high, stretch, shift, BITS: tl.constexpr, SCALE_BITS: tl.c
     With scales of 8 bits the range lies about 0, and the minimum follows from the scale.
     """
     if SCALE_BITS == 8:
-        span = 2.0 * tl.maximum(-low, high)
+        span = 1.875 * tl.maximum(-low, high)  # SYMMETRIC_RANGE
         word = tl.minimum(span * stretch, 65504.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         word &= 0x7FFF  # of zeros the largest magnitude may be -0
         scale = scale_of_byte(tl.minimum((word + 64) >> 7, largest_scale(BITS)))

@@ -5,6 +5,7 @@
 
 constexpr int RANGE_STEPS = 11;  // factors 1, 0.95, ..., 0.5 of the range search
 constexpr float FP16_MAX = 65504.0f;
+constexpr float SYMMETRIC_RANGE = 1.875f;  // a range about 0, over a row's largest magnitude
 constexpr float MAGIC = 8388608.0f;  // 2^23: a float of this size is an integer, in its lowest bits
 
 // A possible range of a row.
@@ -66,7 +67,7 @@ struct UniformCodes {
     Range result;
     if constexpr (SCALE_BITS == 8) {
       // Of zeros the largest magnitude may be -0.
-      const u32 scale = to_fp16(fminf(__fmul_rn(2.0f * fmaxf(-low, high), stretch), FP16_MAX)) & 0x7FFF;
+      const u32 scale = to_fp16(fminf(__fmul_rn(__fmul_rn(SYMMETRIC_RANGE, fmaxf(-low, high)), stretch), FP16_MAX)) & 0x7FFF;
       const u32 byte = (scale + 64) >> 7;
       const float2 meta = unpack_meta(byte < LARGEST_SCALE ? byte : LARGEST_SCALE);
       result.scale = meta.x;
