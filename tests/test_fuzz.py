@@ -70,5 +70,5 @@ def test_a_problem_is_one_line_that_a_terminal_may_show(problems_of):
 
 @pytest.mark.parametrize("spec", ["a" * 300, "a/" * 3000, "\0"])
 def test_a_name_that_no_file_can_have(spec):
-    with pytest.raises(ProfileError, match="must be a file, a pair such as K8V4, or one of the shipped profiles"):
+    with pytest.raises(ProfileError, match="must be a file, a pair such as K8V4, or the name of a shipped profile"):
         load_profile(spec)

@@ -39,7 +39,7 @@ LATE_IMPORTS = {
     "vllm_kvtuner/kernels/gpu.py _triton_workspace": COMPILERS,
     "vllm_kvtuner/kernels/gpu.py _window_attention": COMPILERS,
     "vllm_kvtuner/kernels/gpu.py measure_cuda": COMPILERS,
-    "tools/bench/kernel.py run": WITHOUT_VLLM,
+    "tools/bench/kernel.py _measured": WITHOUT_VLLM,
     "tools/calibration/commands.py _run": EXTRAS,
     "tools/calibration/commands.py _search": EXTRAS,
     "tools/doctor.py _case": WITHOUT_VLLM,

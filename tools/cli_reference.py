@@ -5,13 +5,13 @@ version.
 """
 
 import argparse
-import importlib
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from .cli import COMMANDS
+from kvtuner_tools.arguments import example
+from kvtuner_tools.cli import COMMANDS, configure, description
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "cli.md"
 WIDTH = 100
@@ -26,20 +26,22 @@ HEAD = """# Command line
 | --- | --- |
 | 0 | success |
 | 1 | your input is wrong, or `kvtuner doctor` found a problem; each problem is one line |
-| 2 | unknown or missing arguments |
+| 2 | unknown or missing arguments, or the spelling of an earlier version |
 | 130 | stopped by Ctrl-C |
+
+`kvtuner --version` prints the version. Where a command takes `--json`, it prints one JSON document
+on stdout, with a field `schema`, and everything else on stderr. `--out` is always where a command
+writes its result. Memory has a unit, such as `20GiB` or `512MB`; `20G` is 20 GiB and `20g` 20 GB, as
+in vLLM.
 """
 
 
 def commands() -> Iterator[tuple[str, argparse.ArgumentParser]]:
     """Every subcommand's full name and parser, those of its own subcommands after it."""
-    for name, module_name, help_text in COMMANDS:
-        path, _, attribute = module_name.partition(":")
-        command = importlib.import_module(f".{path}", __package__)
-        command = getattr(command, attribute) if attribute else command
-        prog = f"kvtuner {name}"
-        parser = argparse.ArgumentParser(prog=prog, description=f"{help_text[0].upper()}{help_text[1:]}.")
-        command.add_arguments(parser)
+    for entry in COMMANDS:
+        prog = f"kvtuner {entry.name}"
+        parser = argparse.ArgumentParser(prog=prog, description=description(entry))
+        configure(parser, entry)
         yield from _with_subcommands(prog, parser)
 
 
@@ -63,8 +65,11 @@ def page() -> str:
 
 
 def _section(prog: str, parser: argparse.ArgumentParser) -> str:
-    rows = [_row(action, parser) for action in parser._actions if not isinstance(action, argparse._HelpAction)]
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    rows = [_row(action, parser) for action in shown if not isinstance(action, argparse._HelpAction)]
     lines = ["#" * (prog.count(" ") + 1) + f" {prog}", "", *_wrapped(_inline(parser.description or "")), ""]
+    if command := example(parser):
+        lines += ["```bash", *_continued(command), "```", ""]
     if rows:
         lines += ["| argument | value | meaning |", "| --- | --- | --- |", *rows, ""]
     return "\n".join(lines)
@@ -118,6 +123,18 @@ def _wrapped(text: str) -> list[str]:
         if lines[-1] and len(lines[-1]) + 1 + len(word) > WIDTH:
             lines.append("")
         lines[-1] += f" {word}" if lines[-1] else word
+    return lines
+
+
+def _continued(command: str) -> list[str]:
+    """A command in lines that end in a backslash, options together with their values."""
+    lines = [""]
+    for part in re.split(r" (?=--)", command):
+        if lines[-1] and len(lines[-1]) + len(part) + 3 > WIDTH:
+            lines[-1] += " \\"
+            lines.append(f"    {part}")
+        else:
+            lines[-1] += f" {part}" if lines[-1] else part
     return lines
 
 

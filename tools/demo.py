@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.arguments import refuse_old
 from kvtuner_tools.gguf import convert_gguf
 from kvtuner_tools.model_files import load_model_shape
 from vllm_kvtuner.profile.load import load_profile
@@ -44,17 +45,19 @@ class DemoError(RuntimeError):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model-dir",
-        metavar="FOLDER",
+        "model",
+        metavar="MODEL",
+        nargs="?",
         type=Path,
         default=MODEL_FOLDER,
-        help=f"model folder to serve; {MODEL_NAME} is built there where it is missing (default: %(default)s)",
+        help=f"folder to serve; {MODEL_NAME} is built there where it is missing (default: %(default)s)",
     )
     parser.add_argument(
         "--profile", default=PROFILE, help="profile file, shipped name, or pair such as K8V4 (default: %(default)s)"
     )
     parser.add_argument("--port", type=int, default=8000, help=f"port on {HOST} (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="stop after the first completion")
+    refuse_old(parser, {"--model-dir": "the first argument, MODEL, without an option"})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         load_profile(args.profile)
         _check_port(args.port)
-        build_smollm2(args.model_dir)
-        resolved = load_profile(args.profile).resolve(load_model_shape(str(args.model_dir)))
+        build_smollm2(args.model)
+        resolved = load_profile(args.profile).resolve(load_model_shape(str(args.model)))
         return _serve(args, resolved)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -136,8 +139,8 @@ def _check_port(port: int) -> None:
 
 
 def _serve(args: argparse.Namespace, resolved: ResolvedProfile) -> int:
-    command = server_command(args.model_dir, args.profile, args.port)
-    log = args.model_dir.parent / "server.log"
+    command = server_command(args.model, args.profile, args.port)
+    log = args.model.parent / "server.log"
     url = f"http://{HOST}:{args.port}"
     print(f"$ {' '.join(command)}\nIts log: {log}", flush=True)
     with _running(command, log) as server:

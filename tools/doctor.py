@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,15 +25,18 @@ if TYPE_CHECKING:
     import torch
 
     from vllm_kvtuner.kernels.contract import KernelSet
-    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.kernels.trial import Verdict
 
+SCHEMA = "kvtuner-doctor/1"
 DEFAULT_PAIRS = ("K8V8", "K4V4", "K2V2")
 DEFAULT_HEAD_SIZE = 128
 KV_HEADS, QUERY_HEADS = 2, 4
 """Of the self-test's layers: KV heads, and query heads of each."""
 BATCH = (24, 4)
 """Requests of the self-test's largest batch, and query tokens of each at most."""
+PROFILE, KERNELS = "profile ", "kernels"
+"""How titles of sections on profiles begin, and the title of that on kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,19 +70,48 @@ def run(args: argparse.Namespace) -> int:
     # vLLM logs to what stdout is when it is imported.
     with contextlib.redirect_stdout(sys.stderr):
         sections = examine(args.model, args.profile)
-    problems = list(dict.fromkeys(problem for section in sections for problem in section.problems))
+    problems = _problems(sections)
     if args.json:
-        report: dict[str, Any] = {section.title: section.facts for section in sections}
-        report["problems"] = [{"problem": problem, "do": advice} for problem, advice in problems]
-        # JSON has no NaN, as which a kernel that stores nothing shows.
-        plain = json.loads(json.dumps({**report, "serves": not problems}), parse_constant=lambda _: None)
-        print(json.dumps(plain, indent=2))
+        print(json.dumps(report(sections), indent=2))
     else:
         print("\n\n".join(_format(section) for section in sections))
         print(f"\nproblems: {len(problems) or 'none'}")
         for problem, advice in problems:
             print(f"  {problem}\n    do: {advice}")
     return 1 if problems else 0
+
+
+def report(sections: Sequence[Section]) -> dict[str, Any]:
+    """What ``--json`` prints: a key for each section, lists of profiles and of kinds of layers."""
+    problems = _problems(sections)
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "serves": not problems,
+        "problems": [{"problem": problem, "do": advice} for problem, advice in problems],
+        "profiles": [],
+        "kernels": [],
+    }
+    for section in sections:
+        if section.title == KERNELS:
+            found["kernels"] = [{"kind": kind, **_snake(fact)} for kind, fact in section.facts.items()]
+        elif section.title.startswith(PROFILE):
+            found["profiles"].append({"profile": section.title.removeprefix(PROFILE), **_snake(section.facts)})
+        else:
+            found |= _snake({section.title: section.facts})
+    # JSON has no NaN, as which a kernel that stores nothing shows.
+    return json.loads(json.dumps(found), parse_constant=lambda _: None)
+
+
+def _snake(value: Any) -> Any:
+    """Keys of mappings as identifiers: ``layers in vLLM's own cache`` is ``layers_in_vllms_own_cache``."""
+    if not isinstance(value, dict):
+        return value
+    return {re.sub("[^a-z0-9]+", "_", key.lower().replace("'", "")): _snake(each) for key, each in value.items()}
+
+
+def _problems(sections: Sequence[Section]) -> list[tuple[str, str]]:
+    """Each once, with what to do about it."""
+    return list(dict.fromkeys(problem for section in sections for problem in section.problems))
 
 
 def examine(model: str | None, profile: str | None) -> list[Section]:
@@ -106,7 +139,7 @@ def examine(model: str | None, profile: str | None) -> list[Section]:
 
 
 def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section, list[Group]]:
-    section = Section(f"profile {spec}")
+    section = Section(PROFILE + spec)
     try:
         profile, shape, resolved = resolve(spec, model)
     except ProfileError as error:
@@ -149,7 +182,7 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 
     on_gpu = card.facts["device"] != "cpu"
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
-    section = Section("kernels")
+    section = Section(KERNELS)
     verdict = _prove(groups, device, section) if on_gpu else None
     for group in groups:
         title = f"{group.pair} of head size {group.head_size}"
@@ -173,7 +206,7 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 def _case(group: Group) -> "Case":
     """Layers such as the group's, with few heads and batches: decodes of one token and of several."""
     from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits
-    from vllm_kvtuner.kernels.self_test import Case
+    from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.pages.layout import PageLayout
 
     size = group.head_size
@@ -196,13 +229,14 @@ def _prove(groups: Sequence[Group], device: "torch.device", section: Section) ->
 def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") -> dict[str, str]:
     import torch
 
-    from vllm_kvtuner.kernels import choice, self_test
+    from vllm_kvtuner.kernels import choice
+    from vllm_kvtuner.kernels.self_test_cases import random_transforms
 
     if verdict is None:
         return {"decode": "reference, since the device is a CPU", "store and gather": "reference"}
     case = _case(group)
     capability = choice.device_capability(device)
-    transforms = self_test.random_transforms(case.transforms, case, torch.device("cpu"))
+    transforms = random_transforms(case.transforms, case, torch.device("cpu"))
     found: dict[str, str] = {}
     if choice.may_take_cuda(case.layout, capability):
         found["CUDA kernels"] = f"self-test {verdict}"

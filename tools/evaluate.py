@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.arguments import parse_memory, refuse_old
 from kvtuner_tools.cache_setting import KVTUNER, CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
@@ -27,7 +28,7 @@ from kvtuner_tools.engines.evaluate import (
 from kvtuner_tools.heldout import file_sha256, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.processes import in_own_process
-from kvtuner_tools.results import format_table, provenance, write_json
+from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
 
 SCHEMA = "kvtuner-evaluation/1"
@@ -44,6 +45,8 @@ COLUMNS = {
     "KV tokens": "kv_tokens:,",
     "x auto": "kv_tokens_ratio:.3f",
 }
+TASK_SUFFIX = ".jsonl"
+"""Of tasks with questions and answers of their own; the others are lm-eval's."""
 TASK_COLUMNS = {"accuracy": "task_accuracy:.3f", "± stderr ": "task_stderr:.3f", "finished": "task_finished:,"}
 
 
@@ -63,7 +66,8 @@ class EvaluationRequest:
         noise_floor: also compare ``auto`` with itself, prefilled in two chunks so that it rounds differently.
         task: .jsonl with question and answer per line, to be answered by every setting and ``auto``.
         task_limit: questions of it, and of each lm-eval task, at most.
-        task_shots: its first lines, given as worked examples and not asked.
+        num_fewshot: worked examples before each question: first lines of ``task``, which are not asked (by default
+            none), and what lm-eval takes as such (by default as its tasks say).
         task_tokens: tokens an answer may have.
         lm_eval: names of lm-eval tasks, or YAML files of such.
     """
@@ -79,13 +83,13 @@ class EvaluationRequest:
     noise_floor: bool = False
     task: Path | None = None
     task_limit: int | None = None
-    task_shots: int = 0
+    num_fewshot: int | None = None
     task_tokens: int = DEFAULT_MAX_TOKENS
     lm_eval: tuple[str, ...] = ()
 
 
 def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[str, Any]:
-    """Run all engines one after the other and return what ``--json`` writes.
+    """Run all engines one after the other and return what ``--out`` and ``--json`` write.
 
     KL is in nats per token, natural logarithm; ``perplexity`` is exp of the mean negative log-likelihood over the same
     positions; ``kv_tokens`` is what vLLM reports to fit in ``kv_memory_bytes``.
@@ -174,7 +178,11 @@ class _Passes:
             "predicted_tokens": sum(len(window) - 1 for window in self._windows),
             "kv_memory_bytes": request.kv_memory_bytes,
             "task": None if self._task is None else self._task.description(),
-            "lm_eval": {"tasks": list(request.lm_eval), "limit": request.task_limit},
+            "lm_eval": {
+                "tasks": list(request.lm_eval),
+                "limit": request.task_limit,
+                "num_fewshot": request.num_fewshot,
+            },
         }
 
     def planned(self) -> list[_Pass]:
@@ -240,6 +248,7 @@ class _Passes:
         job = LmEvalJob(
             tasks=request.lm_eval,
             limit=request.task_limit,
+            num_fewshot=request.num_fewshot,
             model=request.model,
             dtype=request.dtype,
             setting=setting,
@@ -255,7 +264,7 @@ def _load_task(request: EvaluationRequest, tokenizer: Any) -> Task | None:
         request.task,
         tokenizer,
         limit=request.task_limit,
-        shots=request.task_shots,
+        shots=request.num_fewshot or 0,
         max_tokens=request.task_tokens,
     )
 
@@ -310,75 +319,137 @@ def table(evaluation: dict[str, Any]) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kvtuner evaluate``."""
-    parser.add_argument("model", help="model folder or id")
-    parser.add_argument(
+    parser.add_argument("model", metavar="MODEL", help="folder or id")
+    caches = parser.add_argument_group("what to compare with auto")
+    caches.add_argument(
         "--profile",
         action="append",
         default=[],
         help="precision profile to evaluate (path, shipped name or pair); repeat",
     )
-    parser.add_argument(
-        "--kv-cache-dtype", action="append", default=[], help="cache dtype of vLLM to evaluate, such as fp8; repeat"
+    caches.add_argument(
+        "--kv-cache-dtype",
+        action="append",
+        default=[],
+        metavar="DTYPE",
+        help="cache dtype of vLLM to evaluate, such as fp8; repeat",
     )
-    parser.add_argument("--data", type=Path, required=True, help="held-out text, or .jsonl with question and answer")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of it to run (default %(default)s)")
-    parser.add_argument("--context", type=int, default=1024, help="tokens of a window (default %(default)s)")
-    parser.add_argument("--chunk", type=int, help="prompt tokens per engine step (default: --context)")
-    parser.add_argument("--kv-memory", type=float, default=1.0, help="GiB of KV cache per engine (default %(default)s)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--noise-floor", action="store_true", help="also compare auto with a second run of itself")
-    parser.add_argument("--task", type=Path, help=".jsonl with question and answer, ending in '#### number': accuracy")
-    parser.add_argument("--task-limit", type=int, help="questions of it, and of each lm-eval task, at most")
-    parser.add_argument(
-        "--task-shots", type=int, default=0, help="its first lines are worked examples (default %(default)s)"
+    caches.add_argument("--noise-floor", action="store_true", help="also compare auto with a second run of itself")
+    text = parser.add_argument_group("text")
+    text.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help=f"held-out text, or {TASK_SUFFIX} with question and answer",
     )
-    parser.add_argument(
-        "--task-tokens", type=int, default=DEFAULT_MAX_TOKENS, help="tokens an answer may have (default %(default)s)"
+    text.add_argument("--tokens", type=int, default=4096, help="tokens of it to run (default: %(default)s)")
+    text.add_argument(
+        "--sequence-length", type=int, default=1024, metavar="TOKENS", help="of a window (default: %(default)s)"
     )
-    parser.add_argument(
-        "--lm-eval", action="append", default=[], metavar="TASK", help="lm-eval task, or its YAML file; repeat"
+    text.add_argument(
+        "--chunk", type=int, metavar="TOKENS", help="of a prompt per engine step (default: --sequence-length)"
     )
-    parser.add_argument(
-        "--json", type=Path, help="write the result here; a killed run goes on from FILE.partial when run again"
+    tasks = parser.add_argument_group("tasks")
+    tasks.add_argument(
+        "--tasks",
+        type=lambda words: tuple(filter(None, words.split(","))),
+        default=(),
+        metavar="TASK,...",
+        help=f"names of lm-eval's tasks or their YAML files, and a {TASK_SUFFIX} file with question and answer, ending "
+        "in '#### number'",
+    )
+    tasks.add_argument("--limit", type=int, metavar="QUESTIONS", help="of each task at most (default: all)")
+    tasks.add_argument(
+        "--num-fewshot",
+        type=int,
+        metavar="EXAMPLES",
+        help=f"worked examples before each question (default: as lm-eval's task says; none of a {TASK_SUFFIX} file, "
+        "whose first lines they are)",
+    )
+    tasks.add_argument(
+        "--max-tokens",
+        type=int,
+        default=DEFAULT_MAX_TOKENS,
+        help=f"of an answer to a {TASK_SUFFIX} file (default: %(default)s)",
+    )
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        default="bfloat16",
+        help="of the model and of the auto cache (default: %(default)s)",
+    )
+    engine.add_argument(
+        "--kv-cache-memory-bytes",
+        type=parse_memory,
+        default="1GiB",
+        metavar="MEMORY",
+        help="of each engine's KV cache (default: %(default)s)",
+    )
+    result = parser.add_argument_group("result")
+    result.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="JSON file to write; a killed run goes on from FILE.partial when run again",
+    )
+    result.add_argument("--json", action="store_true", help="print the same JSON instead of a table")
+    refuse_old(
+        parser,
+        {
+            "--context": "--sequence-length",
+            "--kv-memory": "--kv-cache-memory-bytes, which takes a unit: 1GiB",
+            "--task": "--tasks",
+            "--lm-eval": "--tasks",
+            "--task-limit": "--limit",
+            "--task-shots": "--num-fewshot",
+            "--task-tokens": "--max-tokens",
+        },
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
     settings = request_settings(args.kv_cache_dtype, args.profile)
-    if not (settings or args.noise_floor or args.task or args.lm_eval):
-        raise ValueError(
-            "evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, a --task or --lm-eval, but got none"
-        )
-    evaluation = evaluate(
-        EvaluationRequest(
-            model=args.model,
-            settings=settings,
-            data=args.data,
-            tokens=args.tokens,
-            context=args.context,
-            chunk=args.chunk,
-            kv_memory_bytes=int(args.kv_memory * (1 << 30)),
-            dtype=args.dtype,
-            noise_floor=args.noise_floor,
-            task=args.task,
-            task_limit=args.task_limit,
-            task_shots=args.task_shots,
-            task_tokens=args.task_tokens,
-            lm_eval=tuple(args.lm_eval),
-        ),
-        args.json and args.json.with_name(f"{args.json.name}.partial"),
+    if not (settings or args.noise_floor or args.tasks):
+        raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
+    files = [task for task in args.tasks if task.endswith(TASK_SUFFIX)]
+    if len(files) > 1:
+        raise ValueError(f"--tasks must have at most one {TASK_SUFFIX} file, but got {', '.join(files)}")
+    request = EvaluationRequest(
+        model=args.model,
+        settings=settings,
+        data=args.data,
+        tokens=args.tokens,
+        context=args.sequence_length,
+        chunk=args.chunk,
+        kv_memory_bytes=args.kv_cache_memory_bytes,
+        dtype=args.dtype,
+        noise_floor=args.noise_floor,
+        task=Path(files[0]) if files else None,
+        task_limit=args.limit,
+        num_fewshot=args.num_fewshot,
+        task_tokens=args.max_tokens,
+        lm_eval=tuple(task for task in args.tasks if task not in files),
     )
-    if args.json:
-        write_json(args.json, evaluation)
-    print(
+    with stdout_to_stderr(args.json):
+        evaluation = evaluate(request, args.out and args.out.with_name(f"{args.out.name}.partial"))
+    if args.out:
+        write_json(args.out, evaluation)
+    print(json.dumps(evaluation, indent=2) if args.json else text(evaluation))
+    return 0
+
+
+def text(evaluation: dict[str, Any]) -> str:
+    """What ``kvtuner evaluate`` prints."""
+    lines = [
         f"{evaluation['model']} ({evaluation['dtype']}), {evaluation['predicted_tokens']} tokens of "
         f"{evaluation['data']['file']}, KL against auto in nats per token"
-    )
+    ]
     if task := evaluation["task"]:
-        print(f"Accuracy on {task['questions']} questions of {task['file']}, {task['shots']} worked examples")
-    print(table(evaluation))
-    return 0
+        lines.append(f"Accuracy on {task['questions']} questions of {task['file']}, {task['shots']} worked examples")
+    return "\n".join([*lines, table(evaluation)])
 
 
 def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[CacheSetting, ...]:

@@ -23,11 +23,13 @@ class LmEvalJob:
     Attributes:
         tasks: names that lm-eval knows, or YAML files that define a task.
         limit: questions per task at most.
+        num_fewshot: worked examples; None for the task's own number.
         kv_memory_bytes: memory of the KV cache.
     """
 
     tasks: tuple[str, ...]
     limit: int | None
+    num_fewshot: int | None
     model: str
     dtype: str
     setting: CacheSetting
@@ -37,7 +39,7 @@ class LmEvalJob:
 def check_lm_eval() -> None:
     """Raises: ValueError: lm-eval is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("--lm-eval must have the package lm-eval: pip install 'vllm-kvtuner[lm-eval]'")
+        raise ValueError("lm-eval's --tasks need the package lm-eval: pip install 'vllm-kvtuner[lm-eval]'")
 
 
 def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None]]]:
@@ -66,6 +68,7 @@ def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None
         tasks=[str(Path(task).absolute()) if task.endswith(".yaml") else task for task in job.tasks],
         batch_size="auto",
         limit=job.limit,
+        num_fewshot=job.num_fewshot,
         log_samples=False,
         bootstrap_iters=BOOTSTRAPS,
         apply_chat_template=bool(AutoTokenizer.from_pretrained(job.model).chat_template),

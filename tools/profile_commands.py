@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvtuner_tools.arguments import parse_memory, set_example
 from kvtuner_tools.model_files import load_model_shape
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.load import load_profile, shipped_profiles
@@ -15,24 +15,19 @@ from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
 from vllm_kvtuner.profile.statics import load_statics
 
-_MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?", re.IGNORECASE)
-_UNITS = {
-    unit: base**power
-    for base, names in ((1000, ("b", "kb", "mb", "gb", "tb")), (1024, ("b", "kib", "mib", "gib", "tib")))
-    for power, unit in enumerate(names)
+SCHEMA = {
+    "show": "kvtuner-profile/1",
+    "check": "kvtuner-profile-check/1",
+    "list": "kvtuner-profile-list/1",
 }
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of ``20GiB``, ``512 MB`` or a plain number of bytes.
-
-    Raises:
-        argparse.ArgumentTypeError: not of that form.
-    """
-    match = _MEMORY.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"memory must be a number with a unit such as 20GiB, but got {text!r}")
-    return int(float(match[1]) * _UNITS[(match[2] or "B").lower()])
+"""Of each action's JSON."""
+SCORES = {
+    "kl": (("heldout_scores", "this profile", "kl_mean"), ("evaluation", "kl_mean")),
+    "gsm8k": (("evaluation", "gsm8k"),),
+}
+"""Where provenance has what was measured of a profile as this package serves it."""
+PAPER_SCORE = ("scores", "gsm8k_paper")
+"""Where it has what a paper says of it, in the paper's own format."""
 
 
 def tokens_that_fit(memory: int, bytes_per_token: int) -> int:
@@ -48,10 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("profiles", metavar="PROFILE", nargs="+", help="file, name of a shipped profile, or pair (K8V4)")
     for action in (show, check):
         action.add_argument("--model", metavar="FOLDER_OR_ID", help="model to match the profile with")
-        action.add_argument("--memory", type=parse_memory, help="KV cache memory, such as 20GiB: tokens that fit")
+        action.add_argument(
+            "--memory", type=parse_memory, help="KV cache memory, such as 20GiB, to count the tokens that fit"
+        )
     listing = actions.add_parser("list", help="list the shipped profiles")
     for action in (show, check, listing):
-        action.add_argument("--json", action="store_true", help="print JSON (check: one object per line)")
+        action.add_argument("--json", action="store_true", help="print JSON")
+    set_example(show, "kvtuner profile show K8V4 --model Qwen/Qwen3-8B --memory 20GiB")
+    set_example(check, "kvtuner profile check mine.yaml --model Qwen/Qwen3-8B")
+    set_example(listing, "kvtuner profile list --json")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,13 +59,14 @@ def run(args: argparse.Namespace) -> int:
         return _list(args.json)
     if args.action == "show":
         summary = _summarize(args.profiles[0], args.model, args.memory)
-        print(json.dumps(summary, indent=2) if args.json else _format(summary))
+        print(json.dumps({"schema": SCHEMA["show"], **summary}, indent=2) if args.json else _format(summary))
         return 0
     return _check(args)
 
 
 def _check(args: argparse.Namespace) -> int:
     status = 0
+    found: list[dict[str, Any]] = []
     for spec in args.profiles:
         try:
             summary = {"ok": True, "problems": [], **_summarize(spec, args.model, args.memory)}
@@ -73,36 +74,80 @@ def _check(args: argparse.Namespace) -> int:
             print(error, file=sys.stderr)
             summary = {"profile": spec, "ok": False, "problems": list(error.problems)}
             status = 1
-        if args.json:
-            print(json.dumps(summary))
-        elif summary["ok"]:
+        found.append(summary)
+        if summary["ok"] and not args.json:
             print(f"{spec}: ok, {_format_bits(summary)}")
+    if args.json:
+        print(json.dumps({"schema": SCHEMA["check"], "profiles": found}, indent=2))
     return status
 
 
 def _list(as_json: bool) -> int:
-    rows = []
-    for name in shipped_profiles():
-        summary = _summarize(name, None, None)
-        rows.append({"name": name, **{key: summary[key] for key in ("model", "nominal_bits", "stored_bits")}})
+    rows = [_row(name) for name in shipped_profiles()]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print(json.dumps({"schema": SCHEMA["list"], "profiles": rows}, indent=2))
         return 0
-    widths = [max(len(row[key]) for row in rows) for key in ("name", "model")]
-    print(f"{'name':{widths[0]}}  {'model':{widths[1]}}  nominal bits  stored bits")
-    for row in rows:
-        bits = f"{row['nominal_bits']:12.3f}  {row['stored_bits']:11.3f}"
-        print(f"{row['name']:{widths[0]}}  {row['model']:{widths[1]}}  {bits}")
+    cells = [("name", "model", "stored bits", "x bf16", "window", "KL", "GSM8K"), *map(_cells, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        left = (cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True))
+        right = (cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True))
+        print("  ".join((*left, *right)).rstrip())
+    print(
+        "x bf16: tokens that fit in the same memory. KL: mean, in nats per token, and GSM8K: measured as served here."
+    )
+    print("(paper): published for another format, and not measured here.")
     return 0
+
+
+def _row(name: str) -> dict[str, Any]:
+    """What the list has of a shipped profile; None for what nobody measured."""
+    summary = _summarize(name, None, None)
+    provenance = summary["provenance"]
+    stored = summary["stored_bits"]
+    return {
+        "name": name,
+        "model": summary["model"],
+        "nominal_bits": summary["nominal_bits"],
+        "stored_bits": stored,
+        "times_bf16": None if stored is None else summary["bf16_bytes_per_token"] / summary["bytes_per_token"],
+        "recent_window": max(layer["recent_window"] for layer in summary["layers"]),
+        "sink_tokens": max(layer["sink_tokens"] for layer in summary["layers"]),
+        **{key: next(filter(None, (_at(provenance, path) for path in paths)), None) for key, paths in SCORES.items()},
+        "gsm8k_paper": _at(provenance, PAPER_SCORE),
+    }
+
+
+def _at(value: Any, path: Sequence[str]) -> Any:
+    """What nested mappings hold there, or None."""
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the printed list."""
+
+    def number(key: str, form: str) -> str:
+        return "-" if row[key] is None else format(row[key], form)
+
+    window = f"{row['recent_window']}+{row['sink_tokens']}" if row["sink_tokens"] else str(row["recent_window"] or "-")
+    paper = row["gsm8k"] is None and row["gsm8k_paper"] is not None
+    score = f"{row['gsm8k_paper']:.3f} (paper)" if paper else number("gsm8k", ".3f")
+    bits = (number("stored_bits", ".3f"), number("times_bf16", ".2f"))
+    return (row["name"], row["model"] or "any", *bits, window, number("kl", ".4f"), score)
 
 
 def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, Any]:
     """Everything ``show`` prints; what only a model's shape can tell is None without one.
 
     Raises:
-        ProfileError: the profile, its statics, or their fit to the model is wrong.
+        ProfileError: the profile, its statics, or their fit to the model is wrong, or memory is given without a model.
     """
     profile, shape, resolved = resolve(spec, model)
+    if memory is not None and resolved is None:
+        rule = "needs --model for a profile that names none, since bytes per token depend on it"
+        raise ProfileError([f"{spec}: --memory {rule}, but got {memory:,} bytes alone"])
     return {
         "profile": profile.name,
         "source": None if profile.source is None else str(profile.source),

@@ -1,10 +1,12 @@
 """What every measurement writes beside its numbers (versions, card, date), the JSON file, and the printed table."""
 
+import contextlib
 import json
 import os
 import platform
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -71,6 +73,27 @@ def write_json(path: Path, value: Any) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def stdout_to_stderr(redirect: bool = True) -> Iterator[None]:
+    """Send what this process and those that it starts print to stderr, so that stdout holds a JSON document alone.
+
+    Args:
+        redirect: False for no change.
+    """
+    if not redirect:
+        yield
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def format_table(columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,8 +9,10 @@ from vllm_kvtuner.attention import impl
 from vllm_kvtuner.attention.prefill import WorkspaceShape
 from vllm_kvtuner.attention.window_cache import RecentCache
 from vllm_kvtuner.attention.window_kernels import GpuWindow
-from vllm_kvtuner.kernels import choice, gpu, self_test, trial
+from vllm_kvtuner.kernels import choice, gpu, trial
 from vllm_kvtuner.kernels.contract import Span
+from vllm_kvtuner.kernels.self_test_cases import random_transforms, transform_names
+from vllm_kvtuner.kernels.self_test_errors import Errors
 from vllm_kvtuner.pages.layout import PageLayout, PrecisionPair
 from vllm_kvtuner.profile.model_shape import LayerShape
 from vllm_kvtuner.profile.profile import LayerPrecision, RecentWindow, TransformSettings
@@ -72,9 +74,10 @@ def asked(monkeypatch):
 
     def measure(case, device):
         calls.append(case)
-        return self_test.Errors(0.5, 0.0, 0.0, 0.0, 0, 0.0)
+        return Errors(0.5, 0.0, 0.0, 0.0, 0, 0.0)
 
     monkeypatch.setattr(gpu, "measure_cuda", measure)
+    monkeypatch.setattr(gpu, "compile_cuda", trial.compile_as_they_run)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     return calls
@@ -104,12 +107,12 @@ def test_the_first_layer_has_all_kinds_tested_and_no_other_is_asked_later(layers
     done = len(asked)
     for layer in model[1:]:
         layer.process_weights_after_loading(torch.float16)
-    bound = self_test.random_transforms(asked[1].transforms, asked[1], CPU)
+    bound = random_transforms(asked[1].transforms, asked[1], CPU)
     model[1].bind_statics(bound)
     kernels = model[1].served.kernels
     for block_size in (16, 48):
         layout = PageLayout(PrecisionPair(4, 2), 64, block_size)
-        assert kernels._choose(layout, bound, self_test.transform_names(bound)) == choice.CUDA
+        assert kernels._choose(layout, bound, transform_names(bound)) == choice.CUDA
     assert len(asked) == done
 
 
@@ -131,7 +134,7 @@ def test_a_card_that_fails_reserves_tritons_scratch(layers, asked, monkeypatch):
     taken = []
     monkeypatch.setattr(gpu, "_cuda_workspace", lambda *_: pytest.fail("CUDA's scratch"))
     monkeypatch.setattr(gpu, "_triton_workspace", lambda *_: taken.append(1))
-    wrong = self_test.Errors(0.5, 0.0, 1.0, 0.0, 0, 0.0)
+    wrong = Errors(0.5, 0.0, 1.0, 0.0, 0, 0.0)
     monkeypatch.setattr(gpu, "measure_cuda", lambda case, device: wrong)
     (layer,) = layers(("K8V8", TransformSettings(), None))
     layer.process_weights_after_loading(torch.float16)

@@ -1,5 +1,6 @@
 """The generated page of the command line is up to date, and commands that pages show can be typed."""
 
+import argparse
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,8 @@ def problem(command: str) -> str | None:
     known = [prog for prog in PARSERS if f"{command} ".startswith(f"{prog} ")]
     if not known:
         return "no such subcommand"
-    options = {option for action in PARSERS[max(known, key=len)]._actions for option in action.option_strings}
+    actions = PARSERS[max(known, key=len)]._actions
+    options = {option for action in actions if action.help != argparse.SUPPRESS for option in action.option_strings}
     unknown = [word for word in command.split() if word.startswith("--") and word.partition("=")[0] not in options]
     return f"no option {', '.join(unknown)}" if unknown else None
 
@@ -53,6 +55,7 @@ def test_commands_of_pages_exist(page: Path):
         ("kvtuner profile show X --memory 1GiB", None),
         ("kvtuner profile list --memory 1GiB", "no option --memory"),
         ("kvtuner profiles", "no such subcommand"),
+        ("kvtuner evaluate MODEL --lm-eval gsm8k", "no option --lm-eval"),
     ],
 )
 def test_wrong_commands_are_found(command, expected):

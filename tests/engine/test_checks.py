@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 from vllm import platforms
+from vllm.config import CUDAGraphMode
 
 from vllm_kvtuner.engine import checks
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
-from vllm_kvtuner.profile.profile import Profile
+from vllm_kvtuner.profile.profile import Profile, TransformSettings
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,42 @@ def test_sink_tokens_of_8_bits_are_refused_on_a_gpu(is_cpu, bits, monkeypatch):
     monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: is_cpu))
     rule = "p: sink_tokens must be 0 on a GPU with recent_window_bits: 8, which serves them in 16 bits, but got 4"
     assert checks.recent_windows(config, resolved) == (() if is_cpu or bits == 16 else (rule,))
+
+
+@pytest.mark.parametrize(
+    ("mode", "splitting_ops", "breakable", "options", "got"),
+    [
+        pytest.param("FULL_AND_PIECEWISE", [checks.STORE_OP], "0", {"recent_window": 64}, None, id="as usual"),
+        pytest.param("FULL_AND_PIECEWISE", [], "0", {}, None, id="nothing that a batch brings anew"),
+        pytest.param("FULL_DECODE_ONLY", [], "0", {"recent_window": 64}, None, id="no piecewise graphs"),
+        pytest.param("PIECEWISE", ["vllm::x"], "0", {"recent_window": 64}, "splitting_ops that leaves", id="window"),
+        pytest.param("PIECEWISE", None, "0", {"offset": True}, "splitting_ops that leaves", id="offset"),
+        pytest.param(
+            "FULL_AND_PIECEWISE",
+            [checks.STORE_OP],
+            "1",
+            {"recent_window": 64},
+            "VLLM_USE_BREAKABLE_CUDAGRAPH=1",
+            id="breakable graphs",
+        ),
+    ],
+)
+def test_stores_that_piecewise_graphs_would_replay_are_refused(
+    mode, splitting_ops, breakable, options, got, monkeypatch, tmp_path
+):
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
+    if options.pop("offset", False):
+        options = {"transforms": TransformSettings(key_offset=True), "statics": tmp_path / "any.safetensors"}
+    resolved = Profile("p", None, PrecisionPair(4, 4), **options).resolve(shape)
+    compilation = SimpleNamespace(
+        cudagraph_mode=CUDAGraphMode[mode], splitting_ops=splitting_ops, use_inductor_graph_partition=False
+    )
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", breakable)
+    problems = checks.captured_stores(SimpleNamespace(compilation_config=compilation), resolved)
+    assert len(problems) == (got is not None)
+    assert all(
+        "p: piecewise CUDA graphs must leave stores out" in line and f"but got {got}" in line for line in problems
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from vllm_kvtuner.kernels import choice, gpu, self_test
 from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits, Span
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
+from vllm_kvtuner.kernels.self_test_cases import Case, random_transforms, transform_names
+from vllm_kvtuner.kernels.self_test_errors import DECODE_LIMIT, FEEDBACK_LIMIT, GATHER_LIMIT, LSE_LIMIT, STORE_LIMIT
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS
@@ -22,7 +24,7 @@ WINDOW = {"span": Span(None, 40, 4), "write_lse": True, "window_block_size": 32}
 def case(pair="K4V4", head_size=64, limits=(20, 3), block_size=16, soft_cap=0.0, **fields):
     layout = PageLayout(PrecisionPair.parse(str(pair)), head_size, block_size)
     shape = AttentionShape(8, 2, head_size, head_size**-0.5, soft_cap)
-    return self_test.Case(layout, shape, BatchLimits(*limits), **fields)
+    return Case(layout, shape, BatchLimits(*limits), **fields)
 
 
 def measure_reference(tested, kernels=ReferenceKernels):
@@ -82,7 +84,7 @@ def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
     monkeypatch.setattr(choice, "device_capability", lambda device: (9, 0))
     errors = gpu.measure_cuda(tested, CPU)
     assert errors.problem is None
-    assert errors.decode < self_test.DECODE_LIMIT / 5, "the limit leaves room for a card's own rounding"
+    assert errors.decode < DECODE_LIMIT / 5, "the limit leaves room for a card's own rounding"
 
 
 @pytest.mark.gpu
@@ -92,7 +94,7 @@ def test_the_cuda_kernels_pass(pair, device, record_property):
     shape = AttentionShape(32, 8, 128, 128**-0.5)
     late = {"transforms": TRANSFORM_KEYS, **WINDOW}
     for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, late, {"span": Span(1024)}):
-        tested = self_test.Case(PageLayout(pair, 128, 16), shape, BatchLimits(256, 4), **fields)
+        tested = Case(PageLayout(pair, 128, 16), shape, BatchLimits(256, 4), **fields)
         errors = gpu.measure_cuda(tested, device)
         assert errors.problem is None, errors
         again = gpu.measure_cuda(tested, device)
@@ -210,7 +212,7 @@ def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch)
     if pair == "K8V4" and broken is spoil_one_row:
         assert "store error" in errors.problem
     else:
-        assert not errors.feedback <= 1.5 * self_test.FEEDBACK_LIMIT
+        assert not errors.feedback <= 1.5 * FEEDBACK_LIMIT
         assert "feedback error" in errors.problem
 
 
@@ -238,8 +240,8 @@ def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch)
 def test_kernels_that_err_are_found(method, broken, seen, monkeypatch):
     monkeypatch.setattr(ReferenceKernels, method, broken)
     errors = measure_reference(case(transforms=("key_hadamard",), **WINDOW))
-    limits = {"store": self_test.STORE_LIMIT, "gather": self_test.GATHER_LIMIT, "decode": self_test.DECODE_LIMIT}
-    assert not getattr(errors, seen) <= 2 * limits.get(seen, self_test.LSE_LIMIT if seen == "lse" else 0)
+    limits = {"store": STORE_LIMIT, "gather": GATHER_LIMIT, "decode": DECODE_LIMIT}
+    assert not getattr(errors, seen) <= 2 * limits.get(seen, LSE_LIMIT if seen == "lse" else 0)
     assert not errors.passed and f"{seen} error" in errors.problem
 
 
@@ -297,8 +299,8 @@ def test_a_kind_leaves_out_what_the_cache_settles():
 
 def test_names_of_transforms_are_the_profiles():
     tested = case(transforms=TRANSFORM_KEYS)
-    assert self_test.transform_names(self_test.random_transforms(TRANSFORM_KEYS, tested, CPU)) == TRANSFORM_KEYS
-    assert self_test.transform_names(LayerTransforms()) == ()
+    assert transform_names(random_transforms(TRANSFORM_KEYS, tested, CPU)) == TRANSFORM_KEYS
+    assert transform_names(LayerTransforms()) == ()
 
 
 def test_seconds_are_measured():

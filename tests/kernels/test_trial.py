@@ -12,7 +12,8 @@ import torch
 
 from vllm_kvtuner.kernels import trial, trial_process
 from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits
-from vllm_kvtuner.kernels.self_test import Case, Errors
+from vllm_kvtuner.kernels.self_test_cases import Case
+from vllm_kvtuner.kernels.self_test_errors import Errors
 from vllm_kvtuner.pages.layout import PageLayout, PrecisionPair
 
 DEVICE = torch.device("cuda", 0)
@@ -241,6 +242,7 @@ def ask_the_process(monkeypatch, capsys, outcomes):
         return outcome
 
     monkeypatch.setattr(trial_process.gpu, "measure_cuda", measure)
+    monkeypatch.setattr(trial_process.gpu, "compile_cuda", trial.compile_as_they_run)
     trial_process.main()
     return json.loads(capsys.readouterr().out)
 

@@ -8,7 +8,8 @@ import torch
 from vllm_kvtuner.pages import feedback
 from vllm_kvtuner.pages.codes import code_format
 from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
-from vllm_kvtuner.pages.layout import FEEDBACK_BITS, FP16_MAX
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS, FP16_MAX, QUANTIZED_PAIRS
+from vllm_kvtuner.pages.transforms import KEY, VALUE, LayerTransforms
 
 HEADS = 3
 TIES = 0.03
@@ -212,10 +213,16 @@ def test_leading_axes_are_kept():
         assert torch.equal(got, wanted.view(3, 4, *wanted.shape[1:]))
 
 
-def test_8_bit_codes_are_nearest_ones():
-    rows = correlated_rows(20, 64)
-    got = code_format(8).round_trip(rows, feedback=random_feedback(64, (0.5,)))
-    assert torch.equal(got, code_format(8).round_trip(rows))
+def test_a_side_has_feedback_in_few_bits_alone():
+    keys, values = random_feedback(64), random_feedback(64)
+    transforms = LayerTransforms(key_feedback=keys, value_feedback=values)
+    for bits in FEEDBACK_BITS:
+        assert transforms.feedback(KEY, bits) is keys and transforms.feedback(VALUE, bits) is values
+    assert transforms.feedback(KEY, 8) is None and transforms.feedback(VALUE, 8) is None
+    only_values = LayerTransforms(value_feedback=values)
+    assert only_values.feedback(KEY, 2) is None
+    rounded = {str(pair): only_values.rounds_with_feedback(pair) for pair in QUANTIZED_PAIRS}
+    assert rounded == {name: not name.endswith("V8") for name in rounded}
 
 
 def test_ranges_of_the_bits_must_be_there():

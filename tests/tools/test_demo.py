@@ -31,7 +31,7 @@ def test_port_in_use_is_an_error_before_anything_is_built(tmp_path, capsys):
         taken.bind((demo.HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert demo.run(parse("--port", str(port), "--model-dir", str(folder))) == 1
+        assert demo.run(parse("--port", str(port), str(folder))) == 1
     assert f"port {port} cannot be used" in capsys.readouterr().err
     assert not folder.exists()
 
@@ -39,7 +39,7 @@ def test_port_in_use_is_an_error_before_anything_is_built(tmp_path, capsys):
 def test_wrong_profile_is_an_error_before_anything_is_built(tmp_path):
     folder = tmp_path / "model"
     with pytest.raises(ProfileError, match="no_such_profile"):
-        demo.run(parse("--profile", "no_such_profile", "--model-dir", str(folder)))
+        demo.run(parse("--profile", "no_such_profile", str(folder)))
     assert not folder.exists()
 
 

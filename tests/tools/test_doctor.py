@@ -70,6 +70,7 @@ def diagnose(capsys):
     def run(*arguments):
         status = cli.main(["doctor", *map(str, arguments), "--json"])
         report = json.loads(capsys.readouterr().out)
+        assert report["schema"] == "kvtuner-doctor/1"
         assert report["serves"] == (status == 0) == (not report["problems"])
         assert all(each["do"] for each in report["problems"])
         return report | {"problems": [each["problem"] for each in report["problems"]]}
@@ -81,15 +82,15 @@ def diagnose(capsys):
 def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
     report = diagnose()
     assert report["problems"] == []
-    assert report["software"]["vLLM"] == vllm.__version__
-    assert report["software"]["vLLM serves"] == "cpu"
+    assert report["software"]["vllm"] == vllm.__version__
+    assert report["software"]["vllm_serves"] == "cpu"
     assert report["device"]["device"] == "cpu"
-    assert report["plugin"]["loaded by vLLM"]
-    assert report["plugin"]["broken seams"] == 0
-    assert [name.split()[0] for name in report["kernels"]] == ["K8V8", "K4V4", "K2V2"]
-    for fact in report["kernels"].values():
+    assert report["plugin"]["loaded_by_vllm"]
+    assert report["plugin"]["broken_seams"] == 0
+    assert [fact["kind"].split()[0] for fact in report["kernels"]] == ["K8V8", "K4V4", "K2V2"]
+    for fact in report["kernels"]:
         assert fact["decode"] == "reference, since the device is a CPU"
-        assert fact["self-test"] == "passed"
+        assert fact["self_test"] == "passed"
         assert 0.4 < fact["errors"]["store"] <= 0.51
 
 
@@ -97,14 +98,15 @@ def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
 def test_a_models_layers_are_grouped_by_what_serves_them(diagnose, model, profile):
     (model / "model.safetensors").write_bytes(bytes(1000))
     report = diagnose(model, "--profile", profile)
-    section = report[f"profile {profile}"]
+    (section,) = report["profiles"]
+    assert section["profile"] == str(profile)
     # Layer 0 takes 2 heads x 4 x 64 bytes, layer 1 (64 + 32 + 8), layers 2 and 3 (32 + 32 + 8) per head.
-    assert section["bytes per token"] == 2 * (256 + 104 + 72 + 72)
-    assert section["stored bits"] == pytest.approx(16 * section["bytes per token"] / section["bytes per token in bf16"])
-    assert section["layers in vLLM's own cache"] == "0"
-    tokens = (report["device"]["free memory"] - 1000) // section["bytes per token"]
-    assert section["tokens in free memory without the weights"] == tokens // 16 * 16
-    assert {name: fact["layers"] for name, fact in report["kernels"].items()} == {
+    assert section["bytes_per_token"] == 2 * (256 + 104 + 72 + 72)
+    assert section["stored_bits"] == pytest.approx(16 * section["bytes_per_token"] / section["bytes_per_token_in_bf16"])
+    assert section["layers_in_vllms_own_cache"] == "0"
+    tokens = (report["device"]["free_memory"] - 1000) // section["bytes_per_token"]
+    assert section["tokens_in_free_memory_without_the_weights"] == tokens // 16 * 16
+    assert {fact["kind"]: fact["layers"] for fact in report["kernels"]} == {
         "K8V4 of head size 64 with key_hadamard": "1",
         "K4V4 of head size 64 with key_offset, key_hadamard": "2-3",
     }
@@ -122,7 +124,7 @@ def test_text_says_the_same(capsys, model, profile):
 
 def test_the_profile_comes_from_the_environment_as_in_serving(diagnose, model, monkeypatch):
     monkeypatch.setenv("KVTUNER_PROFILE", "K8V2")
-    assert list(diagnose(model)["kernels"]) == ["K8V2 of head size 64"]
+    assert [fact["kind"] for fact in diagnose(model)["kernels"]] == ["K8V2 of head size 64"]
 
 
 def test_all_problems_of_a_profile_and_text_of_them(diagnose, model, capsys):
@@ -169,7 +171,7 @@ def test_a_vllm_that_has_moved_what_the_plugin_patches(diagnose, monkeypatch):
     report = diagnose("--profile", "K8V8")
     (problem,) = report["problems"]
     assert problem.startswith("seam 'waking up' is broken: vllm.v1.worker.gpu_worker:Worker.wake_up: AttributeError")
-    assert report["plugin"]["broken seams"] == 1
+    assert report["plugin"]["broken_seams"] == 1
 
 
 def test_no_vllm_and_no_torch():
@@ -180,8 +182,8 @@ def test_no_vllm_and_no_torch():
     report = json.loads(done.stdout)
     assert done.returncode == 1
     assert [each["problem"] for each in report["problems"]] == ["torch is not installed", "vLLM is not installed"]
-    assert report["profile llama31_3.25bit"]["stored bits"] == 3.5
-    assert "kernels" not in report
+    assert report["profiles"][0]["stored_bits"] == 3.5
+    assert report["kernels"] == []
 
 
 def test_a_package_that_cannot_be_imported(tmp_path, monkeypatch):
@@ -385,11 +387,11 @@ def test_the_kernels_pass(diagnose, monkeypatch, kernel):
     monkeypatch.setenv("KVTUNER_DECODE_KERNEL", kernel)
     report = diagnose()
     assert report["problems"] == []
-    assert report["device"]["compute capability"]
-    assert report["kernel cache"]["used"] == (kernel == "cuda")
-    for fact in report["kernels"].values():
-        assert fact["decode"].startswith(kernel) and fact["self-test"] == "passed"
-        assert fact.get("CUDA kernels", "").startswith("self-test passed") == (kernel == "cuda")
+    assert report["device"]["compute_capability"]
+    assert report["kernel_cache"]["used"] == (kernel == "cuda")
+    for fact in report["kernels"]:
+        assert fact["decode"].startswith(kernel) and fact["self_test"] == "passed"
+        assert fact.get("cuda_kernels", "").startswith("self-test passed") == (kernel == "cuda")
 
 
 def write_nothing(*_):
@@ -411,8 +413,8 @@ def test_kernels_that_err_are_told(monkeypatch, method):
 def test_json_has_no_nan(diagnose, monkeypatch):
     monkeypatch.setattr(ReferenceKernels, "store", write_nothing)
     report = diagnose("--profile", "K8V8")
-    (fact,) = report["kernels"].values()
-    assert fact["errors"]["store"] is None and fact["self-test"] == "failed"
+    (fact,) = report["kernels"]
+    assert fact["errors"]["store"] is None and fact["self_test"] == "failed"
 
 
 def test_a_kernel_that_does_not_run_is_told(monkeypatch):

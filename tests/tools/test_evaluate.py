@@ -23,7 +23,7 @@ def test_run_without_anything_to_evaluate_is_refused() -> None:
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
 
-    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, a --task"):
+    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks"):
         evaluate.run(parser.parse_args(["model", "--data", "text.txt"]))
 
 
@@ -42,10 +42,16 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     output = tmp_path / "result.json"
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    arguments = ["--tokens=600", "--context=300", "--kv-memory=0.03125", "--noise-floor", "--profile=K4V4"]
-    arguments += [f"--task={task}", "--task-limit=2", "--task-shots=1", "--task-tokens=5"]
+    arguments = [
+        "--tokens=600",
+        "--sequence-length=300",
+        "--kv-cache-memory-bytes=32MiB",
+        "--noise-floor",
+        "--profile=K4V4",
+    ]
+    arguments += [f"--tasks={task}", "--limit=2", "--num-fewshot=1", "--max-tokens=5"]
 
-    status = evaluate.run(parser.parse_args([str(model), f"--data={data}", f"--json={output}", *arguments]))
+    status = evaluate.run(parser.parse_args([str(model), f"--data={data}", f"--out={output}", *arguments]))
 
     result = json.loads(output.read_text())
     auto, (floor, profile) = result["reference"], result["settings"]

@@ -27,7 +27,7 @@ def test_without_lm_eval_the_option_is_refused(tmp_path: Path, monkeypatch: pyte
     evaluate.add_arguments(parser)
 
     with pytest.raises(ValueError, match=r"pip install 'vllm-kvtuner\[lm-eval\]'"):
-        evaluate.run(parser.parse_args([str(tmp_path), "--data", "text.txt", "--lm-eval", "gsm8k"]))
+        evaluate.run(parser.parse_args([str(tmp_path), "--data", "text.txt", "--tasks", "gsm8k"]))
 
 
 def test_table_shows_each_metric() -> None:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from kvtuner_tools.profile_commands import parse_memory, tokens_that_fit
+from kvtuner_tools.arguments import memory_text, parse_memory
+from kvtuner_tools.profile_commands import tokens_that_fit
 from vllm_kvtuner.profile.load import shipped_profiles
 
 
@@ -62,9 +63,8 @@ def test_show_counts_recent_windows(run_cli, make_model, tmp_path):
 
 
 def test_a_pair_needs_a_model_for_stored_bits(run_cli, make_model):
-    _, out, _ = run_cli("profile", "show", "K8V4", "--json", "--memory", "1GiB")
-    shown = json.loads(out)
-    assert shown["nominal_bits"] == 6
+    shown = json.loads(run_cli("profile", "show", "K8V4", "--json")[1])
+    assert (shown["schema"], shown["nominal_bits"]) == ("kvtuner-profile/1", 6)
     assert [shown[key] for key in ("stored_bits", "bytes_per_token", "tokens_that_fit", "model")] == [None] * 4
     assert "give --model" in run_cli("profile", "show", "K8V4")[1]
 
@@ -73,6 +73,13 @@ def test_a_pair_needs_a_model_for_stored_bits(run_cli, make_model):
     assert (shown["stored_bits"], shown["bytes_per_token"]) == (6.5, 2 * 2 * 104)
     assert shown["tokens_that_fit"] == 2512
     assert len(shown["layers"]) == 2
+
+
+@pytest.mark.parametrize("action", ["show", "check"])
+def test_memory_of_a_pair_needs_a_model(run_cli, action):
+    status, out, err = run_cli("profile", action, "K4V4", "--memory", "20")
+    assert (status, out) == (1, "")
+    assert err.startswith("K4V4: --memory needs --model for a profile that names none") and err.count("\n") == 1
 
 
 def test_config_that_leaves_out_defaults_is_read_by_transformers(run_cli, make_model, tmp_path):
@@ -106,10 +113,11 @@ def test_check_against_a_model(run_cli, make_model):
     assert "model.num_layers must be 2" in err
 
 
-def test_check_json_is_one_object_per_line(run_cli):
+def test_check_json_lists_the_profiles(run_cli):
     status, out, _ = run_cli("profile", "check", "--json", "llama31_3.25bit", "nowhere")
-    good, bad = map(json.loads, out.splitlines())
-    assert status == 1
+    document = json.loads(out)
+    good, bad = document["profiles"]
+    assert (status, document["schema"]) == (1, "kvtuner-profile-check/1")
     assert (good["ok"], good["problems"], good["stored_bits"]) == (True, [], 3.5)
     assert (bad["ok"], len(bad["problems"])) == (False, 1)
 
@@ -136,22 +144,41 @@ def test_folders_that_hold_no_model(run_cli, tmp_path, content, problem):
 
 
 def test_list(run_cli):
-    _, out, _ = run_cli("profile", "list")
-    assert "llama31_3.25bit" in out
-    assert "meta-llama/Llama-3.1-8B-Instruct" in out
-    row = next(line.split() for line in out.splitlines() if line.startswith("llama31_3.25bit"))
-    assert row == ["llama31_3.25bit", "meta-llama/Llama-3.1-8B-Instruct", "3.250", "3.500"]
-    rows = json.loads(run_cli("profile", "list", "--json")[1])
-    assert [row["name"] for row in rows] == list(shipped_profiles())
-    assert all(row["stored_bits"] > row["nominal_bits"] for row in rows)
+    rows = {line.split()[0]: line.split() for line in run_cli("profile", "list")[1].splitlines()}
+    assert rows["name"] == ["name", "model", "stored", "bits", "x", "bf16", "window", "KL", "GSM8K"]
+    llama = ["llama31_3.25bit", "meta-llama/Llama-3.1-8B-Instruct", "3.500", "4.57", "-", "-", "0.792", "(paper)"]
+    assert rows["llama31_3.25bit"] == llama, "a published score is told from a measured one"
+    assert rows["qwen25_coder_1.5b_window_3.25bit"][2:] == ["3.500", "4.57", "64", "0.0086", "-"]
+    assert rows["qwen25_coder_1.5b_3.00bit"][2:] == ["3.250", "4.92", "64", "0.0159", "0.602"]
+    assert rows["smollm2_135m_4.20bit"][2:] == ["4.700", "3.40", "-", "-", "-"]
+    document = json.loads(run_cli("profile", "list", "--json")[1])
+    assert document["schema"] == "kvtuner-profile-list/1"
+    assert [row["name"] for row in document["profiles"]] == list(shipped_profiles())
+    assert all(row["stored_bits"] > row["nominal_bits"] for row in document["profiles"])
+    assert {row["gsm8k"] for row in document["profiles"] if row["gsm8k_paper"]} == {None}
 
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("20GiB", 20 * 2**30), ("1.5 gib", 3 * 2**29), ("20GB", 20 * 10**9), ("512MiB", 2**29), ("7", 7), ("7B", 7)],
+    [
+        ("20GiB", 20 * 2**30),
+        ("1.5 gib", 3 * 2**29),
+        ("20GB", 20 * 10**9),
+        ("512MiB", 2**29),
+        ("7", 7),
+        ("7B", 7),
+        ("1g", 10**9),
+        ("1G", 2**30),
+        ("25.6k", 25600),
+    ],
 )
 def test_memory(text, size):
     assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 30, 3 << 29, 10**9])
+def test_memory_is_written_as_it_is_read(size):
+    assert parse_memory(memory_text(size)) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "20 apples", "1e9"])

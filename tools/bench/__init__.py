@@ -3,21 +3,34 @@
 import argparse
 import importlib
 
+from kvtuner_tools.arguments import set_example
+
 BENCHMARKS = (
-    ("kernel", "kernel", "attention, store and gather kernels against vLLM's on one card"),
-    ("serve", "serve", "decode and prefill speed, throughput and KV capacity of whole engines"),
-    ("picture", "pictures", "draw a result of the other two"),
+    (
+        "kernel",
+        "kernel",
+        "attention, store and gather kernels against vLLM's on one card",
+        "kvtuner bench kernel --shape llama31_8b --points 64x8192 --out kernel.json",
+    ),
+    (
+        "serve",
+        "serve",
+        "decode and prefill speed, throughput and KV capacity of whole engines",
+        "kvtuner bench serve --shape llama31_8b --setting auto --setting kvtuner:K4V4 --out serve.json",
+    ),
+    ("picture", "pictures", "draw a result of the other two", "kvtuner bench picture serve.json serve.png"),
 )
-"""Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, and help of each benchmark."""
+"""Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, help and example of each benchmark."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add one subcommand per benchmark."""
     subparsers = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK")
-    for name, module_name, help_text in BENCHMARKS:
+    for name, module_name, help_text, example in BENCHMARKS:
         module = importlib.import_module(f".{module_name}", __package__)
         subparser = subparsers.add_parser(name, help=help_text, description=module.__doc__)
         module.add_arguments(subparser)
+        set_example(subparser, example)
         subparser.set_defaults(run_benchmark=module.run)
 
 

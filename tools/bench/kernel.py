@@ -8,17 +8,18 @@ written after every case.
 # What needs torch is imported by run(): the help of kvtuner bench does without.
 
 import argparse
+import json
 import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.bench.kernel_request import PARTS, parse_request
+from kvtuner_tools.bench.kernel_request import PARTS, KernelRequest, parse_request
 from kvtuner_tools.bench.pictures import check_picture, draw
 from kvtuner_tools.bench.points import IMPLEMENTATIONS, TRANSFORMS
 from kvtuner_tools.bench.presets import presets
-from kvtuner_tools.results import format_table, provenance, write_json
+from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 
@@ -49,44 +50,61 @@ COLUMNS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kvtuner bench kernel``."""
-    parser.add_argument(
+    batches = parser.add_argument_group("layers and batches")
+    batches.add_argument(
         "--shape",
         action="append",
         help=f"HEADS/KV_HEADS/HEAD_SIZE, or {', '.join(presets())}, or a rank's share of one under tensor parallelism "
         "such as llama33_70b:tp8; repeat (default: llama31_8b)",
     )
-    parser.add_argument(
-        "--block-size", default="16", help="tokens per block; several with commas (default %(default)s)"
+    batches.add_argument(
+        "--block-size", default="16", metavar="TOKENS", help="of a block; several with commas (default: %(default)s)"
     )
-    parser.add_argument(
+    batches.add_argument(
         "--points",
         default="64x8192,8x32000,1x131072,mixed:64:256-16128",
-        help="BATCHxCONTEXT or mixed:REQUESTS:LOW-HIGH, with commas (default %(default)s)",
+        help="BATCHxCONTEXT or mixed:REQUESTS:LOW-HIGH, with commas (default: %(default)s)",
     )
-    pairs = ",".join(pair.name for pair in QUANTIZED_PAIRS)
-    parser.add_argument("--pairs", default=pairs, help="precision pairs to decode (default: all)")
-    parser.add_argument("--store-pairs", default=STORE_PAIRS, help="to store and gather (default %(default)s)")
-    parser.add_argument("--implementations", default=",".join(IMPLEMENTATIONS), help="default %(default)s")
-    parser.add_argument("--transforms", default="none", help=f"of {', '.join(TRANSFORMS)} (default %(default)s)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default %(default)s)")
-    parser.add_argument(
+    batches.add_argument(
         "--query-tokens",
         default="1",
-        help=f"per request, 1 to {MAX_DECODE_QUERY_LEN}; several with commas; 1+4: requests bring 1 and 4 in turn "
-        "(default %(default)s)",
+        metavar="TOKENS",
+        help=f"of a request, 1 to {MAX_DECODE_QUERY_LEN}; several with commas; 1+4: requests bring 1 and 4 in turn "
+        "(default: %(default)s)",
     )
-    parser.add_argument("--gather-tokens", type=int, default=32768, help="cached prefix (default %(default)s)")
-    parser.add_argument("--bandwidth", type=float, help="bytes/s to report against too, such as 4.37e12")
-    parser.add_argument("--samples", type=int, default=5, help="timed samples per case (default %(default)s)")
-    parser.add_argument("--sample-ms", type=float, default=5.0, help="least length of one (default %(default)s)")
-    parser.add_argument(
+    batches.add_argument(
+        "--gather-tokens", type=int, default=32768, metavar="TOKENS", help="of the cached prefix (default: %(default)s)"
+    )
+    kernels = parser.add_argument_group("kernels")
+    pairs = ",".join(pair.name for pair in QUANTIZED_PAIRS)
+    kernels.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: %(default)s)")
+    kernels.add_argument("--pairs", default=pairs, help="precision pairs to decode (default: all)")
+    kernels.add_argument(
+        "--store-pairs", default=STORE_PAIRS, metavar="PAIRS", help="to store and gather (default: %(default)s)"
+    )
+    kernels.add_argument(
+        "--implementations",
+        default=",".join(IMPLEMENTATIONS),
+        metavar="NAMES",
+        help="with commas (default: %(default)s)",
+    )
+    kernels.add_argument("--transforms", default="none", help=f"of {', '.join(TRANSFORMS)} (default: %(default)s)")
+    timing = parser.add_argument_group("timing")
+    timing.add_argument("--samples", type=int, default=5, help="timed samples per case (default: %(default)s)")
+    timing.add_argument(
+        "--sample-ms", type=float, default=5.0, metavar="MS", help="least length of one (default: %(default)s)"
+    )
+    timing.add_argument("--bandwidth", type=float, metavar="BYTES_PER_S", help="to report against too, such as 4.37e12")
+    timing.add_argument(
         "--jobs",
         type=int,
         default=min(8, os.cpu_count() or 1),
-        help="processes that compile kernels and compare them with float64 (default %(default)s)",
+        help="processes that compile kernels and compare them with float64 (default: %(default)s)",
     )
-    parser.add_argument("--out", type=Path, help="write the result here as JSON")
-    parser.add_argument("--picture", type=Path, help="draw it here, .png or .svg (needs matplotlib)")
+    result = parser.add_argument_group("result")
+    result.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    result.add_argument("--json", action="store_true", help="print the same JSON instead of tables")
+    result.add_argument("--picture", type=Path, metavar="FILE", help="draw it, .png or .svg (needs matplotlib)")
 
 
 def table(result: dict[str, Any]) -> str:
@@ -114,6 +132,13 @@ def run(args: argparse.Namespace) -> int:
     request = parse_request(args)
     if args.picture:
         check_picture(args.picture)
+    with stdout_to_stderr(args.json):
+        result = _measured(request, args)
+    return report(result, args.json)
+
+
+def _measured(request: KernelRequest, args: argparse.Namespace) -> dict[str, Any]:
+    """The result, which is also written and drawn."""
     import torch
 
     if not torch.cuda.is_available():
@@ -159,18 +184,15 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.out, result)
     if args.picture:
         draw(result, args.picture)
-    return report(result)
+    return result
 
 
-def report(result: dict[str, Any]) -> int:
-    """Print the tables, and what was skipped or failed on stderr; the exit status."""
-    names = {shape: [name for name, its in result["presets"].items() if its == shape] for shape in result["shapes"]}
-    shapes = (f"{shape} {', '.join(found)}" if found else shape for shape, found in names.items())
-    print(
-        f"{result['device']}: reads {result['bandwidth']['measured_bytes_s'] / 1e12:.2f} TB/s, "
-        f"{', '.join(shapes)} (heads/KV heads/head size), {result['seconds']:.0f} s"
-    )
-    print(table(result))
+def report(result: dict[str, Any], as_json: bool) -> int:
+    """Print the tables or JSON, and what was skipped or failed on stderr; the exit status."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        _print_tables(result)
     for entry in result["skipped"]:
         print(f"skipped {entry['implementation']} ({entry['part']}): {entry['reason']}", file=sys.stderr)
     for entry in (entry for part in PARTS for entry in result[part] if entry["unsupported"]):
@@ -183,3 +205,13 @@ def report(result: dict[str, Any]) -> int:
             place = f"{entry['shape']} {entry['tokens']} tokens"
         print(f"{entry['implementation']} {entry['format']} {place}: {entry['failure']}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    names = {shape: [name for name, its in result["presets"].items() if its == shape] for shape in result["shapes"]}
+    shapes = (f"{shape} {', '.join(found)}" if found else shape for shape, found in names.items())
+    print(
+        f"{result['device']}: reads {result['bandwidth']['measured_bytes_s'] / 1e12:.2f} TB/s, "
+        f"{', '.join(shapes)} (heads/KV heads/head size), {result['seconds']:.0f} s"
+    )
+    print(table(result))

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.arguments import parse_memory, refuse_old
 from kvtuner_tools.bench.closed_loop import decode_room, throughput_room
 from kvtuner_tools.bench.pictures import check_picture, draw
 from kvtuner_tools.bench.points import LongPrefill, Point, ThroughputPoint
@@ -25,7 +26,7 @@ from kvtuner_tools.cache_setting import CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.engines.flashinfer import FLASHINFER, decode_environment
 from kvtuner_tools.engines.serve import ServeJob, measure
 from kvtuner_tools.processes import in_own_process
-from kvtuner_tools.results import provenance, write_json
+from kvtuner_tools.results import provenance, stdout_to_stderr, write_json
 
 POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 """Requests that run at once by default, without and with --throughput."""
@@ -34,24 +35,27 @@ POINT_SEQS, THROUGHPUT_SEQS = 256, 1024
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kvtuner bench serve``."""
     model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("model", metavar="MODEL", nargs="?", type=Path, help="folder with config.json")
     model.add_argument(
         "--shape",
-        help=f"{', '.join(presets())} (mixtures of experts: bench kernel only), or a rank's share of one under tensor "
-        "parallelism such as llama33_70b:tp8",
+        help=f"instead of MODEL: {', '.join(presets())} (mixtures of experts: bench kernel only), or a rank's share of "
+        "one under tensor parallelism such as llama33_70b:tp8",
     )
-    model.add_argument("--model", type=Path, help="folder with config.json")
-    parser.add_argument(
+    measured = parser.add_argument_group("what to measure")
+    measured.add_argument(
         "--setting",
         action="append",
         required=True,
         type=CacheSetting.parse,
         help="auto, fp8, or kvtuner:PROFILE; fp8@FLASHINFER names vLLM's attention backend; repeat",
     )
-    parser.add_argument(
-        "--points", default="64x1024,64x8192,8x32000", help="BATCHxCONTEXT,..., or none (default %(default)s)"
+    measured.add_argument(
+        "--points", default="64x1024,64x8192,8x32000", help="BATCHxCONTEXT,..., or none (default: %(default)s)"
     )
-    parser.add_argument("--output-tokens", type=int, default=64, help="decode steps of a point (default %(default)s)")
-    parser.add_argument(
+    measured.add_argument(
+        "--output-tokens", type=int, default=64, metavar="STEPS", help="decode steps of a point (default: %(default)s)"
+    )
+    measured.add_argument(
         "--throughput",
         action="append",
         default=[],
@@ -59,41 +63,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROMPTxOUTPUT",
         help="closed-loop throughput with as many such requests as fit the KV cache, such as 4096x512; repeat",
     )
-    parser.add_argument(
-        "--window",
+    measured.add_argument(
+        "--seconds",
         type=float,
         default=20.0,
-        help="seconds of each steady state of a throughput point (default %(default)s)",
+        help="of each steady state of a throughput point (default: %(default)s)",
     )
-    parser.add_argument(
+    measured.add_argument(
         "--long-prefill",
         type=LongPrefill.parse,
         metavar="PROMPT:CHUNK",
         help="seconds to prefill one prompt in chunks, such as 32768:8192; no step takes more than CHUNK tokens",
     )
-    parser.add_argument(
+    measured.add_argument(
         "--speculate",
         type=Speculation.parse,
         metavar="DRAFTED:ACCEPTANCE",
         help=f"draft 1 to {MAX_DRAFTED} tokens in each step and accept each, if all before it are, with this "
         "probability, such as 3:0.7; by vLLM's synthetic acceptance, on a GPU alone",
     )
-    parser.add_argument(
-        "--memory", type=float, default=0.85, help="gpu_memory_utilization of every engine (default %(default)s)"
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.85,
+        metavar="SHARE",
+        help="of the card that every engine may take (default: %(default)s)",
     )
-    parser.add_argument("--kv-memory", type=float, help="GiB of KV cache (default: what --memory leaves)")
-    parser.add_argument("--max-model-len", type=int, default=33000, help="default %(default)s")
-    parser.add_argument(
+    engine.add_argument(
+        "--kv-cache-memory-bytes",
+        type=parse_memory,
+        metavar="MEMORY",
+        help="of the KV cache, such as 20GiB (default: what --gpu-memory-utilization leaves)",
+    )
+    engine.add_argument(
+        "--max-model-len", type=int, default=33000, metavar="TOKENS", help="of a request (default: %(default)s)"
+    )
+    engine.add_argument(
         "--max-num-seqs",
         type=int,
-        help=f"requests that run at once (default: {POINT_SEQS}, or {THROUGHPUT_SEQS} with --throughput)",
+        metavar="REQUESTS",
+        help=f"that run at once (default: {POINT_SEQS}, or {THROUGHPUT_SEQS} with --throughput)",
     )
-    parser.add_argument("--out", type=Path, help="write the result here as JSON; settings it already holds are kept")
-    parser.add_argument("--picture", type=Path, help="draw it here, .png or .svg (needs matplotlib)")
+    result = parser.add_argument_group("result")
+    result.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON file to write; settings that it already holds are kept"
+    )
+    result.add_argument("--json", action="store_true", help="print the same JSON instead of tables")
+    result.add_argument("--picture", type=Path, metavar="FILE", help="draw it, .png or .svg (needs matplotlib)")
+    refuse_old(
+        parser,
+        {
+            "--model": "the first argument, MODEL, without an option",
+            "--memory": "--gpu-memory-utilization",
+            "--kv-memory": "--kv-cache-memory-bytes, which takes a unit: 20GiB",
+            "--window": "--seconds",
+        },
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner bench serve``; 1 when an engine failed, whose points so far are kept."""
+    with stdout_to_stderr(args.json):
+        result = _measured(args)
+    return _report(result, args.json)
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The result on the given model or shape."""
     if args.model:
         return _run(args, args.model)
     preset = Preset.parse(args.shape)
@@ -103,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         return _run(args, model)
 
 
-def _run(args: argparse.Namespace, model: Path) -> int:
+def _run(args: argparse.Namespace, model: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     points = () if args.points == "none" else tuple(Point.parse(text) for text in args.points.split(","))
@@ -112,7 +149,6 @@ def _run(args: argparse.Namespace, model: Path) -> int:
     _check_device(args)
     if args.picture:
         check_picture(args.picture)
-    kv_memory_bytes = None if args.kv_memory is None else int(args.kv_memory * (1 << 30))
     hf_config = AutoConfig.from_pretrained(model)
     bits = {setting: cache_bits(setting, hf_config, model.name, 16) for setting in args.setting}
     head = {
@@ -122,10 +158,10 @@ def _run(args: argparse.Namespace, model: Path) -> int:
         "output_tokens": args.output_tokens,
         "speculate": args.speculate and str(args.speculate),
         "throughput": [str(point) for point in args.throughput],
-        "window_s": args.window,
+        "window_s": args.seconds,
         "long_prefill": args.long_prefill and str(args.long_prefill),
-        "gpu_memory_utilization": args.memory,
-        "kv_memory_bytes": kv_memory_bytes,
+        "gpu_memory_utilization": args.gpu_memory_utilization,
+        "kv_memory_bytes": args.kv_cache_memory_bytes,
         "max_model_len": args.max_model_len,
         "max_num_seqs": max_num_seqs,
     }
@@ -142,10 +178,10 @@ def _run(args: argparse.Namespace, model: Path) -> int:
                 points=points,
                 output_tokens=args.output_tokens,
                 throughput=tuple(args.throughput),
-                window_s=args.window,
+                window_s=args.seconds,
                 long_prefill=args.long_prefill,
-                memory=args.memory,
-                kv_memory_bytes=kv_memory_bytes,
+                memory=args.gpu_memory_utilization,
+                kv_memory_bytes=args.kv_cache_memory_bytes,
                 max_model_len=args.max_model_len,
                 max_num_seqs=max_num_seqs,
                 lines=Path(folder) / f"{number}.jsonl",
@@ -157,10 +193,9 @@ def _run(args: argparse.Namespace, model: Path) -> int:
             result = assemble(head, list(done.values()))
             if args.out:
                 write_json(args.out, result)
-    status = _report(result)
     if args.picture:
         draw(result, args.picture)
-    return status
+    return result
 
 
 def _pending(args: argparse.Namespace, done: Mapping[str, Mapping[str, Any]]) -> list[CacheSetting]:
@@ -197,10 +232,13 @@ def _measure_setting(job: ServeJob, bits: tuple[float, float] | None) -> dict[st
     return new_entry(job.setting, bits, job.environment, records, error)
 
 
-def _report(result: Mapping[str, Any]) -> int:
-    """Print the tables, and what failed on stderr; the exit status."""
-    print(f"{result['model']} on {result['device']}, dummy weights{speculated(result)}")
-    print(table(result))
+def _report(result: Mapping[str, Any], as_json: bool) -> int:
+    """Print the tables or JSON, and what failed on stderr; the exit status."""
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        print(f"{result['model']} on {result['device']}, dummy weights{speculated(result)}")
+        print(table(result))
     failed = [entry for entry in result["settings"] if entry["error"]]
     for entry in failed:
         print(f"{entry['label']}: {entry['error']}", file=sys.stderr)

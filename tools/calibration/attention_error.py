@@ -19,7 +19,15 @@ from kvtuner_tools.calibration.captured import CapturedLayer, RotaryRows, Window
 from kvtuner_tools.calibration.rotation import apply_rotary, undo_rotary
 from vllm_kvtuner.pages.codes import code_format
 from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
-from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, restore_keys, rotate_values, transform_keys
+from vllm_kvtuner.pages.transforms import (
+    KEY,
+    VALUE,
+    LayerTransforms,
+    RotaryTable,
+    restore_keys,
+    rotate_values,
+    transform_keys,
+)
 from vllm_kvtuner.profile.profile import RecentWindow
 
 
@@ -119,7 +127,7 @@ class AttentionMeter:
         transforms = replace(transforms, rotary=self._rotary)
         rows = transform_keys(self._keys, self._positions, transforms)
         for bits in wanted:
-            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.key_feedback)
+            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.feedback(KEY, bits))
             yield bits, restore_keys(read, self._positions, transforms)
 
     def _quantized_values(
@@ -127,7 +135,7 @@ class AttentionMeter:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         rows = rotate_values(self._values, transforms)
         for bits in wanted:
-            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.value_feedback)
+            read = code_format(bits).round_trip(rows, transforms.range_search, transforms.feedback(VALUE, bits))
             yield bits, rotate_values(read, transforms)
 
     def _attend(self, keys: torch.Tensor) -> list[torch.Tensor]:

@@ -33,7 +33,7 @@ from vllm_kvtuner.kernels.contract import (
 )
 from vllm_kvtuner.kernels.gpu import GpuKernels, prove
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
-from vllm_kvtuner.kernels.self_test import Case
+from vllm_kvtuner.kernels.self_test_cases import Case
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import LayerPrecision

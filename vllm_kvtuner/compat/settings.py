@@ -1,6 +1,7 @@
 """What a user says: the cache's dtype, the argument that names a profile, and the check of both."""
 
 import functools
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,11 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm_kvtuner.compat.patching import after
 from vllm_kvtuner.engine.checks import check_config
 from vllm_kvtuner.engine.config import KV_CACHE_DTYPE, PROFILE_KEY
+
+COMMAND = "kvtuner_command"
+"""Attribute of engine arguments that came from a command of vLLM's: its name."""
+USAGE_ERROR = 2
+"""Exit status of arguments that a command does not take, as argparse has it."""
 
 
 def register_kv_cache_dtype() -> None:
@@ -82,6 +88,8 @@ def add_profile_argument() -> None:
     @functools.wraps(from_cli_args)
     def from_cli_args_and_ours(cls: type[EngineArgs], args: Any) -> EngineArgs:
         engine_args = from_cli_args(cls, args)
+        if command := getattr(args, "subparser", None):
+            setattr(engine_args, COMMAND, command)
         if profile := getattr(args, "kvtuner_profile", None):
             engine_args.additional_config = {**engine_args.additional_config, PROFILE_KEY: profile}
             # Where several API servers run, each is a new process that reads these arguments before it loads plugins.
@@ -95,7 +103,26 @@ def add_profile_argument() -> None:
 def check_engine_config() -> None:
     """Refuse a bad profile before anything is loaded.
 
-    Symptom: the error would come from a worker, after seconds or minutes. Cause: no configuration hook for plugins
-    other than a platform's. Can go when there is one.
+    Symptom: the error would come from a worker, after seconds or minutes; of a command of vLLM's, it would be the last
+    line of a traceback. Cause: no configuration hook for plugins other than a platform's, and none for an argument that
+    only the model's configuration can tell to be wrong. Can go when there are.
     """
-    after(EngineArgs, "create_engine_config", lambda config, *_, **__: check_config(config))
+    after(EngineArgs, "create_engine_config", lambda config, args, *_, **__: check_or_exit(config, args))
+
+
+def check_or_exit(config: VllmConfig, args: EngineArgs) -> None:
+    """Check a new configuration; end a command as its parser would, with a line for each problem.
+
+    Raises:
+        ValueError: what is wrong, to programs.
+        SystemExit: with argparse's status, where the arguments are those of ``vllm serve`` or another command.
+    """
+    try:
+        check_config(config)
+    except ValueError as error:
+        command = getattr(args, COMMAND, None)
+        if command is None:
+            raise
+        for line in str(error).splitlines():
+            print(f"vllm {command}: error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(USAGE_ERROR) from None

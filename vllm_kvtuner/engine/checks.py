@@ -20,8 +20,9 @@ from vllm_kvtuner.engine.config import (
 )
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
-from vllm_kvtuner.profile.load import shipped_profiles
-from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.fitting import advice
+from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError
 from vllm_kvtuner.profile.statics import load_statics
 
 if TYPE_CHECKING:
@@ -50,21 +51,32 @@ def check_config(config: VllmConfig) -> None:
     if not spec:
         raise ValueError(
             f"--kv-cache-dtype {KV_CACHE_DTYPE} needs a precision profile: --kvtuner-profile FILE, NAME or pair such "
-            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE). "
-            f"Shipped profiles: {', '.join(shipped_profiles())}"
+            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE); {advice(_shape(config))}"
         )
     if not isinstance(config.additional_config, dict):
         raise ValueError(f"additional_config must be a dict to carry {PROFILE_KEY!r}, but got a custom object")
     additional[PROFILE_KEY] = str(spec)
     if problems := settings(config):
         raise ProfileError(problems)
-    resolved = resolved_profile(config)
-    problems = draft_model(config)
+    resolved = _resolved(config)
+    problems = draft_model(config) + captured_stores(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
+
+
+def _resolved(config: VllmConfig) -> ResolvedProfile:
+    """The profile, or a refusal that names others where there is no such profile."""
+    try:
+        return resolved_profile(config)
+    except UnknownProfileError as error:
+        raise UnknownProfileError([f"{problem}; {advice(_shape(config))}" for problem in error.problems]) from None
+
+
+def _shape(config: VllmConfig) -> ModelShape:
+    return ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
 
 
 def _digest(resolved: ResolvedProfile) -> str:
@@ -170,6 +182,38 @@ def draft_model(config: VllmConfig) -> tuple[str, ...]:
         "speculative decoding must do without a draft model (n-gram and EAGLE serve) where the model mixes kinds of "
         "layers or the profile has a recent_window, since vLLM's model runner V1 then mixes up their blocks, but got "
         f"{speculative.model}",
+    )
+
+
+STORE_OP = "vllm::unified_kv_cache_update"
+"""The custom op that calls a backend's ``do_kv_cache_update``."""
+
+
+def captured_stores(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """Where piecewise CUDA graphs hold the stores, these replay what they were captured with.
+
+    That is right for slots, which stay in one place, and wrong for the window's slots and the tokens' positions, which
+    a batch with prompts brings anew.
+    """
+    from vllm import envs as vllm_envs
+
+    compilation = config.compilation_config
+    if not compilation.cudagraph_mode.has_piecewise_cudagraphs():
+        return ()
+    if not resolved.recent_windows and not any(layer.transforms.key_offset for layer in resolved.layers):
+        return ()
+    got = None
+    if vllm_envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+        got = "VLLM_USE_BREAKABLE_CUDAGRAPH=1, which vLLM also sets by itself for some models (=0 turns it off)"
+    elif STORE_OP not in (compilation.splitting_ops or ()):
+        partition = "use_inductor_graph_partition" if compilation.use_inductor_graph_partition else "splitting_ops"
+        got = f"{partition} that leaves {STORE_OP} in them"
+    if got is None:
+        return ()
+    source = resolved.profile.source or resolved.profile.name
+    return (
+        f"{source}: piecewise CUDA graphs must leave stores out with a recent_window or a key_offset "
+        f"(cudagraph_mode FULL_DECODE_ONLY does too), but got {got}",
     )
 
 

@@ -1,6 +1,7 @@
 """The GPU kernels of one layer: which of them serve it, and the scratch that they share with other layers."""
 
 import functools
+import itertools
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from vllm_kvtuner.kernels.contract import (
     WindowRows,
 )
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN, SHORT_PREFILL_TOKENS
-from vllm_kvtuner.kernels.self_test import Case, Errors
+from vllm_kvtuner.kernels.self_test_cases import Case, random_transforms, transform_names
+from vllm_kvtuner.kernels.self_test_errors import Errors
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -108,7 +110,7 @@ class GpuKernels:
             return None
         layout = PageLayout(pair, self.shape.head_size, BLOCK_SIZE_MULTIPLE)
         # As what it is, a layer with a window, so that both parts are tested where nobody has asked before.
-        case = self.test_case(layout, self_test.transform_names(transforms), BLOCK_SIZE_MULTIPLE)
+        case = self.test_case(layout, transform_names(transforms), BLOCK_SIZE_MULTIPLE)
         kernels = self._given or choice.row_kernels(layout, self.device, lambda: prove([case], self.device).failure)
         return _row_kernels(kernels).late
 
@@ -127,7 +129,7 @@ class GpuKernels:
         """As the contract's PagedAttention, with the layer's shape and span; ``lse`` if the layer has one."""
         assert (lse is not None) == self.write_lse
         if self._decode is None:
-            names = self_test.transform_names(pages.transforms)
+            names = transform_names(pages.transforms)
             self._kernel = self._choose(pages.layout, pages.transforms, names)
             self._decode = _decode_module(self._kernel)
         # Short prefills are few among decodes.
@@ -224,7 +226,7 @@ class GpuKernels:
 
     def _row_kernels(self, pages: Pages) -> "_RowKernels":
         if self._rows is None:
-            failure = self._failure(pages.layout, self_test.transform_names(pages.transforms))
+            failure = self._failure(pages.layout, transform_names(pages.transforms))
             self._rows = _row_kernels(self._given or choice.row_kernels(pages.layout, self.device, failure))
         return self._rows
 
@@ -241,19 +243,42 @@ def prove(cases: Iterable[Case], device: torch.device) -> trial.Verdict:
     """Test the CUDA kernels on a card where they would serve; see :func:`vllm_kvtuner.kernels.trial.prove`."""
     capability = choice.device_capability(device)
     wanted = [case for case in cases if choice.may_take_cuda(case.layout, capability)]
-    return trial.prove(wanted, device, measure_cuda)
+    return trial.prove(wanted, device, measure_cuda, compile_cuda)
 
 
 def measure_cuda(case: Case, device: torch.device) -> Errors:
     """Errors of the CUDA kernels on a case, through the launchers and the scratch that serve it."""
+    kernels = GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype, choice.CUDA)
+    transforms = random_transforms(case.transforms, case, torch.device("cpu"))
+    return self_test.measure(case, kernels, device, _cuda_decodes(case, transforms, device))
+
+
+def compile_cuda(cases: Iterable[Case], device: torch.device) -> dict[Case, Exception]:
+    """Compile what :func:`measure_cuda` runs of all cases side by side; gives why, of cases of which some does not.
+
+    Raises:
+        ValueError: as :func:`vllm_kvtuner.kernels.cuda.cache_folder.make`.
+    """
+    from vllm_kvtuner.kernels.cuda.build import compile_side_by_side
+    from vllm_kvtuner.kernels.cuda.case_sources import case_sources
+
+    wanted = {}
+    for case in cases:
+        transforms = random_transforms(case.transforms, case, torch.device("cpu"))
+        wanted[case] = case_sources(case, transforms, device, _cuda_decodes(case, transforms, device))
+    failed = compile_side_by_side(itertools.chain.from_iterable(wanted.values()), device)
+    errors = {case: [failed[source] for source in sources if source in failed] for case, sources in wanted.items()}
+    return {case: found[0] for case, found in errors.items() if found}
+
+
+def _cuda_decodes(case: Case, transforms: LayerTransforms, device: torch.device) -> bool:
+    """Whether the CUDA kernels decode such a layer; their store and gather may serve where they do not."""
     from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
-    kernels = GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype, choice.CUDA)
-    transforms = self_test.random_transforms(case.transforms, case, torch.device("cpu"))
     capability = choice.device_capability(device)
     assert capability is not None
-    reason = unsupported(case.layout, transforms, case.shape.logits_soft_cap, capability, case.write_lse)
-    return self_test.measure(case, kernels, device, decode=reason is None)
+    soft_cap = case.shape.logits_soft_cap
+    return unsupported(case.layout, transforms, soft_cap, capability, case.write_lse) is None
 
 
 class _RowKernels(NamedTuple):

@@ -9,14 +9,11 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from vllm_kvtuner.kernels.contract import (
-    AttentionShape,
-    BatchLimits,
     CachedTokens,
     GatherCache,
     LatePacking,
@@ -30,90 +27,24 @@ from vllm_kvtuner.kernels.contract import (
 )
 from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
-from vllm_kvtuner.pages.codes import RANGE_FACTORS
-from vllm_kvtuner.pages.feedback import RoundFeedback
-from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, FEEDBACK_BITS, FP16_MAX, PageLayout, PrecisionPair
+from vllm_kvtuner.kernels.self_test_cases import Case, random_transforms
+from vllm_kvtuner.kernels.self_test_errors import Errors, StoredRows, nan_last, relative_error
+from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import (
+    SIDES,
     LayerTransforms,
-    RotaryTable,
-    linear_rotary,
     restore_keys,
     rotate_values,
     transform_keys,
 )
 from vllm_kvtuner.pages.views import Side, page_sides
 
-SEQ_LENS = (300, 129, 70, 64, 31, 17, 16, 1)
-"""Tokens of the requests, as many as there are; the first has those besides that a span leaves out."""
-MAX_WINDOW = 4096
-"""Tokens of a sliding window that the first request is longer by, at most."""
-FEW_TOKENS = 17
-"""Tokens that are stored first, by the store's variant for few rows; the others take that for many."""
-MANY_ROWS = 1 << 15
-"""(token, KV head) rows of that second store, most of them without a slot."""
-OFFSET_PAIRS = 8
-"""Rotary pairs with a key offset, as many as kernels keep in registers."""
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
-FEEDBACK = 0.5
-"""Of random round feedback, see :func:`_random_feedback`."""
 POISON = 255
 """Byte of what nobody stored: scale and minimum of such a token are NaN, and so is all that reads them."""
 SPARE_ROWS = 3
 """Rows of queries beyond the last request's, as a CUDA graph's batch has them."""
-STORE_LIMIT = 1.0
-"""Steps of a row's scale; rounding takes half of one, fp16's of scale and minimum and the kernels' the rest."""
-FEEDBACK_LIMIT = 0.03
-"""Over the reference's weighted error. A number that lies between two codes moves others of its row, which may be
-better or worse for it; nearest codes are about FEEDBACK worse."""
-WORST_ROW = 100
-"""What the worst row's counts less than that of all: it may have 1 + FEEDBACK_LIMIT WORST_ROW times the reference's."""
-GATHER_LIMIT = 1e-2
-"""Over the largest number: bf16 rounds what is read by 2^-9 of it, the kernels' arithmetic by less."""
-DECODE_LIMIT = 5e-3
-"""Over the largest value: weights of 11 bits and queries of 16 move outputs by 1e-3 at most."""
-LSE_LIMIT = 3e-2
-"""Of log-sum-exps: what queries in 16 bits move logits by, key offsets of several units included."""
-
-
-class Case(NamedTuple):
-    """What decides which variants of the kernels serve a layer.
-
-    Args:
-        layout: of the pages.
-        shape: of the layer's attention.
-        limits: of batches.
-        span: cached tokens that decoding serves.
-        transforms: names of those that are on (:func:`transform_names`); statics are random here.
-        dtype: of queries, keys and values in model space.
-        write_lse: decoding gives the log-sum-exp too.
-        window_block_size: tokens per block of a recent window that the store keeps new tokens in too, 0 for none.
-    """
-
-    layout: PageLayout
-    shape: AttentionShape
-    limits: BatchLimits
-    span: Span = Span()
-    transforms: tuple[str, ...] = ()
-    dtype: torch.dtype = torch.bfloat16
-    write_lse: bool = False
-    window_block_size: int = 0
-
-    @property
-    def kind(self) -> "Case":
-        """Without what vLLM settles only when it makes the cache."""
-        layout = PageLayout(self.layout.pair, self.layout.head_size, BLOCK_SIZE_MULTIPLE)
-        return self._replace(layout=layout, window_block_size=0)
-
-    @property
-    def seq_lens(self) -> tuple[int, ...]:
-        span = self.span
-        beyond = span.skip_newest + span.skip_first + min(span.sliding_window or 0, MAX_WINDOW)
-        return (SEQ_LENS[0] + beyond, *SEQ_LENS[1:])
-
-    def __str__(self) -> str:
-        names = f" with {', '.join(self.transforms)}" if self.transforms else ""
-        return f"{self.layout.pair} of head size {self.layout.head_size}{names}"
 
 
 class Kernels(Protocol):
@@ -137,57 +68,6 @@ class Kernels(Protocol):
     ) -> None: ...
 
 
-@dataclass(frozen=True)
-class Errors:
-    """Largest errors of one case.
-
-    Args:
-        store: in steps of the row's scale, clipping by range search left out; of sides without round feedback.
-        gather: over the largest key or value.
-        decode: over the largest value, what the output's type rounds left out; 0 where decoding is not tested.
-        lse: of log-sum-exps; 0 where there are none.
-        stray: numbers that were written where nothing belongs, or differ from what was to be copied, or from what a
-            store in one part has written.
-        seconds: for all, compiling included.
-        feedback: by how much the weighted error of sides with round feedback is above the reference's, over that.
-    """
-
-    store: float
-    gather: float
-    decode: float
-    lse: float
-    stray: int
-    seconds: float
-    feedback: float = 0.0
-
-    @property
-    def problem(self) -> str | None:
-        """Which of them are too large, or None."""
-        limits = {"store": STORE_LIMIT, "feedback": FEEDBACK_LIMIT, "gather": GATHER_LIMIT, "decode": DECODE_LIMIT}
-        limits |= {"lse": LSE_LIMIT, "stray": 0}
-        # Written so that NaN is too large.
-        wrong = [name for name, limit in limits.items() if not getattr(self, name) <= limit]
-        return ", ".join(f"{name} error {getattr(self, name):.3g} above {limits[name]:.3g}" for name in wrong) or None
-
-    @property
-    def passed(self) -> bool:
-        return self.problem is None
-
-
-def transform_names(transforms: LayerTransforms) -> tuple[str, ...]:
-    """Names of the transforms that are on, in the order they are applied."""
-    states = {
-        "key_offset": transforms.key_offset is not None,
-        "key_equalization": transforms.key_equalization is not None,
-        "key_hadamard": transforms.key_hadamard,
-        "value_hadamard": transforms.value_hadamard,
-        "range_search": transforms.range_search,
-        "key_round_feedback": transforms.key_feedback is not None,
-        "value_round_feedback": transforms.value_feedback is not None,
-    }
-    return tuple(name for name, on in states.items() if on)
-
-
 def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = True) -> Errors:
     """Run a case.
 
@@ -205,59 +85,21 @@ def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = T
         transforms = batch.pages.transforms
         store = feedback = 0.0
         wanted = transform_keys(batch.key, batch.position, transforms), rotate_values(batch.value, transforms)
-        feedbacks = transforms.key_feedback, transforms.value_feedback
-        for rows, exact, known in zip((keys, values), wanted, feedbacks, strict=True):
-            if known is not None and rows.side.format.bits in FEEDBACK_BITS:
-                feedback = max(feedback, rows.excess(exact, known), key=_nan_last)
+        for side, rows, exact in zip(SIDES, (keys, values), wanted, strict=True):
+            if (known := transforms.feedback(side, rows.side.format.bits)) is not None:
+                feedback = max(feedback, rows.excess(exact, known), key=nan_last)
             else:
-                store = max(store, rows.steps(exact, transforms.range_search), key=_nan_last)
+                store = max(store, rows.steps(exact, transforms.range_search), key=nan_last)
         key, value = restore_keys(keys.rows, batch.position, transforms), rotate_values(values.rows, transforms)
         gather, outside = _gather_error(kernels, batch, key, value)
         decode_error = lse_error = 0.0
         if decode:
             for sizes in sorted(case.limits.batches):
                 errors = _decode_errors(kernels, batch, sizes, key, value)
-                decode_error = max(decode_error, errors[0], key=_nan_last)
-                lse_error = max(lse_error, errors[1], key=_nan_last)
+                decode_error = max(decode_error, errors[0], key=nan_last)
+                lse_error = max(lse_error, errors[1], key=nan_last)
     seconds = time.monotonic() - begin
     return Errors(store, gather, decode_error, lse_error, stray + outside, seconds, feedback)
-
-
-def random_transforms(names: tuple[str, ...], case: Case, device: torch.device) -> LayerTransforms:
-    """The transforms of a case with random statics, in half-split (neox) RoPE over the whole head."""
-    random = torch.Generator(device).manual_seed(1)
-    heads, size = case.shape.num_kv_heads, case.layout.head_size
-    factors = 0.5 + torch.rand(heads, size // 2, generator=random, device=device, dtype=torch.float32)
-    offset = torch.zeros(heads, size, dtype=torch.float32, device=device)
-    rotary = None
-    if "key_offset" in names:
-        rotary = _rotary(size, max(case.seq_lens), device)
-        first, second = rotary.pairs(device)
-        pairs = torch.randperm(size // 2, generator=random, device=device)[:OFFSET_PAIRS]
-        for dims in (first[pairs], second[pairs]):
-            offset[:, dims] = 4 * torch.randn(heads, len(pairs), generator=random, device=device, dtype=torch.float32)
-    return LayerTransforms(
-        key_offset=None if rotary is None else offset,
-        rotary=rotary,
-        key_equalization=torch.cat([factors, factors], dim=1) if "key_equalization" in names else None,
-        key_hadamard="key_hadamard" in names,
-        value_hadamard="value_hadamard" in names,
-        range_search="range_search" in names,
-        key_feedback=_random_feedback(heads, size, random) if "key_round_feedback" in names else None,
-        value_feedback=_random_feedback(heads, size, random) if "value_round_feedback" in names else None,
-    )
-
-
-def _random_feedback(heads: int, size: int, random: torch.Generator) -> RoundFeedback:
-    """What a number takes up of others' errors has FEEDBACK of an error's mean square: so much do nearest codes lose.
-
-    It stays below 1, so that errors do not grow from channel to channel.
-    """
-    coefficients = torch.randn(heads, size, size, generator=random, device=random.device, dtype=torch.float32).triu(1)
-    coefficients *= FEEDBACK**0.5 / coefficients.norm(dim=-1, keepdim=True).clamp(min=1.0)
-    diagonal = 0.5 + torch.rand(heads, size, generator=random, device=random.device, dtype=torch.float32)
-    factors = (coefficients + torch.diag_embed(diagonal)).half()
-    return RoundFeedback(factors, dict.fromkeys(FEEDBACK_BITS, (1.0, 1.1)))
 
 
 @contextlib.contextmanager
@@ -270,43 +112,6 @@ def _plain_defaults() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(dtype)
-
-
-@dataclass(frozen=True)
-class _StoredRows:
-    """Rows as one side of the pages keeps them.
-
-    Args:
-        side: keys or values of the whole cache.
-        rows: [num_tokens, num_kv_heads, head_size] fp32.
-        meta: [num_tokens, num_kv_heads, ...], of each row as its side has it.
-    """
-
-    side: Side
-    rows: torch.Tensor
-    meta: torch.Tensor
-
-    def steps(self, wanted: torch.Tensor, range_search: bool) -> float:
-        """Largest error in steps, that of clipping left out, unless it is more than range search may clip.
-
-        A range shrunk by f loses (1 - f) / 2 of what it was at either end, and its ``levels`` steps are f of that. Some
-        formats shrink it besides.
-        """
-        levels = self.side.format.levels
-        scale, minimum = (each[..., None] for each in self.side.format.unpack_meta(self.meta))
-        rounding = (wanted.clamp(minimum, minimum + levels * scale) - self.rows).abs() / scale
-        factor = min(RANGE_FACTORS) if range_search and self.side.format.bits < 8 else 1.0
-        factor *= self.side.format.reach
-        beyond = (wanted - self.rows).abs() / scale - (1 - factor) / (2 * factor) * levels
-        return torch.maximum(rounding, beyond).max().item()
-
-    def excess(self, wanted: torch.Tensor, feedback: RoundFeedback) -> float:
-        """By how much the weighted error is above that of the reference's rounding: of all rows, or of the worst."""
-        exact = wanted.clamp(-FP16_MAX, FP16_MAX)
-        reference = self.side.format.round_trip(wanted, feedback=feedback)
-        ours, theirs = (feedback.weighted_error(exact - rows) for rows in (self.rows, reference))
-        total, worst = ours.sum() / theirs.sum() - 1, (ours / theirs).max() - 1
-        return torch.maximum(total, worst / WORST_ROW).item()
 
 
 class _Batch:
@@ -355,7 +160,7 @@ class _Batch:
         whole, heads = self.pages.kv_cache, self.case.shape.num_kv_heads
         self.pages = self.pages._replace(kv_cache=whole[:, :heads])
         window = self._window()
-        for begin, end, extra in self._portions():
+        for begin, end, extra in self.case.portions:
             kept = None
             if window is not None:
                 kept = WindowRows(window[:, :heads], self._window_slots(begin, end, extra))
@@ -378,7 +183,7 @@ class _Batch:
         pages = self.pages._replace(kv_cache=whole[:, :heads])
         shape = (blocks, heads, size, 2 * self.case.layout.head_size)
         window = torch.full(shape, torch.nan, dtype=self.case.dtype, device=self.device)
-        for begin, end, extra in self._portions():
+        for begin, end, extra in self.case.portions:
             key, value, slots, positions = self._rows(begin, end, extra)
             token = torch.arange(begin, end + extra, device=self.device)
             kept = WindowRows(window, torch.where(token < end, blocks * size - 1 - token, -1))
@@ -388,22 +193,16 @@ class _Batch:
         assert whole_before is not None
         return int((whole != whole_before).sum())
 
-    def _portions(self) -> Iterator[tuple[int, int, int]]:
-        """The first token, the end, and how many without a slot come on top, of what is stored at a time."""
-        heads, tokens = self.case.shape.num_kv_heads, len(self.key)
-        yield 0, FEW_TOKENS, 0
-        yield FEW_TOKENS, tokens, max(math.ceil(MANY_ROWS / heads) - (tokens - FEW_TOKENS), 0)
-
     def _rows(self, begin: int, end: int, extra: int) -> Iterator[torch.Tensor]:
         """Keys, values, slots and positions of a portion."""
         slots = self.block * self.case.layout.block_size + self.offset
         for rows, fill in ((self.key, 0), (self.value, 0), (slots, -1), (self.position, 0)):
             yield torch.cat([rows[begin:end], rows.new_full((extra, *rows.shape[1:]), fill)])
 
-    def stored(self, side: Side) -> _StoredRows:
+    def stored(self, side: Side) -> StoredRows:
         """What one side of the pages holds of the tokens."""
         codes, meta = (each[self.block, :, self.offset] for each in (side.codes, side.meta))
-        return _StoredRows(side, side.format.dequantize(codes, meta), meta)
+        return StoredRows(side, side.format.dequantize(codes, meta), meta)
 
     def _window(self) -> torch.Tensor | None:
         """Poisoned cache of a recent window, which keeps every other token, in order; a KV head more than it needs."""
@@ -447,7 +246,7 @@ def _gather_error(kernels: Kernels, batch: _Batch, key: torch.Tensor, value: tor
     kernels.gather(batch.pages, tokens, outs[0], outs[1])
     wanted = wanted.to(batch.device)
     error = max(
-        (_relative(out[:total], rows[wanted]) for out, rows in zip(outs, (key, value), strict=True)), key=_nan_last
+        (relative_error(out[:total], rows[wanted]) for out, rows in zip(outs, (key, value), strict=True)), key=nan_last
     )
     return error, sum(int((~out[total:].isnan()).sum()) for out in outs)
 
@@ -508,10 +307,10 @@ def _decode_errors(
     error = lse_error = 0.0
     for output, lse in results:
         apart = ((output.float() - want.output).abs() - rounding).max() / largest
-        error = max(error, apart.item(), key=_nan_last)
+        error = max(error, apart.item(), key=nan_last)
         if case.write_lse:
             apart = torch.where(lse == want.lse, 0.0, (lse - want.lse).abs()).max()
-            lse_error = max(lse_error, apart.item(), key=_nan_last)
+            lse_error = max(lse_error, apart.item(), key=nan_last)
     return error, lse_error
 
 
@@ -521,20 +320,3 @@ def _visible(position: torch.Tensor, num_keys: int, span: Span) -> torch.Tensor:
     distance = position[:, None] - token
     seen = (distance >= span.skip_newest) & (token >= span.skip_first)
     return seen if span.sliding_window is None else seen & (distance < span.sliding_window)
-
-
-def _nan_last(error: float) -> float:
-    """Order of errors, in which NaN is the largest."""
-    return math.inf if math.isnan(error) else error
-
-
-def _relative(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.float() - want).abs().max() / want.abs().max()).item()
-
-
-def _rotary(head_size: int, num_positions: int, device: torch.device) -> RotaryTable:
-    frequency = 10000.0 ** (-torch.arange(head_size // 2, dtype=torch.float64) / (head_size // 2))
-    angle = torch.arange(num_positions, dtype=torch.float64)[:, None] * frequency
-    table = linear_rotary(torch.cat([angle.cos(), angle.sin()], dim=-1).float(), True, device)
-    assert table is not None
-    return table

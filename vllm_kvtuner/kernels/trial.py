@@ -1,9 +1,10 @@
 """Whether the CUDA kernels may serve on a card: they compute small random cases, and any error leaves it to Triton's.
 
 Every card is asked at every start, in this process, by the variants that will serve: that takes less than a second once
-they are compiled, which they have to be anyway. On a card of a kind that nobody ran them on, a kernel could also hang,
-or end the process by a fault; so there a process of its own goes first, which costs seconds. What has passed there is
-noted beside the compiled kernels, by card, driver, compiler and sources, and not asked of a process again.
+they are compiled, which they have to be anyway. They are compiled side by side, before the first of them runs. On a
+card of a kind that nobody ran them on, a kernel could also hang, or end the process by a fault; so there a process of
+its own goes first, which costs seconds. What has passed there is noted beside the compiled kernels, by card, driver,
+compiler and sources, and not asked of a process again.
 """
 
 import functools
@@ -14,14 +15,15 @@ import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from vllm_kvtuner.kernels.cuda import cache_folder
-from vllm_kvtuner.kernels.self_test import Case, Errors
+from vllm_kvtuner.kernels.self_test_cases import Case
+from vllm_kvtuner.kernels.self_test_errors import Errors
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -35,6 +37,13 @@ CASE_SECONDS = 120.0
 WAY_OUT = "KVTUNER_DECODE_KERNEL=triton serves without them"
 
 Measure = Callable[[Case, torch.device], Errors]
+Compile = Callable[[Sequence[Case], torch.device], Mapping[Case, Exception]]
+"""Compiles what cases run; gives why, of cases of which some does not compile."""
+
+
+def compile_as_they_run(cases: Sequence[Case], device: torch.device) -> Mapping[Case, Exception]:
+    """Nothing beforehand."""
+    return {}
 
 
 @dataclass
@@ -59,13 +68,16 @@ class Verdict:
         return f"{what} after {self.seconds:.2f} s{where}"
 
 
-def prove(cases: Iterable[Case], device: torch.device, measure: Measure) -> Verdict:
+def prove(
+    cases: Iterable[Case], device: torch.device, measure: Measure, compile_cases: Compile = compile_as_they_run
+) -> Verdict:
     """Test the CUDA kernels on a card, as far as no case of that kind has been tested there.
 
     Args:
         cases: what layers are like.
         device: a GPU.
         measure: runs the CUDA kernels on a case.
+        compile_cases: compiles them for all cases before.
 
     Raises:
         ValueError: the kernels cannot be kept, as :func:`vllm_kvtuner.kernels.cuda.cache_folder.make`.
@@ -88,11 +100,9 @@ def prove(cases: Iterable[Case], device: torch.device, measure: Measure) -> Verd
             if verdict.failure is None:
                 for case in unknown:
                     notes[case].write_text(f"{_card(device)}: {case!r}\n")
-    for case in new if verdict.failure is None else ():
-        verdict.failure = failure_of(case, device, measure)
-        if verdict.failure is not None:
-            break
-        verdict.passed.add(case.kind)
+    if verdict.failure is None:
+        passed, verdict.failure = try_cases(new, device, measure, compile_cases)
+        verdict.passed.update(case.kind for case in passed)
     seconds = time.monotonic() - begin
     verdict.seconds += seconds
     if verdict.failure is None:
@@ -103,13 +113,35 @@ def prove(cases: Iterable[Case], device: torch.device, measure: Measure) -> Verd
     return verdict
 
 
-def failure_of(case: Case, device: torch.device, measure: Measure) -> str | None:
-    """How the CUDA kernels fail on a case in this process, or None.
+def try_cases(
+    cases: Sequence[Case], device: torch.device, measure: Measure, compile_cases: Compile
+) -> tuple[list[Case], str | None]:
+    """Run the CUDA kernels on cases in this process, one after the other, until one fails.
+
+    Args:
+        cases, device, measure, compile_cases: as :func:`prove`.
+
+    Returns:
+        The cases that passed, and how the next one failed, or None.
 
     Raises:
         ValueError, RuntimeError: as :func:`prove`.
     """
+    broken = compile_cases(cases, device)
+    passed: list[Case] = []
+    for case in cases:
+        failure = _failure_of(case, device, measure, broken.get(case))
+        if failure is not None:
+            return passed, failure
+        passed.append(case)
+    return passed, None
+
+
+def _failure_of(case: Case, device: torch.device, measure: Measure, broken: Exception | None) -> str | None:
+    """How the CUDA kernels fail on a case in this process, or None; ``broken`` is why they did not compile."""
     try:
+        if broken is not None:
+            raise broken
         problem = measure(case, device).problem
     except ValueError:  # the user's, such as a folder that cannot be written
         raise

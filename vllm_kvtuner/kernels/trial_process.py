@@ -5,7 +5,7 @@ import pickle
 import sys
 
 from vllm_kvtuner.kernels import gpu
-from vllm_kvtuner.kernels.trial import failure_of
+from vllm_kvtuner.kernels.trial import try_cases
 
 
 def main() -> None:
@@ -13,8 +13,7 @@ def main() -> None:
     cases, device = pickle.load(sys.stdin.buffer)
     answer: dict[str, str | None] = {"failure": None, "refused": None}
     try:
-        failures = (failure_of(case, device, gpu.measure_cuda) for case in cases)
-        answer["failure"] = next((failure for failure in failures if failure is not None), None)
+        _, answer["failure"] = try_cases(cases, device, gpu.measure_cuda, gpu.compile_cuda)
     except ValueError as error:
         answer["refused"] = str(error)
     print(json.dumps(answer))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvtuner.pages.feedback import RoundFeedback
-from vllm_kvtuner.pages.layout import FEEDBACK_BITS, FP16_MAX, QUANTIZED_BITS, SHORT_SCALE_BITS
+from vllm_kvtuner.pages.layout import FP16_MAX, QUANTIZED_BITS, SHORT_SCALE_BITS
 
 RANGE_FACTORS = tuple(1.0 - 0.05 * step for step in range(11))
 """Factors 1, 0.95, ..., 0.5 that range search shrinks a row's [min, max] by, about its middle."""
@@ -57,13 +57,14 @@ class UniformCodes:
         Args:
             rows: [..., head_size], any float dtype; [..., num_kv_heads, head_size] with feedback.
             range_search: among RANGE_FACTORS take the range with the least squared error, if bits < 8.
-            feedback: of the layer's side, in FEEDBACK_BITS; its ranges then stand for those of the search.
+            feedback: of the layer's side for codes of so many bits, as LayerTransforms.feedback has it. Its ranges then
+                stand for those of the search.
 
         Returns:
             codes uint8 [..., head_size], scale fp16 [...], minimum fp16 [...].
         """
         rows = rows.float()
-        if feedback is not None and self.bits in FEEDBACK_BITS:
+        if feedback is not None:
             return self._feed_back(rows, feedback)
         low, high = rows.amin(-1), rows.amax(-1)
         best: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -187,6 +188,11 @@ class SymmetricCodes(UniformCodes):
     def _scale(code: torch.Tensor) -> torch.Tensor:
         """fp16 numbers of bytes."""
         return (code.to(torch.int16) << 7).view(torch.float16)
+
+
+def largest_scale(bits: int) -> int:
+    """Byte of the largest scale of 8 bits beside codes of ``bits``."""
+    return SymmetricCodes(bits).largest_scale
 
 
 @functools.cache

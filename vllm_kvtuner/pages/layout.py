@@ -19,9 +19,11 @@ from fractions import Fraction
 
 QUANTIZED_BITS = (2, 4, 8)
 BITS = (*QUANTIZED_BITS, 16)
-META_BYTES = {16: 4, 8: 1}
-"""Bits of a scale -> bytes of one row's meta: scale and minimum, two fp16 numbers, or the scale alone."""
-SCALE_BITS = tuple(META_BYTES)
+META_BYTES = 4
+"""Bytes of one row's scale and minimum, two fp16 numbers."""
+SHORT_META_BYTES = 1
+"""Bytes of one row's scale of 8 bits, which has no minimum beside it."""
+SCALE_BITS = (16, 8)
 SHORT_SCALE_BITS = (2, 4)
 """Bits of codes beside which a scale may have 8 bits; codes of 8 bits are finer than such a scale."""
 ALIGNMENT = 16
@@ -106,7 +108,7 @@ class PrecisionPair:
     @property
     def meta_bytes(self) -> int:
         """Bytes of the scale, and the minimum if there is one, of one row."""
-        return META_BYTES[self.scale_bits]
+        return META_BYTES if self.scale_bits == 16 else SHORT_META_BYTES
 
     @property
     def nominal_bits(self) -> Fraction:

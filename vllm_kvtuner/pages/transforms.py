@@ -21,6 +21,8 @@ import torch
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.layout import FEEDBACK_BITS, PrecisionPair
 
+KEY, VALUE = SIDES = ("key", "value")
+"""What a token has in the cache, in the order of its page."""
 ANGLE_STEP = 32
 """Positions between the rows of :attr:`RotaryTable.coarse_angles`."""
 
@@ -142,10 +144,18 @@ class LayerTransforms:
     key_feedback: RoundFeedback | None = None
     value_feedback: RoundFeedback | None = None
 
+    def feedback(self, side: str, bits: int) -> RoundFeedback | None:
+        """What rows of a side, one of SIDES, are rounded with as codes of ``bits``; None where those are nearest ones.
+
+        The one place that knows which codes take feedback: all that quantizes asks here.
+        """
+        known = self.key_feedback if side == KEY else self.value_feedback
+        return known if bits in FEEDBACK_BITS else None
+
     def rounds_with_feedback(self, pair: PrecisionPair) -> bool:
         """Whether rows of a pair are rounded with feedback, on a side at least."""
-        sides = (pair.k_bits, self.key_feedback), (pair.v_bits, self.value_feedback)
-        return any(bits in FEEDBACK_BITS and feedback is not None for bits, feedback in sides)
+        bits_of_sides = zip(SIDES, (pair.k_bits, pair.v_bits), strict=True)
+        return any(self.feedback(side, bits) is not None for side, bits in bits_of_sides)
 
     @functools.cached_property
     def offset_partner(self) -> torch.Tensor | None:

@@ -50,6 +50,7 @@ from vllm_kvtuner.profile.problems import (
     MAX_LAYERS,
     Problems,
     ProfileError,
+    UnknownProfileError,
     expand_layers,
     format_layers,
     read_yaml,
@@ -117,7 +118,7 @@ def load_profile(spec: str) -> Profile:
         spec: a path, the bare name of a shipped profile with or without ``.yaml``, or a pair such as ``K8V4``.
 
     Raises:
-        ProfileError: not found (with the names that exist), or everything that is wrong with the file.
+        ProfileError: everything that is wrong with the file; UnknownProfileError where there is none.
     """
     if PAIR_FORM.fullmatch(spec):
         try:
@@ -130,9 +131,9 @@ def load_profile(spec: str) -> Profile:
         shipped = shipped_profiles()
         name = spec.removesuffix(".yaml")
         if name not in shipped:
-            rule = f"must be a file, a pair such as K8V4, or one of the shipped profiles {', '.join(shipped)}"
+            rule = "must be a file, a pair such as K8V4, or the name of a shipped profile (kvtuner profile list)"
             got = "a folder" if os.path.isdir(path) else "no such file" + suggest(Path(name).name, shipped)
-            raise ProfileError([f"{spec}: profile {rule}, but got {got}"])
+            raise UnknownProfileError([f"{spec}: profile {rule}, but got {got}"])
         path = shipped[name]
     document = read_yaml(path, spec)
     problems = Problems(spec)

@@ -44,6 +44,10 @@ class ProfileError(ValueError):
         return "\n".join(self.problems)
 
 
+class UnknownProfileError(ProfileError):
+    """Neither a file, nor a pair, nor a shipped profile."""
+
+
 class Problems:
     """Collects the problems of one file.
 

@@ -12,8 +12,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -171,6 +173,11 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(source: Source, block: int, shared_bytes: int, device: torch.device) -> EmulatedKernel:
         return EmulatedKernel(source, block, shared_bytes)
 
+    put_under_launchers(monkeypatch, build)
+
+
+def put_under_launchers(monkeypatch: pytest.MonkeyPatch, build: Callable[..., Any]) -> None:
+    """Let launchers take their kernels from ``build``, whose arguments are build.build's, as for a small Hopper."""
     for launcher in (feedback_store, gather_cache, keep_rows, pack_rows, paged_attention, reshape_and_cache):
         monkeypatch.setattr(launcher, "build", build)
     properties = SimpleNamespace(

@@ -18,7 +18,7 @@ from vllm_kvtuner.kernels.reference.rows import (
 )
 from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, SHORT_SCALE_PAIRS, PrecisionPair
-from vllm_kvtuner.pages.transforms import LayerTransforms, rotate_values, transform_keys
+from vllm_kvtuner.pages.transforms import KEY, VALUE, LayerTransforms, rotate_values, transform_keys
 from vllm_kvtuner.pages.views import page_sides
 
 CPU = torch.device("cpu")
@@ -95,7 +95,8 @@ def test_each_side_is_stored_with_its_own_feedback(pair):
     pages = Pages(empty_cache(layout, num_blocks, 3, CPU), layout, transforms)
     reshape_and_cache_ref(key, value, slots, positions, pages)
     rows = transform_keys(key, positions, transforms), rotate_values(value, transforms)
-    for side, row, know in zip(page_sides(pages.kv_cache, layout), rows, (keys_know, values_know), strict=True):
+    knows = transforms.feedback(KEY, layout.k_bits), transforms.feedback(VALUE, layout.v_bits)
+    for side, row, know in zip(page_sides(pages.kv_cache, layout), rows, knows, strict=True):
         codes, scale, minimum = side.format.quantize(row, range_search=True, feedback=know)
         block, offset = slots // 16, slots % 16
         assert torch.equal(side.format.unpack(side.codes[block, :, offset]), codes)

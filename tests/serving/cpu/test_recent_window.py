@@ -35,9 +35,9 @@ PROFILES = {
         "layers: {0: K8V8, 1: K4V4, 2: K16V16, 3: K8V4}\nrecent_window: 40\nrecent_window_bits: 8\nsink_tokens: 4\n",
         "layers: {0: K8V8, 1: K4V4, 2: K16V16, 3: K8V4}\n",
     ),
-    "sink tokens": (
-        "layers: {0: K8V8, 1-3: K4V4}\nrecent_window: 24\nsink_tokens: 16\n",
-        "layers: {0: K8V8, 1-3: K4V4}\nrecent_window: 24\n",
+    "sink tokens, scales of 8 bits": (
+        "layers: {0: K8V8, 1-3: K4V4}\nscale_bits: 8\nrecent_window: 24\nsink_tokens: 16\n",
+        "layers: {0: K8V8, 1-3: K4V4}\nscale_bits: 8\nrecent_window: 24\n",
     ),
 }
 """With windows or sink tokens, and the same without."""

@@ -3,6 +3,9 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -36,7 +39,17 @@ def test_a_good_profile_gets_as_far_as_the_weights(weightless):
 
 def test_kvtuner_without_a_profile(weightless):
     message = "--kv-cache-dtype kvtuner needs a precision profile: "
-    refused(weightless, message, "llama31_3.25bit", kv_cache_dtype="kvtuner")
+    refused(weightless, message, f"no shipped profile fits {weightless}", kv_cache_dtype="kvtuner")
+
+
+def test_vllm_serve_says_it_as_its_parser_would(weightless):
+    """One line for each problem, argparse's status, and no traceback."""
+    command = [str(Path(sys.executable).with_name("vllm")), "serve", str(weightless), "--kv-cache-dtype", "kvtuner"]
+    done = subprocess.run([*command, "--kvtuner-profile", "smollm2_135m_4.20bit"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stdout + done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if "model.num_layers must be 4" in line)
+    assert "vllm serve: error: " in line
 
 
 def test_a_profile_without_kvtuner(weightless):

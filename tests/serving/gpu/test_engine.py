@@ -238,7 +238,7 @@ def test_a_card_that_fails_its_self_test_is_served_by_triton(models, monkeypatch
     """In graphs too; and not at all where CUDA's kernels are asked for."""
     from vllm_kvtuner.kernels import gpu
     from vllm_kvtuner.kernels.cuda import paged_attention as kernel
-    from vllm_kvtuner.kernels.self_test import Errors
+    from vllm_kvtuner.kernels.self_test_errors import Errors
 
     monkeypatch.setattr(gpu, "measure_cuda", lambda case, device: Errors(0.5, 0.0, 1.0, 0.0, 0, 0.0))
     monkeypatch.setattr(kernel, "paged_attention", lambda *_, **__: pytest.fail("the kernel that failed"))

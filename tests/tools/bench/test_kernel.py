@@ -49,7 +49,7 @@ def test_report(capsys):
         "layer": [], "store": [], "gather": [],
     }  # fmt: skip
 
-    assert report(result) == 1
+    assert report(result, as_json=False) == 1
     out, err = capsys.readouterr()
     assert (
         "| 64x8192 |          1+4 |   16 |           cuda |   K4V4 |       none |            4 |        4.25 |" in out
@@ -58,7 +58,7 @@ def test_report(capsys):
     assert "90.0" in out and "4.37 TB/s" in out and "2.0e-03 / 1.0e-03" in out
     assert "skipped fa3_fp8 (decode): vLLM is not installed" in err
     assert "cuda K2V2 32/8/128 64x8192 with 1+4 query tokens: RuntimeError: no" in err
-    assert report({**result, "decode": [entry, {**entry, "unsupported": "too narrow"}]}) == 0
+    assert report({**result, "decode": [entry, {**entry, "unsupported": "too narrow"}]}, as_json=False) == 0
     assert "unsupported cuda K4V4: too narrow" in capsys.readouterr().err
     assert "32/8/128 block 16" in table({**result, "shapes": ["32/8/128", "7/1/64"]})
 

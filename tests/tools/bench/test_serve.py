@@ -32,13 +32,13 @@ def test_arguments() -> None:
     args = parse("--shape=llama31_8b", "--setting=auto", "--setting=kvtuner:K8V8")
 
     assert args.setting == [CacheSetting("auto"), CacheSetting("kvtuner", "K8V8")]
-    assert (args.points, args.output_tokens, args.memory, args.max_model_len) == (
+    assert (args.points, args.output_tokens, args.gpu_memory_utilization, args.max_model_len) == (
         "64x1024,64x8192,8x32000",
         64,
         0.85,
         33000,
     )
-    assert (args.throughput, args.long_prefill, args.window) == ([], None, 20)
+    assert (args.throughput, args.long_prefill, args.seconds) == ([], None, 20)
     for words in (["--setting=auto"], ["--shape=llama31_8b"], ["--shape=llama31_8b", "--setting=kvtuner"]):
         with pytest.raises(SystemExit):
             parse(*words)
@@ -136,7 +136,7 @@ def test_run_keeps_the_points_of_a_failed_engine(
     out = tmp_path / "out.json"
 
     status = bench.run(
-        parse(*OPTIONS, "--setting=fp8", "--setting=kvtuner:K8V8", "--kv-memory=0.5", f"--out={out}"),
+        parse(*OPTIONS, "--setting=fp8", "--setting=kvtuner:K8V8", "--kv-cache-memory-bytes=512MiB", f"--out={out}"),
     )
 
     result = json.loads(out.read_text())

@@ -2,9 +2,11 @@
 
 import ctypes
 import functools
+import os
 import re
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -156,6 +158,36 @@ def kernel_cache() -> FileStreamProgramCache:
         raise cache_folder.unusable(error) from error
 
 
+def compile_side_by_side(sources: Iterable[Source], device: torch.device) -> dict[Source, Exception]:
+    """Compile sources for a device into the cache, from which :func:`build` takes them, one on each CPU at a time.
+
+    The compiler lets other threads run, and the cache takes several that write: each entry is written elsewhere and
+    renamed.
+
+    Returns:
+        Why, of those that do not compile.
+
+    Raises:
+        ValueError: as :func:`kernel_cache`.
+    """
+    arch, cache = architecture(device), kernel_cache()
+    with ThreadPoolExecutor(cpus()) as threads:
+        jobs = {source: threads.submit(compile_cubin, source, arch, cache) for source in dict.fromkeys(sources)}
+        errors = {source: job.exception() for source, job in jobs.items()}
+    return {source: error for source, error in errors.items() if isinstance(error, Exception)}
+
+
+def cpus() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0))
+
+
+def architecture(device: torch.device) -> str:
+    """What the compiler calls a device's architecture."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
 @functools.cache
 def build(source: Source, block: int, shared_bytes: int, device: torch.device) -> BuiltKernel:
     """Compile and load a kernel.
@@ -167,8 +199,7 @@ def build(source: Source, block: int, shared_bytes: int, device: torch.device) -
         device: a CUDA device.
     """
     with torch.cuda.device(device):
-        major, minor = torch.cuda.get_device_capability(device)
-        kernel = compile_cubin(source, f"sm_{major}{minor}", kernel_cache()).get_kernel(source.stem)
+        kernel = compile_cubin(source, architecture(device), kernel_cache()).get_kernel(source.stem)
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         index = torch.cuda.current_device() if device.index is None else device.index
         (status,) = driver.cuKernelSetAttribute(attribute, shared_bytes, kernel.handle, driver.CUdevice(index))
@@ -178,4 +209,5 @@ def build(source: Source, block: int, shared_bytes: int, device: torch.device) -
         assert per_multiprocessor > 0, (source.stem, source.macros, shared_bytes)
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     max_ctas = per_multiprocessor * multiprocessors
-    return BuiltKernel(source.stem, kernel, int(kernel.handle), block, shared_bytes, max_ctas, major >= 9)
+    overlaps = torch.cuda.get_device_capability(device) >= (9, 0)
+    return BuiltKernel(source.stem, kernel, int(kernel.handle), block, shared_bytes, max_ctas, overlaps)

@@ -10,8 +10,7 @@ from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import NUM_WARPS, STORE_FIELDS, StoreVariant, wide_lanes
 from vllm_kvtuner.pages.feedback import BLOCK, RoundFeedback
-from vllm_kvtuner.pages.layout import FEEDBACK_BITS
-from vllm_kvtuner.pages.transforms import LayerTransforms
+from vllm_kvtuner.pages.transforms import SIDES, LayerTransforms
 
 MIN_CTAS = {1: 4, 2: 3, 3: 3}
 """Of a multiprocessor, by ranges, with registers enough not to spill; fewer where shared memory has no room."""
@@ -19,7 +18,6 @@ MOST_SHARED_BYTES, OTHER_SHARED_BYTES = 228 << 10, 2 << 10
 """Of the multiprocessor that has most, and what a CTA takes besides its dynamic shared memory."""
 NEAREST_SHARE = 8
 """Of a card's CTAs, one in as many stores a side without feedback, whose rows take about a tenth of the work."""
-SIDES = ("key", "value")
 ARGUMENTS = Arguments(
     *STORE_FIELDS,
     *(
@@ -128,10 +126,9 @@ class FeedbackVariant(NamedTuple):
 
 def rounded_ranges(transforms: LayerTransforms, bits: tuple[int, int]) -> tuple[int, int]:
     """Ranges that are tried for keys and values of as many bits, 0 for sides that take nearest codes."""
-    feedbacks = transforms.key_feedback, transforms.value_feedback
     keys, values = (
-        0 if feedback is None or of_side not in FEEDBACK_BITS else len(feedback.ranges[of_side])
-        for feedback, of_side in zip(feedbacks, bits, strict=True)
+        0 if (feedback := transforms.feedback(side, of_side)) is None else len(feedback.ranges[of_side])
+        for side, of_side in zip(SIDES, bits, strict=True)
     )
     return keys, values
 
@@ -149,7 +146,7 @@ def _build(transforms: LayerTransforms, variant: FeedbackVariant, device: torch.
 
 @kept_with_transforms
 def _tables(transforms: LayerTransforms, side: str, bits: int) -> FeedbackTables:
-    feedback = transforms.key_feedback if side == "key" else transforms.value_feedback
+    feedback = transforms.feedback(side, bits)
     assert feedback is not None
     return FeedbackTables.of(feedback, bits)
 

@@ -26,6 +26,7 @@ from vllm_kvtuner.kernels.cuda.rows import (
     transform_addresses,
     window_addresses,
 )
+from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 MAX_LAYERS = 32
@@ -111,12 +112,28 @@ def pack_rows(layers: Sequence[StepRows]) -> None:
             _pack(common, members[first : first + count])
 
 
+def pack_variant(
+    transforms: LayerTransforms, layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, window_block_size: int
+) -> FeedbackVariant:
+    """What packs few tokens of a layer; arguments as :class:`RowVariant` and :class:`StoreVariant`."""
+    ranges = rounded_ranges(transforms, (layout.k_bits, layout.v_bits))
+    assert any(ranges), "layers without round feedback are stored at once"
+    return FeedbackVariant(StoreVariant(RowVariant(layout, num_kv_heads, dtype, 32), window_block_size), ranges)
+
+
+def for_tokens(variant: FeedbackVariant, num_slots: int, num_layers: int) -> FeedbackVariant:
+    """What packs ``num_slots`` tokens of each of so many layers, by what packs few."""
+    if num_slots <= SMALLEST_GROUP:
+        return variant
+    rows = variant.store.rows
+    lanes = most_lanes(rows.layout.head_size, num_slots * rows.num_kv_heads * num_layers)
+    return variant._replace(store=variant.store._replace(rows=rows._replace(most_lanes=lanes)))
+
+
 def _launch_of(layer: StepRows) -> _Launch:
     pages, window = layer.pages, layer.window
-    ranges = rounded_ranges(pages.transforms, (pages.layout.k_bits, pages.layout.v_bits))
-    assert any(ranges), "layers without round feedback are stored at once"
-    rows = RowVariant(pages.layout, pages.num_kv_heads, window.kv_cache.dtype, 32)
-    variant = FeedbackVariant(StoreVariant(rows, window.kv_cache.shape[2]), ranges)
+    dtype, window_block_size = window.kv_cache.dtype, window.kv_cache.shape[2]
+    variant = pack_variant(pages.transforms, pages.layout, pages.num_kv_heads, dtype, window_block_size)
     strides = {
         "block_stride": byte_stride(pages.kv_cache, 0),
         "head_stride": byte_stride(pages.kv_cache, 1),
@@ -132,12 +149,7 @@ def _launch_of(layer: StepRows) -> _Launch:
 
 def _pack(common: _Launch, members: Sequence[StepRows]) -> None:
     pages, num_slots = members[0].pages, common.num_slots
-    rows = common.variant.store.rows
-    if num_slots > SMALLEST_GROUP:
-        rows = rows._replace(
-            most_lanes=most_lanes(pages.layout.head_size, num_slots * rows.num_kv_heads * len(members))
-        )
-    variant = common.variant._replace(store=common.variant.store._replace(rows=rows))
+    variant = for_tokens(common.variant, num_slots, len(members))
     kernel = _build(pages.transforms, variant, pages.kv_cache.device)
     feedback_ctas, nearest = share_ctas(variant, num_slots, max(kernel.max_ctas // len(members), 1))
     step = STEP.structure(

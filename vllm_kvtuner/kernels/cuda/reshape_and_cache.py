@@ -20,6 +20,7 @@ from vllm_kvtuner.kernels.cuda.rows import (
     wide_lanes,
     window_addresses,
 )
+from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 __all__ = ["MANY_ROWS", "reshape_and_cache", "unsupported"]
@@ -38,6 +39,23 @@ def source(transforms: LayerTransforms, variant: StoreVariant) -> Source:
 @kept_with_transforms
 def _build(transforms: LayerTransforms, variant: StoreVariant, device: torch.device) -> BuiltKernel:
     return build(source(transforms, variant), 32 * NUM_WARPS, 0, device)
+
+
+def source_of(transforms: LayerTransforms, variant: StoreVariant) -> Source:
+    """What is compiled for a variant of a layer, with round feedback on a side or without."""
+    layout = variant.rows.layout
+    ranges = feedback_store.rounded_ranges(transforms, (layout.k_bits, layout.v_bits))
+    if any(ranges):
+        return feedback_store.source(transforms, feedback_store.FeedbackVariant(variant, ranges))
+    return source(transforms, variant)
+
+
+def store_variant(
+    layout: PageLayout, num_kv_heads: int, dtype: torch.dtype, num_slots: int, window_block_size: int
+) -> StoreVariant:
+    """What stores ``num_slots`` tokens of a layer; other arguments as :class:`RowVariant` and :class:`StoreVariant`."""
+    lanes = most_lanes(layout.head_size, num_slots * num_kv_heads)
+    return StoreVariant(RowVariant(layout, num_kv_heads, dtype, lanes), window_block_size)
 
 
 def most_lanes(head_size: int, num_rows: int) -> int:
@@ -68,8 +86,8 @@ def reshape_and_cache(
     if num_slots == 0:
         return
     layout, transforms, kv_cache, num_kv_heads = pages.layout, pages.transforms, pages.kv_cache, pages.num_kv_heads
-    row_variant = RowVariant(layout, num_kv_heads, key.dtype, most_lanes(layout.head_size, num_slots * num_kv_heads))
-    variant = StoreVariant(row_variant, 0 if window is None else window.kv_cache.shape[2])
+    window_block_size = 0 if window is None else window.kv_cache.shape[2]
+    variant = store_variant(layout, num_kv_heads, key.dtype, num_slots, window_block_size)
     given = transform_addresses(transforms)
     if window is not None:
         given.update(window_addresses(window), window_slots=window.slot_mapping.data_ptr())
@@ -89,5 +107,5 @@ def reshape_and_cache(
         feedback_store.launch(transforms, variant, key.device, num_slots, given)
         return
     kernel = _build(transforms, variant, key.device)
-    tiles = sum(math.ceil(num_slots * lanes / 32) for lanes in row_variant.lanes) * num_kv_heads
+    tiles = sum(math.ceil(num_slots * lanes / 32) for lanes in variant.rows.lanes) * num_kv_heads
     kernel.launch(min(math.ceil(tiles / NUM_WARPS), kernel.max_ctas), ARGUMENTS.structure(**given))

@@ -7,7 +7,15 @@ import torch
 from vllm_kvtuner.kernels.contract import CachedTokens, Pages, StepRows, WindowRows
 from vllm_kvtuner.pages.codes import code_format
 from vllm_kvtuner.pages.layout import PrecisionPair
-from vllm_kvtuner.pages.transforms import LayerTransforms, restore_keys, rotate_values, transform_keys
+from vllm_kvtuner.pages.transforms import (
+    KEY,
+    SIDES,
+    VALUE,
+    LayerTransforms,
+    restore_keys,
+    rotate_values,
+    transform_keys,
+)
 from vllm_kvtuner.pages.views import page_sides
 
 
@@ -25,9 +33,9 @@ def reshape_and_cache_ref(
     block, offset = slots // block_size, slots % block_size
     keys = transform_keys(key[keep], None if positions is None else positions[keep], pages.transforms)
     values = rotate_values(value[keep], pages.transforms)
-    feedbacks = pages.transforms.key_feedback, pages.transforms.value_feedback
     sides = page_sides(pages.kv_cache, pages.layout)
-    for rows, feedback, side in zip((keys, values), feedbacks, sides, strict=True):
+    for name, rows, side in zip(SIDES, (keys, values), sides, strict=True):
+        feedback = pages.transforms.feedback(name, side.format.bits)
         codes, scale, minimum = side.format.quantize(rows, pages.transforms.range_search, feedback)
         side.codes[block, :, offset] = side.format.pack(codes)
         side.meta[block, :, offset] = side.format.pack_meta(scale, minimum)
@@ -57,8 +65,9 @@ def read_back_ref(
     arguments as :func:`reshape_and_cache_ref`."""
     search = transforms.range_search
     keys, values = transform_keys(key, positions, transforms), rotate_values(value, transforms)
-    keys = code_format(pair.k_bits, pair.scale_bits).round_trip(keys, search, transforms.key_feedback)
-    values = code_format(pair.v_bits, pair.scale_bits).round_trip(values, search, transforms.value_feedback)
+    key_format, value_format = (code_format(bits, pair.scale_bits) for bits in (pair.k_bits, pair.v_bits))
+    keys = key_format.round_trip(keys, search, transforms.feedback(KEY, pair.k_bits))
+    values = value_format.round_trip(values, search, transforms.feedback(VALUE, pair.v_bits))
     return restore_keys(keys, positions, transforms), rotate_values(values, transforms)
 
 

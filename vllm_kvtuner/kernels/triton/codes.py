@@ -8,8 +8,8 @@ takes them by the slice: slice i of a row is code i of every word (bits i * bits
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.triton.common import load_padded
-from vllm_kvtuner.pages.codes import code_format
+from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_padded
+from vllm_kvtuner.pages import codes as page_codes
 
 
 @triton.jit
@@ -106,20 +106,20 @@ def shrunk_range(low, high, stretch, shift, BITS: tl.constexpr, SCALE_BITS: tl.c
     """
     if SCALE_BITS == 8:
         span = 1.875 * tl.maximum(-low, high)  # SYMMETRIC_RANGE
-        word = tl.minimum(span * stretch, 65504.0).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        word = tl.minimum(span * stretch, FP16_MAX).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         word &= 0x7FFF  # of zeros the largest magnitude may be -0
         scale = scale_of_byte(tl.minimum((word + 64) >> 7, largest_scale(BITS)))
         return scale, (scale.to(tl.float32) * (-0.5 * ((1 << BITS) - 1))).to(tl.float16)
     else:
-        scale = tl.minimum((high - low) * stretch, 65504.0)
+        scale = tl.minimum((high - low) * stretch, FP16_MAX)
         minimum = low + (high - low) * shift
-        return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -65504.0), 65504.0).to(tl.float16)
+        return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -FP16_MAX), FP16_MAX).to(tl.float16)
 
 
 @triton.constexpr_function
 def largest_scale(bits):
     """Byte of the largest scale of codes of ``bits``."""
-    return code_format(bits, 8).largest_scale
+    return page_codes.largest_scale(bits)
 
 
 @triton.jit

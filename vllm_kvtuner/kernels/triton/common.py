@@ -1,7 +1,11 @@
-"""What several kernels share beside codes: padded loads, the key offset and the Hadamard rotation."""
+"""What several kernels share beside codes: loads of padded tiles and new rows, the key offset, Hadamard rotation."""
 
 import triton
 import triton.language as tl
+
+from vllm_kvtuner.pages import layout
+
+FP16_MAX = tl.constexpr(layout.FP16_MAX)
 
 
 def row_warps(head_size: int) -> int:
@@ -107,7 +111,64 @@ def rotated_offset(
 
 
 @triton.jit
-def keep_rows(
+def load_rows_to_pack(
+    rows_ptr, token_stride, token, head, present, slot, dim, in_row,
+    positions_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
+    window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
+    HEAD_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, HADAMARD: tl.constexpr,
+    WINDOW_BLOCK_SIZE: tl.constexpr, WINDOW_BEGIN: tl.constexpr,
+):  # fmt: skip
+    """Rows of new keys or values after the layer's transforms, fp32 [rows, columns]; the recent window gets them as
+    they are.
+
+    Rows without a slot have no meaning, as have padding columns.
+
+    Args:
+        rows_ptr: of keys or values, [num_tokens, num_kv_heads, head_size].
+        token_stride: numbers from token to token.
+        token: int32 [rows].
+        head: int32 [rows], of KV heads.
+        present: bool [rows], False beyond the last token.
+        slot: int64 [rows], in the packed pages, or -1.
+        dim: int32 [columns], as codes.byte_columns has them.
+        in_row: bool [columns], False for padding.
+        positions_ptr: int64 [num_tokens], unread without an offset.
+        offset_ptr: as rotated_offset, like the two after it, or None.
+        equalization_ptr: [num_kv_heads, head_size] fp32, or None.
+        window_ptr: of the recent window's cache, or None.
+        window_slots_ptr: int64 [num_tokens], the window's slots, unread without one.
+        window_block_stride: numbers, as are the next two, between blocks, KV heads and tokens of the window's cache.
+        HADAMARD: whether rows are rotated.
+        WINDOW_BLOCK_SIZE: tokens of a block of the window.
+        WINDOW_BEGIN: number at which a token there has such a row: a value stands behind its key.
+    """
+    loaded = slot >= 0
+    if window_ptr is not None:
+        window_slot = tl.load(window_slots_ptr + token, mask=present, other=-1).to(tl.int64)
+        loaded |= window_slot >= 0
+    valid = loaded[:, None] & in_row[None, :]
+    number = (head * HEAD_SIZE)[:, None] + dim[None, :]
+    x = tl.load(rows_ptr + token.to(tl.int64)[:, None] * token_stride + number, mask=valid, other=0.0)
+    if window_ptr is not None:
+        _keep_rows(
+            x, in_row, dim, window_ptr + WINDOW_BEGIN, window_slot, head, window_block_stride, window_head_stride,
+            window_place_stride, WINDOW_BLOCK_SIZE,
+        )  # fmt: skip
+    x = x.to(tl.float32)
+    if offset_ptr is not None:
+        position = tl.load(positions_ptr + token, mask=slot >= 0, other=0)
+        x -= rotated_offset(
+            offset_ptr, partner_ptr, cos_sin_ptr, head, position, dim, valid, HEAD_SIZE, ROTARY_DIM, IS_NEOX
+        )
+    if equalization_ptr is not None:
+        x = tl.math.div_rn(x, tl.load(equalization_ptr + number, mask=valid, other=1.0))
+    if HADAMARD:
+        x = hadamard_rows(x, dim, HEAD_SIZE)
+    return x
+
+
+@triton.jit
+def _keep_rows(
     x, in_row, dim, row_ptr, slot, head, block_stride, head_stride, place_stride, BLOCK_SIZE: tl.constexpr
 ):  # fmt: skip
     """Write rows x [rows, columns], whose columns are the dimensions ``dim``, as they are to their window's slots."""

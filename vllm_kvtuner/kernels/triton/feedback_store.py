@@ -6,10 +6,9 @@ import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import Pages, WindowRows
 from vllm_kvtuner.kernels.triton.codes import byte_columns, inverse_step, shrunk_range, write_rows
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, keep_rows, rotated_offset, row_warps
-from vllm_kvtuner.pages.layout import FEEDBACK_BITS
+from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_rows_to_pack, row_warps
+from vllm_kvtuner.pages.transforms import KEY
 
-KEYS, VALUES = "keys", "values"
 ROWS = 16
 """Tokens of a program, which all have the same KV head and hence the same coefficients."""
 
@@ -52,43 +51,26 @@ def _feedback_store_kernel(
     window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, ROW_BYTES: tl.constexpr,
     CODES: tl.constexpr, META: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, HADAMARD: tl.constexpr,
-    SCALE_BITS: tl.constexpr, RANGES: tl.constexpr, WINDOW_BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
+    SCALE_BITS: tl.constexpr, RANGES: tl.constexpr, WINDOW_BLOCK_SIZE: tl.constexpr, WINDOW_BEGIN: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.zeros([ROWS], tl.int32) + tl.program_id(1)
-    slot = tl.load(slot_mapping_ptr + token, mask=token < num_slots, other=-1).to(tl.int64)
-    keep = slot >= 0
-    loaded = keep
-    window_slot = slot
-    if window_ptr is not None:
-        window_slot = tl.load(window_slots_ptr + token, mask=token < num_slots, other=-1).to(tl.int64)
-        loaded |= window_slot >= 0
+    present = token < num_slots
+    slot = tl.load(slot_mapping_ptr + token, mask=present, other=-1).to(tl.int64)
     dim, in_row = byte_columns(HEAD_SIZE, BITS)
-    valid = loaded[:, None] & in_row[None, :]
-    source = rows_ptr + token.to(tl.int64)[:, None] * token_stride + (head * HEAD_SIZE)[:, None] + dim[None, :]
-    x = tl.load(source, mask=valid, other=0.0)
-    if window_ptr is not None:
-        keep_rows(
-            x, in_row, dim, window_ptr, window_slot, head, window_block_stride, window_head_stride,
-            window_place_stride, WINDOW_BLOCK_SIZE,
-        )  # fmt: skip
-    x = x.to(tl.float32)
-    if offset_ptr is not None:
-        position = tl.load(positions_ptr + token, mask=keep, other=0)
-        x -= rotated_offset(
-            offset_ptr, partner_ptr, cos_sin_ptr, head, position, dim, valid, HEAD_SIZE, ROTARY_DIM, IS_NEOX
-        )
-    if equalization_ptr is not None:
-        factor = tl.load(equalization_ptr + (head * HEAD_SIZE)[:, None] + dim[None, :], mask=valid, other=1.0)
-        x = tl.math.div_rn(x, factor)
-    if HADAMARD:
-        x = hadamard_rows(x, dim, HEAD_SIZE)
+    x = load_rows_to_pack(
+        rows_ptr, token_stride, token, head, present, slot, dim, in_row,
+        positions_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
+        window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
+        HEAD_SIZE, ROTARY_DIM, IS_NEOX, HADAMARD, WINDOW_BLOCK_SIZE, WINDOW_BEGIN,
+    )  # fmt: skip
 
-    present = in_row[None, :]
-    nan = tl.max(tl.where(present & (x != x), 1, 0), 1) > 0
-    x = tl.where(present & (x == x), tl.minimum(tl.maximum(x, -65504.0), 65504.0), 0.0)
-    low = tl.min(tl.where(present, x, float("inf")), 1)
-    high = tl.max(tl.where(present, x, float("-inf")), 1)
+    valid = in_row[None, :]
+    nan = tl.max(tl.where(valid & (x != x), 1, 0), 1) > 0
+    x = tl.where(valid & (x == x), tl.minimum(tl.maximum(x, -FP16_MAX), FP16_MAX), 0.0)
+    low = tl.min(tl.where(valid, x, float("inf")), 1)
+    high = tl.max(tl.where(valid, x, float("-inf")), 1)
     columns_ptr += tl.program_id(1) * HEAD_SIZE * HEAD_SIZE
     scale, minimum = shrunk_range(low, high, tl.load(ranges_ptr), tl.load(ranges_ptr + 1), BITS, SCALE_BITS)
     codes, cost = _round_rows(x, scale, minimum, dim, in_row, columns_ptr, HEAD_SIZE, BITS)
@@ -103,15 +85,7 @@ def _feedback_store_kernel(
     unknown = tl.full([ROWS], float("nan"), tl.float16)
     scale, minimum = tl.where(nan, unknown, scale), tl.where(nan, unknown, minimum)
     chunk_ptr = kv_cache_ptr + slot // BLOCK_SIZE * block_stride + head.to(tl.int64) * head_stride
-    write_rows(codes, scale, minimum, chunk_ptr, slot % BLOCK_SIZE, keep, ROW_BYTES, CODES, META, BITS, SCALE_BITS)
-
-
-def rounds(side: str, pages: Pages) -> bool:
-    """Whether rows of a side, KEYS or VALUES, are rounded with feedback."""
-    layout, transforms = pages.layout, pages.transforms
-    if side == KEYS:
-        return transforms.key_feedback is not None and layout.k_bits in FEEDBACK_BITS
-    return transforms.value_feedback is not None and layout.v_bits in FEEDBACK_BITS
+    write_rows(codes, scale, minimum, chunk_ptr, slot % BLOCK_SIZE, slot >= 0, ROW_BYTES, CODES, META, BITS, SCALE_BITS)
 
 
 def store_side(
@@ -123,19 +97,16 @@ def store_side(
     pages: Pages,
     window: WindowRows | None,
 ) -> None:
-    """As :class:`vllm_kvtuner.kernels.contract.ReshapeAndCache`, of the side alone, which :func:`rounds`."""
+    """As :class:`vllm_kvtuner.kernels.contract.ReshapeAndCache`, of the side alone, which has round feedback."""
     kv_cache, layout, transforms = pages
-    keys = side == KEYS
-    rows, bits, feedback = (
-        (key, layout.k_bits, transforms.key_feedback) if keys else (value, layout.v_bits, transforms.value_feedback)
-    )
+    keys = side == KEY
+    rows, bits = (key, layout.k_bits) if keys else (value, layout.v_bits)
+    feedback = transforms.feedback(side, bits)
     assert feedback is not None
     offset = transforms.key_offset if keys else None
     rotary = transforms.rotary if offset is not None else None
     kept, kept_slots = (None, None) if window is None else window
     kept_strides = (0, 0, 0) if kept is None else kept.stride()
-    if kept is not None and not keys:
-        kept = kept[..., layout.head_size :]  # a value beside its key
     block_stride, head_stride, _, _ = kv_cache.stride()
     num_slots = slot_mapping.shape[0]
     _feedback_store_kernel[(triton.cdiv(num_slots, ROWS), key.shape[1])](
@@ -151,5 +122,5 @@ def store_side(
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         HADAMARD=transforms.key_hadamard if keys else transforms.value_hadamard,
         RANGES=len(feedback.ranges[bits]), WINDOW_BLOCK_SIZE=0 if kept is None else kept.shape[2],
-        ROWS=ROWS, num_warps=row_warps(layout.head_size),
+        WINDOW_BEGIN=0 if keys else layout.head_size, ROWS=ROWS, num_warps=row_warps(layout.head_size),
     )  # fmt: skip

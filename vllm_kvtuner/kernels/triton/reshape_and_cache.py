@@ -8,9 +8,9 @@ import triton.language as tl
 from vllm_kvtuner.kernels.contract import Pages, WindowRows, check_store
 from vllm_kvtuner.kernels.triton import feedback_store
 from vllm_kvtuner.kernels.triton.codes import byte_columns, store_rows
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, keep_rows, rotated_offset, row_warps
+from vllm_kvtuner.kernels.triton.common import load_rows_to_pack, row_warps
+from vllm_kvtuner.pages.transforms import SIDES
 
-SIDES = (feedback_store.KEYS, feedback_store.VALUES)
 MANY_ROWS = 1 << 14
 """(token, KV head) rows from which larger programs still fill any card."""
 
@@ -29,51 +29,28 @@ def _reshape_and_cache_kernel(
     WINDOW_BLOCK_SIZE: tl.constexpr, FIRST_SIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    token, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
-    slot = tl.load(slot_mapping_ptr + token, mask=row < num_rows, other=-1).to(tl.int64)
+    token, head, present = row // NUM_KV_HEADS, row % NUM_KV_HEADS, row < num_rows
+    slot = tl.load(slot_mapping_ptr + token, mask=present, other=-1).to(tl.int64)
     keep = slot >= 0
-    loaded = keep
-    window_slot = slot
-    if window_ptr is not None:
-        window_slot = tl.load(window_slots_ptr + token, mask=row < num_rows, other=-1).to(tl.int64)
-        loaded |= window_slot >= 0
     chunk_ptr = kv_cache_ptr + slot // BLOCK_SIZE * block_stride + head.to(tl.int64) * head_stride
     offset = slot % BLOCK_SIZE
     if tl.program_id(1) + FIRST_SIDE == 0:
         dim, in_row = byte_columns(HEAD_SIZE, K_BITS)
-        valid = loaded[:, None] & in_row[None, :]
-        source = key_ptr + token.to(tl.int64)[:, None] * key_stride + (head * HEAD_SIZE)[:, None] + dim[None, :]
-        x = tl.load(source, mask=valid, other=0.0)
-        if window_ptr is not None:
-            keep_rows(
-                x, in_row, dim, window_ptr, window_slot, head, window_block_stride, window_head_stride,
-                window_place_stride, WINDOW_BLOCK_SIZE,
-            )  # fmt: skip
-        x = x.to(tl.float32)
-        if offset_ptr is not None:
-            position = tl.load(positions_ptr + token, mask=keep, other=0)
-            x -= rotated_offset(
-                offset_ptr, partner_ptr, cos_sin_ptr, head, position, dim, valid, HEAD_SIZE, ROTARY_DIM, IS_NEOX
-            )
-        if equalization_ptr is not None:
-            factor = tl.load(equalization_ptr + (head * HEAD_SIZE)[:, None] + dim[None, :], mask=valid, other=1.0)
-            x = tl.math.div_rn(x, factor)
-        if KEY_HADAMARD:
-            x = hadamard_rows(x, dim, HEAD_SIZE)
+        x = load_rows_to_pack(
+            key_ptr, key_stride, token, head, present, slot, dim, in_row,
+            positions_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
+            window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
+            HEAD_SIZE, ROTARY_DIM, IS_NEOX, KEY_HADAMARD, WINDOW_BLOCK_SIZE, 0,
+        )  # fmt: skip
         store_rows(x, in_row[None, :], chunk_ptr, offset, keep, K_ROW, 0, K_META, K_BITS, SCALE_BITS, RANGE_SEARCH)
     else:
         dim, in_row = byte_columns(HEAD_SIZE, V_BITS)
-        valid = loaded[:, None] & in_row[None, :]
-        source = value_ptr + token.to(tl.int64)[:, None] * value_stride + (head * HEAD_SIZE)[:, None] + dim[None, :]
-        x = tl.load(source, mask=valid, other=0.0)
-        if window_ptr is not None:
-            keep_rows(
-                x, in_row, dim, window_ptr + HEAD_SIZE, window_slot, head, window_block_stride, window_head_stride,
-                window_place_stride, WINDOW_BLOCK_SIZE,
-            )  # fmt: skip
-        x = x.to(tl.float32)
-        if VALUE_HADAMARD:
-            x = hadamard_rows(x, dim, HEAD_SIZE)
+        x = load_rows_to_pack(
+            value_ptr, value_stride, token, head, present, slot, dim, in_row,
+            None, None, None, None, None,
+            window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
+            HEAD_SIZE, 0, IS_NEOX, VALUE_HADAMARD, WINDOW_BLOCK_SIZE, HEAD_SIZE,
+        )  # fmt: skip
         store_rows(
             x, in_row[None, :], chunk_ptr, offset, keep, V_ROW, V_CODES, V_META, V_BITS, SCALE_BITS, RANGE_SEARCH
         )
@@ -99,9 +76,11 @@ def reshape_and_cache(
     num_rows = slot_mapping.shape[0] * num_kv_heads
     if num_rows == 0:
         return
-    sides = [side for side in SIDES if not feedback_store.rounds(side, pages)]
-    for side in SIDES:
-        if side not in sides:
+    sides = []
+    for side, bits in zip(SIDES, (layout.k_bits, layout.v_bits), strict=True):
+        if transforms.feedback(side, bits) is None:
+            sides.append(side)
+        else:
             feedback_store.store_side(side, key, value, slot_mapping, positions, pages, window)
     if not sides:
         return
