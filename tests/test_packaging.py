@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_tools.calibration.calibration_text import BUNDLED_FILES
 from vllm_kvtuner import __version__
 
 pytestmark = pytest.mark.slow
@@ -69,7 +70,7 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
 
 
 def test_wheel_holds_the_calibration_text(wheel):
-    names = {"prose.txt", "conversations.jsonl"}
+    names = {*BUNDLED_FILES, "README.md", "LICENSE.python.txt"}
     assert {f"kvtuner_tools/calibration/data/{name}" for name in names} <= set(wheel.namelist())
 
 
@@ -113,9 +114,11 @@ def test_version_licence_and_changelog_agree(wheel, metadata):
     assert metadata["Version"] == __version__
     (heading, *_) = re.findall("^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert re.fullmatch(rf"{re.escape(__version__)}(, unreleased| - \d{{4}}-\d\d-\d\d)", heading)
-    assert metadata["License-Expression"] == "Apache-2.0"
-    (name,) = (name for name in wheel.namelist() if name.endswith("/licenses/LICENSE"))
-    assert wheel.read(name) == (ROOT / "LICENSE").read_bytes()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert metadata["License-Expression"] == project["license"]
+    for path in project["license-files"]:
+        (name,) = (name for name in wheel.namelist() if name.endswith(f"/licenses/{path}"))
+        assert wheel.read(name) == (ROOT / path).read_bytes()
 
 
 def test_classifiers_name_the_pythons_that_are_served(metadata):

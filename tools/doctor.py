@@ -18,7 +18,7 @@ from kvtuner_tools.machine import Section
 from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
-from vllm_kvtuner.profile.problems import ProfileError, format_layers
+from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError, format_layers
 from vllm_kvtuner.profile.profile import TransformSettings
 
 if TYPE_CHECKING:
@@ -48,12 +48,18 @@ class Group:
         pair: quantized.
         head_size: numbers per row.
         transforms: which are on.
+        attention_sinks: whether the model has some.
     """
 
     layers: str | None
     pair: PrecisionPair
     head_size: int
     transforms: TransformSettings
+    attention_sinks: bool = False
+
+    def __str__(self) -> str:
+        parts = [*self.transforms.names, *(["attention sinks"] if self.attention_sinks else [])]
+        return f"{self.pair} of head size {self.head_size}" + (f" with {', '.join(parts)}" if parts else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +149,7 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
     try:
         profile, shape, resolved = resolve(spec, model)
     except ProfileError as error:
-        advice = "kvtuner profile check shows it alone; kvtuner profile list names the shipped profiles"
-        section.problems += [(problem, advice) for problem in error.problems]
+        section.problems += [(problem, _advice(problem, error, model)) for problem in error.problems]
         return section, []
     section.facts["file"] = None if profile.source is None else str(profile.source)
     section.facts["model"] = None if shape is None else shape.name
@@ -163,9 +168,12 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
             max(0, memory - (weights or 0)), resolved.bytes_per_token
         )
     section.facts["statics"] = None if profile.statics is None else str(profile.statics)
+    if resolved.profile.left_out:
+        section.facts["without"] = "; ".join(resolved.profile.left_out)
     layers: dict[Group, list[int]] = {}
     for layer in resolved.layers:
-        group = Group(None, layer.pair, layer.shape.head_size, layer.transforms)
+        sinks = shape is not None and shape.attention_sinks
+        group = Group(None, layer.pair, layer.shape.head_size, layer.transforms, sinks)
         layers.setdefault(group, []).append(layer.index)
     if unquantized := [layer.index for layer in resolved.layers if not layer.pair.is_quantized]:
         section.facts["layers in vLLM's own cache"] = format_layers(unquantized)
@@ -174,6 +182,17 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
         for group, indices in layers.items()
         if group.pair.is_quantized
     ]
+
+
+def _advice(problem: str, error: ProfileError, model: str | None) -> str:
+    """What to do about a problem of a profile, or of the model that it is matched with."""
+    if model is not None and problem.startswith((f"{model}:", f"{model}/")):
+        return "give a folder with a config.json or a model's id; with HF_HUB_OFFLINE=1, one that is in the cache"
+    if isinstance(error, UnknownProfileError):
+        return "kvtuner profile list names the shipped profiles"
+    if model is not None and model in problem:
+        return "give a profile of this model: kvtuner profile list names the shipped ones, kvtuner calibrate makes one"
+    return "correct what the line names; kvtuner profile check shows the profile alone"
 
 
 def _kernels(groups: Sequence[Group], card: Section) -> Section:
@@ -185,9 +204,7 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
     section = Section(KERNELS)
     verdict = _prove(groups, device, section) if on_gpu else None
     for group in groups:
-        title = f"{group.pair} of head size {group.head_size}"
-        if group.transforms.names:
-            title += f" with {', '.join(group.transforms.names)}"
+        title = str(group)
         fact: dict[str, Any] = {} if group.layers is None else {"layers": group.layers}
         section.facts[title] = fact
         if on_gpu and verdict is None:
@@ -205,13 +222,16 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 
 def _case(group: Group) -> "Case":
     """Layers such as the group's, with few heads and batches: decodes of one token and of several."""
+    import torch
+
     from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits
     from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.pages.layout import PageLayout
 
     size = group.head_size
     layout = PageLayout(group.pair, size, BLOCK_SIZE_MULTIPLE)
-    shape = AttentionShape(QUERY_HEADS * KV_HEADS, KV_HEADS, size, size**-0.5)
+    sinks = torch.bfloat16 if group.attention_sinks else None
+    shape = AttentionShape(QUERY_HEADS * KV_HEADS, KV_HEADS, size, size**-0.5, sinks=sinks)
     return Case(layout, shape, BatchLimits(*BATCH), transforms=group.transforms.names)
 
 
@@ -244,7 +264,8 @@ def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") ->
     def failure() -> str | None:
         return verdict.failure
 
-    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure))
+    has_sinks = group.attention_sinks
+    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure, has_sinks=has_sinks))
     if group.transforms.key_offset and decode.startswith(choice.CUDA):
         decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position)"
     rows = str(choice.choose_rows(case.layout, capability, failure))

@@ -4,14 +4,42 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import connection
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
+
+STDERR = 2
+"""File descriptor: where the output of processes goes that are told to be heard."""
+_output: Path | int | None = None
+"""Where processes that are made write; None for where their owner does."""
+_progress: TextIO | None = None
+"""This process's way to the owner's stderr, where its own stderr goes elsewhere."""
+
+
+@contextlib.contextmanager
+def output_to(where: Path | int | None) -> Iterator[None]:
+    """Processes that are made meanwhile write stdout and stderr to the end of a file, or to a file descriptor.
+
+    Progress (:func:`progress_stream`) goes to the owner's stderr all the same.
+    """
+    global _output
+    before, _output = _output, where
+    try:
+        yield
+    finally:
+        _output = before
+
+
+def progress_stream() -> TextIO:
+    """Where progress is shown: stderr, of the owner in a process whose output goes elsewhere."""
+    return sys.stderr if _progress is None else _progress
 
 
 class OwnProcess:
@@ -22,7 +50,7 @@ class OwnProcess:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_follow_owner)
+        self._pool = ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_begin, initargs=(_output,))
         self._pid = self._pool.submit(os.getpid).result()
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -58,6 +86,23 @@ def in_own_process(function: Callable[[Argument], Result], argument: Argument) -
         return process.run(function, argument)
     finally:
         process.close()
+
+
+def _begin(output: Path | int | None) -> None:
+    _follow_owner()
+    if output is not None:
+        _redirect(output)
+
+
+def _redirect(output: Path | int) -> None:
+    """Send what this process and its libraries write to another place."""
+    global _progress
+    _progress = os.fdopen(os.dup(STDERR), "w", buffering=1)
+    target = output if isinstance(output, int) else os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for descriptor in (1, STDERR):
+        os.dup2(target, descriptor)
+    if target not in (1, STDERR):
+        os.close(target)
 
 
 def _follow_owner() -> None:

@@ -6,7 +6,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -58,16 +58,29 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         TypeError: ``value`` holds something JSON cannot; ``path`` is left as it was.
     """
+    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def write_bytes(path: Path, data: bytes, check: Callable[[Path], Any] | None = None) -> None:
+    """Write a file at once or not at all.
+
+    Args:
+        path: the file; its folder is made if it does not exist.
+        data: all of it.
+        check: called with the file before it takes its place; what it raises keeps it from that.
+    """
     path = Path(path)
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     # The temporary file must lie in the same folder: a rename is atomic only within one file system.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(Path(temporary))
+        # A temporary file is private to its owner; the finished one should be as readable as any other.
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
 import sqlalchemy
 
 from kvtuner_tools.calibration.artifacts import KEY_BITS_NAMES, PAIR_NAMES, LayerSensitivity, Quality, SensitivityTable
@@ -52,7 +53,7 @@ def sensitivity_table(num_layers: int = 8, seed: int = 0, **shape: object) -> Se
     model = {"name": "fake", "architecture": "FakeForCausalLM", "num_layers": num_layers}
     return SensitivityTable(
         model={**model, "num_kv_heads": 2, "head_size": 64},
-        data={"source": "bundled", "sha256": "0" * 64, "tokens": 4096},
+        data={"source": "bundled", "sha256": "0" * 64, "tokens": 4096, "windows": 2, "longest": 2048},
         seed=0,
         versions={"vllm-kvtuner": "0"},
         layers=tuple(layers),
@@ -76,6 +77,10 @@ class FakeEvaluator:
     closed: bool = False
 
     def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
+        return self.score_tokens(pairs)[0]
+
+    def score_tokens(self, pairs: Mapping[int, PrecisionPair]) -> tuple[Quality, np.ndarray]:
+        """Tokens are hard or easy for all settings alike."""
         assert set(pairs) == {layer.index for layer in self.table.layers}
         self.scored.append(dict(pairs))
         time.sleep(self.seconds)
@@ -85,7 +90,8 @@ class FakeEvaluator:
         ]
         kl = sum(error**2 for error in errors)
         kl += self.interaction * sum(a * b for a, b in itertools.pairwise(errors))
-        return Quality(kl, kl / 10, 10 * kl, 1 / (1 + kl), 10 + kl, 10.0, 1000)
+        tokens = kl * np.random.default_rng(0).exponential(size=1000)
+        return Quality(kl, kl / 10, 10 * kl, 1 / (1 + kl), 10 + kl, 10.0, 1000), tokens.astype(np.float32)
 
     def close(self) -> None:
         self.closed = True

@@ -121,8 +121,8 @@ def test_recent_windows_of_one_length_need_layers_of_one_shape(write):
 
 
 def test_uniform_pair_fits_any_model():
-    profile = load_profile("k8V4")
-    assert (profile.name, profile.source, profile.model) == ("K8V4", None, None)
+    profile = load_profile("k8V4:PLAIN")
+    assert (profile.name, profile.source, profile.model) == ("K8V4:plain", None, None)
     resolved = profile.resolve(SHAPE)
     assert [layer.pair for layer in resolved.layers] == [PrecisionPair(8, 4)] * 4
     assert resolved.layers[0].transforms.names == ()

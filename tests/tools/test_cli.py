@@ -96,6 +96,15 @@ def test_help_of_many_options_is_in_groups(prog):
         assert group.title
 
 
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvtuner_tools.profile_commands.run", interrupt)
+    assert cli.main(["profile", "list"]) == 130
+    assert capsys.readouterr().err == "kvtuner profile: interrupted\n"
+
+
 def test_an_extra_that_is_not_installed_is_one_line():
     program = "import sys; sys.modules['optuna'] = None; from kvtuner_tools import cli; sys.exit(cli.main())"
     done = subprocess.run([sys.executable, "-c", program, "calibrate", "--help"], capture_output=True, text=True)

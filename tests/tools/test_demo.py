@@ -66,7 +66,7 @@ def test_server_is_stopped_when_the_demo_ends(tmp_path):
 
 def test_memory_report_counts_stored_bytes():
     shape = ModelShape("model", "LlamaForCausalLM", (LayerShape(num_kv_heads=2, head_size=64),) * 4, (), None)
-    report = demo._memory_report(load_profile("K4V4").resolve(shape), prompt=1000, completion=24, capacity=1234)
+    report = demo._memory_report(load_profile("K4V4:plain").resolve(shape), prompt=1000, completion=24, capacity=1234)
     # 4 layers x 2 KV heads x (64 x (4 + 4) / 8 + 8) = 576 bytes per token; bf16: 4 x 2 x 64 x 2 x 2 = 2048.
     assert "576 bytes per token" in report
     assert "0.56 MiB instead of 2.00 MiB" in report

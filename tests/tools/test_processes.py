@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.processes import OwnProcess, in_own_process
+from kvtuner_tools.processes import STDERR, OwnProcess, in_own_process, output_to, progress_stream
 
 TIMEOUT_S = 30
 OWNER = """
@@ -95,3 +95,27 @@ def test_it_ends_with_an_owner_that_was_killed(tmp_path: Path) -> None:
     owner.wait()
     owner.stdout.close()
     wait_until_gone(pid)
+
+
+def write_everywhere(_: None) -> None:
+    print("printed")
+    os.write(1, b"by a library\n")
+    print("a warning", file=sys.stderr)
+    print("half way", file=progress_stream())
+
+
+def test_output_goes_to_a_file_and_progress_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "engine.log"
+    log.write_text("before\n")
+    with output_to(log):
+        in_own_process(write_everywhere, None)
+    assert sorted(log.read_text().split("\n")) == ["", "a warning", "before", "by a library", "printed"]
+    assert capfd.readouterr() == ("", "half way\n")
+    with output_to(STDERR):
+        in_own_process(write_everywhere, None)
+    out, err = capfd.readouterr()
+    assert out == "" and sorted(err.split("\n")) == ["", "a warning", "by a library", "half way", "printed"]
+    in_own_process(write_everywhere, None)
+    out, err = capfd.readouterr()
+    assert sorted(out.split("\n")) == ["", "by a library", "printed"]
+    assert sorted(err.split("\n")) == ["", "a warning", "half way"]

@@ -82,6 +82,23 @@ def test_memory_of_a_pair_needs_a_model(run_cli, action):
     assert err.startswith("K4V4: --memory needs --model for a profile that names none") and err.count("\n") == 1
 
 
+def test_a_pair_is_shown_as_it_is_served(run_cli, make_model):
+    out = run_cli("profile", "show", "K4V4", "--model", make_model())[1]
+    assert "recent window    69,632 more bytes per request; fewer where requests are short\n" in out
+    assert "key offset       the k projection's bias, when the model is loaded\n" in out
+    treatment = "key_offset, key_hadamard, value_hadamard, range_search  64 tokens and the first 4 in 16 bits"
+    assert f"0-1     K4V4    {treatment}" in out
+    shown = json.loads(run_cli("profile", "show", "K4V4:plain", "--model", make_model(), "--json")[1])
+    assert (shown["adapts"], shown["key_offset_from_weights"], shown["left_out"]) == (False, False, [])
+    assert {(tuple(layer["transforms"]), layer["recent_window"]) for layer in shown["layers"]} == {((), 0)}
+
+
+def test_a_pair_says_what_the_model_does_not_allow(run_cli, make_model):
+    rope = {"rope_type": "default", "mrope_section": [8, 12, 12]}
+    out = run_cli("profile", "show", "K4V4", "--model", make_model(rope_scaling=rope))[1]
+    assert "without          key_offset, since positions are not one number per token" in out
+
+
 def test_config_that_leaves_out_defaults_is_read_by_transformers(run_cli, make_model, tmp_path):
     folder = make_model()
     config = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 3}
@@ -129,6 +146,14 @@ def test_check_reads_the_statics(run_cli, make_model, tmp_path):
     status, _, err = run_cli("profile", "check", profile, "--model", make_model())
     assert status == 1
     assert "must be a complete safetensors file" in err
+
+
+@pytest.mark.parametrize("model", ["/nonexistent", "./models/llama", "a/b/c", "models/"])
+def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(run_cli, monkeypatch, model):
+    monkeypatch.setattr("kvtuner_tools.model_files._auto_config", lambda model: pytest.fail("the hub was asked"))
+    status, _, err = run_cli("profile", "check", "K8V4", "--model", model)
+    assert (status, err.count("\n")) == (1, 1)
+    assert err.endswith("or the id of a model, but got no such folder\n")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_BITS, QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.profile.problems import Problems, show
@@ -126,6 +128,10 @@ class Evaluator(Protocol):
 
     def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
         """Quality with these pairs, one for every layer that caches keys and values."""
+        ...
+
+    def score_tokens(self, pairs: Mapping[int, PrecisionPair]) -> tuple[Quality, np.ndarray]:
+        """The same, and the KL of each predicted position, float32 [num_tokens]."""
         ...
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvtuner_tools.calibration.artifacts import digest
-from kvtuner_tools.calibration.calibration_text import load_text
+from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import CAPTURE_SCHEMA, Capture, model_identity
 from kvtuner_tools.engines.capture import CaptureJob, run_capture_engine
 from kvtuner_tools.model_files import load_model_shape
@@ -32,18 +32,14 @@ class CaptureRequest:
 
     Args:
         model: folder or id.
-        data: text or jsonl (see calibration_text.py); None for the bundled set.
-        tokens: tokens to run, at least.
-        context: tokens of a window at most.
+        text: windows to run.
         queries: query rows per window that errors are measured on.
-        seed: of the drawing of windows and rows.
+        seed: of the drawing of rows.
         dtype: the model's dtype as vLLM takes it.
     """
 
     model: str
-    data: Path | None = None
-    tokens: int = 4096
-    context: int = 512
+    text: CalibrationText
     queries: int = 64
     seed: int = 0
     dtype: str = "auto"
@@ -59,27 +55,20 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
         out_dir: the calibration's output folder; made if it does not exist.
 
     Raises:
-        ValueError: the model is not served, or the data cannot be used (all problems).
+        ValueError: the model is not served.
     """
-    from transformers import AutoTokenizer
-
     shape = load_model_shape(request.model)
     if shape.unsupported:
         raise ProfileError([f"{request.model}: model {reason}" for reason in shape.unsupported])
-    text = load_text(
-        request.data,
-        AutoTokenizer.from_pretrained(request.model),
-        tokens=request.tokens,
-        context=request.context,
-        seed=request.seed,
-    )
+    text = request.text
+    context = max(map(len, text.windows))
     versions = provenance()["versions"]
     inputs = digest(
         {
             "schema": CAPTURE_SCHEMA,
             "model": model_identity(shape),
             "text": [text.identity, text.windows],
-            "context": request.context,
+            "context": context,
             "queries": request.queries,
             "seed": request.seed,
             "dtype": request.dtype,
@@ -96,7 +85,7 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
     job = CaptureJob(
         shape=shape,
         text=text,
-        context=request.context,
+        context=context,
         queries=request.queries,
         seed=request.seed,
         dtype=request.dtype,

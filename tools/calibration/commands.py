@@ -13,17 +13,23 @@ from pathlib import Path
 
 import optuna
 
+from kvtuner_tools.calibration.option_checks import check_options
 from kvtuner_tools.calibration.options import (
     OPTIONS_FILE,
     STAGES,
     CalibrationOptions,
+    add_option,
     add_options,
-    check_options,
     given_options,
     merge,
 )
+from kvtuner_tools.processes import STDERR, output_to
 from vllm_kvtuner.profile.problems import ProfileError
 
+ENGINE_LOG = "engine.log"
+"""Name of the file in the output folder that engines of the latest command wrote to."""
+ENGINE_LINES = 40
+"""Lines of it that are shown where a stage fails."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
 
@@ -41,20 +47,38 @@ class Command:
     run: Callable[[argparse.Namespace], int]
 
 
-def _run(options: CalibrationOptions, out: Path, stages: Sequence[str]) -> int:
-    check_options(options, out, with_budget="search" in stages)
+def _run(options: CalibrationOptions, out: Path, stages: Sequence[str], *, verbose: bool) -> int:
+    checked = check_options(options, out, stages)
+    if checked.note is not None:
+        print(checked.note, file=sys.stderr)
     from kvtuner_tools.calibration.pipeline import Calibration
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    calibration = Calibration(out, options)
+    calibration = Calibration(out, checked.options, checked.texts)
     options.write(out)
+    log = out / ENGINE_LOG
+    log.unlink(missing_ok=True)
     started = time.monotonic()
-    with _interruptible():
-        for stage in stages:
-            calibration.run(stage)
+    with _interruptible(), output_to(STDERR if verbose else log):
+        for number, stage in enumerate(stages, 1):
+            try:
+                line = calibration.run(stage)
+            except Exception:
+                _show_end(log)
+                raise
+            print(f"{number}/{len(stages)} {line}" if len(stages) > 1 else line, flush=True)
     if len(stages) > 1:
         print(f"all stages: {time.monotonic() - started:.1f} s")
+        for name, text in calibration.summary():
+            print(f"{name + ':':12}{text}")
     return 0
+
+
+def _show_end(log: Path) -> None:
+    """What the engines wrote last, where a stage has failed."""
+    if log.exists():
+        lines = log.read_text(errors="replace").splitlines()[-ENGINE_LINES:]
+        print(f"{log}, its last {len(lines)} lines:", *lines, sep="\n", file=sys.stderr)
 
 
 @contextmanager
@@ -68,21 +92,28 @@ def _interruptible() -> Iterator[None]:
 
 def _all_arguments(parser: argparse.ArgumentParser) -> None:
     _first_arguments(parser)
-    add_options(parser, ("transforms", "feedback", "sensitivity", "prune", "cluster", "search"))
+    add_options(parser, STAGES[1:])
+    add_option(parser, "quick")
 
 
 def _first_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model folder or id")
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="output folder; a run goes on in it")
+    _add_verbose(parser)
     add_options(parser, ("capture",))
 
 
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    text = f"show what engines write, on stderr, instead of keeping it in DIR/{ENGINE_LOG}"
+    parser.add_argument("-v", "--verbose", action="store_true", help=text)
+
+
 def _calibrate(args: argparse.Namespace) -> int:
-    return _run(merge(_known(args.out), given_options(args)), args.out, STAGES)
+    return _run(merge(_known(args.out), given_options(args)), args.out, STAGES, verbose=args.verbose)
 
 
 def _capture(args: argparse.Namespace) -> int:
-    return _run(merge(_known(args.out), given_options(args)), args.out, ("capture",))
+    return _run(merge(_known(args.out), given_options(args)), args.out, ("capture",), verbose=args.verbose)
 
 
 def _known(out: Path) -> CalibrationOptions:
@@ -93,11 +124,14 @@ def _known(out: Path) -> CalibrationOptions:
 def _stage(name: str) -> Command:
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument("out", metavar="DIR", type=Path, help="output folder of the stages before")
+        _add_verbose(parser)
         add_options(parser, (name,))
 
     def run(args: argparse.Namespace) -> int:
         _require(args.out)
-        return _run(merge(CalibrationOptions.read(args.out), given_options(args)), args.out, (name,))
+        return _run(
+            merge(CalibrationOptions.read(args.out), given_options(args)), args.out, (name,), verbose=args.verbose
+        )
 
     return Command(add_arguments, run)
 
@@ -116,6 +150,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
         help="work on the search of this output folder or Optuna storage as one more worker",
     )
     parser.add_argument("--study", metavar="NAME", help="with --join: the study (default: the one made last)")
+    _add_verbose(parser)
     add_options(parser, ("search",))
 
 
@@ -137,7 +172,7 @@ def _search(args: argparse.Namespace) -> int:
     from kvtuner_tools.calibration.pipeline import join
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    with _interruptible():
+    with _interruptible(), output_to(folder / ENGINE_LOG if is_folder and not args.verbose else STDERR):
         join(storage, args.study)
     return 0
 

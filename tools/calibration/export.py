@@ -1,7 +1,5 @@
-"""Write the profile that a calibration ends in."""
+"""Write the profiles that a calibration ends in."""
 
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +8,17 @@ from typing import Any
 import yaml
 
 from kvtuner_tools.calibration.artifacts import SensitivityTable, read_statics
-from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, short_name, verdict
+from kvtuner_tools.calibration.outcome import (
+    PROFILE_FILE,
+    PROFILE_ORIGIN,
+    Heldout,
+    Scored,
+    SearchResult,
+    short_name,
+    uniform_file,
+)
+from kvtuner_tools.calibration.verdict import Verdict, judge
+from kvtuner_tools.results import write_bytes
 from vllm_kvtuner import __version__
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.load import load_profile
@@ -18,30 +26,74 @@ from vllm_kvtuner.profile.problems import format_layers
 from vllm_kvtuner.profile.profile import SCHEMA_VERSION, RecentWindow, TransformSettings
 
 
-def write_profile(
-    path: Path,
+def write_profiles(
+    out: Path,
     table: SensitivityTable,
     statics: Path,
     result: SearchResult,
     heldout: Heldout,
     recent_window: RecentWindow | None,
+) -> Verdict:
+    """Write the searched profile, and beside it the uniform setting that it is compared with.
+
+    Uniform profiles of earlier runs in the folder are removed.
+
+    Args:
+        out: the output folder.
+        table: transforms of every layer, and what they were chosen on.
+        statics: the calibration's statics file; read only where it is used.
+        result: the chosen setting, and how it was found.
+        heldout: its scores and those of the settings that it is compared with.
+        recent_window: the one that all of this was measured with.
+
+    Returns:
+        Which of them to serve.
+
+    Raises:
+        ProfileError: a profile would not load; it was not written then.
+    """
+    verdict = judge(heldout, result.max_bits)
+    settings = {PROFILE_FILE: heldout.chosen}
+    if (rival := heldout.rival(result.max_bits)) is not None:
+        settings[uniform_file(rival)] = rival
+    for old in out.glob("uniform_K*V*.yaml"):
+        if old.name not in settings:
+            old.unlink()
+            old.with_name(statics_name(old)).unlink(missing_ok=True)
+    for name, setting in settings.items():
+        given = provenance(setting, table, result, heldout, verdict)
+        write_profile(out / name, setting.pairs, table, statics, recent_window, given)
+    return verdict
+
+
+def statics_name(profile: Path) -> str:
+    """Name of the statics file beside a profile."""
+    return f"{profile.stem}.statics.safetensors"
+
+
+def write_profile(
+    path: Path,
+    pairs: Mapping[int, PrecisionPair],
+    table: SensitivityTable,
+    statics: Path,
+    recent_window: RecentWindow | None,
+    provenance: Mapping[str, Any],
 ) -> None:
     """Write the profile, and the statics beside it where a layer uses them, each at once or not at all.
 
     The same inputs give the same bytes: nothing in it tells when or how fast it was made.
 
     Args:
-        path: the profile; ``<stem>.statics.safetensors`` is the name of its statics.
-        table: transforms of every layer, and what they were chosen on.
+        path: the profile.
+        pairs: of every layer.
+        table: transforms of every layer, and the model.
         statics: the calibration's statics file; read only where it is used.
-        result: the chosen setting, and how it was found.
-        heldout: its scores and those of the uniform settings.
-        recent_window: the one that all of this was measured with.
+        recent_window: of every quantized layer; None for none.
+        provenance: how the profile was made, as plain values.
 
     Raises:
-        ProfileError: the profile would not load; nothing was written then.
+        ProfileError: the profile would not load; it was not written then.
     """
-    pairs = result.chosen.pairs
     transforms = {layer.index: layer.transforms for layer in table.layers if pairs[layer.index].is_quantized}
     document: dict[str, Any] = {
         "version": SCHEMA_VERSION,
@@ -54,27 +106,32 @@ def write_profile(
         if recent_window.sink_tokens:
             document["sink_tokens"] = recent_window.sink_tokens
     if any(each.needs_statics for each in transforms.values()):
-        name = f"{path.stem}.statics.safetensors"
-        _write(path.with_name(name), read_statics(statics))
-        document["statics"] = name
-    document["provenance"] = provenance(table, result, heldout)
+        document["statics"] = statics_name(path)
+        write_bytes(path.with_name(statics_name(path)), read_statics(statics))
+    document["provenance"] = dict(provenance)
     text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110)
-    _write(path, text.encode(), check=True)
+    write_bytes(path, text.encode(), check=lambda file: load_profile(str(file)))
 
 
-def provenance(table: SensitivityTable, result: SearchResult, heldout: Heldout) -> dict[str, Any]:
+def provenance(
+    setting: Scored, table: SensitivityTable, result: SearchResult, heldout: Heldout, verdict: Verdict
+) -> dict[str, Any]:
     """How a profile was made and what it scored, as plain values."""
-    chosen = result.chosen
+    is_searched = setting is heldout.chosen
     reference = heldout.chosen.quality
     texts = {"sensitivity": table.data, "search": result.data, "heldout": heldout.data}
-    scores = {each.origin: _scores(each) for each in heldout.settings}
+    texts = {name: data for name, data in texts.items() if data}
+    scores = {PROFILE_ORIGIN: _scores(setting)}
+    for each in heldout.settings:
+        if each is not setting:
+            scores["searched profile" if each is heldout.chosen else each.origin] = _scores(each)
     return {
         "source": f"kvtuner calibrate, vllm-kvtuner {__version__}",
         "budget": result.budget,
-        "nominal_bits": round(chosen.nominal_bits, 4),
-        "stored_bits": round(chosen.stored_bits, 4),
-        "found_by": chosen.origin,
-        "verdict": verdict(heldout, result.max_bits),
+        "nominal_bits": round(setting.nominal_bits, 4),
+        "stored_bits": round(setting.stored_bits, 4),
+        "found_by": result.chosen.origin if is_searched else setting.origin,
+        "verdict": verdict.text,
         "versions": dict(table.versions),
         "seeds": {"sampling": table.seed, "search": result.seed},
         "search": {"sampler": result.sampler, "study": result.study, "trials": dict(result.trials)},
@@ -133,22 +190,3 @@ def _transforms(transforms: Mapping[int, TransformSettings]) -> dict[str, Any]:
 def _switches(settings: TransformSettings, default: TransformSettings) -> dict[str, bool]:
     """What has to be written to get ``settings`` where ``default`` holds."""
     return {name: value for name, value in vars(settings).items() if value != getattr(default, name)}
-
-
-def _write(path: Path, data: bytes, *, check: bool = False) -> None:
-    """Write a file at once or not at all; with ``check``, only if it loads as a profile."""
-    with tempfile.NamedTemporaryFile(
-        dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix, delete=False
-    ) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            if check:
-                load_profile(file.name)
-            # A temporary file is private to its owner; the finished one should be as readable as any other.
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise

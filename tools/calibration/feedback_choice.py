@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from tqdm import tqdm
 
 from kvtuner_tools.calibration.artifacts import digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.attention_error import AttentionMeter
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer, Window
 from kvtuner_tools.calibration.round_metric import DAMPING, PACKED_DAMPING, RoundMetrics, round_metrics
 from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
+from kvtuner_tools.progress import track
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
 from vllm_kvtuner.pages.layout import FEEDBACK_BITS
@@ -176,7 +176,7 @@ def choose_feedback(
     statics_path = None if choice.statics is None else out_dir / choice.statics
     transforms = layer_transforms(choice.transforms, statics_path, device)
     layers, statics = [], {}
-    for layer in tqdm(capture.layers, desc="round feedback", unit="layer"):
+    for layer in track(capture.layers, "round feedback", "layer", total=len(capture.layers)):
         settings = choice.transforms[layer.index]
         known = transforms[layer.index]
         sides, feedback, note = _LayerCalibration(capture, layer, known, recent_window, device).choose()

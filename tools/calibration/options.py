@@ -1,36 +1,47 @@
-"""What a calibration is asked to do: the options of its commands, kept in the output folder, checked before any model
-loads."""
+"""What a calibration is asked to do: the options of its commands, kept in the output folder."""
 
 import argparse
-import math
-from collections.abc import Callable, Iterable
+import shlex
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.calibration.artifacts import read_artifact
-from kvtuner_tools.calibration.calibration_text import CalibrationText, load_text, read_documents
+from kvtuner_tools.calibration.calibration_text import CalibrationText, TextRequest, draw_texts
 from kvtuner_tools.calibration.cluster import DEFAULT_FACTOR
-from kvtuner_tools.calibration.sampling import SAMPLERS, make_sampler
-from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory, check_budget
-from kvtuner_tools.calibration.study import open_storage, sqlite_url
-from kvtuner_tools.model_files import load_model_shape, refuse_model_folder
+from kvtuner_tools.calibration.sampling import SAMPLERS
+from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory
+from kvtuner_tools.calibration.study import sqlite_url
+from kvtuner_tools.model_files import max_positions
 from kvtuner_tools.profile_commands import parse_memory
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import (
     BLOCK_SIZE_MULTIPLE,
-    QUANTIZED_PAIRS,
     RECENT_BITS,
-    UNQUANTIZED,
     content_bytes,
     recent_blocks,
 )
-from vllm_kvtuner.profile.model_shape import ModelShape
-from vllm_kvtuner.profile.problems import ProfileError, parse_layers
-from vllm_kvtuner.profile.profile import MAX_RECENT_WINDOW, MAX_SINK_TOKENS, SINK_TOKENS_WITHOUT_WINDOW, RecentWindow
+from vllm_kvtuner.profile.problems import parse_layers
+from vllm_kvtuner.profile.profile import RecentWindow
 
-OPTIONS_SCHEMA = "kvtuner-calibration/2"
+OPTIONS_SCHEMA = "kvtuner-calibration/3"
 OPTIONS_FILE = "calibration.json"
+REPORT_FILE = "report.html"
+DEFAULT_WINDOW = 2048
+DEFAULT_RECENT_WINDOW = 64
+DEFAULT_SINK_TOKENS = 4
+"""Together they lower the KL several times (docs/notes/windows-and-first-tokens.md) for 3 to 4% of a decode step."""
+
+
+QUICK: dict[str, Any] = {
+    "window": 1024,
+    "long_window": 0,
+    "capture_tokens": 4096,
+    "heldout_tokens": 4096,
+    "cluster_factor": 1.0,
+}
+"""What ``--quick`` changes of the defaults; every layer decides alone, since no setting is scored for it."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +54,18 @@ class CalibrationOptions:
         heldout: text for the final scores; by default windows of ``data`` that nothing else uses.
         dtype: of the model.
         seed: of everything that is drawn.
-        window: tokens of a window at most.
+        window: tokens of a window at most; None takes what the model has positions for, up to a default.
+        long_window: tokens of the longer windows that half of the held-out text has; 0 for none.
         capture_tokens: tokens that transforms, round feedback and sensitivity are measured on.
         search_tokens: tokens that a setting is scored on in the search.
         heldout_tokens: tokens that final scores rest on.
         kv_memory: bytes of the measuring engine's KV cache.
         transforms: ``choose`` them by measured error, or ``none``.
         round_feedback: ``choose`` it for layers that have less error with it, or ``none``.
-        recent_window: newest tokens of each request that every quantized layer also keeps unquantized.
+        recent_window: newest tokens of each request that every quantized layer also keeps unquantized; 0 for none. None
+            takes what ``window_default`` finds to be served, as for ``sink_tokens``.
         recent_window_bits: 16, or 8.
-        sink_tokens: first tokens of each request that the recent window holds too.
+        sink_tokens: first tokens of each request that the recent window holds too; 0 for none.
         unquantized: layers kept at K16V16, such as ``0, 31``; empty for none.
         keep_all_pairs: do not prune.
         cluster_factor: largest ratio of errors within a cluster; 1 for none.
@@ -63,6 +76,8 @@ class CalibrationOptions:
         sampler: Optuna's sampler.
         trials: settings to score, seeds included.
         storage: URL of the Optuna storage; an SQLite file in the output folder by default.
+        quick: take pairs by the integer program from sensitivities, on less text, and score no setting in a search.
+        full_report: score all uniform settings, the greedy choice and the integer program's on held-out text too.
     """
 
     model: str = ""
@@ -70,16 +85,17 @@ class CalibrationOptions:
     heldout: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
-    window: int = 512
-    capture_tokens: int = 4096
-    search_tokens: int = 2048
-    heldout_tokens: int = 4096
+    window: int | None = None
+    long_window: int = 8192
+    capture_tokens: int = 8192
+    search_tokens: int = 4096
+    heldout_tokens: int = 16384
     kv_memory: int = 1 << 30
     transforms: str = "choose"
     round_feedback: str = "choose"
-    recent_window: int = 0
+    recent_window: int | None = None
     recent_window_bits: int = 16
-    sink_tokens: int = 0
+    sink_tokens: int | None = None
     unquantized: str = ""
     keep_all_pairs: bool = False
     cluster_factor: float = DEFAULT_FACTOR
@@ -90,6 +106,8 @@ class CalibrationOptions:
     sampler: str = "nsga2"
     trials: int = 64
     storage: str | None = None
+    quick: bool = False
+    full_report: bool = False
 
     @property
     def unquantized_layers(self) -> tuple[int, ...]:
@@ -103,9 +121,21 @@ class CalibrationOptions:
     @property
     def recent(self) -> RecentWindow | None:
         """The recent window of every quantized layer."""
+        assert self.recent_window is not None and self.sink_tokens is not None, "window_default.fill comes first"
         if not self.recent_window:
             return None
         return RecentWindow(self.recent_window, self.recent_window_bits, self.sink_tokens)
+
+    def command(self, out: Path) -> str:
+        """The command line that gives these options, those of a default left out."""
+        words = ["kvtuner", "calibrate", self.model, "--out", str(out)]
+        presets = asdict(CalibrationOptions()) | (QUICK if self.quick else {})
+        for name, value in asdict(self).items():
+            if name != "model" and value != presets[name]:
+                flag = f"--{name.replace('_', '-')}"
+                words += [flag] if value is True else [flag.replace("--", "--no-", 1)] if value is False else []
+                words += [] if isinstance(value, bool) else [flag, str(value)]
+        return shlex.join(words)
 
     def storage_url(self, out: Path) -> str:
         return self.storage or sqlite_url(out / "study.db")
@@ -115,17 +145,8 @@ class CalibrationOptions:
         if self.max_bits is not None:
             return bytes_for_bits(self.max_bits, shapes)
         assert self.memory is not None and self.context is not None and self.concurrency is not None
-        recent = self.concurrency * self.recent_bytes(shapes)
+        recent = self.concurrency * recent_bytes(self, shapes)
         return bytes_for_memory(max(0, self.memory - recent), self.context, self.concurrency)
-
-    def recent_bytes(self, shapes: dict[int, tuple[int, int]]) -> int:
-        """Bytes of one request's recent windows, in the smallest blocks that hold them."""
-        if self.recent is None:
-            return 0
-        blocks = recent_blocks(self.recent_window, BLOCK_SIZE_MULTIPLE) + (self.sink_tokens > 0)
-        tokens, pair = blocks * BLOCK_SIZE_MULTIPLE, self.recent.pair
-        layers = [shape for layer, shape in shapes.items() if layer not in self.unquantized_layers]
-        return sum(tokens * heads * content_bytes(pair, size) for heads, size in layers)
 
     def budget_text(self, nominal: float, stored: float) -> str:
         """The budget in bits, and what it comes from where it was given as memory."""
@@ -149,8 +170,33 @@ class CalibrationOptions:
         return cls(**read_artifact(out / OPTIONS_FILE, OPTIONS_SCHEMA, tuple(field.name for field in fields(cls))))
 
 
+def recent_bytes(options: CalibrationOptions, shapes: Mapping[int, tuple[int, int]]) -> int:
+    """Bytes of one request's recent windows, in the smallest blocks that hold them.
+
+    Args:
+        options: filled in.
+        shapes: KV heads and head size of every layer.
+    """
+    if options.recent is None:
+        return 0
+    blocks = recent_blocks(options.recent.tokens, BLOCK_SIZE_MULTIPLE) + (options.recent.sink_tokens > 0)
+    tokens, pair = blocks * BLOCK_SIZE_MULTIPLE, options.recent.pair
+    layers = [shape for layer, shape in shapes.items() if layer not in options.unquantized_layers]
+    return sum(tokens * heads * content_bytes(pair, size) for heads, size in layers)
+
+
 GROUPS: dict[str, tuple[str, ...]] = {
-    "capture": ("data", "heldout", "dtype", "seed", "window", "capture_tokens", "search_tokens", "heldout_tokens"),
+    "capture": (
+        "data",
+        "heldout",
+        "dtype",
+        "seed",
+        "window",
+        "long_window",
+        "capture_tokens",
+        "search_tokens",
+        "heldout_tokens",
+    ),
     "transforms": ("transforms", "recent_window", "recent_window_bits", "sink_tokens"),
     "feedback": ("round_feedback",),
     "sensitivity": (),
@@ -166,7 +212,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "storage",
         "kv_memory",
     ),
-    "export": (),
+    "export": ("full_report",),
     "report": (),
 }
 """Options of each stage's command; those of the stages before it stay as the output folder has them."""
@@ -181,7 +227,15 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dtype": ("dtype of the model", {"choices": ("bfloat16", "float16", "float32")}),
     "seed": ("seed of everything that is drawn", {"type": int}),
-    "window": ("tokens of a window of text", {"type": int}),
+    "window": (
+        f"tokens of a window of text (default {DEFAULT_WINDOW}, or what the model has positions for)",
+        {"type": int, "metavar": "TOKENS"},
+    ),
+    "long_window": (
+        "tokens of the longer windows that half of the held-out text has, in whole windows, where documents are that "
+        "long; 0 for none",
+        {"type": int},
+    ),
     "capture_tokens": ("tokens that transforms, round feedback and sensitivity are measured on", {"type": int}),
     "search_tokens": ("tokens that each setting is scored on in the search", {"type": int}),
     "heldout_tokens": ("tokens that the final scores rest on", {"type": int}),
@@ -192,16 +246,29 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
         {"choices": ("choose", "none")},
     ),
     "recent_window": (
-        "newest tokens of each request that layers also keep, and read, in more bits",
-        {"type": int},
+        f"newest tokens of each request that layers also keep, and read, in more bits; 0 for none (default "
+        f"{DEFAULT_RECENT_WINDOW} where served)",
+        {"type": int, "metavar": "TOKENS"},
     ),
     "recent_window_bits": ("bits of the recent window", {"type": int, "choices": RECENT_BITS}),
-    "sink_tokens": ("first tokens of each request that the recent window holds too", {"type": int}),
+    "sink_tokens": (
+        f"first tokens of each request that the recent window holds too; 0 for none (default {DEFAULT_SINK_TOKENS} "
+        "where served)",
+        {"type": int, "metavar": "TOKENS"},
+    ),
     "unquantized": ("layers to keep at K16V16, such as 0,31", {"metavar": "LAYERS"}),
     "keep_all_pairs": ("keep all pairs of each layer as candidates", {"action": argparse.BooleanOptionalAction}),
     "cluster_factor": (
         "largest ratio of two layers' errors within a cluster; 1: every layer decides alone",
         {"type": float, "metavar": "RATIO"},
+    ),
+    "full_report": (
+        "score all uniform pairs, the greedy choice and the integer program's on held-out text too",
+        {"action": argparse.BooleanOptionalAction},
+    ),
+    "quick": (
+        "in minutes: less text, and pairs by the integer program from the layers' sensitivities, without a search",
+        {"action": argparse.BooleanOptionalAction},
     ),
     "max_bits": ("budget in stored bits (scales included)", {"type": float, "metavar": "BITS"}),
     "memory": ("budget as KV cache memory such as 20GiB, with --context and --concurrency", {"type": parse_memory}),
@@ -219,19 +286,25 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
 
 def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
     """Add the options of these stages; what is not given is absent from the parsed arguments."""
-    defaults = CalibrationOptions()
     for stage in stages:
         for name in GROUPS[stage]:
-            text, more = _HELP[name]
-            default = getattr(defaults, name)
-            shown = f" (default {default})" if default not in (None, "", False) else ""
-            parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text + shown, **more)
+            add_option(parser, name)
+
+
+def add_option(parser: argparse.ArgumentParser, name: str) -> None:
+    text, more = _HELP[name]
+    default = getattr(CalibrationOptions(), name)
+    shown = f" (default {default})" if default not in (None, "", False) else ""
+    parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text + shown, **more)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, by name; a budget of one kind replaces one of the other."""
     names = {field.name for field in fields(CalibrationOptions)}
     given = {name: value for name, value in vars(args).items() if name in names}
+    if "quick" in given:
+        presets = QUICK if given["quick"] else {name: getattr(CalibrationOptions(), name) for name in QUICK}
+        given = {**presets, **given}
     if "max_bits" in given and not given.keys() & {"memory", "context", "concurrency"}:
         given |= dict.fromkeys(("memory", "context", "concurrency"))
     elif "memory" in given and "max_bits" not in given:
@@ -261,134 +334,22 @@ class Texts:
 def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
     """Draw the windows.
 
+    The held-out text is drawn first, so calibrations that differ in the sizes of the others are scored on the same.
+
     Raises:
         ValueError: files that cannot be used or that hold too little text.
     """
+    assert options.window is not None, "window_default.fill comes first"
     data = None if options.data is None else Path(options.data)
-    total = 0
-    drawn: list[CalibrationText] = []
-    used: set[tuple[int, ...]] = set()
-    sizes = [options.capture_tokens, options.search_tokens]
-    for tokens in sizes if options.heldout else [*sizes, options.heldout_tokens]:
-        # A longer draw with the same seed begins, file by file, with the windows of a shorter one.
-        total += tokens
-        text = load_text(data, tokenizer, tokens=total, context=options.window, seed=options.seed)
-        drawn.append(replace(text, windows=tuple(window for window in text.windows if window not in used)))
-        used.update(text.windows)
-    if options.heldout:
-        path = Path(options.heldout)
-        drawn.append(
-            load_text(path, tokenizer, tokens=options.heldout_tokens, context=options.window, seed=options.seed)
-        )
-    capture, search, heldout = drawn
-    return Texts(capture, search, heldout)
-
-
-def check_options(options: CalibrationOptions, out: Path, *, with_budget: bool) -> None:
-    """Refuse everything that can be known to be wrong without loading the model, all at once.
-
-    Args:
-        options: to check.
-        out: the output folder.
-        with_budget: whether a budget must be given.
-
-    Raises:
-        ProfileError: the problems.
-    """
-    problems: list[str] = []
-
-    def attempt(check: Callable[[], Any]) -> Any:
-        try:
-            return check()
-        except ProfileError as error:
-            problems.extend(error.problems)
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-        return None
-
-    problems += _numbers(options)
-    attempt(lambda: refuse_model_folder(options.model, out))
-    shape: ModelShape | None = attempt(lambda: load_model_shape(options.model))
-    if shape is not None:
-        problems += [f"{options.model}: model {reason}" for reason in shape.unsupported]
-        attempt(lambda: _check_layers(options, shape))
-    for name in (options.data, options.heldout):
-        if name is not None:
-            attempt(lambda path=Path(name): read_documents(path))  # type: ignore[misc]
-    if out.exists() and not out.is_dir():
-        problems.append(f"--out must be a folder, but got {str(out)!r}, which is a file")
-    if with_budget and (wrong := _budget_kind(options)):
-        problems.append(wrong)
-    elif with_budget and shape is not None and not problems:
-        attempt(lambda: _check_budget(options, shape))
-    if options.sampler == "moead":
-        attempt(lambda: make_sampler(options.sampler, options.seed))
-    if options.storage is not None:
-        attempt(lambda: open_storage(options.storage_url(out)))
-    if problems:
-        raise ProfileError(problems)
-
-
-def _numbers(options: CalibrationOptions) -> list[str]:
-    least = {
-        "window": 32,
-        "capture_tokens": 1,
-        "search_tokens": 1,
-        "heldout_tokens": 1,
-        "kv_memory": 1,
-        "recent_window": 0,
-        "cluster_factor": 1,
-        "memory": 1,
-        "context": 1,
-        "concurrency": 1,
-        "trials": 1,
-    }
-    problems = []
-    for name, minimum in least.items():
-        value = getattr(options, name)
-        if value is not None and not (math.isfinite(value) and value >= minimum):
-            problems.append(f"--{name.replace('_', '-')} must be at least {minimum}, but got {value}")
-    if options.recent_window > MAX_RECENT_WINDOW:
-        problems.append(f"--recent-window must be at most {MAX_RECENT_WINDOW}, but got {options.recent_window}")
-    if not 0 <= options.sink_tokens <= MAX_SINK_TOKENS:
-        rule = f"must be an integer of 0-{MAX_SINK_TOKENS} tokens"
-        problems.append(f"--sink-tokens {rule}, but got {options.sink_tokens}")
-    elif options.sink_tokens and not options.recent_window:
-        problems.append(f"--sink-tokens {SINK_TOKENS_WITHOUT_WINDOW}, but got {options.sink_tokens}")
-    if options.max_bits is not None and not 0 < options.max_bits <= 16:
-        problems.append(f"--max-bits must be above 0 and at most 16, but got {options.max_bits:g}")
-    return problems
-
-
-def _budget_kind(options: CalibrationOptions) -> str | None:
-    by_memory = [options.memory is not None, options.context is not None, options.concurrency is not None]
-    if (options.max_bits is None and all(by_memory)) or (options.max_bits is not None and not any(by_memory)):
-        return None
-    names = [name for name in GROUPS["search"][:4] if getattr(options, name) is not None]
-    given = ", ".join(f"--{name.replace('_', '-')}" for name in names) or "none"
-    return f"the budget must be given as --max-bits, or as --memory with --context and --concurrency, but got {given}"
-
-
-def _check_layers(options: CalibrationOptions, shape: ModelShape) -> None:
-    try:
-        layers = options.unquantized_layers
-    except ValueError as error:
-        raise ValueError(f"--unquantized {error}") from None
-    if unknown := sorted(set(layers) - set(shape.attention_layers)):
-        rule = f"must name layers of {shape.name} that cache keys and values"
-        raise ValueError(f"--unquantized {rule}, but got {', '.join(map(str, unknown))}")
-    if set(layers) == set(shape.attention_layers):
-        raise ValueError(f"--unquantized must leave a layer to choose pairs for, but got all {len(layers)}")
-
-
-def shapes_of(shape: ModelShape) -> dict[int, tuple[int, int]]:
-    """KV heads and head size of every layer that caches keys and values."""
-    layers = {layer: shape.layers[layer] for layer in shape.attention_layers}
-    return {layer: (each.num_kv_heads, each.head_size) for layer, each in layers.items()}
-
-
-def _check_budget(options: CalibrationOptions, shape: ModelShape) -> None:
-    shapes = shapes_of(shape)
-    smallest = min(QUANTIZED_PAIRS, key=lambda pair: pair.nominal_bits)
-    cheapest = [UNQUANTIZED if layer in options.unquantized_layers else smallest for layer in shapes]
-    check_budget(options.max_bytes(shapes), shapes, cheapest)
+    longest = min(options.long_window, max_positions(options.model) - 1)
+    heldout = TextRequest(options.heldout_tokens, options.window, longest, name="--heldout-tokens")
+    requests = [
+        TextRequest(options.capture_tokens, options.window, name="--capture-tokens"),
+        TextRequest(options.search_tokens, options.window, name="--search-tokens"),
+    ]
+    if options.heldout is None:
+        drawn = draw_texts(data, tokenizer, [heldout, *requests], seed=options.seed)
+    else:
+        drawn = draw_texts(Path(options.heldout), tokenizer, [heldout], seed=options.seed)
+        drawn += draw_texts(data, tokenizer, requests, seed=options.seed)
+    return Texts(heldout=drawn[0], capture=drawn[1], search=drawn[2])

@@ -2,26 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from math import hypot
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+import numpy as np
 
 from kvtuner_tools.calibration.artifacts import Quality, read_artifact
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.problems import format_layers
 
-SEARCH_SCHEMA = "kvtuner-search/1"
+SEARCH_SCHEMA = "kvtuner-search/2"
 SEARCH_FILE = "search.json"
-HELDOUT_SCHEMA = "kvtuner-heldout/1"
+HELDOUT_SCHEMA = "kvtuner-heldout/2"
 HELDOUT_FILE = "heldout.json"
+PROFILE_FILE = "profile.yaml"
+UNIFORM = "uniform "
+"""How origins of uniform settings begin."""
 PROFILE_ORIGIN = "this profile"
 """Origin of the chosen setting among the held-out scores."""
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A setting with its scores.
+class Setting:
+    """A pair for every layer.
 
     Args:
         number: trial, or None for a setting that is none.
@@ -29,7 +33,6 @@ class Scored:
         pairs: the pair of every layer.
         nominal_bits: mean over the layers.
         stored_bits: the same with scales and minima.
-        quality: teacher-forced scores.
     """
 
     number: int | None
@@ -37,17 +40,39 @@ class Scored:
     pairs: Mapping[int, PrecisionPair]
     nominal_bits: float
     stored_bits: float
-    quality: Quality
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON's types; :meth:`from_plain` reads it back."""
-        pairs = {str(layer): pair.name for layer, pair in self.pairs.items()}
-        return {**vars(self), "pairs": pairs, "quality": asdict(self.quality)}
+        return {**vars(self), "pairs": {str(layer): pair.name for layer, pair in self.pairs.items()}}
 
     @classmethod
-    def from_plain(cls, plain: Mapping[str, Any]) -> "Scored":
-        pairs = {int(layer): PrecisionPair.parse(pair) for layer, pair in plain["pairs"].items()}
-        return cls(**{**plain, "pairs": pairs, "quality": Quality(**plain["quality"])})
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        return cls(**{**plain, "pairs": _read_pairs(plain["pairs"])})
+
+
+@dataclass(frozen=True)
+class Scored(Setting):
+    """A setting with its scores.
+
+    Args:
+        quality: teacher-forced scores.
+    """
+
+    quality: Quality
+
+    def to_plain(self) -> dict[str, Any]:
+        return {**super().to_plain(), "quality": asdict(self.quality)}
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Self:
+        return cls(**{**plain, "pairs": _read_pairs(plain["pairs"]), "quality": Quality(**plain["quality"])})
+
+
+SETTING_KEYS = tuple(field.name for field in fields(Setting))
+
+
+def _read_pairs(plain: Mapping[str, str]) -> dict[int, PrecisionPair]:
+    return {int(layer): PrecisionPair.parse(pair) for layer, pair in plain.items()}
 
 
 @dataclass(frozen=True)
@@ -64,9 +89,9 @@ class SearchResult:
         greedy: pairs of the greedy choice.
         integer_program: pairs of the choice that is exact for additive errors.
         chosen: the setting of the profile.
-        scored: all settings with their scores, in the order of trials.
+        scored: all settings with their scores, in the order of trials; none where the choice was made without.
         trials: how many were ``scored``, ``duplicates`` of others, or ``over_budget``.
-        evaluation_seconds: median time of a trial that was scored.
+        evaluation_seconds: median time of a trial that was scored; None where none was.
     """
 
     study: str
@@ -77,10 +102,10 @@ class SearchResult:
     data: Mapping[str, Any]
     greedy: Mapping[int, PrecisionPair]
     integer_program: Mapping[int, PrecisionPair]
-    chosen: Scored
+    chosen: Setting
     scored: tuple[Scored, ...]
     trials: Mapping[str, int]
-    evaluation_seconds: float
+    evaluation_seconds: float | None
 
     def find(self, pairs: Mapping[int, PrecisionPair]) -> Scored | None:
         """The scored setting with these pairs."""
@@ -91,7 +116,7 @@ class SearchResult:
             **vars(self),
             "greedy": {str(layer): pair.name for layer, pair in self.greedy.items()},
             "integer_program": {str(layer): pair.name for layer, pair in self.integer_program.items()},
-            "chosen": self.chosen.to_plain(),
+            "chosen": Setting(**{name: getattr(self.chosen, name) for name in SETTING_KEYS}).to_plain(),
             "scored": [each.to_plain() for each in self.scored],
         }
         write_json(out / SEARCH_FILE, {"schema": SEARCH_SCHEMA, **plain})
@@ -105,8 +130,8 @@ class SearchResult:
         """
         plain = read_artifact(out / SEARCH_FILE, SEARCH_SCHEMA, tuple(field.name for field in fields(cls)))
         for name in ("greedy", "integer_program"):
-            plain[name] = {int(layer): PrecisionPair.parse(pair) for layer, pair in plain[name].items()}
-        plain["chosen"] = Scored.from_plain(plain["chosen"])
+            plain[name] = _read_pairs(plain[name])
+        plain["chosen"] = Setting.from_plain(plain["chosen"])
         plain["scored"] = tuple(map(Scored.from_plain, plain["scored"]))
         return cls(**plain)
 
@@ -118,12 +143,15 @@ class Heldout:
     Args:
         inputs: digest of what the engine was built from.
         data: the text: source, sha256, tokens.
-        settings: first the profile's, then uniform ones, the greedy choice and the exact one; fewer while it is made.
+        settings: first the profile's, then others, none of which has its pairs; fewer while it is made.
+        differences: origin of each other setting -> its KL less the profile's on the same tokens, the mean and its
+            standard error.
     """
 
     inputs: str
     data: Mapping[str, Any]
     settings: tuple[Scored, ...]
+    differences: Mapping[str, tuple[float, float]]
 
     @property
     def chosen(self) -> Scored:
@@ -131,7 +159,18 @@ class Heldout:
 
     @property
     def uniform(self) -> tuple[Scored, ...]:
-        return tuple(each for each in self.settings if each.origin.startswith("uniform "))
+        """Uniform settings other than the profile."""
+        return tuple(each for each in self.settings[1:] if each.origin.startswith(UNIFORM))
+
+    @property
+    def uniform_pair(self) -> PrecisionPair | None:
+        """The one pair of the profile's quantized layers; None where there are several."""
+        return uniform_pair(self.chosen.pairs)
+
+    def rival(self, max_bits: float) -> Scored | None:
+        """The best uniform setting within a budget, in stored bits, other than the profile."""
+        within = [each for each in self.uniform if each.stored_bits <= max_bits]
+        return min(within, key=lambda each: (each.quality.kl_mean, each.stored_bits), default=None)
 
     def write(self, out: Path) -> None:
         settings = [each.to_plain() for each in self.settings]
@@ -145,7 +184,42 @@ class Heldout:
             ValueError: not readable or of another schema.
         """
         plain = read_artifact(out / HELDOUT_FILE, HELDOUT_SCHEMA, tuple(field.name for field in fields(cls)))
-        return cls(**{**plain, "settings": tuple(map(Scored.from_plain, plain["settings"]))})
+        plain["settings"] = tuple(map(Scored.from_plain, plain["settings"]))
+        plain["differences"] = {origin: (mean, stderr) for origin, (mean, stderr) in plain["differences"].items()}
+        return cls(**plain)
+
+
+def paired_difference(theirs: np.ndarray, ours: np.ndarray) -> tuple[float, float]:
+    """Mean of ``theirs - ours`` and its standard error, which takes tokens as independent.
+
+    Args:
+        theirs: [tokens] KL of a setting.
+        ours: [tokens] KL of another on the same tokens.
+    """
+    difference = np.asarray(theirs, dtype=np.float64) - ours
+    return float(difference.mean()), float(difference.std() / len(difference) ** 0.5)
+
+
+def uniform_pair(pairs: Mapping[int, PrecisionPair]) -> PrecisionPair | None:
+    """The pair of all quantized layers; None where they have several, or where there are none."""
+    found = {pair for pair in pairs.values() if pair.is_quantized}
+    return found.pop() if len(found) == 1 else None
+
+
+def uniform_file(setting: Scored) -> str:
+    """Name of a uniform setting's profile in the output folder."""
+    return f"{setting.origin.replace(' ', '_')}.yaml"
+
+
+def label(origin: str) -> str:
+    """How reports call a setting: a pair on the command line stores without what calibration found."""
+    return (
+        f"{origin.removeprefix(UNIFORM)} with this calibration's transforms" if origin.startswith(UNIFORM) else origin
+    )
+
+
+def bits_text(setting: Scored) -> str:
+    return f"{setting.stored_bits:.3f} stored bits ({setting.nominal_bits:.3f} nominal)"
 
 
 def short_name(source: str) -> str:
@@ -168,26 +242,3 @@ def pareto_front(scored: Sequence[Scored]) -> list[Scored]:
         if not front or each.quality.kl_mean < front[-1].quality.kl_mean:
             front.append(each)
     return front
-
-
-def verdict(heldout: Heldout, max_bits: float) -> str:
-    """What the search gained over the best uniform setting within the budget, in one sentence, errors considered."""
-    chosen = heldout.chosen
-    within = [each for each in heldout.uniform if each.stored_bits <= max_bits]
-    if not within:
-        return "No uniform setting fits the budget."
-    best = min(within, key=lambda each: (each.quality.kl_mean, each.stored_bits))
-    ours, theirs = chosen.quality, best.quality
-    numbers = (
-        f"mean KL {ours.kl_mean:.5f} ± {ours.kl_stderr:.5f} at {chosen.stored_bits:.3f} stored bits "
-        f"({chosen.nominal_bits:.3f} nominal) against {theirs.kl_mean:.5f} ± {theirs.kl_stderr:.5f} at "
-        f"{best.stored_bits:.3f} ({best.nominal_bits:.3f} nominal), on {ours.num_tokens:,} held-out tokens"
-    )
-    if chosen.pairs == best.pairs:
-        return f"The profile is {best.origin}: no mixed setting within the budget scored better ({numbers})."
-    noise = hypot(ours.kl_stderr, theirs.kl_stderr)
-    if theirs.kl_mean - ours.kl_mean > noise:
-        return f"The profile is better than {best.origin}, the best uniform setting within the budget: {numbers}."
-    if ours.kl_mean - theirs.kl_mean > noise:
-        return f"The profile is WORSE than {best.origin} on held-out text; use that instead: {numbers}."
-    return f"{best.origin[0].upper()}{best.origin[1:]} is as good as the profile, within the standard error: {numbers}."

@@ -5,17 +5,14 @@ a key lies beside the sensitivity table, the search goes on in the study that it
 kept per setting. The rest takes no time.
 """
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from contextlib import closing
 from dataclasses import asdict
-from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
-
-from tqdm import tqdm
 
 from kvtuner_tools.calibration.artifacts import (
     STATICS_FILE,
@@ -31,30 +28,29 @@ from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
-from kvtuner_tools.calibration.export import write_profile
+from kvtuner_tools.calibration.export import write_profiles
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
-from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
+from kvtuner_tools.calibration.heldout_scores import HeldoutRequest, additive_errors, score_heldout, wanted_settings
+from kvtuner_tools.calibration.options import GROUPS, REPORT_FILE, STAGES, CalibrationOptions, Texts
 from kvtuner_tools.calibration.outcome import (
-    HELDOUT_FILE,
-    PROFILE_ORIGIN,
     Heldout,
-    Scored,
     SearchResult,
-    format_pairs,
-    verdict,
+    bits_text,
 )
 from kvtuner_tools.calibration.plots import read_study_figures, write_study_figures
 from kvtuner_tools.calibration.prune import prune, read_candidates, write_candidates
-from kvtuner_tools.calibration.report import build_report, write_report
+from kvtuner_tools.calibration.report import build_report
+from kvtuner_tools.calibration.report_inputs import ReportInputs
 from kvtuner_tools.calibration.sampling import make_sampler
-from kvtuner_tools.calibration.search import LazyEvaluator, run_search, search_result
+from kvtuner_tools.calibration.search import allocate, run_search, search_result
 from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
 from kvtuner_tools.calibration.space import SearchSpace, check_budget
 from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
+from kvtuner_tools.calibration.summary import summarize
 from kvtuner_tools.calibration.transform_choice import TransformChoice, choose_transforms
 from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 from kvtuner_tools.heldout import file_sha256
-from kvtuner_tools.results import write_json
+from kvtuner_tools.results import write_bytes, write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
 from vllm_kvtuner.profile.statics import FEEDBACK_KINDS
@@ -64,8 +60,6 @@ KEY_SCHEMA = "kvtuner-stage-key/1"
 """What the sensitivity table follows from, and its digest."""
 CANDIDATES_FILE = "candidates.json"
 CLUSTERS_FILE = "clusters.json"
-PROFILE_FILE = "profile.yaml"
-REPORT_FILE = "report.html"
 FIGURES_FILE = "study_figures.json"
 COSTS_FILE = "costs.json"
 COSTS_SCHEMA = "kvtuner-costs/1"
@@ -77,15 +71,20 @@ class Calibration:
     Args:
         out: the folder; made if it does not exist.
         options: what is asked for.
+        texts: drawn by the options; None where the stages to run read none.
     """
 
-    def __init__(self, out: Path, options: CalibrationOptions) -> None:
+    def __init__(self, out: Path, options: CalibrationOptions, texts: Texts | None = None) -> None:
         self.out = out
         self.options = options
+        self._texts = texts
         out.mkdir(parents=True, exist_ok=True)
 
-    def run(self, stage: str) -> None:
-        """Run one of ``STAGES`` and print what it took.
+    def run(self, stage: str) -> str:
+        """Run one of ``STAGES``.
+
+        Returns:
+            What came of it and what it took, in a line.
 
         Raises:
             ValueError: a stage before it has not been run, or its input is wrong.
@@ -94,26 +93,21 @@ class Calibration:
         message = getattr(self, stage)()
         seconds = time.monotonic() - started
         self._add_cost(stage, seconds)
-        print(f"{stage}: {message} ({seconds:.1f} s)", flush=True)
+        return f"{stage}: {message} ({seconds:.1f} s)"
 
-    @cached_property
+    @property
     def texts(self) -> Texts:
-        from transformers import AutoTokenizer
-
-        return load_texts(self.options, AutoTokenizer.from_pretrained(self.options.model))
+        assert self._texts is not None, "stages that read text are given it"
+        return self._texts
 
     def capture(self) -> str:
         options = self.options
-        request = CaptureRequest(
-            model=options.model,
-            data=None if options.data is None else Path(options.data),
-            tokens=options.capture_tokens,
-            context=options.window,
-            seed=options.seed,
-            dtype=options.dtype,
-        )
+        request = CaptureRequest(options.model, self.texts.capture, seed=options.seed, dtype=options.dtype)
         capture = run_capture(request, self.out)
-        return f"{len(capture.layers)} layers, {sum(capture.windows):,} tokens"
+        asked = {"capture": options.capture_tokens, "search": options.search_tokens, "held-out": options.heldout_tokens}
+        texts = (self.texts.capture, self.texts.search, self.texts.heldout)
+        got = [f"{name} {each.tokens:,} of {asked[name]:,} asked" for name, each in zip(asked, texts, strict=True)]
+        return f"{len(capture.layers)} layers; tokens: {', '.join(got)}"
 
     def transforms(self) -> str:
         if self.options.transforms != "choose":
@@ -157,45 +151,56 @@ class Calibration:
     def search(self) -> str:
         plan = self._plan()
         options = self.options
+        budget = options.budget_text(*plan.space.budget_bits(plan.max_bytes))
+        decisions = f"{len(plan.space.clusters)} decisions"
+        if options.quick:
+            result = allocate(plan, budget)
+            result.write(self.out)
+            return f"{budget}, {decisions} by the integer program, {bits_text(result.chosen)}"
         study = create_study(
             open_storage(options.storage_url(self.out)), plan, make_sampler(options.sampler, options.seed)
         )
-        nominal, stored = plan.space.budget_bits(plan.max_bytes)
-        budget = options.budget_text(nominal, stored)
-        print(f"search: {budget}, {len(plan.space.clusters)} decisions, study {study.study_name}", flush=True)
+        print(f"search: {budget}, {decisions}, study {study.study_name}", file=sys.stderr)
         run_search(study, plan, lambda: start_engine(plan.engine), options.trials)
         result = search_result(study, plan, budget, self.texts.search.identity)
         result.write(self.out)
-        decisions = sum(len(each.pairs) > 1 for each in plan.space.clusters)
-        write_study_figures(self.out / FIGURES_FILE, study, decisions)
-        chosen = result.chosen
-        return (
-            f"{result.trials['scored']} settings scored; best {chosen.origin}, mean KL {chosen.quality.kl_mean:.5f} at "
-            f"{chosen.nominal_bits:.3f} nominal, {chosen.stored_bits:.3f} stored bits"
-        )
+        write_study_figures(self.out / FIGURES_FILE, study, sum(len(each.pairs) > 1 for each in plan.space.clusters))
+        chosen = result.find(result.chosen.pairs)
+        assert chosen is not None
+        found = f"best {chosen.origin}, KL {chosen.quality.kl_mean:.5f} at {bits_text(chosen)}"
+        return f"{budget}; {result.trials['scored']} settings scored, {found}"
 
     def export(self) -> str:
         heldout = self._score_heldout()
-        path = self.out / PROFILE_FILE
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         result = SearchResult.read(self.out)
-        write_profile(path, table, self._statics, result, heldout, self.options.recent)
-        return f"{path}. {verdict(heldout, result.max_bits)}"
+        write_profiles(self.out, table, self._statics, result, heldout, self.options.recent)
+        return f"{len(heldout.settings)} settings on {heldout.chosen.quality.num_tokens:,} held-out tokens"
 
     def report(self) -> str:
-        result = SearchResult.read(self.out)
-        html = build_report(
-            SensitivityTable.read(self.out / SENSITIVITY_FILE),
-            read_candidates(self.out / CANDIDATES_FILE),
-            read_clusters(self.out / CLUSTERS_FILE),
-            result,
-            Heldout.read(self.out),
-            FeedbackChoice.read(self.out) if self.options.has_feedback else None,
-            read_study_figures(self.out / FIGURES_FILE),
-            {stage: cost["seconds"] for stage, cost in read_costs(self.out).items() if stage != "report"},
-        )
-        write_report(self.out / REPORT_FILE, html)
+        html = build_report(self._inputs_of_report())
+        write_bytes(self.out / REPORT_FILE, html.encode())
         return str(self.out / REPORT_FILE)
+
+    def _inputs_of_report(self) -> ReportInputs:
+        costs = {stage: cost["seconds"] for stage, cost in read_costs(self.out).items() if stage != "report"}
+        return ReportInputs(
+            out=self.out,
+            options=self.options,
+            table=SensitivityTable.read(self.out / SENSITIVITY_FILE),
+            candidates=read_candidates(self.out / CANDIDATES_FILE),
+            clusters=read_clusters(self.out / CLUSTERS_FILE),
+            result=SearchResult.read(self.out),
+            heldout=Heldout.read(self.out),
+            transforms=TransformChoice.read(self.out) if self.options.transforms == "choose" else None,
+            feedback=FeedbackChoice.read(self.out) if self.options.has_feedback else None,
+            study_figures={} if self.options.quick else read_study_figures(self.out / FIGURES_FILE),
+            costs=costs,
+        )
+
+    def summary(self) -> list[tuple[str, str]]:
+        """What to do with the outcome, as names and texts."""
+        return summarize(self._inputs_of_report())
 
     @property
     def _capture(self) -> Capture:
@@ -250,40 +255,14 @@ class Calibration:
         )
 
     def _score_heldout(self) -> Heldout:
-        """Score the chosen setting, the uniform ones and the two additive choices; keeps what is there already."""
         result = SearchResult.read(self.out)
-        space = self._plan().space
+        plan = self._plan()
         engine = self._engine(self.texts.heldout)
-        inputs = digest(engine.to_plain())
-        settings = [] if (found := self._found_heldout(inputs)) is None else list(found.settings)
-        known = {format_pairs(each.pairs): each.quality for each in settings}
-        wanted = {PROFILE_ORIGIN: result.chosen.pairs}
-        wanted |= {f"uniform {pair}": space.uniform(pair) for pair in space.uniform_pairs()}
-        wanted |= {"greedy": result.greedy, "integer program": result.integer_program}
-
-        def keep() -> Heldout:
-            scored = []
-            for origin, pairs in wanted.items():
-                if (quality := known.get(format_pairs(pairs))) is not None:
-                    nominal, stored = space.bits(pairs)
-                    scored.append(Scored(None, origin, pairs, nominal, stored, quality))
-            heldout = Heldout(inputs, self.texts.heldout.identity, tuple(scored))
-            heldout.write(self.out)
-            return heldout
-
-        with closing(LazyEvaluator(lambda: start_engine(engine))) as evaluator:
-            for pairs in tqdm(wanted.values(), desc="held-out", unit="setting"):
-                if format_pairs(pairs) not in known:
-                    known[format_pairs(pairs)] = evaluator.score(pairs)
-                    keep()
-        return keep()
-
-    def _found_heldout(self, inputs: str) -> Heldout | None:
-        """Scores of an earlier run with the same engine, complete or not."""
-        if not (self.out / HELDOUT_FILE).exists():
-            return None
-        found = Heldout.read(self.out)
-        return found if found.inputs == inputs else None
+        table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
+        error = additive_errors(plan.space, {layer.index: layer.output_error for layer in table.layers})
+        wanted = wanted_settings(result, plan, error, full=self.options.full_report)
+        request = HeldoutRequest(digest(engine.to_plain()), self.texts.heldout.identity, wanted)
+        return score_heldout(request, lambda: start_engine(engine), self.out)
 
     def _add_cost(self, stage: str, seconds: float) -> None:
         """Add to what earlier runs with the same options took."""

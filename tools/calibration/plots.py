@@ -81,24 +81,34 @@ def front_figure(result: SearchResult) -> go.Figure:
     for group, (color, symbol, size) in _GROUPS.items():
         members = [each for each in result.scored if _group(each) == group]
         _add_settings(figure, members, group, color, symbol, size, labels=group == "uniform")
-    _add_settings(figure, [result.chosen], "chosen", _CHOSEN_COLOR, "star", 17)
-    figure.add_vline(x=result.max_bits, line={"dash": "dash", "color": _CHOSEN_COLOR}, annotation_text="budget")
-    figure.update_layout(xaxis_title=_BITS_AXIS, yaxis_title=_KL_AXIS, height=560)
-    figure.update_yaxes(type="log", exponentformat="power")
+    chosen = result.find(result.chosen.pairs)
+    assert chosen is not None
+    _add_settings(figure, [chosen], "chosen", _CHOSEN_COLOR, "star", 17)
+    _lay_out(figure, result.max_bits, 600)
     return figure
 
 
 def heldout_figure(heldout: Heldout, max_bits: float) -> go.Figure:
     """The chosen setting and what it is compared with on held-out text, with standard errors."""
     figure = go.Figure()
-    others = [each for each in heldout.settings[1:] if not each.origin.startswith("uniform ")]
+    others = [each for each in heldout.settings[1:] if each not in heldout.uniform]
     _add_settings(figure, heldout.uniform, "uniform", "#e66101", "square", 10, labels=True, errors=True)
-    _add_settings(figure, others, "greedy and integer program", "#7b3294", "diamond", 9, errors=True)
+    if others:
+        _add_settings(figure, others, "greedy and integer program", "#7b3294", "diamond", 9, errors=True)
     _add_settings(figure, [heldout.chosen], "chosen", _CHOSEN_COLOR, "star", 17, errors=True)
-    figure.add_vline(x=max_bits, line={"dash": "dash", "color": _CHOSEN_COLOR}, annotation_text="budget")
-    figure.update_layout(xaxis_title=_BITS_AXIS, yaxis_title=_KL_AXIS, height=480)
-    figure.update_yaxes(type="log", exponentformat="power")
+    _lay_out(figure, max_bits, 520)
     return figure
+
+
+def _lay_out(figure: go.Figure, max_bits: float, height: int) -> None:
+    """Axes of bits and KL, and the budget, whose label lies below the points and beside the line."""
+    figure.add_vline(
+        x=max_bits,
+        line={"dash": "dash", "color": _CHOSEN_COLOR},
+        annotation={"text": "budget", "textangle": -90, "xanchor": "right", "yanchor": "bottom", "y": 0},
+    )
+    figure.update_layout(xaxis_title=_BITS_AXIS, yaxis_title=_KL_AXIS, height=height)
+    figure.update_yaxes(type="log", exponentformat="power")
 
 
 def sensitivity_figure(table: SensitivityTable, candidates: Mapping[int, Sequence[str]]) -> go.Figure:
@@ -195,7 +205,7 @@ def clusters_figure(table: SensitivityTable, clusters: Sequence[Cluster]) -> go.
             name=f"{format_layers(each.layers)} ({len(each.pairs)} pairs)",
             hovertemplate="layer %{text}: K4V4 %{x:.4g}, K2V2 %{y:.4g}<extra></extra>",
         )
-    figure.update_layout(xaxis_title="error at K4V4", yaxis_title="error at K2V2", height=480)
+    figure.update_layout(xaxis_title="error at K4V4", yaxis_title="error at K2V2", height=520)
     figure.update_xaxes(type="log")
     figure.update_yaxes(type="log")
     return figure
@@ -246,6 +256,7 @@ def _add_settings(
         name=name,
         marker={"color": color, "symbol": symbol, "size": size, "line": {"width": 0.5, "color": "white"}},
         textposition="top right",
+        cliponaxis=False,
         customdata=[
             [each.origin, each.nominal_bits, format_pairs(each.pairs).replace("; ", "<br>")] for each in settings
         ],

@@ -1,110 +1,104 @@
 """``report.html``: what a calibration found and why, in one file that needs nothing else."""
 
 import math
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 
 import plotly.graph_objects as go
 import plotly.io
 
 from kvtuner_tools.calibration import plots
-from kvtuner_tools.calibration.artifacts import SensitivityTable
 from kvtuner_tools.calibration.cluster import Cluster
 from kvtuner_tools.calibration.feedback_choice import FeedbackChoice, SideChoice
-from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, short_name, verdict
-from kvtuner_tools.calibration.prune import LayerCandidates
+from kvtuner_tools.calibration.outcome import (
+    PROFILE_FILE,
+    Heldout,
+    Scored,
+    SearchResult,
+    bits_text,
+    label,
+    short_name,
+    uniform_file,
+)
+from kvtuner_tools.calibration.report_inputs import ReportInputs
+from kvtuner_tools.calibration.summary import summarize
+from kvtuner_tools.calibration.transform_choice import LayerChoice
 from vllm_kvtuner.pages.layout import FEEDBACK_BITS
 from vllm_kvtuner.profile.problems import format_layers
+from vllm_kvtuner.profile.profile import TransformSettings
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #222;
+  overflow-wrap: anywhere; }
+.table { overflow-x: auto; }
 table { border-collapse: collapse; margin: 1em 0; }
-td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; }
-td:first-child, th:first-child, table.facts td { text-align: left; }
+td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; overflow-wrap: normal; }
+td:first-child, th:first-child, table.facts td, table.words td, table.words th { text-align: left; }
+table.scores td:first-child { min-width: 11em; }
+table.facts td:first-child { white-space: nowrap; vertical-align: top; color: #555; }
 tr.chosen { background: #e7f4ea; font-weight: 600; }
-.verdict { padding: .8em 1em; background: #f3f3f3; border-left: 4px solid #1a9641; }
-code { font-size: 90%; }
+.verdict { padding: .8em 1em; background: #f3f3f3; border-left: 4px solid #888; }
+.verdict.good { background: #e7f4ea; border-color: #1a9641; }
+.verdict.bad { background: #fdecea; border-color: #c62828; }
+pre { background: #f3f3f3; padding: .7em 1em; white-space: pre-wrap; }
+code, pre { font-size: 90%; }
+@media (max-width: 600px) { body { margin: 1em auto; } td, th { padding: .25em .4em; } h1 { font-size: 1.5em; } }
 """
+_MARGIN = {"l": 60, "r": 40, "t": 40, "b": 50}
+_PLOT = {"responsive": True, "displayModeBar": False}  # the bar would lie over titles on a phone
+_LEGEND = {"orientation": "h", "yanchor": "top", "y": -0.18, "xanchor": "left", "x": 0}
+"""Below the plot: beside it, on a phone, it leaves the plot no room."""
+_TEXTS = {
+    "capture": "transforms, round feedback and sensitivity",
+    "search": "the score of each setting in the search",
+    "held-out": "the final scores",
+}
+_ELSEWHERE = ("verdict", "serve", "report")
+"""Of the summary, what stands out at the top, and this file."""
 
 
-def build_report(
-    table: SensitivityTable,
-    candidates: Sequence[LayerCandidates],
-    clusters: Sequence[Cluster],
-    result: SearchResult,
-    heldout: Heldout,
-    feedback: FeedbackChoice | None,
-    study_figures: Mapping[str, go.Figure],
-    costs: Mapping[str, float],
-) -> str:
-    """The report as HTML, plotly's script included.
-
-    Args:
-        table: sensitivity of every layer.
-        candidates: what pruning left.
-        clusters: what shares a decision.
-        result: what the search found.
-        heldout: scores on text that nothing was chosen by.
-        feedback: round feedback of all layers; None where it was not asked for.
-        study_figures: title -> figure of Optuna's.
-        costs: stage -> seconds.
-    """
-    chosen = result.chosen
-    pair_names = {layer.index: [pair.name for pair in layer.pairs] for layer in candidates}
-    parts = [
+def build_report(inputs: ReportInputs) -> str:
+    """The report as HTML, plotly's script included."""
+    table, result, heldout = inputs.table, inputs.result, inputs.heldout
+    pair_names = {layer.index: [pair.name for pair in layer.pairs] for layer in inputs.candidates}
+    summary = dict(summarize(inputs))
+    verdict = inputs.verdict
+    parts: list[str | go.Figure] = [
         f"<h1>Precision profile for {escape(short_name(table.model['name']))}</h1>",
-        f"<p class='verdict'>{escape(verdict(heldout, result.max_bits))}</p>",
-        _facts(table, result),
+        f"<p class='verdict {verdict.tone}'>{escape(verdict.text)}</p>",
+        f"<pre>{escape(summary['serve'])}</pre>",
+        _html_table((), [[name, text] for name, text in summary.items() if name not in _ELSEWHERE], style="facts"),
         "<h2>Scores on held-out text</h2>",
-        f"<p>{heldout.chosen.quality.num_tokens:,} predicted tokens of "
-        f"{escape(short_name(heldout.data['source']))} (SHA-256 {escape(str(heldout.data['sha256'])[:12])}…), which "
-        f"neither sensitivity nor search has seen.</p>",
-        _scores_table(heldout),
+        f"<p>{heldout.chosen.quality.num_tokens:,} predicted tokens that nothing was chosen by. The difference is that "
+        "of each token's KL to the profile's, with its own standard error.</p>",
+        _scores_table(heldout, serve=verdict.serve),
         plots.heldout_figure(heldout, result.max_bits),
-        "<h2>Settings that the search scored</h2>",
-        f"<p>On {chosen.quality.num_tokens:,} predicted tokens of {escape(short_name(result.data['source']))}: "
-        f"{result.trials['scored']} settings; {result.trials['duplicates']} proposals were known already and "
-        f"{result.trials['over_budget']} were over the budget, which cost no evaluation.</p>",
-        plots.front_figure(result),
-        _additive(result),
         "<h2>Allocation over layers</h2>",
         plots.allocation_figure(table, result),
+        "<h2>Transforms of the layers</h2>",
+        _transforms_table(inputs),
+        *_feedback(inputs.feedback, result),
+        *_search(result),
         "<h2>Sensitivity</h2>",
-        f"<p>Relative error of each layer's attention output, on {table.data['tokens']:,} tokens of "
-        f"{escape(short_name(table.data['source']))}. Dots mark the pairs that pruning left as candidates.</p>",
+        "<p>Relative error of each layer's attention output. Dots mark the pairs that pruning left as candidates.</p>",
         plots.sensitivity_figure(table, pair_names),
         "<h3>Per KV head, at the chosen pairs</h3>",
         plots.heads_figure(table, result),
-        *_feedback(feedback, result),
         "<h2>Clusters</h2>",
         "<p>Layers of one cluster have the same shape and candidates, like errors, and one pair.</p>",
-        _clusters_table(clusters, result),
-        plots.clusters_figure(table, clusters),
-        "<h2>Cost</h2>",
-        f"<p>Median time to score a setting in the search: {result.evaluation_seconds:.1f} s.</p>",
-        plots.costs_figure(costs),
+        _clusters_table(inputs.clusters, result),
+        plots.clusters_figure(table, inputs.clusters),
+        "<h2>How it was made</h2>",
+        f"<pre>{escape(inputs.options.command(inputs.out))}</pre>",
+        _facts(inputs),
+        "<h3>Texts</h3>",
+        _texts_table(inputs),
+        "<h3>Time</h3>",
+        plots.costs_figure(inputs.costs),
     ]
-    for title, figure in study_figures.items():
+    for title, figure in inputs.study_figures.items():
         parts += [f"<h3>Optuna: {escape(title)}</h3>", figure]
-    return _page(f"{short_name(table.model['name'])} at {chosen.stored_bits:.2f} stored bits", parts)
-
-
-def write_report(path: Path, html: str) -> None:
-    """Write the file at once or not at all."""
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-    ) as f:
-        try:
-            f.write(html)
-            f.flush()
-            os.chmod(f.name, 0o644)
-            os.replace(f.name, path)
-        except BaseException:
-            os.unlink(f.name)
-            raise
+    return _page(f"{short_name(table.model['name'])} at {result.chosen.stored_bits:.2f} stored bits", parts)
 
 
 def _page(title: str, parts: Sequence[str | go.Figure]) -> str:
@@ -114,57 +108,162 @@ def _page(title: str, parts: Sequence[str | go.Figure]) -> str:
         if isinstance(part, str):
             body.append(part)
             continue
-        part.update_layout(template="plotly_white", margin={"l": 70, "r": 20, "t": 40, "b": 50})
-        body.append(plotly.io.to_html(part, full_html=False, include_plotlyjs=is_first, config={"responsive": True}))
+        part.update_layout(template="plotly_white", margin=_MARGIN, legend=_LEGEND)
+        body.append(plotly.io.to_html(part, full_html=False, include_plotlyjs=is_first, config=_PLOT))
         is_first = False
-    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{_STYLE}</style>"
+    viewport = "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+    head = f"<meta charset='utf-8'>{viewport}<title>{escape(title)}</title><style>{_STYLE}</style>"
     return f"<!doctype html>\n<html lang='en'><head>{head}</head><body>\n" + "\n".join(body) + "\n</body></html>\n"
 
 
-def _facts(table: SensitivityTable, result: SearchResult) -> str:
-    chosen = result.chosen
+def _facts(inputs: ReportInputs) -> str:
+    result = inputs.result
+    seconds = result.evaluation_seconds
     rows = {
         "budget": result.budget,
-        "profile": f"{chosen.nominal_bits:.3f} nominal bits, {chosen.stored_bits:.3f} stored bits",
-        "found by": chosen.origin,
-        "layers": f"{len(table.layers)} with keys and values",
+        "profile": f"{bits_text(result.chosen)}, found by {result.chosen.origin}",
+        "layers": f"{len(inputs.table.layers)} with keys and values",
         "search": f"{result.sampler}, seed {result.seed}, study {result.study}",
-        "versions": ", ".join(f"{name} {version}" for name, version in table.versions.items()),
+        "a setting took": "" if seconds is None else f"{seconds:.1f} s in the search (median)",
+        "versions": ", ".join(f"{name} {version}" for name, version in inputs.table.versions.items()),
     }
-    return _html_table((), [list(row) for row in rows.items()]).replace("<table>", "<table class='facts'>")
+    return _html_table((), [[name, text] for name, text in rows.items() if text], style="facts")
 
 
-def _scores_table(heldout: Heldout) -> str:
+def _texts_table(inputs: ReportInputs) -> str:
+    options = inputs.options
+    asked = (options.capture_tokens, options.search_tokens, options.heldout_tokens)
+    got = (inputs.table.data, inputs.result.data, inputs.heldout.data)
+    rows = [
+        [
+            name,
+            _TEXTS[name],
+            short_name(data["source"]),
+            f"{tokens:,}",
+            f"{data['tokens']:,}",
+            str(data["windows"]),
+            f"{data['longest']:,}",
+            str(data["sha256"])[:12],
+        ]
+        for name, tokens, data in zip(_TEXTS, asked, got, strict=True)
+        if data
+    ]
+    header = ("text", "for", "from", "tokens asked", "got", "windows", "longest", "SHA-256")
+    return _html_table(header, rows, style="words")
+
+
+def _transforms_table(inputs: ReportInputs) -> str:
+    """What each layer does before it stores; layers that do the same are one row."""
+    pairs = inputs.result.chosen.pairs
+    chosen = {} if inputs.transforms is None else {layer.index: layer for layer in inputs.transforms.layers}
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for layer in inputs.table.layers:
+        pair, settings = pairs[layer.index], layer.transforms
+        cells = (pair.name, "", "", "", "")
+        if pair.is_quantized:
+            keys = _key_transforms(settings, chosen.get(layer.index))
+            values = _joined(Hadamard=settings.value_hadamard, feedback=settings.value_round_feedback)
+            note = chosen[layer.index].note if layer.index in chosen else None
+            cells = (pair.name, keys, values, "by error" if settings.range_search else "min, max", note or "")
+        rows.setdefault(cells, []).append(layer.index)
+    header = ("layers", "pair", "keys", "values", "range", "")
+    return _html_table(header, [[format_layers(layers), *cells] for cells, layers in rows.items()], style="words")
+
+
+def _key_transforms(settings: TransformSettings, choice: LayerChoice | None) -> str:
+    offset, equalization = "offset", "equalization"
+    if choice is not None and settings.key_offset:
+        pairs = "" if choice.offset_pairs is None else f", {choice.offset_pairs} pairs"
+        offset = f"offset ({choice.offset}{pairs})"
+    if choice is not None and settings.key_equalization:
+        equalization = f"equalization ({choice.equalization})"
+    return _joined(
+        **{
+            offset: bool(settings.key_offset),
+            equalization: settings.key_equalization,
+            "Hadamard": settings.key_hadamard,
+            "feedback": settings.key_round_feedback,
+        }
+    )
+
+
+def _joined(**switches: bool) -> str:
+    return ", ".join(name for name, is_on in switches.items() if is_on) or "none"
+
+
+def _scores_table(heldout: Heldout, serve: Scored) -> str:
     reference = heldout.chosen.quality
-    header = ("setting", "nominal bits", "stored bits", "mean KL", "± stderr", "KL p99", "top-1", "perplexity")
-    rows = [["bf16", "16.000", "16.000", "0", "", "", "1.0000", f"{reference.perplexity_reference:.3f}"]]
+    header = (
+        "setting",
+        "file",
+        "stored bits",
+        "nominal",
+        "KL",
+        "±",
+        "difference",
+        "±",
+        "KL p99",
+        "top-1",
+        "perplexity",
+    )
+    rows = [["bf16", "", "16.000", "16.000", "0", "", "", "", "", "1.0000", f"{reference.perplexity_reference:.3f}"]]
     ordered = sorted(heldout.settings, key=lambda each: (-each.stored_bits, each.quality.kl_mean))
-    rows += [_score_row(each) for each in ordered]
-    marked = [None, *("chosen" if each is heldout.chosen else None for each in ordered)]
-    return _html_table(header, rows, marked)
+    rows += [_score_row(each, heldout, serve) for each in ordered]
+    marked = [None, *("chosen" if each is serve else None for each in ordered)]
+    return _html_table(header, rows, marked, style="scores")
 
 
-def _score_row(each: Scored) -> list[str]:
+def _score_row(each: Scored, heldout: Heldout, serve: Scored) -> list[str]:
     quality = each.quality
+    name, file, difference, stderr = label(each.origin), "", "", ""
+    if each is heldout.chosen:
+        file = PROFILE_FILE
+        if (pair := heldout.uniform_pair) is not None:
+            name = f"{name}: {label(f'uniform {pair}')}"
+    else:
+        mean, error = heldout.differences[each.origin]
+        difference, stderr = f"{mean:+.5f}", f"{error:.5f}"
+        file = uniform_file(each) if each is serve else ""
     return [
-        each.origin,
-        f"{each.nominal_bits:.3f}",
+        name,
+        file,
         f"{each.stored_bits:.3f}",
+        f"{each.nominal_bits:.3f}",
         f"{quality.kl_mean:.5f}",
         f"{quality.kl_stderr:.5f}",
+        difference,
+        stderr,
         f"{quality.kl_p99:.4f}",
         f"{quality.top1_agreement:.4f}",
         f"{quality.perplexity:.3f}",
     ]
 
 
+def _search(result: SearchResult) -> list[str | go.Figure]:
+    """What the search scored, where there was one."""
+    title = "<h2>Settings that the search scored</h2>"
+    if not result.scored:
+        text = "None: the integer program chose the pairs from the layers' sensitivities."
+        return [title, f"<p>{text}</p>"]
+    tokens = result.scored[0].quality.num_tokens
+    return [
+        title,
+        f"<p>On {tokens:,} predicted tokens of {escape(short_name(result.data['source']))}: "
+        f"{result.trials['scored']} settings; {result.trials['duplicates']} proposals were known already and "
+        f"{result.trials['over_budget']} were over the budget, which cost no evaluation.</p>",
+        plots.front_figure(result),
+        _additive(result),
+    ]
+
+
 def _additive(result: SearchResult) -> str:
     """What the search adds over the choices that take errors as additive."""
     sentences = []
+    chosen = result.find(result.chosen.pairs)
     for name, pairs in (("greedy", result.greedy), ("integer program", result.integer_program)):
         found = result.find(pairs)
-        assert found is not None  # both are seeds
-        ratio = result.chosen.quality.kl_mean / found.quality.kl_mean if found.quality.kl_mean else 1.0
+        assert chosen is not None and found is not None  # all are scored, the latter two as seeds
+        ratio = chosen.quality.kl_mean / found.quality.kl_mean if found.quality.kl_mean else 1.0
         sentences.append(
             f"The {name} choice scored {found.quality.kl_mean:.5f} at {found.stored_bits:.3f} stored bits "
             f"({found.nominal_bits:.3f} nominal); the chosen one has {ratio:.1%} of its mean KL on the same text."
@@ -229,16 +328,27 @@ def _clusters_table(clusters: Sequence[Cluster], result: SearchResult) -> str:
         ]
         for each in clusters
     ]
-    return _html_table(("layers", "number", "candidates", "chosen"), rows)
+    return _html_table(("layers", "number", "candidates", "chosen"), rows, style="words")
 
 
 def _html_table(
-    header: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str | None] | None = None
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    classes: Sequence[str | None] | None = None,
+    style: str = "",
 ) -> str:
+    """A table that scrolls sideways where it is wider than the page.
+
+    Args:
+        header: empty for none.
+        rows: of cells.
+        classes: of the rows.
+        style: class of the table.
+    """
     lines = []
     if header:
         lines.append("<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in header) + "</tr>")
     for row, name in zip(rows, classes or [None] * len(rows), strict=True):
         attribute = f" class='{name}'" if name else ""
         lines.append(f"<tr{attribute}>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>")
-    return "<table>" + "".join(lines) + "</table>"
+    return f"<div class='table'><table class='{style}'>" + "".join(lines) + "</table></div>"

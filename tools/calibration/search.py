@@ -13,18 +13,19 @@ from dataclasses import asdict
 from statistics import median
 from typing import Any
 
+import numpy as np
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from tqdm import tqdm
 
 from kvtuner_tools.calibration.artifacts import Evaluator, Quality
 from kvtuner_tools.calibration.greedy import greedy
 from kvtuner_tools.calibration.integer_program import integer_program
-from kvtuner_tools.calibration.outcome import Scored, SearchResult
+from kvtuner_tools.calibration.outcome import Scored, SearchResult, Setting
 from kvtuner_tools.calibration.refit import refit
 from kvtuner_tools.calibration.space import Choice, SearchSpace
 from kvtuner_tools.calibration.study import SEEDED, TRIALS, WORKER, SearchPlan, at_work, put_back, reclaim
+from kvtuner_tools.progress import Progress
 from vllm_kvtuner.pages.layout import PrecisionPair
 
 BARREN_TRIALS = 100
@@ -87,9 +88,12 @@ def run_search(
             study.set_user_attr(SEEDED, True)
     while SEEDED not in study.user_attrs:
         time.sleep(_POLL_SECONDS)  # whoever made the study is still putting its seeds in line
-    evaluator = LazyEvaluator(make_evaluator)
-    with closing(evaluator), at_work(study) as me, tqdm(desc="search", unit="setting") as bar:
-        while _wait_for_turn(study, me, bar):
+    with (
+        Progress("search", "setting") as progress,
+        closing(LazyEvaluator(make_evaluator, progress.restart)) as evaluator,
+        at_work(study) as me,
+    ):
+        while _wait_for_turn(study, me, progress):
             _propose_refitted(study, plan)
             trial = study.ask()
             try:
@@ -102,7 +106,7 @@ def run_search(
             except BaseException:
                 put_back(study, trial._trial_id)
                 raise
-            _show_best(bar, study, plan)
+            _show_best(progress, study, plan)
         for pair in plan.space.uniform_pairs():
             pairs = plan.space.uniform(pair)
             is_fit = plan.space.bytes_of(pairs) <= plan.max_bytes
@@ -111,23 +115,35 @@ def run_search(
 
 
 class LazyEvaluator:
-    """An Evaluator that starts the engine when it is first needed: what is finished needs none."""
+    """An Evaluator that starts the engine when it is first needed: what is finished needs none.
 
-    def __init__(self, make: Callable[[], Evaluator]) -> None:
-        self._make = make
+    Args:
+        make: starts it.
+        started: called when it has started.
+    """
+
+    def __init__(self, make: Callable[[], Evaluator], started: Callable[[], None]) -> None:
+        self._make, self._started = make, started
         self._evaluator: Evaluator | None = None
 
     def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
+        return self._running().score(pairs)
+
+    def score_tokens(self, pairs: Mapping[int, PrecisionPair]) -> tuple[Quality, np.ndarray]:
+        return self._running().score_tokens(pairs)
+
+    def _running(self) -> Evaluator:
         if self._evaluator is None:
             self._evaluator = self._make()
-        return self._evaluator.score(pairs)
+            self._started()
+        return self._evaluator
 
     def close(self) -> None:
         if self._evaluator is not None:
             self._evaluator.close()
 
 
-def _wait_for_turn(study: Study, me: str, bar: "tqdm[Any]") -> bool:
+def _wait_for_turn(study: Study, me: str, progress: Progress) -> bool:
     """True when a trial may be asked for, False when the search is done."""
     while True:
         reclaim(study, me)
@@ -135,8 +151,7 @@ def _wait_for_turn(study: Study, me: str, bar: "tqdm[Any]") -> bool:
         scored = sum(trial.state == TrialState.COMPLETE for trial in trials)
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         wanted = study.user_attrs[TRIALS]
-        bar.total, bar.n = max(wanted, scored), scored
-        bar.refresh()
+        progress.show(scored, max(wanted, scored))
         seeds_left = any(trial.state == TrialState.WAITING and ORIGIN in trial.user_attrs for trial in trials)
         if seeds_left or (scored + running < wanted and _barren(trials) < BARREN_TRIALS):
             return True
@@ -222,13 +237,12 @@ def _uniform_attr(pair: PrecisionPair) -> str:
     return f"uniform {pair}"
 
 
-def _show_best(bar: "tqdm[Any]", study: Study, plan: SearchPlan) -> None:
+def _show_best(progress: Progress, study: Study, plan: SearchPlan) -> None:
     scored = scored_settings(study, plan)
     if any(_fits(each, plan) for each in scored):
         best = choose(scored, plan)
-        bar.set_postfix_str(
-            f"best KL {best.quality.kl_mean:.5f} at {best.nominal_bits:.2f} nominal, {best.stored_bits:.2f} stored bits"
-        )
+        text = f"{best.nominal_bits:.2f} nominal, {best.stored_bits:.2f} stored bits"
+        progress.show(len(scored), note=f"best KL {best.quality.kl_mean:.5f} at {text}")
 
 
 def scored_settings(study: Study, plan: SearchPlan) -> list[Scored]:
@@ -259,6 +273,33 @@ def choose(scored: Sequence[Scored], plan: SearchPlan) -> Scored:
     """The setting within the budget with the least mean KL; of equal ones that of fewer bits, then the earlier."""
     within = [each for each in scored if _fits(each, plan)]
     return min(within, key=lambda each: (each.quality.kl_mean, each.stored_bits))
+
+
+def allocate(plan: SearchPlan, budget: str) -> SearchResult:
+    """The integer program's choice, with nothing scored.
+
+    Args:
+        plan: of the search that is not made.
+        budget: in words.
+    """
+    space = plan.space
+    choices = {name: solve(space.clusters, plan.max_bytes) for name, solve in SOLVERS.items()}
+    plain = {name: {} if choice is None else space.pairs(choice) for name, choice in choices.items()}
+    pairs = plain["integer_program"]
+    assert pairs, "check_budget leaves room for the cheapest choice"
+    return SearchResult(
+        study="none",
+        sampler="none",
+        seed=plan.seed,
+        budget=budget,
+        max_bits=space.stored_bits(plan.max_bytes),
+        data={},
+        chosen=Setting(None, "integer program", pairs, *space.bits(pairs)),
+        scored=(),
+        trials={"scored": 0, "duplicates": 0, "over_budget": 0},
+        evaluation_seconds=None,
+        **plain,
+    )
 
 
 def search_result(study: Study, plan: SearchPlan, budget: str, data: Mapping[str, Any]) -> SearchResult:

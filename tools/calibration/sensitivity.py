@@ -3,13 +3,13 @@
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from kvtuner_tools.calibration.artifacts import LayerSensitivity, SensitivityTable
 from kvtuner_tools.calibration.attention_error import AttentionMeter
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.feedback_choice import FeedbackChoice
 from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
+from kvtuner_tools.progress import track
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 
@@ -44,7 +44,7 @@ def measure_sensitivity(
         built = layer_transforms(choice.transforms, statics, device)
     is_weighted = isinstance(choice, FeedbackChoice)
     layers = []
-    for layer in tqdm(capture.layers, desc="sensitivity", unit="layer"):
+    for layer in track(capture.layers, "sensitivity", "layer", total=len(capture.layers)):
         rotary = capture.load_rotary(layer, device)
         near = None if rotary is None else rotary.near
         gram = capture.load_output_gram(layer, device) if is_weighted else None

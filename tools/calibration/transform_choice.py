@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from tqdm import tqdm
 
 from kvtuner_tools.bias_offset import key_offsets
 from kvtuner_tools.calibration.artifacts import STATICS_FILE, digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer
 from kvtuner_tools.calibration.key_statics import PairLayout
 from kvtuner_tools.calibration.transform_candidates import NEAR, TransformCandidate, TransformCandidates
+from kvtuner_tools.progress import track
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.layout import FEEDBACK_BITS
@@ -147,7 +147,7 @@ def choose_transforms(
     biases = _biases(capture)
     layout = _pair_layout(capture)
     choices, statics = [], {}
-    for layer in tqdm(capture.layers, desc="transforms", unit="layer"):
+    for layer in track(capture.layers, "transforms", "layer", total=len(capture.layers)):
         candidates = TransformCandidates(
             capture, layer, biases.get(layer.index), layout, recent_window, device or default_device()
         )

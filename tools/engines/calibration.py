@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
+import numpy as np
 import yaml
 
 from kvtuner_tools.cache_setting import KVTUNER, CacheSetting
@@ -37,6 +38,8 @@ from vllm_kvtuner.profile.statics import load_statics
 
 ROOM = PrecisionPair(8, 8)
 """What every quantized layer's pages have room for."""
+CHUNK = 2048
+"""Tokens whose logits a step computes at most: those of a long window would take more memory than a model."""
 _NONE = TransformSettings()
 
 logger = logging.getLogger(__name__)
@@ -86,7 +89,7 @@ class CalibrationEngine:
         transforms: what layers do before they store, until :meth:`set_transforms`.
         room: what the cache is laid out for.
         task: questions for :meth:`score_task`.
-        chunk: prompt tokens per engine step; by default the longest window.
+        chunk: prompt tokens per engine step; by default the longest window, at most ``CHUNK``.
         kv_memory_bytes: memory of the KV cache.
         dtype: of the model.
 
@@ -131,7 +134,7 @@ class CalibrationEngine:
             dtype=dtype,
             setting=CacheSetting("auto"),
             max_model_len=max_model_len_for(longest_request, max_positions(model)),
-            chunk=chunk or longest,
+            chunk=chunk or min(longest, CHUNK),
             kv_memory_bytes=kv_memory_bytes,
             max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
         )
@@ -159,8 +162,12 @@ class CalibrationEngine:
             ValueError: pairs missing or for layers that do not exist, or K16V16 for a layer outside
                 ``unquantized_layers``, or another pair for a layer in it.
         """
+        return self.score_tokens(pairs)[0]
+
+    def score_tokens(self, pairs: Mapping[int, PrecisionPair]) -> tuple[Quality, np.ndarray]:
+        """Quality, and the KL of each predicted position, float32 [num_tokens]. Raises as :meth:`score`."""
         scores = self._trial(pairs, _score, self._windows)
-        return Quality(**scores.summary(), num_tokens=len(scores.kl))
+        return Quality(**scores.summary(), num_tokens=len(scores.kl)), scores.kl
 
     def score_task(self, pairs: Mapping[int, PrecisionPair]) -> TaskScore:
         """Accuracy on ``task`` with these pairs. Raises as :meth:`score`."""

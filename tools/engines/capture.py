@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import (
@@ -26,6 +25,7 @@ from kvtuner_tools.calibration.captured import (
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
 from kvtuner_tools.engines.residual_readers import ResidualReaders
 from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.progress import track
 from vllm_kvtuner.engine.statics import layer_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
 from vllm_kvtuner.profile.model_shape import ModelShape
@@ -149,7 +149,7 @@ def run_capture_engine(job: CaptureJob) -> None:
         capture.write()
         missing = capture.missing_windows()
         total = len(capture.windows)
-        for window in tqdm(missing, desc="capture", unit="window", initial=total - len(missing), total=total):
+        for window in track(missing, "capture", "window", total=total, done=total - len(missing)):
             tap.begin(window, capture.windows[window], layers, job)
             llm.generate([{"prompt_token_ids": list(job.text.windows[window])}], params, use_tqdm=False)
             if tap.pending:
@@ -193,6 +193,7 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
             logits_soft_cap=float(layer.impl.logits_soft_cap or 0.0),
             rotary=rotary,
             offset_unsupported=problem,
+            sinks=_sinks(layer),
         )
         _tap_forward(layer, index, tap)
     if set(layers) != set(job.shape.attention_layers):
@@ -201,6 +202,14 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
     for number, table in enumerate(tables):
         save_rotary(job.folder, number, table, job.context)
     return str(config.model_config.dtype).removeprefix("torch."), tuple(layers[index] for index in sorted(layers))
+
+
+def _sinks(layer: Any) -> tuple[float, ...] | None:
+    """A layer's attention sinks, which vLLM's backends keep under one name."""
+    if not layer.has_sink:
+        return None
+    # -inf, as a head that only pads a rank's has, is no number of JSON; this one has no weight either.
+    return tuple(layer.impl.sinks.float().clamp(min=torch.finfo(torch.float32).min).tolist())
 
 
 def _watch(worker: Any, readers: ResidualReaders) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.divergence import TokenScores, compare
+from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.progress import track
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
 from vllm_kvtuner.profile.profile import ResolvedProfile
 
@@ -245,7 +246,10 @@ class MeasuringEngine:
             dtype=options.dtype,
             kv_cache_dtype=options.setting.kv_cache_dtype,
             additional_config=options.setting.additional_config(
-                attend_cached_prefill=True, switchable=options.switchable
+                attend_cached_prefill=True,
+                switchable=options.switchable,
+                # What a server of the model's own length stores, however short the texts are.
+                request_tokens=max_positions(options.model),
             ),
             # Rounding the logits to bf16 alone is a KL of 0.0002 and 1.6% of top-1 (SmolLM2): as much as an 8-bit
             # cache.
@@ -278,7 +282,8 @@ class MeasuringEngine:
         # The least for which both runners compute the logits of every prompt position.
         params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=1, detokenize=False)
         start = 0
-        for window in tqdm(windows, desc=self._options.label, unit="window", disable=not progress):
+        shown = track(windows, self._options.label, "window", total=len(windows)) if progress else windows
+        for window in shown:
             self._llm.collective_rpc(_begin, args=(start, tuple(window)))
             self._llm.generate([{"prompt_token_ids": list(window)}], params, use_tqdm=False)
             self._llm.collective_rpc(_end)

@@ -41,6 +41,8 @@ from vllm_kvtuner.pages.views import Side, page_sides
 
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
+SINK_MEAN = 4.0
+"""Of random attention sinks: the log-sum-exp of about 8 tokens' logits, so that sinks and tokens both get weight."""
 POISON = 255
 """Byte of what nobody stored: scale and minimum of such a token are NaN, and so is all that reads them."""
 SPARE_ROWS = 3
@@ -141,7 +143,11 @@ class _Batch:
         self.position = position.to(device)
         self.block = table[request, position // size].long().to(device)
         self.offset = (position % size).to(device)
-        self.pages = Pages(self.cache(POISON), case.layout, random_transforms(case.transforms, case, device))
+        self.whole = self.cache(POISON)
+        transforms, sinks = random_transforms(case.transforms, case, device), None
+        if case.shape.sinks is not None:
+            sinks = (SINK_MEAN + QUERY_SPREAD * self.normal(case.shape.num_heads)).to(case.shape.sinks)
+        self.pages = Pages(self.whole[:, :heads], case.layout, transforms, sinks)
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Random numbers of the case's dtype."""
@@ -157,8 +163,7 @@ class _Batch:
 
     def store(self, kernels: Kernels) -> int:
         """Store all tokens, few of them first; gives how many bytes or numbers lie where they do not belong."""
-        whole, heads = self.pages.kv_cache, self.case.shape.num_kv_heads
-        self.pages = self.pages._replace(kv_cache=whole[:, :heads])
+        heads = self.case.shape.num_kv_heads
         window = self._window()
         for begin, end, extra in self.case.portions:
             kept = None
@@ -170,7 +175,7 @@ class _Batch:
         for side in page_sides(taken[:, :heads], self.case.layout):
             for part in (side.codes, side.meta.view(torch.uint8)):
                 part[self.block, :, self.offset] = 1
-        stray = int(((whole != POISON) & (taken == 0)).sum())
+        stray = int(((self.whole != POISON) & (taken == 0)).sum())
         return stray if window is None else stray + self._window_strays(window)
 
     def store_late(self, kernels: Kernels) -> int:
@@ -189,9 +194,7 @@ class _Batch:
             kept = WindowRows(window, torch.where(token < end, blocks * size - 1 - token, -1))
             late.keep_rows(key, value, kept)
             late.pack_rows([StepRows(pages, kept, slots, positions)])
-        whole_before = self.pages.kv_cache._base
-        assert whole_before is not None
-        return int((whole != whole_before).sum())
+        return int((whole != self.whole).sum())
 
     def _rows(self, begin: int, end: int, extra: int) -> Iterator[torch.Tensor]:
         """Keys, values, slots and positions of a portion."""
@@ -301,6 +304,9 @@ def _decode_errors(
         one = Segment.into(torch.empty(len(rows), *query.shape[1:], device=device))
         seen = _visible(position, lens[of], case.span)
         attention_ref(query[rows], key[part], value[part], shape, seen, one.output, one.lse)
+        if (sinks := batch.pages.sinks) is not None:
+            counted = torch.logaddexp(one.lse, sinks[:, None].float())
+            one = Segment(one.output * (one.lse - counted).exp().T[..., None], counted)
         want.output[rows], want.lse[:, rows] = one.output, one.lse
     largest = value.abs().max()
     rounding = want.output.abs() * (torch.finfo(case.dtype).eps / 2)

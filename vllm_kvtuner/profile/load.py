@@ -26,8 +26,8 @@ A profile file::
     attend_cached_prefill: false
     provenance: {}              # how it was made: any plain values
 
-A pair alone (``K8V4``) is a uniform profile, and ``{0: {nbits_key: 8, nbits_value: 4}, ...}``, the preset format of
-KVTuner's reference implementation, is read as it is.
+A pair alone (``K8V4``) is a uniform profile with the treatment of profile/pair.py, ``K8V4:plain`` one without.
+``{0: {nbits_key: 8, nbits_value: 4}, ...}``, the preset format of KVTuner's reference implementation, is read as it is.
 """
 
 import os
@@ -38,7 +38,6 @@ from typing import Any
 
 from vllm_kvtuner.pages.layout import (
     BITS,
-    PAIR_FORM,
     RECENT_BITS,
     SCALE_BITS,
     SHORT_SCALE_BITS,
@@ -46,6 +45,7 @@ from vllm_kvtuner.pages.layout import (
     PrecisionPair,
 )
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.pair import is_pair, pair_profile
 from vllm_kvtuner.profile.problems import (
     MAX_LAYERS,
     Problems,
@@ -58,6 +58,7 @@ from vllm_kvtuner.profile.problems import (
     suggest,
 )
 from vllm_kvtuner.profile.profile import (
+    FROM_WEIGHTS,
     MAX_RECENT_WINDOW,
     MAX_SINK_TOKENS,
     SCHEMA_VERSION,
@@ -70,6 +71,9 @@ from vllm_kvtuner.profile.profile import (
     ResolvedProfile,
     TransformSettings,
 )
+
+AUTO = "auto"
+"""The spec, with or without a budget behind a colon, for what is best for a model (profile/auto.py)."""
 
 __all__ = [
     "LayerPrecision",
@@ -115,17 +119,16 @@ def load_profile(spec: str) -> Profile:
     """Read a profile.
 
     Args:
-        spec: a path, the bare name of a shipped profile with or without ``.yaml``, or a pair such as ``K8V4``.
+        spec: a path, the bare name of a shipped profile with or without ``.yaml``, a pair such as ``K8V4``, or the bare
+            format of one, ``K8V4:plain``.
 
     Raises:
         ProfileError: everything that is wrong with the file; UnknownProfileError where there is none.
     """
-    if PAIR_FORM.fullmatch(spec):
-        try:
-            pair = PrecisionPair.parse(spec)
-        except ValueError as error:
-            raise ProfileError([f"{spec}: {error}"]) from None
-        return Profile(name=pair.name, source=None, pairs=pair)
+    if is_pair(spec):
+        return pair_profile(spec)
+    if spec.partition(":")[0].lower() == AUTO and not os.path.isfile(spec):
+        raise ProfileError([f"{spec}: profile must be looked for with a model (--model), but got none"])
     path = Path(spec)
     if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
         shipped = shipped_profiles()
@@ -294,12 +297,15 @@ def _parse_transforms(
     return TransformSettings(**default), settings
 
 
-def _read_switches(problems: Problems, key: str, raw: Mapping[Any, Any]) -> dict[str, bool]:
+def _read_switches(problems: Problems, key: str, raw: Mapping[Any, Any]) -> dict[str, Any]:
     switches = {name: raw[name] for name in TRANSFORM_KEYS if name in raw}
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            problems.add(f"{key}.{name}", "must be true or false", show(value))
-    return {name: value is True for name, value in switches.items()}
+        from_weights = name == "key_offset" and value == FROM_WEIGHTS
+        if not isinstance(value, bool) and not from_weights:
+            rule = "must be true or false" if name != "key_offset" else f"must be true, false or {FROM_WEIGHTS}"
+            problems.add(f"{key}.{name}", rule, show(value))
+            switches[name] = False
+    return switches
 
 
 def _parse_recent(

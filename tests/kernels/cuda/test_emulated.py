@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.helpers import cuda_emulator
-from tests.helpers.decode_cases import attend
+from tests.helpers.decode_cases import attend, plain_attention, random_sinks
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
-from vllm_kvtuner.kernels.contract import CachedTokens, Pages, WindowRows
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages, Span, WindowRows
 from vllm_kvtuner.kernels.cuda import build, gather_cache, paged_attention, reshape_and_cache
 from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref, store_rows_ref
-from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
+from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary, rotate_values
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
 
@@ -218,6 +218,49 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
     assert (got[:total].float() - want).norm() < 6e-4 * want.norm()
     torch.testing.assert_close(got_lse[:, :total], want_lse, rtol=0, atol=2e-3)
     assert (got_lse[:, total:] == -torch.inf).all(), "rows beyond the last query"
+    assert not workspace.arrivals.any(), "counters are 0 between launches"
+
+
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(
+    ("pair", "group", "query_lens", "options", "dtype", "transforms"),
+    [
+        pytest.param("K8V8", 8, [1], {}, torch.float32, LayerTransforms(), id="group of 8"),
+        pytest.param(
+            "K4V4", 8, [1, 3, 1, 2, 4, 1], {"sliding_window": 40, "logits_soft_cap": 4.0}, BF16, LayerTransforms(),
+            id="sliding window, capped, several queries",
+        ),
+        pytest.param(
+            "K4V2", 4, [1], {"skip_newest": 140}, FP16, LayerTransforms(), id="most requests see no packed token",
+        ),
+        pytest.param(
+            "K4V2", 16, [1], {"skip_newest": 24, "skip_first": 4}, BF16, LayerTransforms(value_hadamard=True),
+            id="group of 16, beside a recent window",
+        ),
+        pytest.param(
+            "K4V4", 16, [3, 2, 3, 1, 3, 2], {"skip_newest": 12, "sliding_window": 40}, BF16, LayerTransforms(),
+            id="warp groups",
+        ),
+    ],
+)  # fmt: skip
+def test_attention_sinks(pair, group, query_lens, options, dtype, transforms):
+    """Once in each row, however many CTAs and warps share it, and alone where a query sees no token."""
+    query_lens = query_lens if len(query_lens) > 1 else query_lens * len(SEQ_LENS)
+    seq_lens = [max(length, queries) if length else 0 for length, queries in zip(SEQ_LENS, query_lens, strict=True)]
+    cache = random_cache(make_layout(pair, 64), seq_lens, 2, CPU)
+    total, num_heads = sum(query_lens), 2 * group
+    query = torch.randn(total + 2, num_heads, 64).to(FP16)
+    sinks, lse = random_sinks(num_heads, CPU, dtype), torch.full((num_heads, total + 2), torch.nan)
+    workspace = paged_attention.decode_workspace(len(seq_lens), max(query_lens), num_heads, 2, 64, CPU)
+    got = attend(
+        paged_attention.paged_attention, cache, query, query_lens, transforms, lse, workspace=workspace, sinks=sinks,
+        **options,
+    )  # fmt: skip
+    span = Span(**{name: value for name, value in options.items() if name in Span._fields})
+    want, want_lse = plain_attention(cache, query, query_lens, sinks, span, options.get("logits_soft_cap", 0.0))
+    want = rotate_values(want, transforms)
+    assert (got.double() - want).norm() < 1e-3 * want.norm()
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=2e-3)
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 

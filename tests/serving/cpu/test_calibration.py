@@ -9,13 +9,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from kvtuner_tools import cli, processes
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.calibration.artifacts import Quality
-from kvtuner_tools.calibration.options import CalibrationOptions
+from kvtuner_tools.calibration.options import CalibrationOptions, load_texts
 from kvtuner_tools.calibration.outcome import Heldout
-from kvtuner_tools.calibration.pipeline import Calibration
 from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engines.evaluate import EngineOptions, MeasuringEngine, ReferenceLogits
 from kvtuner_tools.model_files import load_model_shape
@@ -168,7 +168,7 @@ def test_a_calibration_with_sink_tokens_ends_in_a_profile_that_serves_what_was_s
     )
     sizes = {"window": 96, "capture-tokens": 192, "search-tokens": 96, "heldout-tokens": 192, "trials": 1}
     options = {"data": text, "dtype": "float32", "kv-memory": KV_CACHE_BYTES, "max-bits": 4.5, **sizes}
-    options |= {"recent-window": 32, "sink-tokens": 4}
+    options |= {"recent-window": 16, "sink-tokens": 4}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     out = tmp_path / "out"
 
@@ -177,7 +177,8 @@ def test_a_calibration_with_sink_tokens_ends_in_a_profile_that_serves_what_was_s
     assert load_profile(str(profile)).sink_tokens == 4
     assert cli.main(["profile", "check", str(profile), "--model", str(llama)]) == 0
 
-    windows = Calibration(out, CalibrationOptions.read(out)).texts.heldout.windows
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    windows = load_texts(CalibrationOptions.read(out), tokenizer).heldout.windows
     _, reference = measure(llama, None, tmp_path / "logits", windows=windows)
     (served,), _ = measure(llama, profile, reference, windows=windows)
     scored = Heldout.read(out).chosen.quality

@@ -2,14 +2,23 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.calibration.calibration_text import MIN_WINDOW, load_text, read_documents
+from kvtuner_tools.calibration import calibration_text
+from kvtuner_tools.calibration.calibration_text import (
+    BUNDLED_FILES,
+    TextRequest,
+    draw_texts,
+    load_text,
+    read_documents,
+)
 from tests.helpers.tiny_model import make_tokenizer
 from vllm_kvtuner.profile.problems import ProfileError
 
 BOS = 256
+DATA = Path(calibration_text.__file__).parent / "data"
 LONG = "Every word of this sentence is one that the tokenizer takes apart into bytes. "
 
 
@@ -138,15 +147,73 @@ def test_the_seed_draws_the_windows(tmp_path, tokenizer):
 
 def test_too_little_text(tmp_path, tokenizer):
     path = write_lines(tmp_path / "d.jsonl", [{"text": "short"}, {"text": LONG[:50]}])
-    rule = f"must hold 1000 tokens in documents of at least {MIN_WINDOW}"
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {rule}, but got 51')}$"):
+    rule = "tokens must be at most the 56 that the text holds, but got 1,000"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {rule}')}$"):
         load(path, tokenizer, tokens=1000)
+    requests = [TextRequest(48, 48, name="--first"), TextRequest(500, 48, name="--second")]
+    rule = "--first + --second must be at most the 48 that the text holds, but got 548"
+    with pytest.raises(ValueError, match=re.escape(rule)):
+        draw_texts(path, tokenizer, requests, seed=0)
 
 
-def test_the_bundled_set_gives_prose_and_conversations(tokenizer):
-    text = load(None, tokenizer, tokens=20_000, context=512)
-    assert text.source == "bundled"
-    begins = [tokenizer.decode(window[:1]) for window in text.windows]
-    prose = sum(len(window) for window, begin in zip(text.windows, begins, strict=True) if begin == "<bos>")
-    assert 10_000 <= prose < 10_600 and 20_000 <= text.tokens < 21_200
-    assert "<|user|>" in begins
+def test_short_documents_are_joined_until_they_fill_a_window(tmp_path, tokenizer):
+    lines = [f"{number:03} is a short line of text. " for number in range(60)]
+    path = write_lines(tmp_path / "d.jsonl", [{"text": line} for line in lines])
+    windows = load(path, tokenizer, tokens=1024, context=128).windows
+    assert len(windows) == 8 and {len(window) for window in windows} == {128}
+    together = "".join(tokenizer.decode(window[1:]) for window in windows)
+    assert all(window[0] == BOS for window in windows)
+    assert sum(line in together for line in lines) >= 34
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_texts_are_apart_as_long_as_asked_and_do_not_know_the_later_ones(tmp_path, tokenizer, seed):
+    words = [f"{number:05}" for number in range(4000)]
+    path = write_lines(
+        tmp_path / "d.jsonl",
+        [{"text": "".join(words[:2000])}, *({"text": "".join(words[at : at + 10])} for at in range(2000, 4000, 10))],
+    )
+    requests = [TextRequest(2048, 256), TextRequest(512, 64), TextRequest(1024, 256)]
+    texts = draw_texts(path, tokenizer, requests, seed=seed)
+    assert [text.tokens for text in texts] == [2048, 512, 1024]
+    tokens = [tokenizer.decode(window[1:]) for text in texts for window in text.windows]
+    pieces = [piece for window in tokens for piece in (window[at : at + 30] for at in range(0, len(window) - 30, 30))]
+    assert len(pieces) == len(set(pieces))
+    first, second, _ = texts
+    for later in (TextRequest(64, 64), TextRequest(2048, 512)):
+        assert draw_texts(path, tokenizer, [*requests[:2], later], seed=seed)[:2] == [first, second]
+
+
+def test_half_of_a_text_has_longer_windows_where_documents_are_long_enough(tmp_path, tokenizer):
+    long = "".join(f"{number:04}" for number in range(1000))
+    path = write_lines(tmp_path / "d.jsonl", [{"text": long}, *({"text": LONG} for _ in range(100))])
+    (text,) = draw_texts(path, tokenizer, [TextRequest(4096, 128, 1024)], seed=0)
+    lengths = [len(window) for window in text.windows]
+    assert lengths == [1024, 1024] + [128] * 16
+    assert all(tokenizer.decode(window[1:]) in long for window in text.windows[:2])
+    (text,) = draw_texts(path, tokenizer, [TextRequest(4096, 128, 8192)], seed=0)
+    assert {len(window) for window in text.windows} == {128}
+    assert text.identity | {"sha256": ""} == {
+        "source": str(path), "sha256": "", "tokens": 4096, "windows": 32, "longest": 128,
+    }  # fmt: skip
+
+
+def test_the_bundled_set_gives_equal_shares_of_its_kinds(tokenizer):
+    text = load(None, tokenizer, tokens=20 * 2048, context=2048)
+    assert text.source == "bundled" and text.tokens == 20 * 2048
+    assert {len(window) for window in text.windows} == {2048}
+    decoded = [tokenizer.decode(window) for window in text.windows]
+    assert sum("<|user|>" in each for each in decoded) >= 4
+    sources = [(DATA / name).read_text() for name in ("prose.txt", "novel.txt")]
+    assert [sum(each[5:] in source for each in decoded) for source in sources] == [4, 4]
+
+
+def test_the_bundled_set_holds_128k_tokens_and_long_documents():
+    """Words and marks, of which tokenizers make no fewer tokens."""
+    sizes = [
+        len(re.findall(r"\w+|[^\w\s]", document if isinstance(document, str) else document[-1]["content"]))
+        for name in BUNDLED_FILES
+        for _, document in read_documents(DATA / name)
+    ]
+    assert sum(sizes) >= 128_000
+    assert sum(size // 8192 for size in sizes) >= 6

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, Glm4Config, Glm4ForCausalLM, PhiConfig, PhiForCausalLM
 
 from kvtuner_tools.calibration import capture as capture_module
+from kvtuner_tools.calibration.calibration_text import load_text
 from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.rotation import undo_rotary
@@ -64,12 +65,12 @@ def make_rotary_model(folder, model_class, config_class, **options):
     return folder
 
 
-def request(model, data, **options):
-    defaults = {"tokens": 2 * NUM_TOKENS, "context": NUM_TOKENS, "queries": 20, "dtype": "float32"}
-    return CaptureRequest(model=str(model), data=data, **{**defaults, **options})
+def request(model, data, tokens=2 * NUM_TOKENS, context=NUM_TOKENS, dtype="float32", seed=0):
+    text = load_text(data, make_tokenizer(), tokens=tokens, context=context, seed=seed)
+    return CaptureRequest(str(model), text, queries=20, seed=seed, dtype=dtype)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "glm4"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "glm4", "gpt_oss"])
 def test_it_is_what_the_model_computes(tmp_path, data, kind):
     model = tmp_path / "model"
     if kind == "glm4":
@@ -82,7 +83,7 @@ def test_it_is_what_the_model_computes(tmp_path, data, kind):
     assert capture.data["source"] == str(data) and capture.data["tokens"] == 2 * NUM_TOKENS
 
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    for window, ids in enumerate(tokens_of(wanted, capture)):
+    for window, ids in enumerate(wanted.text.windows):
         before, cached = run_reference(reference, ids)
         for layer in capture.layers:
             got, rotary = capture.load_layer(layer)[window], capture.load_rotary(layer)
@@ -102,8 +103,11 @@ def test_it_is_what_the_model_computes(tmp_path, data, kind):
             assert rotary.far_position == limit - NUM_TOKENS
     scales = {layer.scale for layer in capture.layers}
     assert scales == {reference.model.layers[0].self_attn.scaling}
-    windows = [SLIDING_WINDOW, None] if kind == "gemma3" else [None, None]
+    windows = [SLIDING_WINDOW, None] if kind in ("gemma3", "gpt_oss") else [None, None]
     assert [layer.sliding_window for layer in capture.layers] == windows
+    for layer, decoder in zip(capture.layers, reference.model.layers, strict=True):
+        sinks = getattr(decoder.self_attn, "sinks", None)
+        assert layer.sinks == (None if sinks is None else tuple(sinks.tolist()))
     assert [layer.rotary for layer in capture.layers] == ([0, 1] if kind == "gemma3" else [0, 0])
 
 
@@ -159,7 +163,7 @@ def test_grams_are_what_reads_the_attention_outputs(tmp_path, data, kind):
     capture = run_capture(wanted, tmp_path)
     assert capture.gram_unsupported is None
     reference = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    grams = reference_grams(reference.requires_grad_(False), tokens_of(wanted, capture)[0])
+    grams = reference_grams(reference.requires_grad_(False), wanted.text.windows[0])
     for layer in capture.layers:
         group = layer.num_heads // layer.num_kv_heads
         got = capture.load_output_gram(layer)
@@ -175,14 +179,6 @@ def test_a_model_whose_attention_outputs_are_gated_says_so(tmp_path, data):
     capture = run_capture(request(tmp_path / "model", data, tokens=NUM_TOKENS, dtype="bfloat16"), tmp_path)
     assert "must go straight into a projection, but those of layers [1] do not" in capture.gram_unsupported
     assert capture.load_output_gram(capture.layers[0]) is None
-
-
-def tokens_of(wanted, capture):
-    tokenizer = make_tokenizer()
-    text = capture_module.load_text(
-        wanted.data, tokenizer, tokens=wanted.tokens, context=wanted.context, seed=wanted.seed
-    )
-    return text.windows
 
 
 def run_reference(model, ids):
@@ -277,15 +273,6 @@ def test_another_request_replaces_the_capture_and_nothing_else(tmp_path, data):
         "window-0000",
     ]
     assert kept.read_text() == "mine"
-
-
-def test_bad_data_is_refused_before_an_engine_starts(tmp_path, monkeypatch):
-    monkeypatch.setattr(capture_module, "in_own_process", None)
-    data = tmp_path / "data.jsonl"
-    data.write_text('{"question": "?"}\n{"text": "fine"}\n[]\n')
-    with pytest.raises(ProfileError) as caught:
-        run_capture(request(make_tiny_model(tmp_path / "model", num_layers=1), data), tmp_path)
-    assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{data}:1", f"{data}:3"]
 
 
 def test_folders_without_a_capture(tmp_path):

@@ -24,11 +24,9 @@ def distance(got: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", ["qwen2", "gemma3"])
 def test_it_captures_and_chooses_as_on_the_cpu(tmp_path, kind):
     model = make_tiny_model(tmp_path / "model", kind, num_layers=2)
-    request = CaptureRequest(model=str(model), tokens=TOKENS, context=CONTEXT, queries=32)
-    capture = run_capture(request, tmp_path)
+    text = load_text(None, AutoTokenizer.from_pretrained(model), tokens=TOKENS, context=CONTEXT, seed=0)
+    capture = run_capture(CaptureRequest(str(model), text, queries=32), tmp_path)
     assert capture.dtype == "bfloat16"
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    text = load_text(None, tokenizer, tokens=TOKENS, context=CONTEXT, seed=0)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for window, ids in enumerate(text.windows):
         with torch.no_grad():

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from html import escape
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,10 +28,13 @@ from kvtuner_tools.calibration.feedback_choice import (
     SideChoice,
 )
 from kvtuner_tools.calibration.options import STAGES, CalibrationOptions, Texts
-from kvtuner_tools.calibration.outcome import Heldout, Scored, SearchResult, pareto_front, verdict
+from kvtuner_tools.calibration.outcome import Heldout, SearchResult, label, pareto_front, uniform_file
 from kvtuner_tools.calibration.pipeline import Calibration
 from kvtuner_tools.calibration.study import EvaluatorSpec
+from kvtuner_tools.calibration.transform_choice import LayerChoice, TransformChoice
+from kvtuner_tools.calibration.verdict import judge
 from tests.helpers.calibration import FakeEvaluator, sensitivity_table
+from tests.helpers.tiny_model import make_tokenizer
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
@@ -68,12 +72,14 @@ def calibration(out, table, evaluators, monkeypatch, **options):
         return evaluators[-1]
 
     monkeypatch.setattr(pipeline, "start_engine", start)
-    options = CalibrationOptions(model="fake", **({"max_bits": 4.0, "trials": 30} | options))
-    made = Calibration(out, options)
-    made.__dict__["texts"] = texts()
+    defaults = {"max_bits": 4.0, "trials": 30, "recent_window": 0, "sink_tokens": 0}
+    options = CalibrationOptions(model="fake", **(defaults | options))
+    made = Calibration(out, options, texts())
     table.write(out / "sensitivity.json")
     feedback = FeedbackChoice("made up", FEEDBACK_STATICS_FILE, tuple(map(feedback_of, table.layers)))
     feedback.write(out)
+    layers = [LayerChoice(each.index, each.transforms, "mean", 8, "none", None, {}, None) for each in table.layers]
+    TransformChoice("made up", None, tuple(layers)).write(out)
     save_statics(out / FEEDBACK_STATICS_FILE, OFFSETS, {"data": "bundled", "method": "test", "model": "fake"})
     return made
 
@@ -127,10 +133,11 @@ def test_profile_round_trip(finished):
     assert provenance["search"]["trials"]["scored"] == 30
     scores = provenance["heldout_scores"]
     assert scores["bf16"]["perplexity"] == 10.0
-    assert scores["this profile"]["kl_mean"] == pytest.approx(result.chosen.quality.kl_mean, rel=1e-4)
-    assert {name for name in scores if name.startswith("uniform ")} == {
-        f"uniform K{k}V{v}" for k in (2, 4, 8) for v in (2, 4, 8)
-    }
+    assert scores["this profile"]["kl_mean"] == pytest.approx(
+        result.find(result.chosen.pairs).quality.kl_mean, rel=1e-4
+    )
+    within, above = (name for name in scores if name.startswith("uniform "))
+    assert scores[within]["stored_bits"] <= 4.0 < scores[above]["stored_bits"]
     assert provenance["stored_bits"] == pytest.approx(result.chosen.stored_bits, abs=1e-3)
 
 
@@ -247,9 +254,12 @@ def test_report_holds_the_data_and_needs_nothing_else(finished):
     pairs = [result.chosen.pairs[layer.index] for layer in table.layers]
     assert list(bars[0].y) == [pair.k_bits for pair in pairs]
     assert list(bars[1].y) == [pair.v_bits for pair in pairs]
-    assert verdict(heldout, result.max_bits) in html
+    assert escape(judge(heldout, result.max_bits).text) in html
     for each in heldout.settings:
-        assert f"<td>{each.origin}</td><td>{each.nominal_bits:.3f}</td><td>{each.stored_bits:.3f}</td>" in html
+        name = escape(label(each.origin))
+        assert re.search(
+            f"<td>{name}</td><td>[^<]*</td><td>{each.stored_bits:.3f}</td><td>{each.nominal_bits:.3f}", html
+        )
     assert "Optuna: " in html
     assert "2 of 10 layers round keys with feedback, where their error is 0.25 times" in html
     assert "0 of 10 layers round values with feedback. " in html
@@ -264,34 +274,80 @@ def test_report_can_be_made_again(finished, monkeypatch):
     assert "Precision profile for fake" in (out / "report.html").read_text()
 
 
-def scored(origin, pair, kl, stderr, stored):
-    quality = FakeEvaluator(sensitivity_table(1)).score({0: PrecisionPair.parse(pair)})
-    quality = replace(quality, kl_mean=kl, kl_stderr=stderr)
-    return Scored(None, origin, {0: PrecisionPair.parse(pair)}, stored - 0.5, stored, quality)
+@pytest.mark.slow
+def test_all_settings_are_scored_on_held_out_text_only_when_asked(finished, monkeypatch, tmp_path):
+    out, table, _ = finished
+    assert [each.origin.split()[0] for each in Heldout.read(out).settings] == ["this", "uniform", "uniform"]
+    for name in ("candidates.json", "clusters.json", "search.json", "heldout.json", "heldout.safetensors"):
+        shutil.copy(out / name, tmp_path)
+    evaluators = []
+    calibration(tmp_path, table, evaluators, monkeypatch, full_report=True).run("export")
+    full = Heldout.read(tmp_path)
+    assert len(full.uniform) == 9 and {each.origin for each in full.settings} >= {"greedy"}
+    assert len(evaluators[0].scored) == len(full.settings) - 3, "what was scored before is not scored again"
+    assert set(full.differences) == {each.origin for each in full.settings[1:]}
 
 
-@pytest.mark.parametrize(
-    ("kl", "expected"),
-    [
-        (0.10, "The profile is better than uniform K4V2, the best uniform setting within the budget"),
-        (0.19, "Uniform K4V2 is as good as the profile, within the standard error"),
-        (0.21, "Uniform K4V2 is as good as the profile, within the standard error"),
-        (0.30, "The profile is WORSE than uniform K4V2 on held-out text"),
-    ],
-)
-def test_verdict(kl, expected):
-    uniform = (scored("uniform K4V2", "K4V2", 0.2, 0.01, 3.5), scored("uniform K8V8", "K8V8", 0.0, 0.0, 8.5))
-    ours = scored("this profile", "K4V4", kl, 0.01, 4.0)
-    sentence = verdict(Heldout("", {}, (ours, *uniform)), 4.0)
-    assert sentence.startswith(expected)
-    assert "3.500 (3.000 nominal)" in sentence and "4.000 stored bits (3.500 nominal)" in sentence
+@pytest.mark.slow
+def test_the_uniform_setting_can_be_served_with_what_calibration_found(finished, tmp_path):
+    out, table, _ = finished
+    rival = Heldout.read(out).rival(4.0)
+    profile = load_profile(str(out / uniform_file(rival)))
+    assert profile.pairs == rival.pairs and len(set(profile.pairs.values())) == 1
+    assert all(profile.transforms_of(layer.index) == layer.transforms for layer in table.layers)
+    load_statics(profile.statics, profile.resolve(profile.model))
+    assert profile.provenance["verdict"] == load_profile(str(out / "profile.yaml")).provenance["verdict"]
+    assert profile.provenance["heldout_scores"]["this profile"]["kl_mean"] == pytest.approx(
+        rival.quality.kl_mean, rel=1e-4
+    )
 
 
-def test_verdict_where_the_profile_is_uniform():
-    ours = scored("this profile", "K4V2", 0.2, 0.01, 3.5)
-    sentence = verdict(Heldout("", {}, (ours, replace(ours, origin="uniform K4V2"))), 4.0)
-    assert sentence.startswith("The profile is uniform K4V2: no mixed setting")
-    assert verdict(Heldout("", {}, (ours,)), 4.0) == "No uniform setting fits the budget."
+def test_uniform_profiles_of_earlier_runs_go(finished, monkeypatch, tmp_path):
+    out, table, _ = finished
+    for name in ("candidates.json", "clusters.json", "search.json", "heldout.json", "heldout.safetensors"):
+        shutil.copy(out / name, tmp_path)
+    for name in ("uniform_K8V8.yaml", "uniform_K8V8.statics.safetensors", "mine.yaml"):
+        (tmp_path / name).write_text("old")
+    calibration(tmp_path, table, [], monkeypatch).run("export")
+    assert not list(tmp_path.glob("uniform_K8V8*")) and (tmp_path / "mine.yaml").exists()
+
+
+@pytest.mark.slow
+def test_quick_takes_the_integer_programs_pairs_and_scores_only_what_to_serve(finished, monkeypatch, tmp_path):
+    _, table, _ = finished
+    evaluators = []
+    made = calibration(tmp_path, table, evaluators, monkeypatch, quick=True)
+    for stage in AFTER_SENSITIVITY:
+        made.run(stage)
+    result = SearchResult.read(tmp_path)
+    assert result.chosen.pairs == result.integer_program and not result.scored
+    (held_out,) = evaluators
+    assert held_out.scored[0] == result.chosen.pairs and len(held_out.scored) == 3
+    assert load_profile(str(tmp_path / "profile.yaml")).pairs == result.chosen.pairs
+    assert "search" not in load_profile(str(tmp_path / "profile.yaml")).provenance["data"]
+    html = (tmp_path / "report.html").read_text()
+    assert "the integer program chose the pairs" in html and "Optuna: " not in html
+
+
+@pytest.mark.slow
+def test_the_summary_says_how_to_serve_what_fits_and_what_to_expect(finished, monkeypatch):
+    out, table, _ = finished
+    made = calibration(out, table, [], monkeypatch)
+    summary = dict(made.summary())
+    assert [*summary][:1] + [*summary][-1:] == ["verdict", "serve"]
+    verdict = judge(Heldout.read(out), 4.0)
+    serve = f"vllm serve fake --kv-cache-dtype kvtuner --kvtuner-profile {out / verdict.file}"
+    assert summary["serve"] == serve
+    resolved = load_profile(str(out / verdict.file)).resolve(load_profile(str(out / verdict.file)).model)
+    ratio = resolved.bf16_bytes_per_token / resolved.bytes_per_token
+    assert summary["fits"].startswith(f"{ratio:.2f} times bf16's tokens")
+    assert f"{(1 << 30) // (16 * resolved.bytes_per_token) * 16:,} per GiB" in summary["fits"]
+    assert "KL " in summary["expect"] and "key_hadamard in 10 layers" in summary["transforms"]
+    html = (out / "report.html").read_text()
+    for name, text in summary.items():
+        assert (escape(text) in html) == (name != "report")
+    assert "<meta name='viewport'" in html and html.index("vllm serve") < html.index("<h2>")
+    assert "kvtuner calibrate fake --out" in html
 
 
 CONFIG = {
@@ -314,6 +370,7 @@ def model(tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(CONFIG))
+    make_tokenizer().save_pretrained(folder)
     return str(folder)
 
 
@@ -325,7 +382,7 @@ def model(tmp_path):
         (["--memory", "1GiB", "--context", "100"], ["but got --memory, --context"]),
         (["--max-bits", "2"], ["at least 2.500 stored bits (2.000 nominal)", "but got 2.000 stored bits"]),
         (
-            ["--memory", "1MB", "--context", "1000", "--concurrency", "4"],
+            ["--memory", "1MB", "--context", "1000", "--concurrency", "4", "--recent-window", "0"],
             ["at least 2.500 stored bits", "got 1.938 stored bits"],
         ),
         (["--max-bits", "3", "--unquantized", "0"], ["at least 5.875 stored bits (5.500 nominal)"]),
@@ -344,7 +401,18 @@ def model(tmp_path):
         ),
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "17"], [f"--{TOO_MANY_SINKS}, but got 17"]),
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "-1"], [f"--{TOO_MANY_SINKS}, but got -1"]),
-        (["--max-bits", "4", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
+        (["--max-bits", "4", "--recent-window", "0", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
+        (["--max-bits", "4", "--window", "272"], ["--window must be more than 272 tokens, 4 times the 68"]),
+        (
+            ["--max-bits", "4", "--recent-window", "512"],
+            ["--window must be more than 2064 tokens", "but got 2048"],
+        ),
+        (["--max-bits", "4", "--window", "2048"], ["--window must be less than the model's 2,048 positions"]),
+        (
+            ["--max-bits", "4", "--capture-tokens", "9000000", "--kv-memory", "1MiB"],
+            ["bundled: --heldout-tokens + --capture-tokens + --search-tokens must be at most the ", "9,020,480"],
+        ),
+        (["--max-bits", "4", "--kv-memory", "1MiB"], ["--kv-memory must hold the longest window, of 2,047 tokens"]),
         (["--max-bits", "4", "--storage", "nonsense"], ["--storage must be a database that can be opened"]),
     ],
 )
@@ -369,7 +437,8 @@ def test_sink_tokens_are_refused_as_a_profile_with_them_is(tmp_path, settings, r
 
 
 def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Calibration, "run", lambda *_: None)
+    monkeypatch.setattr(Calibration, "run", lambda *_: "done")
+    monkeypatch.setattr(Calibration, "summary", lambda _: [])
     out = str(tmp_path / "out")
     window = ["--recent-window", "64", "--sink-tokens", "4"]
     assert cli.main(["calibrate", model, "--out", out, "--max-bits", "4", *window]) == 0
@@ -389,6 +458,7 @@ def test_the_models_own_folder_is_no_output_folder(model, capsys, monkeypatch):
 def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatch, capsys):
     ran = []
     monkeypatch.setattr(Calibration, "run", lambda self, stage: ran.append((stage, self.options)))
+    monkeypatch.setattr(Calibration, "summary", lambda _: [])
     out = tmp_path / "out"
     assert cli.main(["capture", model, "--out", str(out), "--seed", "7"]) == 0
     assert cli.main(["prune", str(out), "--keep-all-pairs"]) == 0
@@ -396,8 +466,9 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert cli.main(["search", str(out), "--max-bits", "4.25"]) == 0
     assert [stage for stage, _ in ran] == ["capture", "prune", "search", "search"]
     assert ran[2][1].memory == 1 << 20
-    assert ran[3][1] == CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
-    assert CalibrationOptions.read(out) == ran[3][1]
+    asked = CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
+    assert CalibrationOptions.read(out) == asked
+    assert ran[3][1] == replace(asked, window=2047, recent_window=64, sink_tokens=4)
     assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs"]) == 0
     assert [stage for stage, _ in ran[4:]] == list(STAGES)
     assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
@@ -423,7 +494,7 @@ def test_an_export_that_is_killed_ends_as_an_undisturbed_one(finished, tmp_path,
         codes.append(process.exitcode)
         assert codes[-1] in (0, -signal.SIGKILL) and len(codes) < 60
     assert len(codes) > 6
-    for name in ("profile.yaml", "profile.statics.safetensors", "heldout.json"):
+    for name in ("profile.yaml", "profile.statics.safetensors", "heldout.json", "heldout.safetensors"):
         assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
 
 
@@ -549,7 +620,7 @@ def test_profile_is_not_written_where_it_would_not_load(finished, tmp_path):
     broken = replace(table, model={**table.model, "num_layers": 3})
     with pytest.raises(ValueError, match="layers"):
         write_profile(
-            tmp_path / "p.yaml", broken, out / FEEDBACK_STATICS_FILE, SearchResult.read(out), Heldout.read(out), None
+            tmp_path / "p.yaml", SearchResult.read(out).chosen.pairs, broken, out / FEEDBACK_STATICS_FILE, None, {}
         )
     assert not list(tmp_path.glob("*.yaml"))
     assert yaml.safe_load((out / "profile.yaml").read_text())["version"] == 1

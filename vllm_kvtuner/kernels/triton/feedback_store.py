@@ -98,7 +98,7 @@ def store_side(
     window: WindowRows | None,
 ) -> None:
     """As :class:`vllm_kvtuner.kernels.contract.ReshapeAndCache`, of the side alone, which has round feedback."""
-    kv_cache, layout, transforms = pages
+    kv_cache, layout, transforms, _ = pages
     keys = side == KEY
     rows, bits = (key, layout.k_bits) if keys else (value, layout.v_bits)
     feedback = transforms.feedback(side, bits)

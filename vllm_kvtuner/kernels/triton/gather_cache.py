@@ -69,7 +69,7 @@ def gather_cache(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, valu
     num_tokens = tokens.num_tokens
     if num_tokens == 0:
         return
-    kv_cache, layout, transforms = pages
+    kv_cache, layout, transforms, _ = pages
     num_reqs, num_kv_heads = tokens.block_table.shape[0], pages.num_kv_heads
     block_stride, head_stride, _, _ = kv_cache.stride()
     rotary = transforms.rotary if transforms.key_offset is not None else None

@@ -70,7 +70,7 @@ def reshape_and_cache(
     reference; with round feedback, codes of channels before it then follow.
     """
     check_store(key, value, slot_mapping, positions, pages, window)
-    kv_cache, layout, transforms = pages
+    kv_cache, layout, transforms, _ = pages
     block_stride, head_stride, _, _ = kv_cache.stride()
     num_kv_heads, head_size = key.shape[1], layout.head_size
     num_rows = slot_mapping.shape[0] * num_kv_heads

@@ -6,7 +6,7 @@
 // NUM_STAGES, MIN_CTAS, QUERY_BF16, KEY_HADAMARD, VALUE_HADAMARD, KEY_EQUALIZATION,
 // OFFSET_PAIRS (rotary pairs that the key offset keeps, 0 or a multiple of 8), ANGLE_STEP (32), WINDOW (tokens that
 // a query sees, 0: all), SKIP_NEWEST and SKIP_FIRST (tokens that it does not see, its newest and the request's first),
-// WRITE_LSE (0 or 1), SOFT_CAP (0 or 1).
+// WRITE_LSE (0 or 1), SOFT_CAP (0 or 1), SINKS (0 or 1: attention sinks) and SINK_NUMBERS (their type: FP32, FP16 or BF16).
 //
 // A *row* is one (query token, query head) of a KV head. A *stage* is STAGE_TOKENS cached tokens of one (block, KV
 // head) chunk or several. A *segment* is what one pass reads: all stages of one (request, KV head, pass). Segments
