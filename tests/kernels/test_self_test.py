@@ -99,7 +99,7 @@ def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
+@pytest.mark.parametrize("pair", [*QUANTIZED_PAIRS, PrecisionPair(4, 2, 8)], ids=str)
 def test_the_cuda_kernels_pass(pair, device, record_property):
     """Compiled by then, in milliseconds; ``record_property`` keeps them for ``--junit-xml``."""
     shape = AttentionShape(32, 8, 128, 128**-0.5)
