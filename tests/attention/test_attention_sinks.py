@@ -32,7 +32,7 @@ CONFIG = SimpleNamespace(
     use_v2_model_runner=True,
 )
 TOLERANCE = 3e-2
-"""Of outputs of values of unit variance; measured 8e-3. Without sinks they are 1.1 off."""
+"""Of outputs of values of unit variance; measured 0.015. Without sinks they are up to 3.0 off."""
 
 
 def layer_of(on_gpu, sinks, sliding_window, attend_cached, workspace, monkeypatch):
