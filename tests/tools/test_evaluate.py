@@ -42,7 +42,7 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     output = tmp_path / "result.json"
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
-    arguments = ["--tokens=600", "--context=300", "--kv-memory=0.03125", "--noise-floor", "--profile=K4V4"]
+    arguments = ["--tokens=600", "--context=300", "--kv-memory=0.03125", "--noise-floor", "--profile=K4V4:plain"]
     arguments += [f"--task={task}", "--task-limit=2", "--task-shots=1", "--task-tokens=5"]
 
     status = evaluate.run(parser.parse_args([str(model), f"--data={data}", f"--json={output}", *arguments]))
