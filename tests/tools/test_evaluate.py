@@ -47,7 +47,7 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         "--sequence-length=300",
         "--kv-cache-memory-bytes=32MiB",
         "--noise-floor",
-        "--profile=K4V4",
+        "--profile=K4V4:plain",
     ]
     arguments += [f"--tasks={task}", "--limit=2", "--num-fewshot=1", "--max-tokens=5"]
 

@@ -14,6 +14,7 @@ _ARGUMENTS = "vllm.engine.arg_utils:"
 _ATTENTION = "vllm.model_executor.layers.attention.attention:"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
 _ROTARY = "vllm.model_executor.layers.rotary_embedding."
+_LINEAR = "vllm.model_executor.layers.linear:"
 
 _SETTINGS = (
     Seam(
@@ -91,6 +92,18 @@ _LAYERS = (
     Seam("the loaded model", _WORKER + ".get_model", "compat.layers.bind_statics_after_loading", exact=True),
     Seam(
         "a worker's configuration", _WORKER, "compat.layers.bind_statics_after_loading", attributes=("vllm_config",)
+    ),
+    Seam(
+        "projection of queries, keys and values", _LINEAR + "QKVParallelLinear", "engine.key_bias.key_bias",
+        attributes=("bias", "head_size", "input_size", "num_heads", "num_kv_heads", "skip_bias_add"),
+    ),
+    Seam(
+        "projection of keys alone", _LINEAR + "ColumnParallelLinear", "engine.key_bias.key_bias",
+        attributes=("bias", "input_size", "skip_bias_add"),
+    ),
+    Seam(
+        "sums over ranks", "vllm.distributed:tensor_model_parallel_all_reduce", "engine.key_bias.largest_pairs",
+        ("input_",), exact=True,
     ),
     Seam(
         "rotary table before rounding", _ROTARY + "base:RotaryEmbeddingBase._compute_cos_sin_cache",

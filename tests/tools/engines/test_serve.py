@@ -33,7 +33,7 @@ ROUNDED = 0.06
 
 def _job(model: Path) -> ServeJob:
     return ServeJob(
-        model=model, vocab_size=VOCABULARY, setting=CacheSetting("kvtuner", "K4V4"), points=(), output_tokens=8,
+        model=model, vocab_size=VOCABULARY, setting=CacheSetting("kvtuner", "K4V4:plain"), points=(), output_tokens=8,
         throughput=(), window_s=1.0, long_prefill=None, memory=0.0, kv_memory_bytes=None, max_model_len=512,
         max_num_seqs=4, lines=model,
     )  # fmt: skip
@@ -43,7 +43,7 @@ def _in_engine(inside: Callable[[Any, ServeJob], Any], job: ServeJob, **options:
     from vllm import LLM
 
     llm = LLM(
-        str(job.model), kv_cache_dtype="kvtuner", additional_config={"kvtuner_profile": "K4V4"}, dtype="float32",
+        str(job.model), kv_cache_dtype="kvtuner", additional_config={"kvtuner_profile": "K4V4:plain"}, dtype="float32",
         enforce_eager=True, skip_tokenizer_init=True, max_model_len=512, max_num_seqs=4,
         kv_cache_memory_bytes=4 << 20, disable_log_stats=False, **options,
     )  # fmt: skip
