@@ -50,27 +50,9 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner bench turns``."""
     points = tuple(Point.parse(text) for text in args.points.split(","))
     _check(args)
-    processes = {setting: OwnProcess() for setting in args.setting}
-    try:
-        for setting, process in processes.items():
-            memory = int(args.kv_memory * (1 << 30))
-            job = TurnsJob(args.model, setting, args.dtype, args.threads, points, args.steps, memory)
-            process.run(start, job)
-        seconds: dict[str, dict[str, list[float]]] = {
-            setting.label: {str(point): [] for point in points} for setting in args.setting
-        }
-        for number in range(args.rounds + 1):
-            for point in points:
-                for setting, process in processes.items():
-                    step = process.run(turn, point, args.steps, args.clock)
-                    if number:  # the first round warms caches up, the prefix cache among them
-                        seconds[setting.label][str(point)].append(step)
-            print(f"round {number} of {args.rounds}", flush=True)
-        for process in processes.values():
-            process.run(stop)
-    finally:
-        for process in processes.values():
-            process.close()
+    seconds: dict[str, dict[str, list[float]]] = {
+        setting.label: {str(point): [] for point in points} for setting in args.setting
+    }
     result = {
         "schema": SCHEMA,
         **provenance(),
@@ -82,9 +64,28 @@ def run(args: argparse.Namespace) -> int:
         "profile_sha256": {setting.label: profile_sha256(setting) for setting in args.setting},
         "seconds": seconds,
     }
+    processes = {setting: OwnProcess() for setting in args.setting}
+    try:
+        for setting, process in processes.items():
+            memory = int(args.kv_memory * (1 << 30))
+            job = TurnsJob(args.model, setting, args.dtype, args.threads, points, args.steps, memory)
+            process.run(start, job)
+        for number in range(args.rounds + 1):
+            for point in points:
+                for setting, process in processes.items():
+                    step = process.run(turn, point, args.steps, args.clock)
+                    if number:  # the first round warms caches up, the prefix cache among them
+                        seconds[setting.label][str(point)].append(step)
+            print(f"round {number} of {args.rounds}", flush=True)
+            # After every round, so that a run cut short keeps what it measured.
+            if args.out and number:
+                write_json(args.out, result)
+        for process in processes.values():
+            process.run(stop)
+    finally:
+        for process in processes.values():
+            process.close()
     print(table(seconds))
-    if args.out:
-        write_json(args.out, result)
     return 0
 
 

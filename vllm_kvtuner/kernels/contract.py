@@ -381,7 +381,7 @@ class WindowAttention(Protocol):
 
 
 class KernelSet(Protocol):
-    """All operations on the packed pages of one layer: the reference on a CPU, GPU kernels on a card."""
+    """All operations on the packed pages of one layer: C++ or the reference on a CPU, GPU kernels on a card."""
 
     shape: AttentionShape
     span: Span

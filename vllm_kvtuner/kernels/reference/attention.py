@@ -1,4 +1,4 @@
-"""Attention on packed pages and on plain tensors, in torch; on a CPU, the implementation itself.
+"""Attention on packed pages and on plain tensors, in torch; on a CPU without a C++ compiler, what serves.
 
 Each function carries the name of the kernel it defines plus ``_ref`` and takes the same arguments. Arithmetic is
 fp32; there is no Python loop over tokens.

@@ -1,4 +1,4 @@
-"""The reference as a KernelSet: what serves layers on a CPU."""
+"""The reference as a KernelSet: what serves layers on a CPU that has no C++ compiler."""
 
 import torch
 
