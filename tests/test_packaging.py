@@ -116,9 +116,9 @@ def test_version_licence_and_changelog_agree(wheel, metadata):
     assert re.fullmatch(rf"{re.escape(__version__)}(, unreleased| - \d{{4}}-\d\d-\d\d)", heading)
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert metadata["License-Expression"] == project["license"]
-    for file in project["license-files"]:
-        (name,) = (name for name in wheel.namelist() if name.endswith(f"/licenses/{file}"))
-        assert wheel.read(name) == (ROOT / file).read_bytes()
+    for path in project["license-files"]:
+        (name,) = (name for name in wheel.namelist() if name.endswith(f"/licenses/{path}"))
+        assert wheel.read(name) == (ROOT / path).read_bytes()
 
 
 def test_classifiers_name_the_pythons_that_are_served(metadata):

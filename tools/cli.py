@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kvtuner_tools.arguments import USAGE_ERROR, set_example
+from kvtuner_tools.arguments import INTERRUPTED, USAGE_ERROR, set_example
 from vllm_kvtuner import __version__
 
 
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; those of the process by default.
 
     Returns:
-        The exit status; 1 with all problems on stderr where the user's input is wrong.
+        The exit status; 1 with all problems on stderr where the user's input is wrong, 130 after Ctrl-C.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="kvtuner", description="Per-layer mixed-precision KV cache for vLLM.")
@@ -142,6 +142,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:  # a ProfileError is a ValueError
         print(error, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"kvtuner {args.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from kvtuner_tools.machine import Section
 from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
-from vllm_kvtuner.profile.problems import ProfileError, format_layers
+from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError, format_layers
 from vllm_kvtuner.profile.profile import TransformSettings
 
 if TYPE_CHECKING:
@@ -143,8 +143,7 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
     try:
         profile, shape, resolved = resolve(spec, model)
     except ProfileError as error:
-        advice = "kvtuner profile check shows it alone; kvtuner profile list names the shipped profiles"
-        section.problems += [(problem, advice) for problem in error.problems]
+        section.problems += [(problem, _advice(problem, error, model)) for problem in error.problems]
         return section, []
     section.facts["file"] = None if profile.source is None else str(profile.source)
     section.facts["model"] = None if shape is None else shape.name
@@ -174,6 +173,17 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
         for group, indices in layers.items()
         if group.pair.is_quantized
     ]
+
+
+def _advice(problem: str, error: ProfileError, model: str | None) -> str:
+    """What to do about a problem of a profile, or of the model that it is matched with."""
+    if model is not None and problem.startswith((f"{model}:", f"{model}/")):
+        return "give a folder with a config.json or a model's id; with HF_HUB_OFFLINE=1, one that is in the cache"
+    if isinstance(error, UnknownProfileError):
+        return "kvtuner profile list names the shipped profiles"
+    if model is not None and model in problem:
+        return "give a profile of this model: kvtuner profile list names the shipped ones, kvtuner calibrate makes one"
+    return "correct what the line names; kvtuner profile check shows the profile alone"
 
 
 def _kernels(groups: Sequence[Group], card: Section) -> Section:

@@ -27,6 +27,7 @@ from kvtuner_tools.engines.evaluate import (
 )
 from kvtuner_tools.heldout import file_sha256, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
+from kvtuner_tools.model_files import refuse_missing_folder
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
@@ -151,6 +152,7 @@ class _Passes:
 
         self._request = request
         self._recorded: ReferenceLogits | Path = logits
+        refuse_missing_folder(request.model)
         hf_config = AutoConfig.from_pretrained(request.model)
         width = 32 if request.dtype == "float32" else 16
         settings = (AUTO, *request.settings)

@@ -16,6 +16,7 @@ def read_config(model: str) -> Any:
     """
     folder = Path(model)
     if not folder.is_dir():
+        refuse_missing_folder(model)
         return _auto_config(model)
     path = folder / "config.json"
     try:
@@ -54,6 +55,18 @@ def max_positions(model: str) -> int:
     if isinstance(given := text_value(model, "max_position_embeddings"), int):
         return given
     return _auto_config(model).get_text_config().max_position_embeddings
+
+
+def refuse_missing_folder(model: str) -> None:
+    """Refuse what can only be a folder and is none, before the hub is asked for a model of that name.
+
+    Raises:
+        ProfileError: no such folder.
+    """
+    is_path = model.startswith(("/", "./", "../", "~")) or model.endswith("/") or model.count("/") > 1
+    if is_path and not Path(model).is_dir():
+        got = "a file" if Path(model).is_file() else "no such folder"
+        raise ProfileError([f"{model}: model must be a folder with a config.json, or the id of a model, but got {got}"])
 
 
 def load_tokenizer(model: str) -> Any:

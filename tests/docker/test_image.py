@@ -52,6 +52,11 @@ def test_entrypoint_stays_the_base_images():
     assert {words[0] for words in instructions()} == {"FROM", "ARG", "LABEL", "COPY", "RUN", "ENV", "USER"}
 
 
+def test_labels_have_the_packages_licence():
+    licence = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["license"]
+    assert f'org.opencontainers.image.licenses="{licence}"' in DOCKERFILE.read_text()
+
+
 def test_image_and_label_have_the_packages_version(service):
     assert ["ARG", f"VERSION={__version__}"] in instructions()
     (labels,) = (words for words in instructions() if words[0] == "LABEL")

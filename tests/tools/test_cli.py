@@ -20,7 +20,6 @@ LEAVES = {
     if not any(isinstance(action, argparse._SubParsersAction) for action in parser._actions)
 }
 MANY_OPTIONS = 9
-CALIBRATION = ("kvtuner calibrate", "kvtuner capture", "kvtuner search")
 
 
 def usage_error(capsys, *words):
@@ -52,12 +51,17 @@ def test_version(capsys):
         ("bench serve --shape llama31_8b --memory 0.9", "--gpu-memory-utilization"),
         ("bench serve --shape llama31_8b --kv-memory 1", "--kv-cache-memory-bytes"),
         ("bench serve --shape llama31_8b --window 8", "--seconds"),
+        ("calibrate MODEL --out calibration --window 512", "--sequence-length"),
+        ("capture MODEL --out calibration --window 512", "--sequence-length"),
+        ("search calibration --kv-memory 1GiB", "--kv-cache-memory-bytes"),
         ("demo --model-dir MODEL", "the first argument, MODEL"),
     ],
 )
 def test_spellings_of_earlier_versions_are_refused_by_the_new(capsys, command, new):
     error = usage_error(capsys, *command.split())
-    option = next(word for word in command.split() if word.startswith("--") and word != "--shape").partition("=")[0]
+    option = next(
+        word for word in command.split() if word.startswith("--") and word not in ("--shape", "--out")
+    ).partition("=")[0]
     assert f"error: {option} is now {new}" in error
     assert error.count("\n") == 1
 
@@ -86,7 +90,7 @@ def test_help_shows_every_default(prog):
             assert "default" in (action.help or ""), f"{prog} {action.dest}"
 
 
-@pytest.mark.parametrize("prog", [prog for prog in LEAVES if prog not in CALIBRATION])
+@pytest.mark.parametrize("prog", LEAVES)
 def test_help_of_many_options_is_in_groups(prog):
     parser = LEAVES[prog]
     shown = [action for action in parser._actions if action.option_strings and action.help != argparse.SUPPRESS]
@@ -94,6 +98,15 @@ def test_help_of_many_options_is_in_groups(prog):
     assert len(shown) < MANY_OPTIONS or len(groups) >= 2, prog
     for group in groups:
         assert group.title
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvtuner_tools.profile_commands.run", interrupt)
+    assert cli.main(["profile", "list"]) == 130
+    assert capsys.readouterr().err == "kvtuner profile: interrupted\n"
 
 
 def test_an_extra_that_is_not_installed_is_one_line():

@@ -133,7 +133,21 @@ def test_all_problems_of_a_profile_and_text_of_them(diagnose, model, capsys):
     assert cli.main(["doctor", str(model), "--profile", "smollm2_135m_4.20bit"]) == 1
     captured = capsys.readouterr().out
     assert "model.num_layers must be 4" in captured
-    assert "\n    do: kvtuner profile check" in captured
+    assert "\n    do: give a profile of this model: kvtuner profile list" in captured
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem", "advice"),
+    [
+        (["/nonexistent", "--profile", "K8V8"], "but got no such folder", "give a folder with a config.json"),
+        (["--profile", "nope"], "or the name of a shipped profile", "kvtuner profile list names"),
+        (["--profile", "K3V3"], "k_bits must be one of", "correct what the line names"),
+    ],
+)
+def test_advice_is_of_the_kind_of_problem(capsys, arguments, problem, advice):
+    assert cli.main(["doctor", *arguments, "--json"]) == 1
+    problems = json.loads(capsys.readouterr().out)["problems"]
+    assert any(problem in each["problem"] and each["do"].startswith(advice) for each in problems), problems
 
 
 def test_a_problem_of_three_default_profiles_is_said_once(diagnose, tmp_path):

@@ -115,6 +115,46 @@ def request_of(tmp_path: Path):
     return make
 
 
+def options_of(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    evaluate.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+def test_json_is_the_result_and_alone_on_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    model, data, task = make_inputs(tmp_path)
+    monkeypatch.setattr(evaluate, "in_own_process", Engines())
+    monkeypatch.setattr(evaluate, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
+    capfd.readouterr()
+    options = ("--profile=K8V8", "--tokens=60", "--sequence-length=30", f"--tasks={task}", "--num-fewshot=1")
+    out = tmp_path / "out.json"
+    assert evaluate.run(options_of(str(model), f"--data={data}", *options, "--json", f"--out={out}")) == 0
+    result = json.loads(capfd.readouterr().out)
+    assert result == json.loads(out.read_text())
+    assert (result["schema"], result["context"], result["kv_memory_bytes"]) == (evaluate.SCHEMA, 30, 1 << 30)
+    assert result["task"] | {"file": task.name, "shots": 1, "questions": 2} == result["task"]
+
+
+def test_tasks_are_lm_evals_and_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[evaluate.EvaluationRequest] = []
+
+    def stop(request: evaluate.EvaluationRequest, _: object) -> None:
+        asked.append(request)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(evaluate, "evaluate", stop)
+    tasks = "--tasks=hellaswag,mine.yaml,gsm8k.jsonl"
+    with pytest.raises(ValueError, match="enough"):
+        evaluate.run(options_of("model", "--data=text.txt", tasks, "--limit=3", "--num-fewshot=5"))
+    (request,) = asked
+    assert (request.lm_eval, request.task) == (("hellaswag", "mine.yaml"), Path("gsm8k.jsonl"))
+    assert (request.task_limit, request.num_fewshot) == (3, 5)
+    with pytest.raises(ValueError, match=r"at most one .jsonl file, but got a.jsonl, b.jsonl"):
+        evaluate.run(options_of("model", "--data=text.txt", "--tasks=a.jsonl,b.jsonl"))
+
+
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of) -> None:
     partial = tmp_path / "result.json.partial"
     profile = f"kvtuner:{tmp_path / 'profile.yaml'}"

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvtuner_tools.calibration import window_default
 from kvtuner_tools.calibration.calibration_text import MIN_WINDOW, read_documents
-from kvtuner_tools.calibration.options import DEFAULT_WINDOW, GROUPS, CalibrationOptions, Texts, load_texts
+from kvtuner_tools.calibration.options import DEFAULT_WINDOW, GROUPS, CalibrationOptions, Texts, flag, load_texts
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.space import bf16_bytes, check_budget
 from kvtuner_tools.calibration.study import open_storage
@@ -121,7 +121,9 @@ def _check_positions(options: CalibrationOptions) -> None:
     limit = max_positions(options.model)
     assert options.window is not None
     if options.window >= limit:
-        raise ValueError(f"--window must be less than the model's {limit:,} positions, but got {options.window:,}")
+        raise ValueError(
+            f"{flag('window')} must be less than the model's {limit:,} positions, but got {options.window:,}"
+        )
 
 
 def _check_memory(options: CalibrationOptions, shape: ModelShape, texts: Texts) -> None:
@@ -131,7 +133,7 @@ def _check_memory(options: CalibrationOptions, shape: ModelShape, texts: Texts) 
     least = bf16_bytes(shapes_of(shape)) * width * (longest + MAX_BLOCK_SIZE)
     if options.kv_memory < least:
         rule = f"must hold the longest window, of {longest:,} tokens, which takes {least:,} bytes"
-        raise ValueError(f"--kv-memory {rule}, but got {options.kv_memory:,}")
+        raise ValueError(f"{flag('kv_memory')} {rule}, but got {options.kv_memory:,}")
 
 
 def _check_disk(options: CalibrationOptions, texts: Texts) -> None:
@@ -176,7 +178,7 @@ def _numbers(options: CalibrationOptions) -> list[str]:
     for name, minimum in least.items():
         value = getattr(options, name)
         if value is not None and not (math.isfinite(value) and value >= minimum):
-            problems.append(f"--{name.replace('_', '-')} must be at least {minimum}, but got {value}")
+            problems.append(f"{flag(name)} must be at least {minimum}, but got {value}")
     problems += _recent_numbers(options)
     if options.max_bits is not None and not 0 < options.max_bits <= 16:
         problems.append(f"--max-bits must be above 0 and at most 16, but got {options.max_bits:g}")
@@ -196,7 +198,7 @@ def _recent_numbers(options: CalibrationOptions) -> list[str]:
     length = DEFAULT_WINDOW if options.window is None else options.window
     if not problems and MIN_WINDOW <= length <= (least := window_default.WINDOW_SHARE * held):
         why = f"{window_default.WINDOW_SHARE} times the {held} that the recent window and the sink tokens keep"
-        problems.append(f"--window must be more than {least} tokens, {why} unquantized, but got {length}")
+        problems.append(f"{flag('window')} must be more than {least} tokens, {why} unquantized, but got {length}")
     return problems
 
 
@@ -205,7 +207,7 @@ def _budget_kind(options: CalibrationOptions) -> str | None:
     if (options.max_bits is None and all(by_memory)) or (options.max_bits is not None and not any(by_memory)):
         return None
     names = [name for name in GROUPS["search"][:4] if getattr(options, name) is not None]
-    given = ", ".join(f"--{name.replace('_', '-')}" for name in names) or "none"
+    given = ", ".join(map(flag, names)) or "none"
     return f"the budget must be given as --max-bits, or as --memory with --context and --concurrency, but got {given}"
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.arguments import memory_text, parse_memory, refuse_old
 from kvtuner_tools.calibration.artifacts import read_artifact
 from kvtuner_tools.calibration.calibration_text import CalibrationText, TextRequest, draw_texts
 from kvtuner_tools.calibration.cluster import DEFAULT_FACTOR
@@ -14,7 +15,6 @@ from kvtuner_tools.calibration.sampling import SAMPLERS
 from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory
 from kvtuner_tools.calibration.study import sqlite_url
 from kvtuner_tools.model_files import max_positions
-from kvtuner_tools.profile_commands import parse_memory
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import (
     BLOCK_SIZE_MULTIPLE,
@@ -132,9 +132,10 @@ class CalibrationOptions:
         presets = asdict(CalibrationOptions()) | (QUICK if self.quick else {})
         for name, value in asdict(self).items():
             if name != "model" and value != presets[name]:
-                flag = f"--{name.replace('_', '-')}"
-                words += [flag] if value is True else [flag.replace("--", "--no-", 1)] if value is False else []
-                words += [] if isinstance(value, bool) else [flag, str(value)]
+                if isinstance(value, bool):
+                    words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+                else:
+                    words += [flag(name), str(value)]
         return shlex.join(words)
 
     def storage_url(self, out: Path) -> str:
@@ -228,7 +229,7 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "dtype": ("dtype of the model", {"choices": ("bfloat16", "float16", "float32")}),
     "seed": ("seed of everything that is drawn", {"type": int}),
     "window": (
-        f"tokens of a window of text (default {DEFAULT_WINDOW}, or what the model has positions for)",
+        f"tokens of a window of text (default: {DEFAULT_WINDOW}, or what the model has positions for)",
         {"type": int, "metavar": "TOKENS"},
     ),
     "long_window": (
@@ -246,13 +247,13 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
         {"choices": ("choose", "none")},
     ),
     "recent_window": (
-        f"newest tokens of each request that layers also keep, and read, in more bits; 0 for none (default "
+        f"newest tokens of each request that layers also keep, and read, in more bits; 0 for none (default: "
         f"{DEFAULT_RECENT_WINDOW} where served)",
         {"type": int, "metavar": "TOKENS"},
     ),
     "recent_window_bits": ("bits of the recent window", {"type": int, "choices": RECENT_BITS}),
     "sink_tokens": (
-        f"first tokens of each request that the recent window holds too; 0 for none (default {DEFAULT_SINK_TOKENS} "
+        f"first tokens of each request that the recent window holds too; 0 for none (default: {DEFAULT_SINK_TOKENS} "
         "where served)",
         {"type": int, "metavar": "TOKENS"},
     ),
@@ -284,18 +285,66 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
-    """Add the options of these stages; what is not given is absent from the parsed arguments."""
-    for stage in stages:
-        for name in GROUPS[stage]:
-            add_option(parser, name)
+FLAGS = {
+    "window": "--sequence-length",
+    "long_window": "--long-sequence-length",
+    "kv_memory": "--kv-cache-memory-bytes",
+}
+"""Options whose spelling is not their name: ``window`` would be taken for the recent window, or for seconds."""
+_EARLIER = {
+    "window": ("--window", "--sequence-length"),
+    "kv_memory": ("--kv-memory", "--kv-cache-memory-bytes"),
+}
+"""Spellings of earlier versions, and what they are now."""
+_TITLES = {
+    "capture": "text",
+    "transforms": "transforms and recent window",
+    "feedback": "round feedback",
+    "prune": "pairs",
+    "cluster": "clusters",
+    "search": "search",
+}
+_OTHER_TITLES = {
+    **dict.fromkeys(("dtype", "seed", "kv_memory"), "engine"),
+    **dict.fromkeys(("max_bits", "memory", "context", "concurrency"), "budget"),
+    **dict.fromkeys(("quick", "full_report"), "how much"),
+}
+"""Headings of the help, by stage, and of options that stand elsewhere than their stage's."""
+_METAVARS = {
+    **dict.fromkeys(("long_window", "capture_tokens", "search_tokens", "heldout_tokens"), "TOKENS"),
+    "kv_memory": "MEMORY",
+    "trials": "SETTINGS",
+}
 
 
-def add_option(parser: argparse.ArgumentParser, name: str) -> None:
-    text, more = _HELP[name]
-    default = getattr(CalibrationOptions(), name)
-    shown = f" (default {default})" if default not in (None, "", False) else ""
-    parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=text + shown, **more)
+def flag(name: str) -> str:
+    """How an option is typed."""
+    return FLAGS.get(name, f"--{name.replace('_', '-')}")
+
+
+def add_options(parser: argparse.ArgumentParser, stages: Iterable[str], others: Iterable[str] = ()) -> None:
+    """Add options; what is not given is absent from the parsed arguments.
+
+    Args:
+        parser: of the command.
+        stages: whose options.
+        others: options of no stage.
+    """
+    defaults = CalibrationOptions()
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    titles = {name: _TITLES.get(stage, "") for stage in stages for name in GROUPS[stage]} | dict.fromkeys(others, "")
+    for name, stage_title in titles.items():
+        title = _OTHER_TITLES.get(name, stage_title)
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        text, more = _HELP[name]
+        default = getattr(defaults, name)
+        written = memory_text(default) if name == "kv_memory" else default
+        shown = f" (default: {written})" if default is not False and default not in (None, "") else ""
+        if name in _METAVARS:
+            more = {"metavar": _METAVARS[name], **more}
+        groups[title].add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text + shown, **more)
+    refuse_old(parser, dict(_EARLIER[name] for name in titles if name in _EARLIER))
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:

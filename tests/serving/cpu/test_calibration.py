@@ -166,8 +166,8 @@ def test_a_calibration_with_sink_tokens_ends_in_a_profile_that_serves_what_was_s
     text.write_text(
         "".join(f"Line {line} of the text says what line {line * 7 % 100} does not. " for line in range(60))
     )
-    sizes = {"window": 96, "capture-tokens": 192, "search-tokens": 96, "heldout-tokens": 192, "trials": 1}
-    options = {"data": text, "dtype": "float32", "kv-memory": KV_CACHE_BYTES, "max-bits": 4.5, **sizes}
+    sizes = {"sequence-length": 96, "capture-tokens": 192, "search-tokens": 96, "heldout-tokens": 192, "trials": 1}
+    options = {"data": text, "dtype": "float32", "kv-cache-memory-bytes": KV_CACHE_BYTES, "max-bits": 4.5, **sizes}
     options |= {"recent-window": 16, "sink-tokens": 4}
     arguments = [f"--{name}={value}" for name, value in options.items()]
     out = tmp_path / "out"

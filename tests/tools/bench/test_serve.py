@@ -129,6 +129,17 @@ def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
 
 
+def test_json_is_the_result_and_alone_on_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    Engines(monkeypatch)
+    out = tmp_path / "out.json"
+    assert bench.run(parse(*OPTIONS, "--setting=fp8", "--json", f"--out={out}")) == 0
+    printed = capfd.readouterr().out
+    assert json.loads(printed) == json.loads(out.read_text())
+    assert json.loads(printed)["schema"] == serve.SCHEMA
+
+
 def test_run_keeps_the_points_of_a_failed_engine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -390,10 +390,21 @@ def model(tmp_path):
         (["--max-bits", "4", "--unquantized", "x"], ["--unquantized must be a layer, a range or a list"]),
         (["--max-bits", "4", "--unquantized", "0-3"], ["--unquantized must leave a layer to choose pairs for"]),
         (
-            ["--max-bits", "17", "--window", "3", "--trials", "0", "--cluster-factor", "0.5", "--data", "/none.txt"],
+            [
+                "--max-bits",
+                "17",
+                "--sequence-length",
+                "3",
+                "--trials",
+                "0",
+                "--cluster-factor",
+                "0.5",
+                "--data",
+                "/none.txt",
+            ],
             [
                 "--max-bits must be above 0 and at most 16, but got 17",
-                "--window must be at least 32, but got 3",
+                "--sequence-length must be at least 32, but got 3",
                 "--trials must be at least 1, but got 0",
                 "--cluster-factor must be at least 1, but got 0.5",
                 "/none.txt: the file must be readable",
@@ -402,17 +413,26 @@ def model(tmp_path):
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "17"], [f"--{TOO_MANY_SINKS}, but got 17"]),
         (["--max-bits", "4", "--recent-window", "64", "--sink-tokens", "-1"], [f"--{TOO_MANY_SINKS}, but got -1"]),
         (["--max-bits", "4", "--recent-window", "0", "--sink-tokens", "4"], [f"--{SINKS_ALONE}, but got 4"]),
-        (["--max-bits", "4", "--window", "272"], ["--window must be more than 272 tokens, 4 times the 68"]),
+        (
+            ["--max-bits", "4", "--sequence-length", "272"],
+            ["--sequence-length must be more than 272 tokens, 4 times the 68"],
+        ),
         (
             ["--max-bits", "4", "--recent-window", "512"],
-            ["--window must be more than 2064 tokens", "but got 2048"],
+            ["--sequence-length must be more than 2064 tokens", "but got 2048"],
         ),
-        (["--max-bits", "4", "--window", "2048"], ["--window must be less than the model's 2,048 positions"]),
         (
-            ["--max-bits", "4", "--capture-tokens", "9000000", "--kv-memory", "1MiB"],
+            ["--max-bits", "4", "--sequence-length", "2048"],
+            ["--sequence-length must be less than the model's 2,048 positions"],
+        ),
+        (
+            ["--max-bits", "4", "--capture-tokens", "9000000", "--kv-cache-memory-bytes", "1MiB"],
             ["bundled: --heldout-tokens + --capture-tokens + --search-tokens must be at most the ", "9,020,480"],
         ),
-        (["--max-bits", "4", "--kv-memory", "1MiB"], ["--kv-memory must hold the longest window, of 2,047 tokens"]),
+        (
+            ["--max-bits", "4", "--kv-cache-memory-bytes", "1MiB"],
+            ["--kv-cache-memory-bytes must hold the longest window, of 2,047 tokens"],
+        ),
         (["--max-bits", "4", "--storage", "nonsense"], ["--storage must be a database that can be opened"]),
     ],
 )
