@@ -333,7 +333,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="number of the first round")
     parser.add_argument("--rounds", type=int, default=1 << 62)
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--profile", default="K8V8", help="pair of all layers, or a profile for the tiny model")
+    parser.add_argument("--profile", default="K8V8:plain", help="pair of all layers, or a profile for the tiny model")
     parser.add_argument("--speculative", action="store_true", help="draft tokens by n-gram")
     args = parser.parse_args()
     os.environ.update(SERVER_ENVIRONMENT, VLLM_LOGGING_LEVEL="ERROR")

@@ -58,3 +58,14 @@ def test_the_decode_kernel_is_one_of_two(monkeypatch):
         monkeypatch.setenv("KVTUNER_DECODE_KERNEL", name)
         with pytest.raises(ValueError, match=f"^KVTUNER_DECODE_KERNEL must be cuda or triton, but got '{name}'$"):
             envs.decode_kernel()
+
+
+def test_the_kernels_of_a_cpu_are_one_of_two(monkeypatch):
+    monkeypatch.delenv("KVTUNER_CPU_KERNELS", raising=False)
+    assert envs.cpu_kernels() is None
+    for name, kernels in (("", None), ("compiled", "compiled"), ("reference", "reference")):
+        monkeypatch.setenv("KVTUNER_CPU_KERNELS", name)
+        assert envs.cpu_kernels() == kernels
+    monkeypatch.setenv("KVTUNER_CPU_KERNELS", "avx2")
+    with pytest.raises(ValueError, match=r"^KVTUNER_CPU_KERNELS must be compiled or reference, but got 'avx2'$"):
+        envs.cpu_kernels()

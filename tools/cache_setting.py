@@ -4,7 +4,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_kvtuner.engine.config import ATTEND_KEY, CALIBRATION_KEY, KV_CACHE_DTYPE, PROFILE_KEY
+from vllm_kvtuner.engine.config import ATTEND_KEY, CALIBRATION_KEY, KV_CACHE_DTYPE, PROFILE_KEY, REQUEST_TOKENS_KEY
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
 
@@ -17,7 +17,7 @@ class CacheSetting:
 
     Args:
         kv_cache_dtype: as vLLM knows it.
-        profile: file, name, or bare pair.
+        profile: file, name, or pair.
         attention_backend: vLLM's ``--attention-backend``, or None for its own choice.
 
     Raises:
@@ -54,13 +54,16 @@ class CacheSetting:
         profile = f":{self.profile}" if self.profile else ""
         return f"{self.kv_cache_dtype}{backend}{profile}"
 
-    def additional_config(self, *, attend_cached_prefill: bool = False, switchable: bool = False) -> dict[str, Any]:
+    def additional_config(
+        self, *, attend_cached_prefill: bool = False, switchable: bool = False, request_tokens: int | None = None
+    ) -> dict[str, Any]:
         """vLLM's ``additional_config`` for this setting; {} for vLLM's own dtypes.
 
         Args:
             attend_cached_prefill: True makes prefill read back what it stored, whatever the profile says, so that
                 teacher-forced evaluation sees quantization; False leaves the choice to the profile.
             switchable: True lets pairs and transforms of layers change at run time.
+            request_tokens: of the requests that a pair's window is chosen for; None for the engine's longest.
         """
         if self.profile is None:
             return {}
@@ -69,6 +72,8 @@ class CacheSetting:
             config[ATTEND_KEY] = True
         if switchable:
             config[CALIBRATION_KEY] = True
+        if request_tokens is not None:
+            config[REQUEST_TOKENS_KEY] = request_tokens
         return config
 
 

@@ -36,6 +36,8 @@ MAX_MODEL_LEN = 4096
 START_TIMEOUT_S = 900
 STOP_TIMEOUT_S = 30
 MAX_TOKENS = 160
+SLOWER = 1.2
+"""How many times as long products in bfloat16 take as in float32, from which on the demo serves float32 on a CPU."""
 QUESTION = "Why is the sky blue? Answer in three sentences."
 
 
@@ -118,15 +120,50 @@ def _check_answer(folder: Path) -> None:
         raise DemoError(f"{MODEL_WHEEL}: the converted model must answer with Paris, but got {answer!r}")
 
 
-def server_command(model_dir: Path, profile: str, port: int) -> list[str]:
-    """The ``vllm serve`` command of the demo, as a person would type it."""
+def bfloat16_times_float32() -> float:
+    """How many times as long this processor takes for a layer's product in bfloat16 as in float32.
+
+    Processors without instructions for bfloat16 (AMX, AVX512-BF16 and the like) take several times as long. What they
+    have is measured rather than looked up, for names of instructions differ, and PyTorch may not use them.
+    """
+    import torch
+
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        row, weight = torch.ones(1, 1024, dtype=dtype), torch.ones(4096, 1024, dtype=dtype)
+        times = []
+        for _ in range(10):
+            begin = time.perf_counter()
+            torch.nn.functional.linear(row, weight)
+            times.append(time.perf_counter() - begin)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
+
+
+def server_command(model_dir: Path, profile: str, port: int, dtype: str | None = None) -> list[str]:
+    """The ``vllm serve`` command of the demo, as a person would type it; None leaves the dtype to the model."""
     command = ["vllm", "serve", str(model_dir), "--kv-cache-dtype", "kvtuner", "--kvtuner-profile", profile]
     command += ["--served-model-name", MODEL_NAME, "--host", HOST, "--port", str(port)]
     command += ["--max-model-len", str(MAX_MODEL_LEN), "--kv-cache-memory-bytes", str(KV_CACHE_BYTES)]
-    if importlib.metadata.version("vllm").endswith("+cpu"):
+    if dtype is not None:
+        command += ["--dtype", dtype]
+    if _on_cpu():
         # Compilation takes minutes on a small machine, needs a C++ compiler, and gains a small model little.
         command.append("--enforce-eager")
     return command
+
+
+def _on_cpu() -> bool:
+    """Whether vLLM is its build for CPUs."""
+    return importlib.metadata.version("vllm").endswith("+cpu")
+
+
+def _dtype() -> str | None:
+    """float32 on a CPU that is slow in bfloat16, which is then said; None for the model's own."""
+    if not _on_cpu() or (times := bfloat16_times_float32()) <= SLOWER:
+        return None
+    print(f"This processor takes {times:.1f} times as long in bfloat16 as in float32, so float32 is served", flush=True)
+    return "float32"
 
 
 def _check_port(port: int) -> None:
@@ -139,7 +176,7 @@ def _check_port(port: int) -> None:
 
 
 def _serve(args: argparse.Namespace, resolved: ResolvedProfile) -> int:
-    command = server_command(args.model, args.profile, args.port)
+    command = server_command(args.model, args.profile, args.port, _dtype())
     log = args.model.parent / "server.log"
     url = f"http://{HOST}:{args.port}"
     print(f"$ {' '.join(command)}\nIts log: {log}", flush=True)

@@ -48,12 +48,18 @@ class Group:
         pair: quantized.
         head_size: numbers per row.
         transforms: which are on.
+        attention_sinks: whether the model has some.
     """
 
     layers: str | None
     pair: PrecisionPair
     head_size: int
     transforms: TransformSettings
+    attention_sinks: bool = False
+
+    def __str__(self) -> str:
+        parts = [*self.transforms.names, *(["attention sinks"] if self.attention_sinks else [])]
+        return f"{self.pair} of head size {self.head_size}" + (f" with {', '.join(parts)}" if parts else "")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,9 +168,12 @@ def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section,
             max(0, memory - (weights or 0)), resolved.bytes_per_token
         )
     section.facts["statics"] = None if profile.statics is None else str(profile.statics)
+    if resolved.profile.left_out:
+        section.facts["without"] = "; ".join(resolved.profile.left_out)
     layers: dict[Group, list[int]] = {}
     for layer in resolved.layers:
-        group = Group(None, layer.pair, layer.shape.head_size, layer.transforms)
+        sinks = shape is not None and shape.attention_sinks
+        group = Group(None, layer.pair, layer.shape.head_size, layer.transforms, sinks)
         layers.setdefault(group, []).append(layer.index)
     if unquantized := [layer.index for layer in resolved.layers if not layer.pair.is_quantized]:
         section.facts["layers in vLLM's own cache"] = format_layers(unquantized)
@@ -195,9 +204,7 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
     section = Section(KERNELS)
     verdict = _prove(groups, device, section) if on_gpu else None
     for group in groups:
-        title = f"{group.pair} of head size {group.head_size}"
-        if group.transforms.names:
-            title += f" with {', '.join(group.transforms.names)}"
+        title = str(group)
         fact: dict[str, Any] = {} if group.layers is None else {"layers": group.layers}
         section.facts[title] = fact
         if on_gpu and verdict is None:
@@ -207,7 +214,8 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
             fact |= _choices(group, device, verdict)
         except ValueError as error:
             fact["self-test"] = "not run"
-            section.problems.append((str(error), "unset KVTUNER_DECODE_KERNEL, or correct what it names"))
+            variable = str(error).partition(" ")[0]
+            section.problems.append((str(error), f"unset {variable}, or correct what it names"))
             continue
         _self_test(section, title, group, device)
     return section
@@ -215,13 +223,16 @@ def _kernels(groups: Sequence[Group], card: Section) -> Section:
 
 def _case(group: Group) -> "Case":
     """Layers such as the group's, with few heads and batches: decodes of one token and of several."""
+    import torch
+
     from vllm_kvtuner.kernels.contract import AttentionShape, BatchLimits
     from vllm_kvtuner.kernels.self_test_cases import Case
     from vllm_kvtuner.pages.layout import PageLayout
 
     size = group.head_size
     layout = PageLayout(group.pair, size, BLOCK_SIZE_MULTIPLE)
-    shape = AttentionShape(QUERY_HEADS * KV_HEADS, KV_HEADS, size, size**-0.5)
+    sinks = torch.bfloat16 if group.attention_sinks else None
+    shape = AttentionShape(QUERY_HEADS * KV_HEADS, KV_HEADS, size, size**-0.5, sinks=sinks)
     return Case(layout, shape, BatchLimits(*BATCH), transforms=group.transforms.names)
 
 
@@ -240,10 +251,12 @@ def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") ->
     import torch
 
     from vllm_kvtuner.kernels import choice
+    from vllm_kvtuner.kernels.cpu import kernels as cpu
     from vllm_kvtuner.kernels.self_test_cases import random_transforms
 
     if verdict is None:
-        return {"decode": "reference, since the device is a CPU", "store and gather": "reference"}
+        kernels = cpu.choice(group.head_size)
+        return {"decode": kernels, "store and gather": kernels}
     case = _case(group)
     capability = choice.device_capability(device)
     transforms = random_transforms(case.transforms, case, torch.device("cpu"))
@@ -254,7 +267,8 @@ def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") ->
     def failure() -> str | None:
         return verdict.failure
 
-    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure))
+    has_sinks = group.attention_sinks
+    decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure, has_sinks=has_sinks))
     if group.transforms.key_offset and decode.startswith(choice.CUDA):
         decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position)"
     rows = str(choice.choose_rows(case.layout, capability, failure))
@@ -267,11 +281,11 @@ def _chosen(fact: dict[str, Any]) -> list[str]:
 
 def _serving(case: "Case", device: "torch.device") -> "KernelSet":
     """What serves such a layer on the device."""
+    from vllm_kvtuner.kernels.cpu.kernels import cpu_kernels
     from vllm_kvtuner.kernels.gpu import GpuKernels
-    from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 
     if device.type == "cpu":
-        return ReferenceKernels(case.shape, case.span)
+        return cpu_kernels(case.shape, case.span)
     return GpuKernels(case.shape, case.span, case.limits, device, case.write_lse, case.dtype)
 
 

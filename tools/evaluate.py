@@ -8,6 +8,7 @@ are answered in the same engines.
 import argparse
 import functools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ from kvtuner_tools.engines.evaluate import (
 )
 from kvtuner_tools.heldout import file_sha256, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
-from kvtuner_tools.model_files import refuse_missing_folder
+from kvtuner_tools.model_files import load_model_shape, refuse_missing_folder
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
+from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 
 SCHEMA = "kvtuner-evaluation/1"
 AUTO = CacheSetting("auto")
@@ -327,7 +329,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--profile",
         action="append",
         default=[],
-        help="precision profile to evaluate (path, shipped name or pair); repeat",
+        help="precision profile to evaluate (path, shipped name, pair or auto); repeat",
     )
     caches.add_argument(
         "--kv-cache-dtype",
@@ -413,7 +415,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
-    settings = request_settings(args.kv_cache_dtype, args.profile)
+    settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model) for profile in args.profile])
     if not (settings or args.noise_floor or args.tasks):
         raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
     files = [task for task in args.tasks if task.endswith(TASK_SUFFIX)]
@@ -452,6 +454,15 @@ def text(evaluation: dict[str, Any]) -> str:
     if task := evaluation["task"]:
         lines.append(f"Accuracy on {task['questions']} questions of {task['file']}, {task['shots']} worked examples")
     return "\n".join([*lines, table(evaluation)])
+
+
+def _found(spec: str, model: str) -> str:
+    """The profile that a spec means for the model, with a line on what auto is."""
+    if not is_auto(spec):
+        return spec
+    found = resolve_auto(spec, model, load_model_shape(model)).chosen
+    print(f"{spec} -> {found.spec} ({found.source})", file=sys.stderr)
+    return found.spec
 
 
 def request_settings(dtypes: Sequence[str], profiles: Sequence[str]) -> tuple[CacheSetting, ...]:

@@ -53,12 +53,13 @@ def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None
     import lm_eval
     from transformers import AutoTokenizer
 
+    positions = max_positions(job.model)
     arguments = {
         "pretrained": job.model,
         "dtype": job.dtype,
-        "max_model_len": min(MAX_MODEL_LEN, max_positions(job.model)),
+        "max_model_len": min(MAX_MODEL_LEN, positions),
         "kv_cache_dtype": job.setting.kv_cache_dtype,
-        "additional_config": job.setting.additional_config(attend_cached_prefill=True),
+        "additional_config": job.setting.additional_config(attend_cached_prefill=True, request_tokens=positions),
         **cache_memory(job.kv_memory_bytes),
         "enforce_eager": True,
     }

@@ -1,6 +1,8 @@
-"""``kvtuner profile show|check|list``: what a profile stores, whether it is right, and which ones are shipped."""
+"""``kvtuner profile show|check|resolve|list``: what a profile stores, whether it is right, what auto means for a model,
+and which ones are shipped."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -9,16 +11,18 @@ from typing import Any
 from kvtuner_tools.arguments import parse_memory, set_example
 from kvtuner_tools.model_files import load_model_shape
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
-from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.load import AUTO, load_profile, shipped_profiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
-from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
+from vllm_kvtuner.profile.profile import FROM_WEIGHTS, Profile, RecentWindow, ResolvedProfile, TransformSettings
 from vllm_kvtuner.profile.statics import load_statics
 
 SCHEMA = {
     "show": "kvtuner-profile/1",
     "check": "kvtuner-profile-check/1",
     "list": "kvtuner-profile-list/1",
+    "resolve": "kvtuner-resolution/1",
 }
 """Of each action's JSON."""
 SCORES = {
@@ -38,25 +42,35 @@ def tokens_that_fit(memory: int, bytes_per_token: int) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     show = actions.add_parser("show", help="print a profile")
-    show.add_argument("profiles", metavar="PROFILE", nargs=1, help="file, name of a shipped profile, or pair (K8V4)")
+    show.add_argument(
+        "profiles", metavar="PROFILE", nargs=1, help="file, name of a shipped profile, or pair (K8V4, K8V4:plain)"
+    )
     check = actions.add_parser("check", help="validate profiles; exit status 1 with all problems on stderr")
-    check.add_argument("profiles", metavar="PROFILE", nargs="+", help="file, name of a shipped profile, or pair (K8V4)")
+    check.add_argument(
+        "profiles", metavar="PROFILE", nargs="+", help="file, name of a shipped profile, or pair (K8V4, K8V4:plain)"
+    )
     for action in (show, check):
         action.add_argument("--model", metavar="FOLDER_OR_ID", help="model to match the profile with")
         action.add_argument(
             "--memory", type=parse_memory, help="KV cache memory, such as 20GiB, to count the tokens that fit"
         )
+    resolving = actions.add_parser("resolve", help="say what auto means for a model, and why it is no other profile")
+    resolving.add_argument("model", metavar="MODEL", help="folder or id of the model")
+    resolving.add_argument("--profile", metavar="SPEC", default=AUTO, help="auto or auto:BITS (default: %(default)s)")
     listing = actions.add_parser("list", help="list the shipped profiles")
-    for action in (show, check, listing):
+    for action in (show, check, resolving, listing):
         action.add_argument("--json", action="store_true", help="print JSON")
     set_example(show, "kvtuner profile show K8V4 --model Qwen/Qwen3-8B --memory 20GiB")
     set_example(check, "kvtuner profile check mine.yaml --model Qwen/Qwen3-8B")
+    set_example(resolving, "kvtuner profile resolve Qwen/Qwen3-8B --profile auto:3.5")
     set_example(listing, "kvtuner profile list --json")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "list":
         return _list(args.json)
+    if args.action == "resolve":
+        return _resolve(args.model, args.profile, args.json)
     if args.action == "show":
         summary = _summarize(args.profiles[0], args.model, args.memory)
         print(json.dumps({"schema": SCHEMA["show"], **summary}, indent=2) if args.json else _format(summary))
@@ -80,6 +94,19 @@ def _check(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"schema": SCHEMA["check"], "profiles": found}, indent=2))
     return status
+
+
+def _resolve(model: str, spec: str, as_json: bool) -> int:
+    if not is_auto(spec):
+        raise ProfileError([f"{spec}: --profile must be {AUTO} or {AUTO}:BITS, which mean something to be looked for"])
+    found = resolve_auto(spec, model, load_model_shape(model))
+    if as_json:
+        print(json.dumps({"schema": SCHEMA["resolve"], **dataclasses.asdict(found)}, indent=2))
+        return 0
+    print(f"{found.asked} -> {found.chosen.spec} ({found.chosen.source}), {found.chosen.stored_bits:.3f} stored bits")
+    for each in found.rejected:
+        print(f"  not {each.spec} ({each.source}): {each.rejected}")
+    return 0
 
 
 def _list(as_json: bool) -> int:
@@ -161,6 +188,11 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
         "tokens_that_fit": _tokens(memory, resolved, "bytes_per_token"),
         "bf16_tokens_that_fit": _tokens(memory, resolved, "bf16_bytes_per_token"),
         "attend_cached_prefill": profile.attend_cached_prefill,
+        "adapts": profile.adapts,
+        "left_out": list((profile if resolved is None else resolved.profile).left_out),
+        "key_offset_from_weights": any(
+            each.key_offset == FROM_WEIGHTS for each in (profile.transforms, *profile.transform_overrides.values())
+        ),
         "statics": None if profile.statics is None else str(profile.statics),
         "layers": _layers(profile, resolved),
         "provenance": profile.provenance,
@@ -171,14 +203,17 @@ def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, R
     """A profile, its model's shape where one is known, and the two matched, statics included.
 
     Args:
-        spec: file, name of a shipped profile, or pair.
+        spec: file, name of a shipped profile, pair, or with a model ``auto``.
         model: folder or id; by default the model that the profile names, if it does.
 
     Raises:
         ProfileError: the profile, its statics, or their fit to the model is wrong.
     """
+    shape = None if model is None else load_model_shape(model)
+    if shape is not None and model is not None and is_auto(spec):
+        spec = resolve_auto(spec, model, shape).chosen.spec
     profile = load_profile(spec)
-    shape = profile.model if model is None else load_model_shape(model)
+    shape = shape or profile.model
     resolved = None if shape is None else profile.resolve(shape)
     if resolved is not None and profile.statics is not None:
         load_statics(profile.statics, resolved)
@@ -209,6 +244,7 @@ def _layers(profile: Profile, resolved: ResolvedProfile | None) -> list[dict[str
             "pair": pair.name,
             "k_bits": pair.k_bits,
             "v_bits": pair.v_bits,
+            "scale_bits": pair.scale_bits if pair.is_quantized else None,
             "transforms": list(transforms.names),
             "recent_window": recent.tokens if recent is not None and pair.is_quantized else 0,
             "recent_window_bits": recent.bits if recent is not None and pair.is_quantized else None,
@@ -232,7 +268,11 @@ def _format(summary: Mapping[str, Any]) -> str:
         bf16 = f"bf16 takes {summary['bf16_bytes_per_token']:,}, {ratio:.2f} times as many"
         rows.append(("bytes per token", f"{summary['bytes_per_token']:,} ({bf16})"))
     if summary["recent_bytes_per_request"]:
-        rows.append(("recent window", f"{summary['recent_bytes_per_request']:,} more bytes per request"))
+        fewer = "; fewer where requests are short" if summary["adapts"] else ""
+        rows.append(("recent window", f"{summary['recent_bytes_per_request']:,} more bytes per request{fewer}"))
+    if summary["key_offset_from_weights"]:
+        rows.append(("key offset", "the k projection's bias, when the model is loaded"))
+    rows += [("without", reason) for reason in summary["left_out"]]
     if summary["tokens_that_fit"] is not None:
         bf16 = f"bf16: {summary['bf16_tokens_that_fit']:,}"
         rows.append(

@@ -34,6 +34,23 @@ def kernel_cache() -> Path:
     return Path(base).expanduser() / "vllm_kvtuner" / "kernels"
 
 
+def cxx() -> str | None:
+    """CXX: the C++ compiler that kernels for a CPU are compiled by."""
+    return os.environ.get("CXX") or None
+
+
+def cpu_kernels() -> str | None:
+    """KVTUNER_CPU_KERNELS: ``compiled`` or ``reference``; None takes the compiled ones where they can be compiled.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    name = os.environ.get("KVTUNER_CPU_KERNELS") or None
+    if name not in (None, "compiled", "reference"):
+        raise ValueError(f"KVTUNER_CPU_KERNELS must be compiled or reference, but got {name!r}")
+    return name
+
+
 def decode_kernel() -> str | None:
     """KVTUNER_DECODE_KERNEL: ``cuda`` or ``triton``; None takes CUDA's where layer and card allow it.
 

@@ -3,13 +3,13 @@
 The reference's kernels are in place of the GPU's, and torch in place of FlashAttention.
 """
 
-import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from vllm.forward_context import override_forward_context
 
+from tests.helpers.flash_attention import flash_attention
 from vllm_kvtuner.attention import impl
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill import GpuPrefill, WorkspaceShape
@@ -17,7 +17,7 @@ from vllm_kvtuner.attention.prefill_plan import PlanRules, plan
 from vllm_kvtuner.attention.window_cache import RecentCache, RecentMetadataBuilder
 from vllm_kvtuner.attention.window_kernels import GpuWindow
 from vllm_kvtuner.blocks.window_manager import RecentSpec
-from vllm_kvtuner.kernels.contract import Segment, Span
+from vllm_kvtuner.kernels.contract import Span
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.model_shape import LayerShape
@@ -31,34 +31,7 @@ NAME = "model.layers.0.attn"
 MAX_SEQS, MAX_TOKENS = 8, 400
 
 
-def flash(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, window_size):
-    """As vLLM's flash_attn_varlen_func by its docstring. A row that sees nothing has the log-sum-exp +inf, as
-    FlashAttention 2 gives it, and values that are NaN stay NaN under a probability of 0."""
-    output, lse = torch.zeros_like(q), torch.full((q.shape[1], q.shape[0]), torch.inf)
-    bounds = cu_seqlens_q.tolist()
-    for request, (begin, end) in enumerate(itertools.pairwise(bounds)):
-        span = slice(*cu_seqlens_k[request : request + 2].tolist())
-        keys, values = k[span], v[span]
-        assert end - begin <= max_seqlen_q and len(keys) <= max_seqlen_k
-        position = torch.arange(end - begin)[:, None] + len(keys) - (end - begin)
-        seen = torch.ones(end - begin, len(keys), dtype=torch.bool)
-        if causal:
-            seen &= torch.arange(len(keys)) <= position
-        if window_size[0] >= 0:
-            seen &= torch.arange(len(keys)) >= position - window_size[0]
-        group = q.shape[1] // k.shape[-2]
-        scores = torch.einsum("qhd,khd->hqk", q[begin:end].float(), keys.float().repeat_interleave(group, 1))
-        scores = SOFT_CAP * torch.tanh(scores * SCALE / SOFT_CAP)
-        scores = torch.where(seen, scores, -torch.inf)
-        sums = scores.logsumexp(-1)
-        weights = torch.where(sums.isneginf()[..., None], 0.0, (scores - sums[..., None]).exp())
-        output[begin:end] = torch.einsum("hqk,khd->qhd", weights, values.float().repeat_interleave(group, 1)).to(
-            q.dtype
-        )
-        lse[:, begin:end] = torch.where(sums.isneginf(), torch.inf, sums)
-    return Segment(output, lse)
-
-
+FLASH = flash_attention(SCALE, SOFT_CAP)
 CONFIG = SimpleNamespace(
     model_config=SimpleNamespace(dtype=torch.bfloat16),
     scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS, max_num_batched_tokens=MAX_TOKENS),
@@ -70,22 +43,23 @@ CONFIG = SimpleNamespace(
 class Layer:
     """A layer with caches of its own, served as on a CPU or as on a GPU."""
 
-    def __init__(self, on_gpu, window, sliding_window, attend_cached):
+    def __init__(self, on_gpu, window, sliding_window, attend_cached, sinks):
         transforms = TransformSettings(key_hadamard=True, value_hadamard=True)
         shape = LayerShape(num_kv_heads=KV_HEADS, head_size=HEAD_SIZE)
         precision = LayerPrecision(0, PrecisionPair(4, 4), shape, transforms, window)
         self.impl = impl.KVTunerImpl(
-            HEADS, HEAD_SIZE, SCALE, KV_HEADS, None, sliding_window, "kvtuner", SOFT_CAP,
+            HEADS, HEAD_SIZE, SCALE, KV_HEADS, None, sliding_window, "kvtuner", SOFT_CAP, sinks=sinks,
             settings=impl.LayerSettings(precision, attend_cached),
         )  # fmt: skip
         self.cache = RecentCache(f"{NAME}.recent", window, KV_HEADS, HEAD_SIZE, torch.bfloat16)
         self.impl.take_window(self.cache)
         if on_gpu:
             shape, span = self.impl.shape, Span(sliding_window, window.tokens, window.sink_tokens)
-            kernels, packed = ReferenceKernels(shape, span), ReferenceKernels(shape, Span(window.tokens))
+            kernels = ReferenceKernels(shape, span)
+            packed = ReferenceKernels(shape._replace(sinks=None), Span(window.tokens))
             newest = GpuWindow(self.cache, kernels, packed)
             workspace = WorkspaceShape(self.impl.prefill_workspace_tokens, torch.bfloat16, CPU)
-            self.impl.served = impl.Served(kernels, GpuPrefill(kernels, flash, workspace, newest), newest)
+            self.impl.served = impl.Served(kernels, GpuPrefill(kernels, FLASH, workspace, newest), newest)
         packed = window.pair.is_quantized
         width = content_bytes(window.pair, HEAD_SIZE) if packed else 2 * HEAD_SIZE
         dtype = torch.uint8 if packed else torch.bfloat16
@@ -132,20 +106,22 @@ class Request:
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("sliding_window", [None, 100])
 @pytest.mark.parametrize(
-    ("window", "attend_cached"),
+    ("window", "attend_cached", "has_sinks"),
     [
-        (RecentWindow(24), False),
-        (RecentWindow(70), True),
-        (RecentWindow(24, 8), False),
-        (RecentWindow(24, sink_tokens=4), False),
-        (RecentWindow(24, sink_tokens=16), True),
+        (RecentWindow(24), False, False),
+        (RecentWindow(70), True, True),
+        (RecentWindow(24, 8), False, False),
+        (RecentWindow(24, 8), False, True),
+        (RecentWindow(24, sink_tokens=4), False, False),
+        (RecentWindow(24, sink_tokens=16), True, True),
     ],
     ids=str,
 )
-def test_steps_of_prefills_and_decodes(window, attend_cached, sliding_window, monkeypatch):
+def test_steps_of_prefills_and_decodes(window, attend_cached, has_sinks, sliding_window, monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(impl, "get_current_vllm_config", lambda: CONFIG)
-    layers = [Layer(on_gpu, window, sliding_window, attend_cached) for on_gpu in (False, True)]
+    sinks = 2 * torch.randn(HEADS).bfloat16() if has_sinks else None
+    layers = [Layer(on_gpu, window, sliding_window, attend_cached, sinks) for on_gpu in (False, True)]
     blocks, recent_blocks = list(range(1, 60)), list(range(2, 200))
     requests = [Request(blocks, recent_blocks) for _ in range(4)]
     steps = [[1, 1, 1, 90], [2, 3, 1, 80], [1, 1, 30, 100], [3, 2, 90, 9], [1, 20, 40, 7], [1, 1, 1, 3]]

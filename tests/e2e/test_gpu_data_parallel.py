@@ -18,7 +18,7 @@ ENGINES = ("0", "1")
 def test_each_engine_answers(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_USE_FLASHINFER_SAMPLER", "0")
     model = make_tiny_model(tmp_path / "model", "llama", head_size=128)
-    arguments = ["--kv-cache-dtype", "kvtuner", "--kvtuner-profile", "K8V8", "--data-parallel-size", "2"]
+    arguments = ["--kv-cache-dtype", "kvtuner", "--kvtuner-profile", "K8V8:plain", "--data-parallel-size", "2"]
     arguments += ["--served-model-name", "m", "--dtype", "bfloat16", "--max-model-len", "512", "--max-num-seqs", "4"]
     arguments += ["--api-server-count", "1", "--enforce-eager"]
     arguments += ["--gpu-memory-utilization", "0.1", "--kv-cache-memory-bytes", str(64 << 20)]

@@ -140,12 +140,13 @@ def test_the_metrics_say_what_is_stored(server):
     labels = f'{{engine="0",model_name="{MODEL}"'
     lines = dict(line.rsplit(" ", 1) for line in server.metrics() if line.startswith("vllm:kvtuner_"))
     tokens = int(server.metric_label("vllm:cache_config_info", "kv_cache_size_tokens"))
+    digest = server.metric_label("vllm:kvtuner_profile_info", "digest")
     assert {name: float(value) for name, value in lines.items()} == {
         f"vllm:kvtuner_nominal_bits{labels}}}": 4.2,
         f"vllm:kvtuner_stored_bits{labels}}}": 4.7,
         f"vllm:kvtuner_kv_bytes_per_token{labels}}}": 6768,
         f"vllm:kvtuner_kv_cache_tokens{labels}}}": tokens,
-        f'vllm:kvtuner_profile_info{labels},profile="{PROFILE}"}}': 1,
-        f'vllm:kvtuner_layers{{decode_kernel="reference",{labels[1:]},pair="K8V4"}}': 3,
-        f'vllm:kvtuner_layers{{decode_kernel="reference",{labels[1:]},pair="K4V4"}}': 27,
+        f'vllm:kvtuner_profile_info{{digest="{digest}",{labels[1:]},profile="{PROFILE}",source="given"}}': 1,
+        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K8V4"}}': 3,
+        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K4V4"}}': 27,
     }

@@ -19,7 +19,7 @@ PROMPTS = ("The capital of France is", "Once upon a time, in a small village,", 
 @pytest.fixture(scope="module")
 def evaluation(smollm2):
     """Teacher-forced with ``attend_cached_prefill``, in two chunks, so that the cache is read by both."""
-    settings = (CacheSetting("kvtuner", "K8V8"), CacheSetting("kvtuner", "K16V16"))
+    settings = (CacheSetting("kvtuner", "K8V8:plain"), CacheSetting("kvtuner", "K16V16:plain"))
     request = EvaluationRequest(
         model=str(smollm2),
         settings=settings,
@@ -49,5 +49,5 @@ def test_k16v16_generates_the_tokens_of_bf16(smollm2):
     call = Call([tokenizer(prompt)["input_ids"] for prompt in PROMPTS], {"max_tokens": 40})
     options = {"dtype": "bfloat16", "kv_cache_memory_bytes": 64 << 20}
     auto = run_engine(smollm2, [call], **options)
-    assert run_engine(smollm2, [call], profile="K16V16", **options).tokens == auto.tokens
+    assert run_engine(smollm2, [call], profile="K16V16:plain", **options).tokens == auto.tokens
     assert "Paris" in tokenizer.decode(auto.tokens[0][0])

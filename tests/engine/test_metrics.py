@@ -8,7 +8,7 @@ import torch
 from prometheus_client import CollectorRegistry, Gauge
 
 from vllm_kvtuner.engine import metrics
-from vllm_kvtuner.engine.config import PROFILE_KEY
+from vllm_kvtuner.engine.config import AUTO_KEY, DIGEST_KEY, PROFILE_KEY
 
 HF_CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,11 +31,17 @@ def published(tmp_path, monkeypatch):
     config = SimpleNamespace(
         model_config=SimpleNamespace(model="model", hf_config=HF_CONFIG, served_model_name="served"),
         cache_config=SimpleNamespace(kv_cache_size_tokens=1600, cache_dtype="kvtuner"),
-        additional_config={PROFILE_KEY: str(path)},
+        additional_config={
+            PROFILE_KEY: str(path),
+            AUTO_KEY: ["auto:9", str(path), "the model's folder"],
+            DIGEST_KEY: "0123",
+        },
     )
 
-    def publish(capability, on_cpu=False):
+    def publish(capability, on_cpu=False, told=None):
         registry = CollectorRegistry()
+        for engine, kernels in (told or {}).items():
+            metrics.keep_decode_kernels(config, engine, kernels)
         metrics.publish(functools.partial(Gauge, registry=registry), config, [0, 1], capability, on_cpu)
         return lambda name, **labels: registry.get_sample_value(
             f"vllm:kvtuner_{name}", {"model_name": "served", "engine": "1", **labels}
@@ -51,7 +57,7 @@ def test_bits_bytes_and_tokens(published):
     assert value("stored_bits") == pytest.approx(16 * (384 + 80 + 2 * 104) / (4 * 384))
     assert value("nominal_bits") == (16 + 3 + 4 + 4) / 4
     assert value("kv_cache_tokens") == 1600
-    assert value("profile_info", profile="mixed") == 1
+    assert value("profile_info", profile="mixed", source="the model's folder", digest="0123") == 1
 
 
 @pytest.mark.parametrize(
@@ -72,3 +78,18 @@ def test_layers_by_decode_kernel(published, monkeypatch, capability, on_cpu, ask
     assert value("layers", pair="K16V16", decode_kernel="vllm") == 1
     assert value("layers", pair="K4V2", decode_kernel=k4v2) == 1
     assert value("layers", pair="K4V4", decode_kernel=k4v4) == 2
+
+
+def test_what_the_workers_have_told_stands_before_the_rules(published):
+    """Of each engine its own: a card that failed its self-test is one engine's."""
+    value = published((9, 0), told={1: {1: "triton", 2: "triton", 3: "cuda"}})
+    assert value("layers", pair="K16V16", decode_kernel="vllm") == 1
+    for kernel in ("triton", "cuda"):
+        assert value("layers", pair="K4V4", decode_kernel=kernel) == 1
+    assert value("layers", engine="0", pair="K4V4", decode_kernel="cuda") == 2
+    assert value("layers", engine="0", pair="K4V4", decode_kernel="triton") is None
+
+
+def test_a_layer_is_tritons_where_one_of_its_workers_has_that():
+    workers = [{0: "cuda", 1: "triton"}, {0: "triton", 1: "cuda"}, {2: "cuda"}]
+    assert metrics.merge_decode_kernels(workers) == {0: "triton", 1: "triton", 2: "cuda"}

@@ -29,7 +29,7 @@ def attend(
     """Output of an implementation of paged_attention, NaN where it wrote nothing.
 
     Args:
-        options: fields of Span, of Launch (none for the reference), and logits_soft_cap.
+        options: fields of Span, of Launch (none for the reference), sinks, and logits_soft_cap.
     """
     output = torch.full(query.shape, torch.nan, dtype=query.dtype, device=query.device)
     run(function, cache, query, cache.queries(query_lens), transforms, output, lse, **options)
@@ -48,18 +48,29 @@ def run(
 ) -> None:
     """Call an implementation of paged_attention; options as :func:`attend`."""
     span = Span(**{name: options.pop(name) for name in Span._fields if name in options})
+    sinks = options.pop("sinks", None)
     shape = cache.shape(query.shape[1], options.pop("logits_soft_cap", 0.0))
+    shape = shape._replace(sinks=None if sinks is None else sinks.dtype)
     arguments = {} if function is paged_attention_ref else {"launch": Launch(**options)}
     assert arguments or not options, options
-    function(query, queries, cache.pages(transforms), shape, span, output, lse, **arguments)
+    pages = cache.pages(transforms)._replace(sinks=sinks)
+    function(query, queries, pages, shape, span, output, lse, **arguments)
 
 
 def largest_value(cache: PackedCache) -> float:
     """Largest magnitude of a cached value."""
     values = cache.sides[1]
-    scale, minimum = values.meta.float().nan_to_num(0).unbind(-1)
+    scale, minimum = (each.nan_to_num(0) for each in values.format.unpack_meta(values.meta))
     maximum = minimum + scale * values.format.levels
     return max(minimum.abs().max().item(), maximum.abs().max().item())
+
+
+def random_sinks(num_heads: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """[num_heads] attention sinks of about the log-sum-exp of 1 to 100 tokens' logits of unit variance; the first head
+    has none, as vLLM pads heads."""
+    sinks = 3 + 2 * torch.randn(num_heads, device=device)
+    sinks[0] = -torch.inf
+    return sinks.to(dtype)
 
 
 def scale_values(cache: PackedCache, factor: float) -> None:
@@ -257,7 +268,7 @@ def dequantized(cache: PackedCache, request: int) -> tuple[torch.Tensor, torch.T
     block, offset = cache.block_table[request, token // cache.layout.block_size].long(), token % cache.layout.block_size
     rows = []
     for side in cache.sides:
-        scale, minimum = side.meta[block, :, offset].double()[..., None].unbind(-2)
+        scale, minimum = (each.double()[..., None] for each in side.format.unpack_meta(side.meta[block, :, offset]))
         rows.append(side.format.unpack(side.codes[block, :, offset]) * scale + minimum)
     return rows[0], rows[1]
 
@@ -267,6 +278,43 @@ def attention_float64(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     heads = query.double().view(key.shape[1], -1, query.shape[1])
     scores = torch.einsum("kgd,tkd->kgt", heads, key.double()) / math.sqrt(query.shape[1])
     return torch.einsum("kgt,tkd->kgd", scores.softmax(-1), value.double()).reshape(query.shape)
+
+
+def plain_attention(
+    cache: PackedCache,
+    query: torch.Tensor,
+    query_lens: Sequence[int],
+    sinks: torch.Tensor,
+    span: Span,
+    soft_cap: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with sinks from its definition: a softmax with one column more, whose value is 0.
+
+    Returns:
+        [num_tokens, num_heads, head_size] and log-sum-exps [num_heads, num_tokens], float64; rows beyond the last query
+        are 0 and -inf.
+    """
+    output = torch.zeros(query.shape, dtype=torch.float64, device=query.device)
+    lse = torch.full((query.shape[1], len(query)), -torch.inf, dtype=torch.float64, device=query.device)
+    first = 0
+    for request, count in enumerate(query_lens):
+        rows, first = slice(first, first + count), first + count
+        group = query.shape[1] // cache.kv_cache.shape[1]
+        keys, values = (rows.repeat_interleave(group, 1) for rows in dequantized(cache, request))
+        logits = torch.einsum("qhd,thd->hqt", query[rows].double(), keys) / math.sqrt(query.shape[2])
+        if soft_cap:
+            logits = soft_cap * torch.tanh(logits / soft_cap)
+        token = torch.arange(len(keys), device=query.device)
+        distance = len(keys) - count + torch.arange(count, device=query.device)[:, None] - token
+        seen = (distance >= span.skip_newest) & (token >= span.skip_first)
+        seen &= distance < (span.sliding_window or math.inf)
+        columns = [logits.masked_fill(~seen, -torch.inf), sinks.double()[:, None, None].expand(-1, count, 1)]
+        logits = torch.cat(columns, -1)
+        lse[:, rows] = logits.logsumexp(-1)
+        # A head whose sink is -inf has none.
+        weights = (logits - lse[:, rows, None]).exp().nan_to_num(0.0)[..., :-1]
+        output[rows] = torch.einsum("hqt,thd->qhd", weights, values)
+    return output, lse
 
 
 def attention_bf16(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Engine:
     def __init__(
         self,
         model: Path,
-        profile: str | Path | None = "K8V8",
+        profile: str | Path | None = "K8V8:plain",
         *,
         attend_cached_prefill: bool | None = True,
         **options: Any,

@@ -52,7 +52,7 @@ class PackedCache:
             offset = token % self.layout.block_size
             for side in self.sides:
                 side.codes[block, :, offset] = POISON_BYTE
-                side.meta.view(torch.int16)[block, :, offset] = -1
+                side.meta.view(torch.uint8)[block, :, offset] = POISON_BYTE
 
     def shape(self, num_heads: int, logits_soft_cap: float = 0.0) -> AttentionShape:
         """Of a layer of ``num_heads`` query heads, scale 1 / sqrt."""
@@ -109,7 +109,7 @@ def random_cache(
         side.codes[block, :, offset] = torch.randint(0, 256, (*rows, width), dtype=torch.uint8, device=device)
         span = 6 * spread * (0.75 + 0.5 * torch.rand(rows, device=device))
         minimum = -span * (0.4 + 0.2 * torch.rand(rows, device=device))
-        side.meta[block, :, offset] = torch.stack([span / side.format.levels, minimum], dim=-1).half()
+        side.meta[block, :, offset] = side.format.pack_meta((span / side.format.levels).half(), minimum.half())
     return PackedCache(layout, kv_cache, table, torch.tensor(seq_lens, dtype=torch.int32, device=device))
 
 

@@ -16,8 +16,12 @@ from transformers import (
     FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
     Lfm2Config,
     Lfm2ForCausalLM,
     LlamaConfig,
@@ -35,9 +39,9 @@ from transformers import (
 HYBRIDS = ("granite_hybrid", "falcon_h1", "qwen3_next", "lfm2")
 """Even layers are linear attention (state-space, both, gated delta net, short convolution), odd ones full attention;
 every layer of Falcon-H1 is both."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", *HYBRIDS)
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "gpt_oss", "granite_swa", *HYBRIDS)
 SLIDING_WINDOW = 64
-"""Window in tokens of Gemma 3's even layers; its odd layers see everything."""
+"""Window in tokens of the even layers of Gemma 3, gpt-oss and Granite SWA; their odd layers see everything."""
 WEIGHT_STD = 0.08
 """Standard deviation of the random weights: large enough that logits and attention are far from uniform."""
 
@@ -72,7 +76,7 @@ def make_tiny_model(
     Raises:
         ValueError: an architecture that is not in ``ARCHITECTURES``.
     """
-    if architecture in ("qwen2", "granite_hybrid", "lfm2") and head_size * num_heads != hidden_size:
+    if architecture in ("qwen2", "granite_hybrid", "granite_swa", "lfm2") and head_size * num_heads != hidden_size:
         raise ValueError(
             f"{architecture} needs head_size * num_heads == hidden_size, but got {head_size=} {num_heads=}"
         )
@@ -115,6 +119,8 @@ def make_tiny_model(
                 **common, sliding_window=SLIDING_WINDOW, layer_types=kinds, query_pre_attn_scalar=head_size
             )
         )
+    elif architecture in ("gpt_oss", "granite_swa"):
+        model = _with_sinks(architecture, common)
     elif architecture in HYBRIDS:
         model = _hybrid(architecture, common)
     else:
@@ -122,6 +128,31 @@ def make_tiny_model(
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(max_model_len).save_pretrained(folder)
     return folder
+
+
+def _with_sinks(architecture: str, common: dict[str, Any]) -> PreTrainedModel:
+    """Attention sinks that take about as much of a query's attention as tokens do; dense, or with experts.
+
+    Every token of gpt-oss takes all experts: a random router's choice of some would turn errors of a cache into leaps.
+    """
+    model: PreTrainedModel
+    if architecture == "granite_swa":
+        kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(common["num_hidden_layers"])]
+        scale = common["head_dim"] ** -0.5
+        model = GraniteSWAForCausalLM(
+            GraniteSWAConfig(**common, sliding_window=SLIDING_WINDOW, layer_types=kinds, attention_multiplier=scale)
+        )
+    else:
+        yarn = dict(rope_type="yarn", factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False, rope_theta=150000.0)
+        yarn["original_max_position_embeddings"] = common["max_position_embeddings"] // 4
+        experts = dict(num_local_experts=2, num_experts_per_tok=2)
+        model = GptOssForCausalLM(
+            GptOssConfig(**common, **experts, sliding_window=SLIDING_WINDOW, rope_parameters=yarn)
+        )
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.sinks.normal_(mean=4.0, std=2.0)
+    return model
 
 
 def _hybrid(architecture: str, common: dict[str, Any]) -> PreTrainedModel:

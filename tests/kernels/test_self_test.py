@@ -1,6 +1,7 @@
 """What the self-test of kernels lets pass, and what it finds."""
 
 import dataclasses
+import math
 import time
 
 import pytest
@@ -21,9 +22,9 @@ CPU = torch.device("cpu")
 WINDOW = {"span": Span(None, 40, 4), "write_lse": True, "window_block_size": 32}
 
 
-def case(pair="K4V4", head_size=64, limits=(20, 3), block_size=16, soft_cap=0.0, **fields):
+def case(pair="K4V4", head_size=64, limits=(20, 3), block_size=16, soft_cap=0.0, sinks=None, **fields):
     layout = PageLayout(PrecisionPair.parse(str(pair)), head_size, block_size)
-    shape = AttentionShape(8, 2, head_size, head_size**-0.5, soft_cap)
+    shape = AttentionShape(8, 2, head_size, head_size**-0.5, soft_cap, sinks)
     return Case(layout, shape, BatchLimits(*limits), **fields)
 
 
@@ -45,9 +46,19 @@ def test_the_reference_passes(pair, transforms):
         case("K4V2", transforms=("key_offset", "key_round_feedback", "value_round_feedback"), **WINDOW),
         case(span=Span(100), block_size=64, soft_cap=30.0),
         case("K2V2", 128, dtype=torch.float16, limits=(1, 1)),
+        case("K4V2S8", transforms=TRANSFORM_KEYS, **WINDOW),
         case("K8V8", transforms=("key_offset",), span=Span(200, 17), write_lse=True),
+        case("K4V4", sinks=torch.bfloat16, **WINDOW),
     ],
-    ids=["recent window", "packed late", "sliding window", "fp16", "windows and offset"],
+    ids=[
+        "recent window",
+        "packed late",
+        "sliding window",
+        "fp16",
+        "scales of 8 bits",
+        "windows and offset",
+        "attention sinks",
+    ],
 )
 def test_the_reference_passes_in_every_kind_of_layer(tested):
     assert measure_reference(tested).problem is None
@@ -75,8 +86,9 @@ def test_one_and_several_tokens_are_decoded_in_few_and_many_requests():
         case("K2V2", transforms=TRANSFORM_KEYS),
         case("K4V2", transforms=("key_hadamard", "key_round_feedback"), **WINDOW),
         case(limits=(3, 16)),
+        case(sinks=torch.bfloat16, **WINDOW),
     ],
-    ids=["all transforms", "recent window", "as many tokens as may be"],
+    ids=["all transforms", "recent window", "as many tokens as may be", "attention sinks"],
 )
 def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
     cuda_emulator.install(monkeypatch)
@@ -87,13 +99,15 @@ def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
+@pytest.mark.parametrize("pair", [*QUANTIZED_PAIRS, PrecisionPair(4, 2, 8)], ids=str)
 def test_the_cuda_kernels_pass(pair, device, record_property):
     """Compiled by then, in milliseconds; ``record_property`` keeps them for ``--junit-xml``."""
     shape = AttentionShape(32, 8, 128, 128**-0.5)
     late = {"transforms": TRANSFORM_KEYS, **WINDOW}
-    for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, late, {"span": Span(1024)}):
-        tested = Case(PageLayout(pair, 128, 16), shape, BatchLimits(256, 4), **fields)
+    sinks = {"shape": shape._replace(sinks=torch.bfloat16), **WINDOW}
+    for fields in ({"transforms": TRANSFORM_KEYS}, WINDOW, late, {"span": Span(1024)}, sinks):
+        plain = {"layout": PageLayout(pair, 128, 16), "shape": shape, "limits": BatchLimits(256, 4)}
+        tested = Case(**{**plain, **fields})
         errors = gpu.measure_cuda(tested, device)
         assert errors.problem is None, errors
         again = gpu.measure_cuda(tested, device)
@@ -190,6 +204,14 @@ def write_nothing(*_):
     pass
 
 
+def forget_the_sinks(self, query, queries, pages, *rest):
+    ATTEND(self, query, queries, pages._replace(sinks=None), *rest)
+
+
+def count_the_sinks_twice(self, query, queries, pages, *rest):
+    ATTEND(self, query, queries, pages._replace(sinks=pages.sinks + math.log(2)), *rest)
+
+
 def round_to_nearest(self, key, value, slots, positions, pages, window):
     nearest = dataclasses.replace(pages.transforms, key_feedback=None, value_feedback=None)
     STORE(key, value, slots, positions, pages._replace(transforms=nearest), window)
@@ -234,11 +256,13 @@ def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch)
         ("attend", fail_the_second_time, "decode"),
         ("attend", be_off_by_a_sum, "lse"),
         ("attend", write_nothing, "decode"),
+        ("attend", forget_the_sinks, "decode"),
+        ("attend", count_the_sinks_twice, "decode"),
     ],
 )
 def test_kernels_that_err_are_found(method, broken, seen, monkeypatch):
     monkeypatch.setattr(ReferenceKernels, method, broken)
-    errors = measure_reference(case(transforms=("key_hadamard",), **WINDOW))
+    errors = measure_reference(case(transforms=("key_hadamard",), sinks=torch.float32, **WINDOW))
     limits = {"store": STORE_LIMIT, "gather": GATHER_LIMIT, "decode": DECODE_LIMIT}
     assert not getattr(errors, seen) <= 2 * limits.get(seen, LSE_LIMIT if seen == "lse" else 0)
     assert not errors.passed and f"{seen} error" in errors.problem
@@ -293,7 +317,9 @@ def test_a_kind_leaves_out_what_the_cache_settles():
     first, second = case(block_size=16, window_block_size=32), case(block_size=64)
     assert first != second and first.kind == second.kind
     assert case(transforms=("key_hadamard",)).kind != first.kind
+    assert case(sinks=torch.bfloat16).kind != first.kind
     assert str(case("K4V2", transforms=("key_offset",))) == "K4V2 of head size 64 with key_offset"
+    assert str(case("K4V2", sinks=torch.bfloat16)) == "K4V2 of head size 64 with attention sinks"
 
 
 def test_names_of_transforms_are_the_profiles():

@@ -113,8 +113,7 @@ def test_configs_that_do_not_give_the_shape(config, missing):
         ({"is_encoder_decoder": True, "num_attention_heads": None}, "encoder-decoder models are not served"),
         ({"cross_attention_layers": [1]}, "self-attention only, but got cross_attention_layers=[1]"),
         ({"head_dim": 192, "v_head_dim": 128}, "one head size, but got v_head_dim=128"),
-        ({"model_type": "gpt_oss"}, "no attention sinks (not served), but got model_type='gpt_oss'"),
-        ({"add_swa_attention_sink_bias": True}, "but got add_swa_attention_sink_bias=True"),
+        ({"param_sink_number": 128}, "no learned sink tokens (not served), but got param_sink_number=128"),
         ({"model_type": "bloom"}, "no ALiBi (not served), but got model_type='bloom'"),
         ({"model_type": "falcon", "alibi": True}, "but got alibi=True"),
         ({"model_type": "mpt", "attn_config": {"alibi": True}}, "but got attn_config.alibi=True"),
@@ -142,6 +141,23 @@ def test_served_relatives_of_kinds_not_served():
     assert shape_of(model_type="mpt", attn_config={"alibi": False, "rope": True}).unsupported == ()
     assert shape_of(model_type="baichuan", hidden_size=4096, num_attention_heads=32).unsupported == ()
     assert shape_of(v_head_dim=64, head_dim=64).unsupported == ()
+    assert shape_of(param_sink_number=0).unsupported == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "gpt_oss"}, True),
+        ({"model_type": "granite_swa"}, True),
+        ({"model_type": "granite_swa", "attention_sinks": False}, False),
+        ({"add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False}, True),
+        ({"add_swa_attention_sink_bias": False}, False),
+        ({}, False),
+    ],
+)
+def test_models_with_attention_sinks_are_served(changes, expected):
+    shape = shape_of(**changes)
+    assert (shape.attention_sinks, shape.unsupported) == (expected, ())
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import yaml
 
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, content_bytes
 from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.profile import FROM_WEIGHTS
 from vllm_kvtuner.profile.statics import load_statics
 
 PUBLISHED = {
@@ -125,10 +126,11 @@ def test_demo_profile_needs_no_data():
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("qwen")])
-def test_qwen_keys_are_not_rotated_without_an_offset(name):
+def test_qwen_keys_are_rotated_with_the_offset_of_the_weights(name):
     profile = load_profile(name)
-    assert not profile.transforms.key_hadamard
-    assert not profile.transforms.key_offset
+    assert profile.transforms.key_hadamard
+    assert profile.transforms.key_offset == FROM_WEIGHTS
+    assert profile.statics is None
 
 
 def test_files_are_ascii_and_short():

@@ -18,6 +18,16 @@ def gemma3(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def gpt_oss(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "gpt_oss", "gpt_oss", num_heads=8)
+
+
+@pytest.fixture(scope="session")
+def granite_swa(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "granite_swa", "granite_swa")
+
+
+@pytest.fixture(scope="session")
 def qwen2(tmp_path_factory):
     return make_tiny_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2")
 

@@ -66,7 +66,7 @@ def test_server_is_stopped_when_the_demo_ends(tmp_path):
 
 def test_memory_report_counts_stored_bytes():
     shape = ModelShape("model", "LlamaForCausalLM", (LayerShape(num_kv_heads=2, head_size=64),) * 4, (), None)
-    report = demo._memory_report(load_profile("K4V4").resolve(shape), prompt=1000, completion=24, capacity=1234)
+    report = demo._memory_report(load_profile("K4V4:plain").resolve(shape), prompt=1000, completion=24, capacity=1234)
     # 4 layers x 2 KV heads x (64 x (4 + 4) / 8 + 8) = 576 bytes per token; bf16: 4 x 2 x 64 x 2 x 2 = 2048.
     assert "576 bytes per token" in report
     assert "0.56 MiB instead of 2.00 MiB" in report
@@ -74,6 +74,23 @@ def test_memory_report_counts_stored_bytes():
     assert "4.00 nominal bits, 4.50 stored bits" in report
     assert "1,234 tokens" in report
     assert f"{2**30 // 2048:,}" in report
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "times", "dtype"), [(True, 3.0, "float32"), (True, 0.5, None), (True, 1.1, None), (False, 3.0, None)]
+)
+def test_a_cpu_that_is_slow_in_bfloat16_serves_float32(monkeypatch, capsys, on_cpu, times, dtype):
+    monkeypatch.setattr(demo, "_on_cpu", lambda: on_cpu)
+    monkeypatch.setattr(demo, "bfloat16_times_float32", lambda: times)
+    assert demo._dtype() == dtype
+    line = "This processor takes 3.0 times as long in bfloat16 as in float32, so float32 is served\n"
+    assert capsys.readouterr().out == (line if dtype else "")
+    command = demo.server_command(Path("model"), "K4V4", 8000, dtype)
+    assert ("--dtype float32" in " ".join(command)) == (dtype is not None)
+
+
+def test_products_are_compared():
+    assert 0 < demo.bfloat16_times_float32() < 1000
 
 
 def untied_model(embedding: torch.Tensor, head: torch.Tensor) -> LlamaForCausalLM:

@@ -89,7 +89,7 @@ def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
     assert report["plugin"]["broken_seams"] == 0
     assert [fact["kind"].split()[0] for fact in report["kernels"]] == ["K8V8", "K4V4", "K2V2"]
     for fact in report["kernels"]:
-        assert fact["decode"] == "reference, since the device is a CPU"
+        assert fact["decode"] == fact["store_and_gather"] == "compiled"
         assert fact["self_test"] == "passed"
         assert 0.4 < fact["errors"]["store"] <= 0.51
 
@@ -124,7 +124,9 @@ def test_text_says_the_same(capsys, model, profile):
 
 def test_the_profile_comes_from_the_environment_as_in_serving(diagnose, model, monkeypatch):
     monkeypatch.setenv("KVTUNER_PROFILE", "K8V2")
-    assert [fact["kind"] for fact in diagnose(model)["kernels"]] == ["K8V2 of head size 64"]
+    assert [fact["kind"] for fact in diagnose(model)["kernels"]] == [
+        "K8V2 of head size 64 with key_offset, key_hadamard, value_hadamard, range_search"
+    ]
 
 
 def test_all_problems_of_a_profile_and_text_of_them(diagnose, model, capsys):
@@ -414,6 +416,7 @@ def write_nothing(*_):
 
 @pytest.mark.parametrize("method", ["store", "gather", "attend"])
 def test_kernels_that_err_are_told(monkeypatch, method):
+    monkeypatch.setenv("KVTUNER_CPU_KERNELS", "reference")
     monkeypatch.setattr(ReferenceKernels, method, write_nothing)
     group = doctor.Group("0-3", PrecisionPair(4, 4), 64, ALL)
     section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))
@@ -425,6 +428,7 @@ def test_kernels_that_err_are_told(monkeypatch, method):
 
 @cpu_only
 def test_json_has_no_nan(diagnose, monkeypatch):
+    monkeypatch.setenv("KVTUNER_CPU_KERNELS", "reference")
     monkeypatch.setattr(ReferenceKernels, "store", write_nothing)
     report = diagnose("--profile", "K8V8")
     (fact,) = report["kernels"]
@@ -435,6 +439,7 @@ def test_a_kernel_that_does_not_run_is_told(monkeypatch):
     def crash(*_):
         raise RuntimeError("no such image")
 
+    monkeypatch.setenv("KVTUNER_CPU_KERNELS", "reference")
     monkeypatch.setattr(ReferenceKernels, "store", crash)
     group = doctor.Group(None, PrecisionPair(4, 4), 64, TransformSettings())
     section = doctor._kernels([group], machine.Section("device", {"device": "cpu"}))

@@ -34,6 +34,7 @@ def test_show_json(run_cli):
         "pair": "K8V4",
         "k_bits": 8,
         "v_bits": 4,
+        "scale_bits": 16,
         "transforms": ["key_hadamard", "value_hadamard", "range_search"],
         "recent_window": 0,
         "recent_window_bits": None,
@@ -79,6 +80,23 @@ def test_memory_of_a_pair_needs_a_model(run_cli, action):
     status, out, err = run_cli("profile", action, "K4V4", "--memory", "20")
     assert (status, out) == (1, "")
     assert err.startswith("K4V4: --memory needs --model for a profile that names none") and err.count("\n") == 1
+
+
+def test_a_pair_is_shown_as_it_is_served(run_cli, make_model):
+    out = run_cli("profile", "show", "K4V4", "--model", make_model())[1]
+    assert "recent window    69,632 more bytes per request; fewer where requests are short\n" in out
+    assert "key offset       the k projection's bias, when the model is loaded\n" in out
+    treatment = "key_offset, key_hadamard, value_hadamard, range_search  64 tokens and the first 4 in 16 bits"
+    assert f"0-1     K4V4    {treatment}" in out
+    shown = json.loads(run_cli("profile", "show", "K4V4:plain", "--model", make_model(), "--json")[1])
+    assert (shown["adapts"], shown["key_offset_from_weights"], shown["left_out"]) == (False, False, [])
+    assert {(tuple(layer["transforms"]), layer["recent_window"]) for layer in shown["layers"]} == {((), 0)}
+
+
+def test_a_pair_says_what_the_model_does_not_allow(run_cli, make_model):
+    rope = {"rope_type": "default", "mrope_section": [8, 12, 12]}
+    out = run_cli("profile", "show", "K4V4", "--model", make_model(rope_scaling=rope))[1]
+    assert "without          key_offset, since positions are not one number per token" in out
 
 
 def test_config_that_leaves_out_defaults_is_read_by_transformers(run_cli, make_model, tmp_path):

@@ -18,7 +18,13 @@ BENCHMARKS = (
         "decode and prefill speed, throughput and KV capacity of whole engines",
         "kvtuner bench serve --shape llama31_8b --setting auto --setting kvtuner:K4V4 --out serve.json",
     ),
-    ("picture", "pictures", "draw a result of the other two", "kvtuner bench picture serve.json serve.png"),
+    (
+        "turns",
+        "turns",
+        "decode steps of engines on a CPU that take turns, as ratios",
+        "kvtuner bench turns --model MODEL --setting auto --setting kvtuner:K4V4",
+    ),
+    ("picture", "pictures", "draw a result of kernel or serve", "kvtuner bench picture serve.json serve.png"),
 )
 """Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, help and example of each benchmark."""
 

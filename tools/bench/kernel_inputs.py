@@ -37,6 +37,7 @@ class Batch:
         query_start_loc: [num_reqs + 1] int32.
         query: [query tokens of all requests, num_heads, head_size] bf16.
         key_scale: factor on the keys that the cache holds, which are of order 1 without.
+        sinks: [num_heads] bf16, attention sinks; None where the layer has none.
     """
 
     heads: LayerHeads
@@ -49,6 +50,7 @@ class Batch:
     query_start_loc: torch.Tensor
     query: torch.Tensor
     key_scale: float = 1.0
+    sinks: torch.Tensor | None = None
 
     @property
     def num_reqs(self) -> int:
@@ -66,8 +68,9 @@ class Batch:
     @property
     def attention_shape(self) -> AttentionShape:
         """The heads, with the scale that models have as a rule."""
-        heads = self.heads
-        return AttentionShape(heads.num_heads, heads.num_kv_heads, heads.head_size, heads.head_size**-0.5)
+        heads, sinks = self.heads, None if self.sinks is None else self.sinks.dtype
+        scale = heads.head_size**-0.5
+        return AttentionShape(heads.num_heads, heads.num_kv_heads, heads.head_size, scale, sinks=sinks)
 
     def empty_rows(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Room for the keys and values of all requests, each [total tokens, num_kv_heads, head_size]."""
@@ -98,6 +101,8 @@ def make_batch(
     query_lens = torch.tensor(query_tokens.of(len(lengths)), dtype=torch.int32, device=device)
     starts = torch.cat([query_lens.new_zeros(1), query_lens.cumsum(0, dtype=torch.int32)])
     query = query_scale * torch.randn(int(starts[-1]), heads.num_heads, heads.head_size, device=device)
+    # About as much as all tokens of the longest request together.
+    sinks = math.log(max(lengths)) + torch.randn(heads.num_heads, device=device) if heads.sinks else None
     return Batch(
         heads=heads,
         block_size=block_size,
@@ -109,6 +114,7 @@ def make_batch(
         query_start_loc=starts,
         query=query.bfloat16(),
         key_scale=key_scale,
+        sinks=None if sinks is None else sinks.bfloat16(),
     )
 
 
@@ -226,7 +232,11 @@ def attention_float64(batch: Batch, query: torch.Tensor, keys: torch.Tensor, val
             heads = slice(head * group, (head + 1) * group)
             key, value = (x[begin : begin + length, head].double() for x in (keys, values))
             scores = torch.einsum("nhd,ld->hnl", query[rows, heads].double(), key) * batch.attention_shape.scale
-            probabilities = torch.softmax(scores.masked_fill(future, -torch.inf), dim=-1)
+            scores = scores.masked_fill(future, -torch.inf)
+            if batch.sinks is not None:
+                column = batch.sinks[heads].double()[:, None, None].expand(-1, count, 1)
+                scores = torch.cat([scores, column], dim=-1)
+            probabilities = torch.softmax(scores, dim=-1)[..., :length]
             output[rows, heads] = torch.einsum("hnl,ld->nhd", probabilities, value)
         begin += length
         first += count
@@ -239,9 +249,8 @@ def random_pages(batch: Batch, layout: PageLayout, transforms: LayerTransforms) 
     kv_cache = torch.randint(0, 256, shape, dtype=torch.uint8, device=batch.device)
     for side, scale in zip(page_sides(kv_cache, layout), (batch.key_scale, 1.0), strict=True):
         span = 6 * scale * (0.75 + 0.5 * torch.rand(side.meta.shape[:-1], device=batch.device))
-        side.meta[..., 0] = span / side.format.levels
-        side.meta[..., 1] = -span / 2
-    return Pages(kv_cache, layout, transforms)
+        side.meta.copy_(side.format.pack_meta((span / side.format.levels).half(), (-span / 2).half()))
+    return Pages(kv_cache, layout, transforms, batch.sinks)
 
 
 def make_transforms(name: str, heads: LayerHeads, max_position: int, device: torch.device) -> LayerTransforms:

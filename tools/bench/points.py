@@ -6,11 +6,15 @@ from dataclasses import dataclass
 
 from kvtuner_tools.bench.presets import Preset, presets
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
+from vllm_kvtuner.profile.model_shape import ModelShape
 
 IMPLEMENTATIONS = ("fa3_bf16", "fa3_fp8", "xqa_bf16", "xqa_fp8", "int4_per_token_head", "triton", "cuda")
 """Names of the decode attention kernels, in the order of tables and pictures."""
 TRANSFORMS = ("none", "hadamard", "offset", "all")
 """No transform; Hadamard rotations of keys and values; these, key offset, equalization and range search."""
+
+SINKS = "+sinks"
+"""Behind the heads of a layer with attention sinks."""
 
 _MIXED = re.compile(r"mixed:(\d+):(\d+)-(\d+)")
 
@@ -166,14 +170,16 @@ class LayerHeads:
         num_heads: query heads.
         num_kv_heads: KV heads.
         head_size: numbers per head.
+        sinks: whether it has attention sinks, a learned logit of each query head in every softmax.
     """
 
     num_heads: int
     num_kv_heads: int
     head_size: int
+    sinks: bool = False
 
     def __str__(self) -> str:
-        return f"{self.num_heads}/{self.num_kv_heads}/{self.head_size}"
+        return f"{self.num_heads}/{self.num_kv_heads}/{self.head_size}{SINKS if self.sinks else ''}"
 
     @property
     def group(self) -> int:
@@ -182,21 +188,24 @@ class LayerHeads:
 
     @classmethod
     def parse(cls, text: str) -> "LayerHeads":
-        """Read a preset's name such as ``llama31_8b`` or ``llama33_70b:tp8``, or ``HEADS/KV_HEADS/HEAD_SIZE``.
+        """Read a preset's name such as ``llama31_8b`` or ``llama33_70b:tp8``, or ``HEADS/KV_HEADS/HEAD_SIZE``, with
+        ``+sinks`` behind it for attention sinks.
 
         Raises:
             ValueError: neither, query heads that KV heads do not divide, or ranks that cannot share the heads.
         """
-        numbers = text.strip().split("/")
+        numbers = text.strip().removesuffix(SINKS).split("/")
         if len(numbers) == 1 and text.strip().partition(":")[0] in presets():
             config = Preset.parse(text).config()
             heads = config["num_attention_heads"]
             size = config.get("head_dim") or config["hidden_size"] // heads
-            return cls(heads, config["num_key_value_heads"], size)
+            sinks = ModelShape.from_hf_config(config, text.strip()).attention_sinks
+            return cls(heads, config["num_key_value_heads"], size, sinks)
         if len(numbers) != 3 or not all(number.isdecimal() and int(number) for number in numbers):
-            rule = f"a shape is HEADS/KV_HEADS/HEAD_SIZE, such as 32/8/128, or one of {', '.join(presets())}"
+            rule = f"a shape is HEADS/KV_HEADS/HEAD_SIZE[{SINKS}], such as 32/8/128, or one of {', '.join(presets())}"
             raise ValueError(f"{rule}, whole or as a rank's share such as llama33_70b:tp8, but got {text!r}")
-        shape = cls(*map(int, numbers))
+        num_heads, num_kv_heads, head_size = map(int, numbers)
+        shape = cls(num_heads, num_kv_heads, head_size, text.strip().endswith(SINKS))
         if shape.num_heads % shape.num_kv_heads:
             raise ValueError(f"HEADS must be a multiple of KV_HEADS, but got {text!r}")
         return shape

@@ -3,8 +3,8 @@
 Errors are relative, over the sampled queries of all windows. With O the attention output of unquantized keys and values
 and O' that of quantized ones, the output error is sqrt(sum |O' - O|^2 / sum |O|^2), per KV head over its query heads or
 over all heads. With P and P' the attention weights, the score error is the mean over query rows of sum_t |P'_t - P_t|;
-a row's weights sum to 1, so it is relative as it stands. With a recent window, each query's newest tokens and the sink
-tokens at the head of its text are unquantized in O' and P'.
+a row's weights, with that of its attention sink, sum to 1, so it is relative as it stands. With a recent window, each
+query's newest tokens and the sink tokens at the head of its text are unquantized in O' and P'.
 
 With the Gram of what reads the outputs, G, the squares are those of the output's numbers of a KV head's query heads
 together: (O' - O)^T G (O' - O), and O^T G O. They count errors as the model does, those that round feedback makes too.
@@ -156,7 +156,8 @@ class AttentionMeter:
             if layer.sliding_window is not None:
                 hidden |= distance >= layer.sliding_window
             hidden = hidden.repeat(grouped.shape[1], 1)
-            weights.append(scores.masked_fill(hidden, -torch.inf).softmax(-1))
+            scores = scores.masked_fill(hidden, -torch.inf).unflatten(1, (grouped.shape[1], num_queries))
+            weights.append(layer.softmax(scores).flatten(1, 2))
         return weights
 
     def _error(self, weights: list[torch.Tensor], values: torch.Tensor) -> tuple[float, tuple[float, ...]]:

@@ -54,6 +54,7 @@ class CapturedLayer:
         logits_soft_cap: c > 0 replaces each logit x by c tanh(x / c).
         rotary: number of its rotary table, or None if it rotates nothing or has no table of one row per position.
         offset_unsupported: why keys before RoPE cannot be had, or None.
+        sinks: attention sinks, a logit of each query head in every softmax; None where the layer has none.
     """
 
     index: int
@@ -65,6 +66,24 @@ class CapturedLayer:
     logits_soft_cap: float
     rotary: int | None
     offset_unsupported: str | None
+    sinks: tuple[float, ...] | None = None
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "CapturedLayer":
+        """Read what :func:`dataclasses.asdict` gives, once it has been JSON."""
+        sinks = values.get("sinks")
+        return cls(**{**values, "sinks": None if sinks is None else tuple(sinks)})
+
+    def softmax(self, logits: torch.Tensor) -> torch.Tensor:
+        """Attention weights of tokens; with sinks, which take the rest, a row's sum is below 1.
+
+        Args:
+            logits: [num_kv_heads, group, num_queries, num_tokens] fp32, capped; -inf for a token that is not seen.
+        """
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = torch.tensor(self.sinks, device=logits.device).view(*logits.shape[:2], 1, 1)
+        return torch.cat([logits, sinks.expand(*logits.shape[:3], 1)], -1).softmax(-1)[..., :-1]
 
 
 @dataclass(frozen=True)
@@ -181,7 +200,7 @@ class Capture:
     def read_incomplete(cls, folder: Path) -> "Capture":
         """As :meth:`read`, windows missing or not."""
         document = read_artifact(folder / _FILE, CAPTURE_SCHEMA, _KEYS)
-        layers = tuple(CapturedLayer(**layer) for layer in document.pop("layers"))
+        layers = tuple(CapturedLayer.from_json(layer) for layer in document.pop("layers"))
         return cls(folder=folder, layers=layers, windows=tuple(document.pop("windows")), **document)
 
     def write(self) -> None:

@@ -18,6 +18,7 @@ from kvtuner_tools.calibration.options import (
     OPTIONS_FILE,
     STAGES,
     CalibrationOptions,
+    add_option,
     add_options,
     given_options,
     merge,
@@ -91,7 +92,8 @@ def _interruptible() -> Iterator[None]:
 
 def _all_arguments(parser: argparse.ArgumentParser) -> None:
     _first_arguments(parser)
-    add_options(parser, STAGES[1:], ("quick",))
+    add_options(parser, STAGES[1:])
+    add_option(parser, "quick")
 
 
 def _first_arguments(parser: argparse.ArgumentParser) -> None:

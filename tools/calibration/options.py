@@ -304,11 +304,11 @@ _TITLES = {
     "prune": "pairs",
     "cluster": "clusters",
     "search": "search",
+    "export": "result",
 }
 _OTHER_TITLES = {
     **dict.fromkeys(("dtype", "seed", "kv_memory"), "engine"),
     **dict.fromkeys(("max_bits", "memory", "context", "concurrency"), "budget"),
-    **dict.fromkeys(("quick", "full_report"), "how much"),
 }
 """Headings of the help, by stage, and of options that stand elsewhere than their stage's."""
 _METAVARS = {
@@ -323,29 +323,29 @@ def flag(name: str) -> str:
     return FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
-def add_options(parser: argparse.ArgumentParser, stages: Iterable[str], others: Iterable[str] = ()) -> None:
-    """Add options; what is not given is absent from the parsed arguments.
+def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
+    """Add the options of these stages; what is not given is absent from the parsed arguments."""
+    for stage in stages:
+        for name in GROUPS[stage]:
+            add_option(_group(parser, _OTHER_TITLES.get(name, _TITLES[stage])), name)
+        refuse_old(parser, dict(_EARLIER[name] for name in GROUPS[stage] if name in _EARLIER))
 
-    Args:
-        parser: of the command.
-        stages: whose options.
-        others: options of no stage.
-    """
-    defaults = CalibrationOptions()
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    titles = {name: _TITLES.get(stage, "") for stage in stages for name in GROUPS[stage]} | dict.fromkeys(others, "")
-    for name, stage_title in titles.items():
-        title = _OTHER_TITLES.get(name, stage_title)
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        text, more = _HELP[name]
-        default = getattr(defaults, name)
-        written = memory_text(default) if name == "kv_memory" else default
-        shown = f" (default: {written})" if default is not False and default not in (None, "") else ""
-        if name in _METAVARS:
-            more = {"metavar": _METAVARS[name], **more}
-        groups[title].add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text + shown, **more)
-    refuse_old(parser, dict(_EARLIER[name] for name in titles if name in _EARLIER))
+
+def add_option(parser: argparse._ActionsContainer, name: str) -> None:
+    """Add one option to a parser, or to a group of its."""
+    text, more = _HELP[name]
+    default = getattr(CalibrationOptions(), name)
+    written = memory_text(default) if name == "kv_memory" else default
+    shown = f" (default: {written})" if default is not False and default not in (None, "") else ""
+    if name in _METAVARS:
+        more = {"metavar": _METAVARS[name], **more}
+    parser.add_argument(flag(name), dest=name, default=argparse.SUPPRESS, help=text + shown, **more)
+
+
+def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGroup:
+    """The parser's group of that title, which is made where it is not there."""
+    found = (group for group in parser._action_groups if group.title == title)
+    return next(found, None) or parser.add_argument_group(title)
 
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def _key_transforms(settings: TransformSettings, choice: LayerChoice | None) -> 
         equalization = f"equalization ({choice.equalization})"
     return _joined(
         **{
-            offset: settings.key_offset,
+            offset: bool(settings.key_offset),
             equalization: settings.key_equalization,
             "Hadamard": settings.key_hadamard,
             "feedback": settings.key_round_feedback,

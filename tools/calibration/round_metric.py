@@ -138,7 +138,7 @@ def _reads(layer: CapturedLayer, window: Window, recent_window: RecentWindow | N
         is_packed = seen
         if recent_window is not None:
             is_packed = seen & (distance >= recent_window.tokens) & (tokens >= recent_window.sink_tokens)
-        weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
+        weights = layer.softmax(logits.masked_fill(~seen, -torch.inf))
         yield _Reads(grouped, weights, slopes, is_packed, weights @ values)
 
 

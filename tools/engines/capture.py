@@ -193,6 +193,7 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
             logits_soft_cap=float(layer.impl.logits_soft_cap or 0.0),
             rotary=rotary,
             offset_unsupported=problem,
+            sinks=_sinks(layer),
         )
         _tap_forward(layer, index, tap)
     if set(layers) != set(job.shape.attention_layers):
@@ -201,6 +202,14 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
     for number, table in enumerate(tables):
         save_rotary(job.folder, number, table, job.context)
     return str(config.model_config.dtype).removeprefix("torch."), tuple(layers[index] for index in sorted(layers))
+
+
+def _sinks(layer: Any) -> tuple[float, ...] | None:
+    """A layer's attention sinks, which vLLM's backends keep under one name."""
+    if not layer.has_sink:
+        return None
+    # -inf, as a head that only pads a rank's has, is no number of JSON; this one has no weight either.
+    return tuple(layer.impl.sinks.float().clamp(min=torch.finfo(torch.float32).min).tolist())
 
 
 def _watch(worker: Any, readers: ResidualReaders) -> None:

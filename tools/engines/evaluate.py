@@ -17,6 +17,7 @@ import torch
 
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.divergence import TokenScores, compare
+from kvtuner_tools.model_files import max_positions
 from kvtuner_tools.progress import track
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
 from vllm_kvtuner.profile.profile import ResolvedProfile
@@ -245,7 +246,10 @@ class MeasuringEngine:
             dtype=options.dtype,
             kv_cache_dtype=options.setting.kv_cache_dtype,
             additional_config=options.setting.additional_config(
-                attend_cached_prefill=True, switchable=options.switchable
+                attend_cached_prefill=True,
+                switchable=options.switchable,
+                # What a server of the model's own length stores, however short the texts are.
+                request_tokens=max_positions(options.model),
             ),
             # Rounding the logits to bf16 alone is a KL of 0.0002 and 1.6% of top-1 (SmolLM2): as much as an 8-bit
             # cache.

@@ -1,8 +1,8 @@
 """The attention implementation of a quantized layer: which kernel serves which tokens of the batch.
 
 Decodes read the packed pages, prefills go by prefill.py. Where the layer has a recent window, attention over it is
-merged with that over the pages. All of it is asked of three interfaces (KernelSet, Prefill, LayerWindow), which the
-reference implements for a CPU and kernels for a GPU.
+merged with that over the pages. All of it is asked of three interfaces (KernelSet, Prefill, LayerWindow), which are
+implemented for a CPU and for a GPU.
 """
 
 import functools
@@ -31,8 +31,8 @@ from vllm_kvtuner.kernels.contract import (
     Span,
     StepRows,
 )
+from vllm_kvtuner.kernels.cpu.kernels import cpu_kernels
 from vllm_kvtuner.kernels.gpu import GpuKernels, prove
-from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.self_test_cases import Case
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -102,8 +102,6 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         where = f"layer {settings.precision.index}"
         if alibi_slopes is not None:
             raise ValueError(f"{where}: ALiBi slopes are not served by the kvtuner cache; give the layer K16V16")
-        if sinks is not None:
-            raise ValueError(f"{where}: attention sinks are not served by the kvtuner cache; give the layer K16V16")
         # vLLM and layers that are made from this one read these.
         self.num_heads = num_heads
         self.head_size = head_size
@@ -113,9 +111,16 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        # Never a copy: the model's weights, these among them, are loaded later, and may be again.
+        self.sinks = sinks
 
         self.attend_cached_prefill = settings.attend_cached_prefill
-        self.shape = AttentionShape(num_heads, self.num_kv_heads, head_size, self.scale, self.logits_soft_cap)
+        sink_type = None if sinks is None else sinks.dtype
+        self.shape = AttentionShape(
+            num_heads, self.num_kv_heads, head_size, self.scale, self.logits_soft_cap, sink_type
+        )
+        # Of a recent window's own pages: those of the layer count its sinks.
+        self._window_shape = self.shape._replace(sinks=None)
         self.config = config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
         self.limits = BatchLimits(config.scheduler_config.max_num_seqs, max_decode_query_len(config))
@@ -130,7 +135,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self._serve(cache)
 
     def _serve(self, cache: RecentCache | None) -> None:
-        """Choose who serves the layer: the reference on a CPU, kernels on a GPU."""
+        """Choose who serves the layer: compiled C++ or the reference on a CPU, kernels on a GPU."""
         span = Span(self.sliding_window)
         if cache is not None:
             span = Span(self.sliding_window, cache.window.tokens, cache.window.sink_tokens)
@@ -140,10 +145,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.served = self._on_cpu(span, cache) if current_platform.is_cpu() else self._on_gpu(span, cache)
 
     def _on_cpu(self, span: Span, cache: RecentCache | None) -> Served:
-        kernels = ReferenceKernels(self.shape, span)
+        kernels = cpu_kernels(self.shape, span)
         window = None
         if cache is not None:
-            packed = ReferenceKernels(self.shape, Span(cache.window.tokens))
+            packed = cpu_kernels(self._window_shape, Span(cache.window.tokens))
             window = ReferenceWindow(cache, kernels, packed)
         return Served(kernels, ReferencePrefill(kernels, self.attend_cached_prefill, window), window)
 
@@ -154,7 +159,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         kernels = GpuKernels(self.shape, span, self.limits, device, cache is not None, self.dtype)
         window = None
         if cache is not None:
-            packed = GpuKernels(self.shape, Span(cache.window.tokens), self.limits, device, True, self.dtype)
+            span = Span(cache.window.tokens)
+            packed = GpuKernels(self._window_shape, span, self.limits, device, True, self.dtype)
             window = GpuWindow(cache, kernels, packed)
         version = get_flash_attn_version(head_size=self.head_size, requires_softcap=self.logits_soft_cap > 0)
         flash = Flash(self.scale, self.logits_soft_cap, version)
@@ -167,10 +173,10 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         return None if self.served.window is None else self.served.window.cache
 
     def configure(self, settings: LayerSettings) -> None:
-        """Take over the layer's pair and transforms; where those need statics, bind_statics completes them."""
+        """Take over the layer's pair and transforms; where those need the model, bind_statics completes them."""
         self.settings = settings
         chosen = settings.precision.transforms
-        self.needs_statics = chosen.needs_statics
+        self.needs_model = chosen.needs_model
         self._transform(
             LayerTransforms(
                 key_hadamard=chosen.key_hadamard,
@@ -181,7 +187,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
 
     def bind_statics(self, transforms: LayerTransforms) -> None:
         """Take over the layer's transforms, statics and rotary table included, once the model is loaded."""
-        self.needs_statics = False
+        self.needs_model = False
         self._transform(transforms)
 
     def _transform(self, transforms: LayerTransforms) -> None:
@@ -262,7 +268,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         """The layer's pages; kv_cache is the same object in every step of an engine."""
         if self._pages is None or self._pages[0] is not kv_cache:
             layout = _page_layout(self.settings.precision.pair, self.head_size, kv_cache.shape[2])
-            self._pages = kv_cache, Pages(self.view(kv_cache, layout), layout, self.transforms)
+            self._pages = kv_cache, Pages(self.view(kv_cache, layout), layout, self.transforms, self.sinks)
         return self._pages[1]
 
     def view(self, kv_cache: torch.Tensor, layout: PageLayout) -> torch.Tensor:
@@ -278,7 +284,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Store key and value [num_tokens, num_kv_heads, head_size] at slot_mapping [<= num_tokens]."""
-        assert not self.needs_statics, "statics are bound when the model is loaded"
+        assert not self.needs_model, "transforms are complete when the model is loaded"
         positions = None
         if self.transforms.key_offset is not None:
             positions = metadata_of(layer.layer_name).positions

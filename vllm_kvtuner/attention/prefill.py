@@ -11,7 +11,7 @@ import torch
 
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import CacheSlice, PrefillPlan
-from vllm_kvtuner.attention.segments import merge_segments, merged
+from vllm_kvtuner.attention.segments import count_sinks, merged
 from vllm_kvtuner.attention.window_kernels import LayerWindow
 from vllm_kvtuner.kernels.contract import CachedTokens, KernelSet, Pages, Segment, Span
 from vllm_kvtuner.kernels.reference.attention import attention_ref
@@ -132,7 +132,7 @@ class GpuPrefill:
 
     def __call__(self, batch: Prefills, output: torch.Tensor) -> None:
         """Attention of the prefills' tokens into their rows of output [num_tokens, num_heads, head_size]."""
-        plan = batch.plan
+        plan, sinks = batch.plan, batch.pages.sinks
         tokens = slice(plan.first_token, plan.first_token + plan.num_tokens)
         target = output[tokens]
         if plan.fresh:
@@ -146,12 +146,15 @@ class GpuPrefill:
             first = part.first_token - plan.first_token
             rows = slice(first, first + part.num_query_tokens)
             result.output[rows] = segment.output
-            if plan.context:
+            if plan.context or sinks is not None:
                 result.lse[:, rows] = segment.lse
         for part in plan.context:
             context = self._attend_slice(batch, part, causal=False, window=None)
             result = merged(context, result)
-        if result.output is not target:
+        # At the end, once: FlashAttention's own sinks would count in every part, and not all of its versions have any.
+        if sinks is not None:
+            count_sinks(result, sinks, target)
+        elif result.output is not target:
             target.copy_(result.output)
 
     def _whole_requests(self, batch: Prefills, part: CacheSlice, newest: CacheSlice | None) -> Segment:
@@ -255,18 +258,25 @@ class ReferencePrefill:
             self.kernels.gather(batch.pages, tokens, keys, values)
         if not self.attend_cached:
             keys[-prompt.num_queries :], values[-prompt.num_queries :] = fresh
-        query = batch.query[prompt.rows]
-        if self.window is None:
+        query, sinks = batch.query[prompt.rows], batch.pages.sinks
+        if self.window is None and sinks is None:
             attention_ref(query, keys, values, shape, span, output)
             return
-        self._put_sink_tokens(batch, prompt, first, cached_end, (keys, values))
-        older, newest = (Segment.into(torch.empty(query.shape)) for _ in range(2))
+        if self.window is not None:
+            self._put_sink_tokens(batch, prompt, first, cached_end, (keys, values))
+        attended = Segment.into(torch.empty(query.shape))
         # Sink tokens are among the keys.
-        attention_ref(query, keys, values, shape, span._replace(skip_first=0), older.output, older.lse)
-        keys, values = self._newest(batch, prompt, fresh)
-        recent = Span(self.window.cache.window.tokens)
-        attention_ref(query, keys, values, shape, recent, newest.output, newest.lse)
-        merge_segments(older, newest, output)
+        attention_ref(query, keys, values, shape, span._replace(skip_first=0), attended.output, attended.lse)
+        if self.window is not None:
+            newest = Segment.into(torch.empty(query.shape))
+            keys, values = self._newest(batch, prompt, fresh)
+            recent = Span(self.window.cache.window.tokens)
+            attention_ref(query, keys, values, shape, recent, newest.output, newest.lse)
+            attended = merged(attended, newest)
+        if sinks is None:
+            output.copy_(attended.output)
+        else:
+            count_sinks(attended, sinks, output)
 
     def _put_sink_tokens(
         self,

@@ -1,7 +1,8 @@
 """Where segments of attention become one, by log-sum-exp.
 
 Decoding over packed pages, a recent window, slices of a cached prefix and fresh tokens are each a segment of what a
-query sees. Whatever else counts in a softmax, such as an attention sink, is one more: output 0, log-sum-exp its logit.
+query sees. Attention sinks are one more: output 0, log-sum-exp their logits. They count once for a query: decoding over
+packed pages has counted them (the contract's Pages), prefills do when all else is merged.
 """
 
 import torch
@@ -24,6 +25,19 @@ def merge_segments(first: Segment, second: Segment, output: torch.Tensor, lse: t
         merge_segments_ref(first, second, output, lse)
     else:
         merge_attn_states(output, first.output, first.lse, second.output, second.lse, lse)
+
+
+def count_sinks(segment: Segment, sinks: torch.Tensor, output: torch.Tensor) -> None:
+    """Attention over a segment's tokens and the attention sinks, in place.
+
+    Args:
+        segment: all tokens that queries see; its log-sum-exp is finite where a query sees some.
+        sinks: [num_heads], a logit of each head, of any float dtype.
+        output: [num_tokens, num_heads, head_size], which may be the segment's own.
+    """
+    # Merged with a segment of output 0: what is left of the other one is its weight. Rows of padding see nothing.
+    weight = torch.sigmoid(segment.lse - sinks[:, None])
+    torch.mul(segment.output, weight.nan_to_num(0.0).T.unsqueeze(-1), out=output)
 
 
 def merged(first: Segment, second: Segment) -> Segment:

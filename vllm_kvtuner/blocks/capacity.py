@@ -10,9 +10,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
 
-from vllm_kvtuner.engine.config import DRAFT_PREFIXES, RECENT_SUFFIX, resolved_profile
+from vllm_kvtuner.engine.config import AUTO_KEY, DRAFT_PREFIXES, RECENT_SUFFIX, resolved_profile
 from vllm_kvtuner.pages.layout import UNQUANTIZED, content_bytes
-from vllm_kvtuner.profile.profile import ResolvedProfile
+from vllm_kvtuner.profile.profile import Profile, ResolvedProfile
 
 logger = logging.getLogger("vllm.kvtuner")
 
@@ -48,8 +48,8 @@ def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     found = _against_bf16(config, kv_cache_config)
     logger.info(
         "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token%s%s%s; %s KV tokens fit, %.2f "
-        "times as many as bf16",
-        resolved.profile.source or resolved.profile.name,
+        "times as many as bf16%s",
+        _named(resolved.profile, config.additional_config.get(AUTO_KEY)),
         resolved.nominal_bits,
         resolved.stored_bits,
         f"{resolved.bytes_per_token:,}",
@@ -61,7 +61,17 @@ def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         f" and {found.padding:.1%} padding between unequal pages" if found.padding > 0.001 else "",
         f"{config.cache_config.kv_cache_size_tokens or 0:,}",
         found.times,
+        f"; without {' and without '.join(resolved.profile.left_out)}" if resolved.profile.left_out else "",
     )
+
+
+def _named(profile: Profile, auto: Sequence[str] | None) -> str:
+    """Its file or name, with what was asked for if that was auto, and of a pair alone what it means."""
+    name = str(profile.source or profile.name)
+    if auto is not None:
+        asked, _, source = auto
+        name = f"{asked} -> {name} ({source})"
+    return f"{name} with {profile.transforms.described}" if profile.adapts else name
 
 
 def _windows(resolved: ResolvedProfile) -> str:

@@ -31,4 +31,5 @@ def apply() -> None:
     worker.wake_kernels_up()
     connectors.tell_connectors_of_the_profile()
     reporting.log_capacity_once()
+    reporting.tell_front_end_of_kernels()
     reporting.publish_metrics()

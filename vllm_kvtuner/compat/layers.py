@@ -57,10 +57,11 @@ def give_layers_their_backend() -> None:
                 kwargs["cache_config"] = copy.copy(kwargs["cache_config"])
                 kwargs["cache_config"].cache_dtype = "auto"
             return original(self, *args, **kwargs)
+        resolved = resolved_profile(config)
         kwargs["attn_backend"] = backend_for(
-            precision.pair, needs_packed_blocks(config), is_calibration(config), precision.recent
+            precision.pair, needs_packed_blocks(config, resolved), is_calibration(config), precision.recent
         )
-        kwargs["settings"] = LayerSettings(precision, resolved_profile(config).attend_cached_prefill)
+        kwargs["settings"] = LayerSettings(precision, resolved.attend_cached_prefill)
         original(self, *args, **kwargs)
         if precision.recent is not None:
             give_window(self, precision.recent, kwargs.get("kv_sharing_target_layer_name"))

@@ -317,6 +317,30 @@ _CONNECTORS_AND_REPORTS = (
         attributes=("size", "layers", "layer_stride", "block_stride"),
     ),
     Seam(
+        "start of the cache", "vllm.v1.engine.core:EngineCore._initialize_kv_caches",
+        "compat.reporting.tell_front_end_of_kernels", ("vllm_config",), exact=True,
+    ),
+    Seam(
+        "the workers of an engine core", "vllm.v1.engine.core:EngineCore",
+        "compat.reporting.tell_front_end_of_kernels", attributes=("model_executor", "vllm_config"),
+    ),
+    Seam(
+        "an engine core's word that it is ready", "vllm.v1.engine.core:EngineCoreProc._make_ready_response",
+        "compat.reporting.tell_front_end_of_kernels", exact=True,
+    ),
+    Seam(
+        "the number of an engine core", "vllm.v1.engine.core:EngineCoreProc",
+        "compat.reporting.tell_front_end_of_kernels", attributes=("engine_index",),
+    ),
+    Seam(
+        "what an engine core says when it is ready", "vllm.v1.engine:EngineCoreReadyResponse",
+        "compat.reporting.tell_front_end_of_kernels", attributes=("data_parallel_rank",),
+    ),
+    Seam(
+        "what a front end makes of it", "vllm.v1.engine.core_client:MPClient._apply_ready_response",
+        "compat.reporting.tell_front_end_of_kernels", ("payload",), exact=True,
+    ),
+    Seam(
         "start of metrics", "vllm.v1.metrics.loggers:PrometheusStatLogger.log_engine_initialized",
         "compat.reporting.publish_metrics", exact=True,
     ),

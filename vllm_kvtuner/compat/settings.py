@@ -81,7 +81,9 @@ def add_profile_argument() -> None:
             metavar="PROFILE",
             default=None,
             help="Precision profile for --kv-cache-dtype kvtuner: a YAML file, the name of a shipped profile, or a "
-            "pair such as K8V4 for all layers.",
+            "pair such as K8V4 for all layers, with the transforms and the recent window that need no data "
+            "(K8V4:plain: without). auto, the default, or auto:BITS is the best for the model within that many "
+            "stored bits.",
         )
         return parser
 

@@ -46,6 +46,12 @@ def wake_kernels_up() -> None:
     after(Worker, "wake_up", wake_up)
 
 
+def decode_kernels(worker: Any) -> dict[int, str]:
+    """Names of the kernels that decode a worker's layers, by layer; run there by the engine core."""
+    layers = ((layer.impl.settings.precision.index, layer.impl.served.kernels) for layer in _layers(worker.vllm_config))
+    return {index: kernels.decode_kernel for index, kernels in layers if kernels.decode_kernel is not None}
+
+
 def _layers(config: VllmConfig) -> Iterator[Any]:
     """The attention layers of a run that have packed pages."""
     if uses_kvtuner(config):

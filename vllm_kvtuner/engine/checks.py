@@ -5,22 +5,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner import envs
 from vllm_kvtuner.engine.config import (
+    ATTEND_KEY,
+    AUTO_KEY,
     CALIBRATION_KEY,
     DIGEST_KEY,
     KV_CACHE_DTYPE,
+    PAIR_WINDOW_KEY,
     PROFILE_KEY,
     is_calibration,
     needs_packed_blocks,
     resolved_profile,
 )
+from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
+from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.fitting import advice
+from vllm_kvtuner.profile.load import AUTO, load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError
 from vllm_kvtuner.profile.statics import load_statics
@@ -35,8 +42,8 @@ def check_config(config: VllmConfig) -> None:
     """Resolve the profile of a new engine configuration, or refuse, before any weight is loaded.
 
     Raises:
-        ValueError: ``kvtuner`` without a profile, a profile without ``kvtuner``, or (ProfileError) a profile that
-            cannot be read or does not fit the model, with all problems.
+        ValueError: a profile without ``kvtuner``, or (ProfileError) one that cannot be read or does not fit the model,
+            with all problems.
     """
     additional = config.additional_config if isinstance(config.additional_config, dict) else {}
     wanted = config.cache_config.cache_dtype == KV_CACHE_DTYPE
@@ -47,19 +54,15 @@ def check_config(config: VllmConfig) -> None:
                 f"{KV_CACHE_DTYPE} only, but got --kv-cache-dtype {config.cache_config.cache_dtype}"
             )
         return
-    spec = additional.get(PROFILE_KEY) or envs.profile()
-    if not spec:
-        raise ValueError(
-            f"--kv-cache-dtype {KV_CACHE_DTYPE} needs a precision profile: --kvtuner-profile FILE, NAME or pair such "
-            f"as K8V4 (or {PROFILE_KEY!r} in additional_config, or KVTUNER_PROFILE); {advice(_shape(config))}"
-        )
+    spec = additional.get(PROFILE_KEY) or envs.profile() or AUTO
     if not isinstance(config.additional_config, dict):
         raise ValueError(f"additional_config must be a dict to carry {PROFILE_KEY!r}, but got a custom object")
     additional[PROFILE_KEY] = str(spec)
     if problems := settings(config):
         raise ProfileError(problems)
+    look_for(config)
     resolved = _resolved(config)
-    problems = draft_model(config) + captured_stores(config, resolved)
+    problems = draft_model(config, resolved) + captured_stores(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
@@ -70,6 +73,7 @@ def check_config(config: VllmConfig) -> None:
 def _resolved(config: VllmConfig) -> ResolvedProfile:
     """The profile, or a refusal that names others where there is no such profile."""
     try:
+        adapt(config)
         return resolved_profile(config)
     except UnknownProfileError as error:
         raise UnknownProfileError([f"{problem}; {advice(_shape(config))}" for problem in error.problems]) from None
@@ -77,6 +81,46 @@ def _resolved(config: VllmConfig) -> ResolvedProfile:
 
 def _shape(config: VllmConfig) -> ModelShape:
     return ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
+
+
+def look_for(config: VllmConfig) -> None:
+    """Put the profile that ``auto`` means for this model in its place."""
+    additional = config.additional_config
+    spec = additional[PROFILE_KEY]
+    if additional.get(AUTO_KEY, ["", ""])[1] != spec:  # an engine's arguments may be checked again
+        additional.pop(AUTO_KEY, None)
+    if not is_auto(spec):
+        return
+    model = config.model_config
+    found = resolve_auto(spec, model.model, _shape(config))
+    additional[PROFILE_KEY] = found.chosen.spec
+    additional[AUTO_KEY] = [spec, found.chosen.spec, found.chosen.source]
+
+
+def adapt(config: VllmConfig) -> None:
+    """Choose what a profile that adapts, which is a pair alone, leaves to the engine: its window and its blocks."""
+    additional = config.additional_config
+    additional.pop(PAIR_WINDOW_KEY, None)
+    profile = load_profile(additional[PROFILE_KEY])
+    if not profile.adapts or is_calibration(config):
+        return
+    from vllm.platforms import current_platform
+
+    def problems(resolved: ResolvedProfile) -> tuple[str, ...]:
+        return (*recent_windows(config, resolved), *draft_model(config, resolved))
+
+    shape = _shape(config)
+    if shape.unsupported:  # refused by resolving
+        return
+    profile = dataclasses.replace(profile, attend_cached_prefill=bool(additional.get(ATTEND_KEY)))
+    cache = config.cache_config
+    given = cache.block_size
+    if current_platform.is_cpu() and not cache.user_specified_block_size and not config.model_config.is_hybrid:
+        cache.block_size = CPU_BLOCK_SIZE
+    choice = choose_window(config, profile, shape, problems)
+    if not choice[0]:
+        cache.block_size = given
+    additional[PAIR_WINDOW_KEY] = list(choice)
 
 
 def _digest(resolved: ResolvedProfile) -> str:
@@ -167,7 +211,7 @@ def speculation(config: VllmConfig) -> list[str]:
     return problems
 
 
-def draft_model(config: VllmConfig) -> tuple[str, ...]:
+def draft_model(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
     """vLLM's model runner V1 hands a draft model the block table of the first KV cache group, whichever its own is.
 
     It then writes its keys into other requests' blocks, with any cache: ``spec_decode_common_attn_metadata`` in
@@ -176,7 +220,7 @@ def draft_model(config: VllmConfig) -> tuple[str, ...]:
     speculative = config.speculative_config
     if speculative is None or not speculative.uses_draft_model() or config.use_v2_model_runner:
         return ()
-    if not needs_packed_blocks(config):
+    if not needs_packed_blocks(config, resolved):
         return ()
     return (
         "speculative decoding must do without a draft model (n-gram and EAGLE serve) where the model mixes kinds of "

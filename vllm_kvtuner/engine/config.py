@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvtuner.pages import layout
@@ -14,7 +15,7 @@ from vllm_kvtuner.profile.model_shape import ModelShape
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-    from vllm_kvtuner.profile.profile import LayerPrecision, RecentWindow, ResolvedProfile
+    from vllm_kvtuner.profile.profile import LayerPrecision, Profile, RecentWindow, ResolvedProfile
 
 KV_CACHE_DTYPE = "kvtuner"
 BACKEND_NAME = "KVTUNER"
@@ -28,6 +29,14 @@ CALIBRATION_KEY = "kvtuner_calibration"
 and attention.switchable.switch changes what the layers store in them while the engine runs."""
 DIGEST_KEY = "kvtuner_digest"
 """Key of additional_config that holds a digest of the files, so that vLLM's compile cache sees them change."""
+AUTO_KEY = "kvtuner_auto"
+"""Key of additional_config: of a profile that ``auto`` was asked for, what was asked, what was taken and from where."""
+PAIR_WINDOW_KEY = "kvtuner_pair_window"
+"""Key of additional_config that holds the window that a pair alone has in this engine (engine/pair_window.py): its
+tokens, its bits and its sink tokens, and why it has no better one."""
+REQUEST_TOKENS_KEY = "kvtuner_request_tokens"
+"""Key of additional_config: tokens of the requests that a pair's window is chosen for, instead of max_model_len. So
+an engine for short texts measures what one for long requests serves."""
 RECENT_SUFFIX = ".recent"
 """What follows an attention layer's name in that of its recent window."""
 DRAFT_PREFIXES = ("draft_model.", "mtp.")
@@ -37,9 +46,9 @@ DRAFT_PREFIXES = ("draft_model.", "mtp.")
 def resolved_profile(config: VllmConfig) -> ResolvedProfile:
     """The profile of a checked configuration, resolved against its model."""
     additional = config.additional_config
-    attend = additional.get(ATTEND_KEY)
+    attend, window = additional.get(ATTEND_KEY), tuple(additional.get(PAIR_WINDOW_KEY) or ())
     return _resolve(
-        additional[PROFILE_KEY], config.model_config.model, attend, _HfConfig(config.model_config.hf_config)
+        additional[PROFILE_KEY], config.model_config.model, attend, window, _HfConfig(config.model_config.hf_config)
     )
 
 
@@ -69,11 +78,9 @@ def mixes_attention_kinds(config: VllmConfig) -> bool:
     return len(set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())) > 1
 
 
-def needs_packed_blocks(config: VllmConfig) -> bool:
+def needs_packed_blocks(config: VllmConfig, resolved: ResolvedProfile) -> bool:
     """Whether pages of unequal size lie in different KV cache groups, which only a block-outermost layout packs."""
-    return (
-        mixes_attention_kinds(config) or config.model_config.is_hybrid or bool(resolved_profile(config).recent_windows)
-    )
+    return mixes_attention_kinds(config) or config.model_config.is_hybrid or bool(resolved.recent_windows)
 
 
 def mean_token_bytes(config: VllmConfig) -> int:
@@ -95,7 +102,14 @@ def _widen(config: VllmConfig, pair: PrecisionPair) -> int:
 
 def recent_block_size(config: VllmConfig, window: RecentWindow) -> int:
     """Tokens per block of a recent window, the same for all layers that have this one."""
-    resolved, model = resolved_profile(config), config.model_config
+    pool, windows = window_bytes(config, resolved_profile(config), window)
+    block_size = config.cache_config.block_size
+    return layout.recent_block_size(block_size, pool * block_size, windows)
+
+
+def window_bytes(config: VllmConfig, resolved: ResolvedProfile, window: RecentWindow) -> tuple[int, int]:
+    """Bytes of one token on a rank: in the packed pages that make a block, and in all layers' windows of this kind."""
+    model = config.model_config
     ranks = config.parallel_config.tensor_parallel_size
     kinds = getattr(model.hf_text_config, "layer_types", None) or ()
     sliding = [mixes_attention_kinds(config) and kinds[layer.index] == "sliding_attention" for layer in resolved.layers]
@@ -106,8 +120,7 @@ def recent_block_size(config: VllmConfig, window: RecentWindow) -> int:
         if layer.recent == window:
             heads = max(1, layer.shape.num_kv_heads // ranks)
             windows += heads * layer.recent_content_bytes * _widen(config, window.pair)
-    block_size = config.cache_config.block_size
-    return layout.recent_block_size(block_size, pool * block_size, windows)
+    return pool, windows
 
 
 class _HfConfig:
@@ -123,9 +136,20 @@ class _HfConfig:
         return id(self.config)
 
 
+def with_pair_window(profile: Profile, chosen: Sequence[Any]) -> Profile:
+    """A pair's profile with the window that PAIR_WINDOW_KEY holds."""
+    tokens, bits, sink_tokens, reason = chosen
+    changes = {"recent_window": tokens, "recent_window_bits": bits, "sink_tokens": sink_tokens}
+    return profile.without(reason, **changes) if reason else dataclasses.replace(profile, **changes)
+
+
 @functools.lru_cache(maxsize=8)
-def _resolve(spec: str, model: str, attend_cached_prefill: bool | None, config: _HfConfig) -> ResolvedProfile:
+def _resolve(
+    spec: str, model: str, attend_cached_prefill: bool | None, pair_window: tuple[Any, ...], config: _HfConfig
+) -> ResolvedProfile:
     profile = load_profile(spec)
+    if pair_window:
+        profile = with_pair_window(profile, pair_window)
     if attend_cached_prefill is not None:
         profile = dataclasses.replace(profile, attend_cached_prefill=bool(attend_cached_prefill))
     return profile.resolve(ModelShape.from_hf_config(config.config, model))

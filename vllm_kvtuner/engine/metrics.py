@@ -1,17 +1,19 @@
 """What the cache stores, as Prometheus gauges beside vLLM's own.
 
-The process that answers ``/metrics`` is not the one that runs the kernels, so all values follow from what it knows: the
-configuration and the card's compute capability. Names begin with ``vllm:``, so that vLLM clears them with its own.
+The process that answers ``/metrics`` is not the one that runs the kernels. What the configuration does not say, which
+kernels decode, the workers have told it by then (:func:`keep_decode_kernels`). Names begin with ``vllm:``, so that vLLM
+clears them with its own.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllm_kvtuner.engine.config import resolved_profile
+from vllm_kvtuner.engine.config import AUTO_KEY, DIGEST_KEY, resolved_profile
 from vllm_kvtuner.kernels import choice
+from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -22,8 +24,35 @@ if TYPE_CHECKING:
 
 UNQUANTIZED_KERNEL = "vllm"
 """Label of layers whose cache and kernel are vLLM's own."""
-REFERENCE_KERNEL = "reference"
+GIVEN = "given"
+"""Source of a profile that was named, not looked for."""
+REFERENCE_KERNEL = ReferenceKernels.decode_kernel
 """Label of the CPU's."""
+_KEPT = "_kvtuner_decode_kernels"
+"""Where a configuration has what :func:`keep_decode_kernels` was given."""
+
+
+def merge_decode_kernels(workers: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    """Names of decode kernels by layer, of an engine whose workers have these.
+
+    Layers are split among workers, or their heads are. Where one card fails its self-test, a layer counts as triton's.
+    """
+    merged: dict[int, str] = {}
+    for kernels in workers:
+        for layer, kernel in kernels.items():
+            if merged.get(layer) != choice.TRITON:
+                merged[layer] = kernel
+    return merged
+
+
+def keep_decode_kernels(config: VllmConfig, engine: int, kernels: Mapping[int, str]) -> None:
+    """Remember with an engine's configuration which kernels decode, by layer; for this process alone."""
+    vars(config).setdefault(_KEPT, {})[engine] = dict(kernels)
+
+
+def kept_decode_kernels(config: VllmConfig, engine: int) -> dict[int, str]:
+    """What :func:`keep_decode_kernels` was given, nothing without."""
+    return vars(config).get(_KEPT, {}).get(engine, {})
 
 
 def publish(
@@ -54,19 +83,27 @@ def publish(
         metric = _gauge(gauge, stem, documentation, [])
         for engine in engines:
             metric.labels(name, str(engine)).set(value)
-    info = _gauge(gauge, "profile_info", "The precision profile that is served.", ["profile"])
+    info = _gauge(
+        gauge,
+        "profile_info",
+        "The precision profile that is served, where it was found, and a digest of what it says.",
+        ["profile", "source", "digest"],
+    )
+    _, _, source = config.additional_config.get(AUTO_KEY, ("", "", GIVEN))
     layers = _gauge(
         gauge,
         "layers",
-        "Layers by precision pair and decode kernel, as configuration and card decide: where the rotation of a key "
-        "offset is not proportional to the position, or the card fails its self-test, triton serves instead of cuda.",
+        "Layers by precision pair and by the kernel that decodes them; triton where any of a layer's workers has it.",
         ["pair", "decode_kernel"],
     )
-    counts = collections.Counter(
-        (layer.pair.name, _decode_kernel(layer, capability, on_cpu)) for layer in resolved.layers
-    )
     for engine in engines:
-        info.labels(name, str(engine), resolved.profile.name).set(1)
+        kernels = kept_decode_kernels(config, engine)
+        counts = collections.Counter(
+            (layer.pair.name, kernels.get(layer.index) or _decode_kernel(layer, capability, on_cpu))
+            for layer in resolved.layers
+        )
+        digest = config.additional_config.get(DIGEST_KEY, "")
+        info.labels(name, str(engine), resolved.profile.name, source, digest).set(1)
         for labels, count in counts.items():
             layers.labels(name, str(engine), *labels).set(count)
 
@@ -87,5 +124,5 @@ def _decode_kernel(layer: LayerPrecision, capability: tuple[int, int] | None, on
     if on_cpu:
         return REFERENCE_KERNEL
     layout = PageLayout(layer.pair, layer.shape.head_size, BLOCK_SIZE_MULTIPLE)
-    # Statics and the card's self-test are the workers'; the other transforms do not matter to the choice.
+    # By configuration and card, of a layer that no worker has spoken of.
     return choice.choose_decode(layout, LayerTransforms(), 0.0, capability).kernel

@@ -1,16 +1,21 @@
-"""Give layers their static tensors and the model's own rotary table once the model is loaded."""
+"""Give layers their static tensors, the offset of their own weights and the rotary table once the model is loaded."""
 
 from __future__ import annotations
 
 import functools
+import logging
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_kvtuner.engine.config import resolved_profile
+from vllm_kvtuner.engine.key_bias import key_bias, largest_pairs
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
-from vllm_kvtuner.profile.statics import load_statics
+from vllm_kvtuner.profile.problems import format_layers
+from vllm_kvtuner.profile.profile import FROM_WEIGHTS
+from vllm_kvtuner.profile.statics import LayerStatics, load_statics
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -18,9 +23,11 @@ if TYPE_CHECKING:
     from vllm_kvtuner.profile.profile import ResolvedProfile
     from vllm_kvtuner.profile.statics import FeedbackStatics
 
+logger = logging.getLogger("vllm.kvtuner")
+
 
 def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedProfile | None = None) -> None:
-    """Give every layer whose transforms need statics its tensors and the model's own rotary table.
+    """Complete the transforms of every layer that needs the model for them: statics, key bias, rotary table.
 
     Under tensor parallelism a rank takes the rows of its own KV heads.
 
@@ -30,40 +37,50 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
         resolved: what the layers were switched to in calibration mode; by default the profile of ``config``.
 
     Raises:
-        ValueError: the statics file is missing, unreadable or does not fit, or a layer's rotary embedding is of a
-            kind whose table is not one row per position.
+        ValueError: the statics file is missing, unreadable or does not fit, a layer's rotary embedding is of a kind
+            whose table is not one row per position, or its k projection of a kind whose bias cannot be told. A profile
+            that adapts goes without the offset there.
     """
     layers = {
         name: layer
         for name, layer in config.compilation_config.static_forward_context.items()
-        if getattr(getattr(layer, "impl", None), "needs_statics", False)
+        if getattr(getattr(layer, "impl", None), "needs_model", False)
     }
     if not layers:
         return
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
     resolved = resolved or resolved_profile(config)
-    assert resolved.profile.statics is not None, "a profile whose transforms need statics names them"
-    statics = load_statics(resolved.profile.statics, resolved)
+    path = resolved.profile.statics
+    assert path is not None or not any(layer.transforms.needs_statics for layer in resolved.layers)
+    statics = {} if path is None else load_statics(path, resolved)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    offsets = Offsets()
     for layer in layers.values():
         precision = layer.impl.settings.precision
         device = next(model.parameters()).device
         heads = _heads_of_rank(precision.shape.num_kv_heads, layer.num_kv_heads, rank, world_size)
 
-        chosen, static = precision.transforms, statics[precision.index]
-        rotary = None
-        if chosen.key_offset:
-            parent = modules[names[id(layer)].rpartition(".")[0]]
-            rotary = layer_rotary(parent, config, precision.index)
+        chosen, static = precision.transforms, statics.get(precision.index, LayerStatics())
         tensor = functools.partial(_on_device, heads=heads, device=device)
         feedback = functools.partial(_feedback, heads=heads, device=device)
+        offset, rotary = tensor(static.key_offset), None
+        if chosen.key_offset:
+            parent = modules.get(names.get(id(layer), "").rpartition(".")[0], model)
+            try:
+                rotary = layer_rotary(parent, config, precision.index)
+                if chosen.key_offset == FROM_WEIGHTS:
+                    offset = offsets.of(layer, parent, rotary)
+            except ValueError as error:
+                if not resolved.profile.adapts:
+                    raise
+                offsets.left_out.setdefault(str(error).partition(": ")[2], []).append(precision.index)
         layer.impl.bind_statics(
             LayerTransforms(
-                key_offset=tensor(static.key_offset) if chosen.key_offset else None,
-                rotary=rotary,
+                key_offset=offset,
+                rotary=None if offset is None else rotary,
                 key_equalization=tensor(static.key_equalization) if chosen.key_equalization else None,
                 key_hadamard=chosen.key_hadamard,
                 value_hadamard=chosen.value_hadamard,
@@ -72,6 +89,44 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
                 value_feedback=feedback(static.value_round_feedback) if chosen.value_round_feedback else None,
             )
         )
+    if rank == 0:
+        offsets.log()
+
+
+@dataclass
+class Offsets:
+    """Key offsets that were made of weights.
+
+    Args:
+        pairs: layers by the number of RoPE pairs that their offset has; 0 where biases are small.
+        left_out: layers that go without by the reason.
+    """
+
+    pairs: dict[int, list[int]] = field(default_factory=dict)
+    left_out: dict[str, list[int]] = field(default_factory=dict)
+
+    def of(self, layer: Any, parent: torch.nn.Module, rotary: RotaryTable | None) -> torch.Tensor | None:
+        """That of an attention layer, [num_kv_heads, head_size] of this rank, or None where there is no bias.
+
+        Raises:
+            ValueError: as :func:`key_bias` and :func:`largest_pairs`, with the layer.
+        """
+        impl, index = layer.impl, layer.impl.settings.precision.index
+        try:
+            bias = key_bias(parent, impl.num_kv_heads, impl.head_size, impl.dtype)
+            offset, count = (None, 0) if bias is None else largest_pairs(bias, rotary)
+        except ValueError as error:
+            raise ValueError(f"layer {index}: key_offset needs {error}") from None
+        self.pairs.setdefault(count, []).append(index)
+        return offset
+
+    def log(self) -> None:
+        """Say what the layers got, in a line each."""
+        for count, layers in sorted(self.pairs.items(), reverse=True):
+            what = f"in {count} RoPE pairs" if count else "none in RoPE pairs, since biases are small"
+            logger.info("kvtuner key offset from weights, layers %s: %s", format_layers(layers), what)
+        for reason, layers in self.left_out.items():
+            logger.warning("kvtuner key offset from weights, layers %s: none, since %s", format_layers(layers), reason)
 
 
 def _on_device(array: Any, heads: slice, device: torch.device) -> torch.Tensor | None:

@@ -55,6 +55,7 @@ def choose_decode(
     capability: tuple[int, int] | None,
     write_lse: bool = False,
     failure: Failure = lambda: None,
+    has_sinks: bool = False,
 ) -> Choice:
     """The decode kernel of a layer on cards of a compute capability.
 
@@ -65,6 +66,7 @@ def choose_decode(
         capability: of the card, None for one that is not NVIDIA's.
         write_lse: the layer has a recent window.
         failure: of the CUDA kernels on the card; by default the rules alone decide.
+        has_sinks: the layer has attention sinks.
 
     Raises:
         ValueError: KVTUNER_DECODE_KERNEL asks for the CUDA kernel where it cannot run or fails.
@@ -75,7 +77,7 @@ def choose_decode(
         from vllm_kvtuner.kernels.cuda.paged_attention import unsupported
 
         assert capability is not None
-        return unsupported(layout, transforms, logits_soft_cap, capability, write_lse)
+        return unsupported(layout, transforms, logits_soft_cap, capability, write_lse, has_sinks)
 
     choice = _choose(unsupported, capability, failure)
     if envs.decode_kernel() == CUDA and choice.kernel != CUDA:
@@ -100,13 +102,15 @@ def decode_kernel(
     device: torch.device,
     write_lse: bool,
     failure: Failure,
+    has_sinks: bool = False,
 ) -> str:
     """``cuda`` or ``triton`` for a layer's decode; the choice and its reason are logged once.
 
     Raises:
         ValueError: as :func:`choose_decode`.
     """
-    choice = choose_decode(layout, transforms, logits_soft_cap, device_capability(device), write_lse, failure)
+    capability = device_capability(device)
+    choice = choose_decode(layout, transforms, logits_soft_cap, capability, write_lse, failure, has_sinks)
     _log(f"decode kernel: {choice}")
     return choice.kernel
 

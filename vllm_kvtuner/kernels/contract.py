@@ -27,6 +27,7 @@ class AttentionShape(NamedTuple):
         head_size: numbers per row.
         scale: factor on the logits, 1 / sqrt(head_size) as a rule.
         logits_soft_cap: c > 0 replaces each logit x by c tanh(x / c).
+        sinks: dtype of its attention sinks (Pages.sinks), None where it has none.
     """
 
     num_heads: int
@@ -34,6 +35,7 @@ class AttentionShape(NamedTuple):
     head_size: int
     scale: float
     logits_soft_cap: float = 0.0
+    sinks: torch.dtype | None = None
 
     @property
     def group(self) -> int:
@@ -81,11 +83,16 @@ class Pages(NamedTuple):
         kv_cache: [num_blocks, num_kv_heads, block_size, content_bytes] uint8, chunks contiguous.
         layout: of each chunk.
         transforms: of keys and values before they are packed.
+        sinks: [num_heads] fp32, fp16 or bf16, the layer's attention sinks, or None. Each is a logit in every softmax of
+            its query head, as of one more token with a value of 0; neither scale nor soft cap apply to it. Attention
+            over these pages counts them, also for a query that sees none of their tokens. Where attention over other
+            tokens is merged with it, that has none, so that they count once.
     """
 
     kv_cache: torch.Tensor
     layout: PageLayout
     transforms: LayerTransforms
+    sinks: torch.Tensor | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -321,7 +328,8 @@ class PagedAttention(Protocol):
         """Attend.
 
         Token i of the n query tokens of a request stands at position seq_len - n + i and sees the tokens up to itself
-        that ``span`` serves. A request of seq_len 0 is padding: its rows of output become 0.
+        that ``span`` serves, beside the attention sinks of the pages. A request of seq_len 0 is padding: its rows of
+        output become 0.
 
         GPU kernels take a :class:`Launch` besides, at most MAX_DECODE_QUERY_LEN query tokens of a request, and
         skip_newest less than a sliding window. They read nothing back to the host and allocate nothing: a launch
@@ -335,8 +343,9 @@ class PagedAttention(Protocol):
             shape: of the layer.
             span: tokens that are served.
             output: [num_tokens, num_heads, head_size], written in place.
-            lse: [num_heads, num_tokens] fp32, contiguous, written in place: log-sum-exp of each row's logits, by which
-                segments merge; -inf where a query sees nothing (its output is 0).
+            lse: [num_heads, num_tokens] fp32, contiguous, written in place: log-sum-exp of each row's logits, its
+                sink's included, by which segments merge. Where a query sees no token, its output is 0, and this is its
+                sink's logit, or -inf without one.
         """
 
 
@@ -376,6 +385,10 @@ class KernelSet(Protocol):
 
     shape: AttentionShape
     span: Span
+
+    @property
+    def decode_kernel(self) -> str | None:
+        """Name of what decodes; None before it is chosen, by the first call at the latest."""
 
     def forget(self) -> None:
         """Choose anew at the next call: the layer's pair or transforms have changed."""
@@ -501,6 +514,14 @@ def check_attention(
     queries.check()
     if lse is not None:
         assert lse.shape == (shape.num_heads, query.shape[0]) and lse.is_contiguous() and lse.dtype == torch.float32
+
+
+def check_sinks(pages: Pages, shape: AttentionShape) -> None:
+    """What every decode kernel on a GPU asks of a layer's attention sinks."""
+    sinks = pages.sinks
+    assert (None if sinks is None else sinks.dtype) == shape.sinks, "the layer's shape says whether it has sinks"
+    if sinks is not None:
+        assert sinks.shape == (shape.num_heads,) and sinks.is_contiguous(), (sinks.shape, shape)
 
 
 def check_rows(rows: torch.Tensor) -> None:

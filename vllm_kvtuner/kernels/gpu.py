@@ -69,6 +69,7 @@ class GpuKernels:
 
     def forget(self) -> None:
         """Choose anew at the next call: the layer's pair or transforms have changed."""
+        self.decode_kernel: str | None = None
         self._decode: Any = None
         self._launches: dict[int, Launch] = {}
         self._rows: _RowKernels | None = None
@@ -130,15 +131,16 @@ class GpuKernels:
         assert (lse is not None) == self.write_lse
         if self._decode is None:
             names = transform_names(pages.transforms)
-            self._kernel = self._choose(pages.layout, pages.transforms, names)
-            self._decode = _decode_module(self._kernel)
+            self.decode_kernel = self._choose(pages.layout, pages.transforms, names)
+            self._decode = _decode_module(self.decode_kernel)
         # Short prefills are few among decodes.
         pass_query_len = min(queries.max_query_len, self.limits.max_decode_query_len)
         launch = self._launches.get(pass_query_len)
         if launch is None:
+            assert self.decode_kernel is not None
             # No kernel of the model writes what says where the tokens are.
-            dependent = self._kernel == choice.CUDA
-            launch = self._launches[pass_query_len] = Launch(self._workspace(self._kernel), pass_query_len, dependent)
+            dependent, workspace = self.decode_kernel == choice.CUDA, self._workspace(self.decode_kernel)
+            launch = self._launches[pass_query_len] = Launch(workspace, pass_query_len, dependent)
         self._decode.paged_attention(query, queries, pages, self.shape, self.span, output, lse, launch=launch)
 
     def merge_window(
@@ -217,8 +219,9 @@ class GpuKernels:
     def _choose(self, layout: PageLayout, transforms: LayerTransforms, names: tuple[str, ...]) -> str:
         if self._given is not None:
             return self._given
-        soft_cap, failure = self.shape.logits_soft_cap, self._failure(layout, names)
-        return choice.decode_kernel(layout, transforms, soft_cap, self.device, self.write_lse, failure)
+        soft_cap, sinks = self.shape.logits_soft_cap, self.shape.sinks is not None
+        failure = self._failure(layout, names)
+        return choice.decode_kernel(layout, transforms, soft_cap, self.device, self.write_lse, failure, sinks)
 
     def _failure(self, layout: PageLayout, transforms: tuple[str, ...]) -> choice.Failure:
         """Asks how the CUDA kernels fail on such a layer; answered at once where it was asked before."""
@@ -232,11 +235,12 @@ class GpuKernels:
 
     def _workspace(self, kernel: str) -> Any:
         """Scratch of the kernel's paged_attention."""
-        limits = self.limits
+        # Layers with and without sinks share it.
+        limits, shape = self.limits, self.shape._replace(sinks=None)
         if kernel == choice.CUDA:
-            return _cuda_workspace(limits.max_num_seqs, limits.max_decode_query_len, self.shape, self.device)
+            return _cuda_workspace(limits.max_num_seqs, limits.max_decode_query_len, shape, self.device)
         tokens = limits.max_num_seqs * limits.max_decode_query_len + SHORT_PREFILL_TOKENS
-        return _triton_workspace(tokens, self.shape, self.device)
+        return _triton_workspace(tokens, shape, self.device)
 
 
 def prove(cases: Iterable[Case], device: torch.device) -> trial.Verdict:
@@ -277,8 +281,8 @@ def _cuda_decodes(case: Case, transforms: LayerTransforms, device: torch.device)
 
     capability = choice.device_capability(device)
     assert capability is not None
-    soft_cap = case.shape.logits_soft_cap
-    return unsupported(case.layout, transforms, soft_cap, capability, case.write_lse) is None
+    soft_cap, sinks = case.shape.logits_soft_cap, case.shape.sinks is not None
+    return unsupported(case.layout, transforms, soft_cap, capability, case.write_lse, sinks) is None
 
 
 class _RowKernels(NamedTuple):

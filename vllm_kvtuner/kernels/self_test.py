@@ -9,17 +9,14 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 
 from vllm_kvtuner.kernels.contract import (
     CachedTokens,
-    GatherCache,
-    LatePacking,
+    KernelSet,
     Pages,
     Queries,
-    ReshapeAndCache,
     Segment,
     Span,
     StepRows,
@@ -29,10 +26,8 @@ from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.self_test_cases import Case, random_transforms
 from vllm_kvtuner.kernels.self_test_errors import Errors, StoredRows, nan_last, relative_error
-from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.pages.transforms import (
     SIDES,
-    LayerTransforms,
     restore_keys,
     rotate_values,
     transform_keys,
@@ -41,34 +36,15 @@ from vllm_kvtuner.pages.views import Side, page_sides
 
 QUERY_SPREAD = 2.0
 """Standard deviation of queries: a few tokens get most of the weight, so that a wrong one shows."""
+SINK_MEAN = 4.0
+"""Of random attention sinks: the log-sum-exp of about 8 tokens' logits, so that sinks and tokens both get weight."""
 POISON = 255
 """Byte of what nobody stored: scale and minimum of such a token are NaN, and so is all that reads them."""
 SPARE_ROWS = 3
 """Rows of queries beyond the last request's, as a CUDA graph's batch has them."""
 
 
-class Kernels(Protocol):
-    """What of a KernelSet is tested."""
-
-    @property
-    def store(self) -> ReshapeAndCache: ...
-
-    def late_packing(self, pair: PrecisionPair, transforms: LayerTransforms) -> LatePacking | None: ...
-
-    @property
-    def gather(self) -> GatherCache: ...
-
-    def attend(
-        self,
-        query: torch.Tensor,
-        queries: Queries,
-        pages: Pages,
-        output: torch.Tensor,
-        lse: torch.Tensor | None = None,
-    ) -> None: ...
-
-
-def measure(case: Case, kernels: Kernels, device: torch.device, decode: bool = True) -> Errors:
+def measure(case: Case, kernels: KernelSet, device: torch.device, decode: bool = True) -> Errors:
     """Run a case.
 
     Args:
@@ -141,7 +117,11 @@ class _Batch:
         self.position = position.to(device)
         self.block = table[request, position // size].long().to(device)
         self.offset = (position % size).to(device)
-        self.pages = Pages(self.cache(POISON), case.layout, random_transforms(case.transforms, case, device))
+        self.whole = self.cache(POISON)
+        transforms, sinks = random_transforms(case.transforms, case, device), None
+        if case.shape.sinks is not None:
+            sinks = (SINK_MEAN + QUERY_SPREAD * self.normal(case.shape.num_heads)).to(case.shape.sinks)
+        self.pages = Pages(self.whole[:, :heads], case.layout, transforms, sinks)
 
     def normal(self, *shape: int) -> torch.Tensor:
         """Random numbers of the case's dtype."""
@@ -155,10 +135,9 @@ class _Batch:
         shape = (blocks, heads + 1, layout.block_size, layout.content_bytes)
         return torch.full(shape, byte, dtype=torch.uint8, device=self.device)
 
-    def store(self, kernels: Kernels) -> int:
+    def store(self, kernels: KernelSet) -> int:
         """Store all tokens, few of them first; gives how many bytes or numbers lie where they do not belong."""
-        whole, heads = self.pages.kv_cache, self.case.shape.num_kv_heads
-        self.pages = self.pages._replace(kv_cache=whole[:, :heads])
+        heads = self.case.shape.num_kv_heads
         window = self._window()
         for begin, end, extra in self.case.portions:
             kept = None
@@ -170,10 +149,10 @@ class _Batch:
         for side in page_sides(taken[:, :heads], self.case.layout):
             for part in (side.codes, side.meta.view(torch.uint8)):
                 part[self.block, :, self.offset] = 1
-        stray = int(((whole != POISON) & (taken == 0)).sum())
+        stray = int(((self.whole != POISON) & (taken == 0)).sum())
         return stray if window is None else stray + self._window_strays(window)
 
-    def store_late(self, kernels: Kernels) -> int:
+    def store_late(self, kernels: KernelSet) -> int:
         """Store all tokens in two parts too, where the layer may; gives how many bytes differ from :meth:`store`'s."""
         size, heads = self.case.window_block_size, self.case.shape.num_kv_heads
         late = kernels.late_packing(self.case.layout.pair, self.pages.transforms) if size else None
@@ -189,9 +168,7 @@ class _Batch:
             kept = WindowRows(window, torch.where(token < end, blocks * size - 1 - token, -1))
             late.keep_rows(key, value, kept)
             late.pack_rows([StepRows(pages, kept, slots, positions)])
-        whole_before = self.pages.kv_cache._base
-        assert whole_before is not None
-        return int((whole != whole_before).sum())
+        return int((whole != self.whole).sum())
 
     def _rows(self, begin: int, end: int, extra: int) -> Iterator[torch.Tensor]:
         """Keys, values, slots and positions of a portion."""
@@ -228,7 +205,7 @@ class _Batch:
         return int((~same).sum())
 
 
-def _gather_error(kernels: Kernels, batch: _Batch, key: torch.Tensor, value: torch.Tensor) -> tuple[float, int]:
+def _gather_error(kernels: KernelSet, batch: _Batch, key: torch.Tensor, value: torch.Tensor) -> tuple[float, int]:
     """Of reading tokens back, whose keys and values in model space are ``key`` and ``value``; and numbers written
     beyond them. Every other request's slice begins behind its first token."""
     lens = torch.tensor(batch.case.seq_lens)
@@ -252,7 +229,7 @@ def _gather_error(kernels: Kernels, batch: _Batch, key: torch.Tensor, value: tor
 
 
 def _decode_errors(
-    kernels: Kernels, batch: _Batch, sizes: tuple[int, int], key: torch.Tensor, value: torch.Tensor
+    kernels: KernelSet, batch: _Batch, sizes: tuple[int, int], key: torch.Tensor, value: torch.Tensor
 ) -> tuple[float, float]:
     """Of outputs and log-sum-exps of a batch of (requests, query tokens at most); the last of several is padding.
 
@@ -301,6 +278,9 @@ def _decode_errors(
         one = Segment.into(torch.empty(len(rows), *query.shape[1:], device=device))
         seen = _visible(position, lens[of], case.span)
         attention_ref(query[rows], key[part], value[part], shape, seen, one.output, one.lse)
+        if (sinks := batch.pages.sinks) is not None:
+            counted = torch.logaddexp(one.lse, sinks[:, None].float())
+            one = Segment(one.output * (one.lse - counted).exp().T[..., None], counted)
         want.output[rows], want.lse[:, rows] = one.output, one.lse
     largest = value.abs().max()
     rounding = want.output.abs() * (torch.finfo(case.dtype).eps / 2)

@@ -67,7 +67,8 @@ class Case(NamedTuple):
         return (0, FEW_TOKENS, 0), (FEW_TOKENS, tokens, rest)
 
     def __str__(self) -> str:
-        names = f" with {', '.join(self.transforms)}" if self.transforms else ""
+        parts = [*self.transforms, *(["attention sinks"] if self.shape.sinks is not None else [])]
+        names = f" with {', '.join(parts)}" if parts else ""
         return f"{self.layout.pair} of head size {self.layout.head_size}{names}"
 
 

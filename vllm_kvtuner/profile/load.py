@@ -12,7 +12,8 @@ A profile file::
     layers:                     # or one pair for all layers, `layers: K8V4`
       0: K8V4
       1-30: K4V2
-      31: K4V4                  # `4, 8, 12-14: K4V2` works too
+      31: K4V4                  # `4, 8, 12-14: K4V2` works too; K4V4S8: scales of 8 bits in that layer
+    scale_bits: 16              # or 8, in all layers whose codes have 2 or 4 bits
     transforms:                 # all false where left out
       value_hadamard: true
       overrides:
@@ -25,8 +26,8 @@ A profile file::
     attend_cached_prefill: false
     provenance: {}              # how it was made: any plain values
 
-A pair alone (``K8V4``) is a uniform profile, and ``{0: {nbits_key: 8, nbits_value: 4}, ...}``, the preset format of
-KVTuner's reference implementation, is read as it is.
+A pair alone (``K8V4``) is a uniform profile with the treatment of profile/pair.py, ``K8V4:plain`` one without.
+``{0: {nbits_key: 8, nbits_value: 4}, ...}``, the preset format of KVTuner's reference implementation, is read as it is.
 """
 
 import os
@@ -35,8 +36,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.pages.layout import BITS, PAIR_FORM, RECENT_BITS, UNQUANTIZED, PrecisionPair
+from vllm_kvtuner.pages.layout import (
+    BITS,
+    RECENT_BITS,
+    SCALE_BITS,
+    SHORT_SCALE_BITS,
+    UNQUANTIZED,
+    PrecisionPair,
+)
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.pair import is_pair, pair_profile
 from vllm_kvtuner.profile.problems import (
     MAX_LAYERS,
     Problems,
@@ -49,6 +58,7 @@ from vllm_kvtuner.profile.problems import (
     suggest,
 )
 from vllm_kvtuner.profile.profile import (
+    FROM_WEIGHTS,
     MAX_RECENT_WINDOW,
     MAX_SINK_TOKENS,
     SCHEMA_VERSION,
@@ -61,6 +71,9 @@ from vllm_kvtuner.profile.profile import (
     ResolvedProfile,
     TransformSettings,
 )
+
+AUTO = "auto"
+"""The spec, with or without a budget behind a colon, for what is best for a model (profile/auto.py)."""
 
 __all__ = [
     "LayerPrecision",
@@ -79,6 +92,7 @@ _KEYS = (
     "version",
     "model",
     "layers",
+    "scale_bits",
     "transforms",
     "recent_window",
     "recent_window_bits",
@@ -105,17 +119,16 @@ def load_profile(spec: str) -> Profile:
     """Read a profile.
 
     Args:
-        spec: a path, the bare name of a shipped profile with or without ``.yaml``, or a pair such as ``K8V4``.
+        spec: a path, the bare name of a shipped profile with or without ``.yaml``, a pair such as ``K8V4``, or the bare
+            format of one, ``K8V4:plain``.
 
     Raises:
         ProfileError: everything that is wrong with the file; UnknownProfileError where there is none.
     """
-    if PAIR_FORM.fullmatch(spec):
-        try:
-            pair = PrecisionPair.parse(spec)
-        except ValueError as error:
-            raise ProfileError([f"{spec}: {error}"]) from None
-        return Profile(name=pair.name, source=None, pairs=pair)
+    if is_pair(spec):
+        return pair_profile(spec)
+    if spec.partition(":")[0].lower() == AUTO and not os.path.isfile(spec):
+        raise ProfileError([f"{spec}: profile must be looked for with a model (--model), but got none"])
     path = Path(spec)
     if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
         shipped = shipped_profiles()
@@ -140,7 +153,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
         problems.add("version", f"must be {SCHEMA_VERSION}", show(version) if "version" in document else "none")
     model = _parse_model(problems, document["model"]) if "model" in document else None
     num_layers = None if model is None else len(model.layers) or None
-    pairs = _parse_pairs(problems, document.get("layers"), model)
+    pairs = _with_scales(problems, _parse_pairs(problems, document.get("layers"), model), document)
     transforms, overrides = _parse_transforms(problems, document.get("transforms", {}), num_layers)
     window, window_bits, window_overrides, sink_tokens = _parse_recent(problems, document, num_layers)
 
@@ -243,6 +256,24 @@ def _parse_pairs(problems: Problems, raw: Any, model: ModelShape | None) -> Mapp
     return {layer: pairs[key] for layer, (key, _) in sorted(written.items()) if key in pairs}
 
 
+def _with_scales(
+    problems: Problems, pairs: Mapping[int, PrecisionPair] | PrecisionPair, document: Mapping[Any, Any]
+) -> Mapping[int, PrecisionPair] | PrecisionPair:
+    """The pairs with scales of as many bits as ``scale_bits`` says."""
+    bits = document.get("scale_bits", 16)
+    if isinstance(bits, bool) or bits not in SCALE_BITS:
+        problems.add("scale_bits", f"must be one of {SCALE_BITS}", show(bits))
+    if bits != 8:
+        return pairs
+    every = [pairs] if isinstance(pairs, PrecisionPair) else pairs.values()
+    if not any(pair.allows_short_scales for pair in every):
+        codes = " or ".join(map(str, SHORT_SCALE_BITS))
+        problems.add("scale_bits", f"must be 16 where no layer's keys and values have codes of {codes} bits", "8")
+    if isinstance(pairs, PrecisionPair):
+        return pairs.with_short_scales()
+    return {layer: pair.with_short_scales() for layer, pair in pairs.items()}
+
+
 def _parse_transforms(
     problems: Problems, raw: Any, num_layers: int | None
 ) -> tuple[TransformSettings, dict[int, TransformSettings]]:
@@ -266,12 +297,15 @@ def _parse_transforms(
     return TransformSettings(**default), settings
 
 
-def _read_switches(problems: Problems, key: str, raw: Mapping[Any, Any]) -> dict[str, bool]:
+def _read_switches(problems: Problems, key: str, raw: Mapping[Any, Any]) -> dict[str, Any]:
     switches = {name: raw[name] for name in TRANSFORM_KEYS if name in raw}
     for name, value in switches.items():
-        if not isinstance(value, bool):
-            problems.add(f"{key}.{name}", "must be true or false", show(value))
-    return {name: value is True for name, value in switches.items()}
+        from_weights = name == "key_offset" and value == FROM_WEIGHTS
+        if not isinstance(value, bool) and not from_weights:
+            rule = "must be true or false" if name != "key_offset" else f"must be true, false or {FROM_WEIGHTS}"
+            problems.add(f"{key}.{name}", rule, show(value))
+            switches[name] = False
+    return switches
 
 
 def _parse_recent(

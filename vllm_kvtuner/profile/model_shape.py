@@ -20,6 +20,12 @@ _LAYER_TYPES = ("layer_types", "layers_block_type")
 
 _STATE_SPACE = {"mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm"}
 _SINKS = {"gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4"}
+_SINK_KEYS = (
+    "attention_sinks",
+    "swa_attention_sink_enabled",
+    "add_swa_attention_sink_bias",
+    "add_full_attention_sink_bias",
+)
 _ALIBI = {"bloom", "step1"}
 _DERIVED_BY_TRANSFORMERS = (
     "attn_layer_period",
@@ -54,6 +60,7 @@ class ModelShape:
         layers: shape of each decoder layer; may be empty for a kind that is not served.
         unsupported: why models of this kind are not served, each ``<rule>, but got <value>``; empty if they are.
         offset_unsupported: why a key offset before RoPE cannot be used, or None.
+        attention_sinks: whether some of its layers, or all, have a learned logit per query head in every softmax.
     """
 
     name: str
@@ -61,6 +68,7 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     unsupported: tuple[str, ...] = ()
     offset_unsupported: str | None = None
+    attention_sinks: bool = False
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -94,6 +102,7 @@ class ModelShape:
             layers=layers,
             unsupported=reasons,
             offset_unsupported=_offset_unsupported(config, text),
+            attention_sinks=_has_sinks(text),
         )
 
 
@@ -183,16 +192,8 @@ def _unsupported(config: Any, text: Any) -> Iterator[str]:
         value_size = _get(text, "v_head_dim")
         if value_size is not None and value_size != _get(text, "head_dim"):
             yield f"must have keys and values of one head size, but got v_head_dim={value_size}"
-    if kind in _SINKS:
-        yield f"must have no attention sinks (not served), but got model_type={kind!r}"
-    for key in (
-        "attention_sinks",
-        "swa_attention_sink_enabled",
-        "add_swa_attention_sink_bias",
-        "add_full_attention_sink_bias",
-    ):
-        if _get(text, key):
-            yield f"must have no attention sinks (not served), but got {key}={_get(text, key)!r}"
+    if (tokens := _get(text, "param_sink_number")) not in (None, 0):
+        yield f"must have no learned sink tokens (not served), but got param_sink_number={show(tokens)}"
     if reason := _alibi(config, text):
         yield f"must have no ALiBi (not served), but got {reason}"
     if shared := _get(text, "num_kv_shared_layers"):
@@ -205,6 +206,12 @@ def _unsupported(config: Any, text: Any) -> Iterator[str]:
         yield f"must have layers of the types {known}, but got {', '.join(unknown)}"
     if kind in _STATE_SPACE or (types and types <= CACHELESS_TYPES):
         yield "must have attention layers, but got none"
+
+
+def _has_sinks(text: Any) -> bool:
+    if _get(text, "attention_sinks") is False:
+        return False
+    return _get(text, "model_type") in _SINKS or any(_get(text, key) for key in _SINK_KEYS)
 
 
 def _alibi(config: Any, text: Any) -> str | None:

@@ -1,5 +1,6 @@
 """What a precision profile says, and how it meets a model."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from vllm_kvtuner.profile.problems import Problems, format_layers
 
 SCHEMA_VERSION = 1
 """Version of the YAML schema that this package reads."""
+FROM_WEIGHTS = "from_weights"
+"""Value of key_offset that takes it from the bias of the loaded k projection instead of from statics."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class TransformSettings:
     """Which key and value transforms a layer uses; K16V16 layers use none.
 
     Args:
-        key_offset: subtract the rotated static offset before quantizing keys (statics).
+        key_offset: subtract a rotated static offset before quantizing keys: one from statics, or, as FROM_WEIGHTS, the
+            k projection's bias.
         key_equalization: divide keys by a static factor per RoPE pair (statics).
         key_hadamard: rotate keys over head_size.
         value_hadamard: rotate values over head_size.
@@ -36,7 +40,7 @@ class TransformSettings:
         value_round_feedback: likewise for values.
     """
 
-    key_offset: bool = False
+    key_offset: bool | str = False
     key_equalization: bool = False
     key_hadamard: bool = False
     value_hadamard: bool = False
@@ -46,7 +50,13 @@ class TransformSettings:
 
     @property
     def needs_statics(self) -> bool:
-        return bool(set(STATIC_TRANSFORMS) & set(self.names))
+        """Whether some of them read the statics file."""
+        return any(getattr(self, name) is True for name in STATIC_TRANSFORMS)
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether some of them are complete only once the model is loaded."""
+        return self.needs_statics or self.key_offset == FROM_WEIGHTS
 
     def at(self, pair: PrecisionPair) -> "TransformSettings":
         """What of them a layer of that pair does: none in 16 bits, and round feedback in few bits alone."""
@@ -57,6 +67,12 @@ class TransformSettings:
             key_round_feedback=self.key_round_feedback and pair.k_bits in FEEDBACK_BITS,
             value_round_feedback=self.value_round_feedback and pair.v_bits in FEEDBACK_BITS,
         )
+
+    @property
+    def described(self) -> str:
+        """What is on, in words for a line of a log."""
+        words = [f"{name} from weights" if getattr(self, name) == FROM_WEIGHTS else name for name in self.names]
+        return ", ".join(words) or "no transforms"
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -152,6 +168,8 @@ class Profile:
         attend_cached_prefill: prefill attends to what it stored, not to the fresh keys and values.
         statics: safetensors file with the static tensors, if given.
         provenance: how the profile was made; plain values.
+        adapts: what a model or an engine does not serve of the transforms and windows is left out, not refused.
+        left_out: of a profile that adapts, what was left out and why, each in a few words.
     """
 
     name: str
@@ -168,6 +186,8 @@ class Profile:
     attend_cached_prefill: bool = False
     statics: Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    adapts: bool = False
+    left_out: tuple[str, ...] = ()
 
     @property
     def nominal_bits(self) -> float:
@@ -185,8 +205,12 @@ class Profile:
         tokens = self.recent_window_overrides.get(layer, self.recent_window)
         return RecentWindow(tokens, self.recent_window_bits, self.sink_tokens) if tokens else None
 
+    def without(self, reason: str, **changes: Any) -> "Profile":
+        """The same with some fields changed, and a word on what that leaves out and why."""
+        return replace(self, left_out=(*self.left_out, reason), **changes)
+
     def resolve(self, shape: ModelShape) -> "ResolvedProfile":
-        """Match the profile with a model.
+        """Match the profile with a model; one that adapts leaves out what the model does not allow.
 
         Layers without keys and values (``num_kv_heads`` 0) are left out, named by the profile or not.
 
@@ -196,6 +220,8 @@ class Profile:
         Raises:
             ProfileError: everything in which the two do not fit, or in which the model is not served.
         """
+        if self.adapts and (profile := _adapted(self, shape)) is not self:
+            return profile.resolve(shape)
         problems = Problems(str(self.source or self.name))
         for reason in shape.unsupported:
             problems.lines.append(f"{problems.source}: model {shape.name} {reason}")
@@ -243,7 +269,8 @@ class Profile:
         offset = [layer for layer in quantized if self.transforms_of(layer).key_offset]
         if offset and shape.offset_unsupported:
             rule = f"must be false for {shape.name}, whose {shape.offset_unsupported}"
-            problems.add("transforms.key_offset", rule, f"true for layers {format_layers(offset)}")
+            given = "/".join(sorted({str(self.transforms_of(layer).key_offset).lower() for layer in offset}))
+            problems.add("transforms.key_offset", rule, f"{given} for layers {format_layers(offset)}")
 
 
 @dataclass(frozen=True)
@@ -301,6 +328,22 @@ class ResolvedProfile:
     @property
     def attend_cached_prefill(self) -> bool:
         return self.profile.attend_cached_prefill
+
+
+def _adapted(profile: Profile, shape: ModelShape) -> Profile:
+    """A profile without the transforms and windows that the model does not allow; the same object if it allows all."""
+    if profile.transforms.key_offset and shape.offset_unsupported:
+        transforms = replace(profile.transforms, key_offset=False)
+        profile = profile.without(f"key_offset, since {shape.offset_unsupported}", transforms=transforms)
+    windows = [layer for layer in shape.attention_layers if profile.recent_of(layer) is not None]
+    kinds = Counter(shape.layers[layer] for layer in windows)
+    if len(kinds) > 1:  # a window serves layers of one shape: those that are most
+        chosen = kinds.most_common(1)[0][0]
+        others = [layer for layer in windows if shape.layers[layer] != chosen]
+        overrides = {**profile.recent_window_overrides, **dict.fromkeys(others, 0)}
+        reason = f"the recent window of layers {format_layers(others)}, whose shape is another"
+        profile = profile.without(reason, recent_window_overrides=overrides)
+    return profile
 
 
 def _check_recent(problems: Problems, layers: Mapping[int, tuple[RecentWindow | None, LayerShape]]) -> None:

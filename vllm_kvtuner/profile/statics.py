@@ -147,7 +147,7 @@ class _Reader:
         shape = layer.shape.num_kv_heads, layer.shape.head_size
         found: dict[str, Any] = {}
         for kind in KINDS:
-            if getattr(layer.transforms, kind):
+            if getattr(layer.transforms, kind) is True:
                 name = f"layers.{layer.index}.{kind}"
                 found[kind] = self._tensor(name, ROWS, (shape,), "F32")
                 if kind == "key_equalization" and found[kind] is not None:

@@ -57,6 +57,7 @@ class Variant:
     sink_tokens: int = 0
     few: bool = False
     dtype: torch.dtype = torch.bfloat16
+    sinks: torch.dtype | None = None
 
     def settle(self, arch: str) -> variants.CompiledVariant:
         switches = dict.fromkeys(("equalization", "key_hadamard", "value_hadamard"), self.transformed)
@@ -71,6 +72,7 @@ class Variant:
         call = variants.Variant(
             layout, self.group, rows, self.dtype,
             Span(self.window, self.recent or 0, self.sink_tokens), self.soft_cap, self.recent is not None, self.few,
+            sinks=self.sinks,
         )  # fmt: skip
         return call.settle(transforms, card)
 
@@ -91,6 +93,8 @@ class Variant:
         Variant("K2V8", 64, group=1, dtype=torch.float16),
         Variant("K2V4", 96),
         Variant("K2V2", 128),
+        Variant("K4V2S8", 128, transformed=True),
+        Variant("K2V2S8", 128, block_size=64),
         Variant("K4V4", 128, transformed=True, recent=64),
         Variant("K2V2", 128, window=100, recent=64, sink_tokens=4),
         Variant("K8V8", 128, window=64, recent=0),
@@ -106,6 +110,8 @@ class Variant:
         Variant("K4V2", 64, group=16, few=True),
         Variant("K2V2", 128, group=16, max_query_len=1),
         Variant("K2V2", 64, group=8),
+        Variant("K4V2", 64, group=8, window=128, sinks=torch.bfloat16),
+        Variant("K4V4", 64, group=16, transformed=True, recent=64, sinks=torch.float32),
     ],
     ids=lambda variant: (
         f"{variant.pair}-{variant.head_size}" + (f"-recent{variant.recent}" * (variant.recent is not None))
@@ -226,6 +232,14 @@ def test_rows_take_as_few_passes_as_fit(arch, head_size, rows, want):
 def test_unsupported_layers_are_named(layout, transforms, soft_cap, reason):
     got = cuda.unsupported(layout, transforms, soft_cap)
     assert got == reason if reason is None else reason in got
+
+
+def test_a_sink_needs_all_of_the_key_offset():
+    """A softmax with a sink is another if all logits of tokens move alike."""
+    layout, unrotated = make_layout("K4V4", 64), random_transforms(1, 64, CPU, offset=1.0)
+    assert "a sink needs all of the key offset" in cuda.unsupported(layout, unrotated, has_sinks=True)
+    rotated = random_transforms(1, 64, CPU, linear_table(64, True, 9, CPU), offset=1.0)
+    assert cuda.unsupported(layout, rotated, has_sinks=True) is None
 
 
 SMALL = RowVariant(make_layout("K8V8", 64), 1, torch.float16, 8)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from tests.helpers import cuda_emulator
-from tests.helpers.decode_cases import attend
+from tests.helpers.decode_cases import attend, plain_attention, random_sinks
 from tests.helpers.paged_cache import empty_cache, make_layout, random_cache, random_transforms, slots_of
-from vllm_kvtuner.kernels.contract import CachedTokens, Pages, WindowRows
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages, Span, WindowRows
 from vllm_kvtuner.kernels.cuda import build, gather_cache, paged_attention, reshape_and_cache
 from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref, reshape_and_cache_ref, store_rows_ref
-from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
+from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary, rotate_values
 
 pytestmark = pytest.mark.skipif(cuda_emulator.available() is not None, reason=str(cuda_emulator.available()))
 
@@ -60,6 +60,10 @@ def split_options(options, query_lens):
         pytest.param("K8V8", 128, 4, 64, FP16, [1], {}, None, id="K8V8, block size 64"),
         pytest.param("K2V2", 64, 3, 16, FP16, [1], {}, None, id="K2V2, head size 64, group of 3"),
         pytest.param("K4V2", 256, 1, 32, BF16, [1], {}, None, id="K4V2, head size 256"),
+        pytest.param("K4V2S8", 128, 4, 16, FP16, [1], {}, None, id="K4V2S8"),
+        pytest.param("K2V2S8", 64, 3, 64, FP16, [1], {}, None, id="K2V2S8, head size 64, block size 64"),
+        pytest.param("K2V4S8", 128, 16, 16, FP16, [1], {}, None, id="K2V4S8, group of 16"),
+        pytest.param("K2V2S8", 128, 8, 16, FP16, [4], {}, None, id="K2V2S8, 32 rows, warp groups"),
         pytest.param("K2V8", 96, 7, 16, FP16, [1], {}, None, id="K2V8, head size 96, group of 7"),
         pytest.param(
             "K2V4", 128, 8, 16, FP16, [1],
@@ -217,6 +221,49 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
+@pytest.mark.quick(2)
+@pytest.mark.parametrize(
+    ("pair", "group", "query_lens", "options", "dtype", "transforms"),
+    [
+        pytest.param("K8V8", 8, [1], {}, torch.float32, LayerTransforms(), id="group of 8"),
+        pytest.param(
+            "K4V4", 8, [1, 3, 1, 2, 4, 1], {"sliding_window": 40, "logits_soft_cap": 4.0}, BF16, LayerTransforms(),
+            id="sliding window, capped, several queries",
+        ),
+        pytest.param(
+            "K4V2", 4, [1], {"skip_newest": 140}, FP16, LayerTransforms(), id="most requests see no packed token",
+        ),
+        pytest.param(
+            "K4V2", 16, [1], {"skip_newest": 24, "skip_first": 4}, BF16, LayerTransforms(value_hadamard=True),
+            id="group of 16, beside a recent window",
+        ),
+        pytest.param(
+            "K4V4", 16, [3, 2, 3, 1, 3, 2], {"skip_newest": 12, "sliding_window": 40}, BF16, LayerTransforms(),
+            id="warp groups",
+        ),
+    ],
+)  # fmt: skip
+def test_attention_sinks(pair, group, query_lens, options, dtype, transforms):
+    """Once in each row, however many CTAs and warps share it, and alone where a query sees no token."""
+    query_lens = query_lens if len(query_lens) > 1 else query_lens * len(SEQ_LENS)
+    seq_lens = [max(length, queries) if length else 0 for length, queries in zip(SEQ_LENS, query_lens, strict=True)]
+    cache = random_cache(make_layout(pair, 64), seq_lens, 2, CPU)
+    total, num_heads = sum(query_lens), 2 * group
+    query = torch.randn(total + 2, num_heads, 64).to(FP16)
+    sinks, lse = random_sinks(num_heads, CPU, dtype), torch.full((num_heads, total + 2), torch.nan)
+    workspace = paged_attention.decode_workspace(len(seq_lens), max(query_lens), num_heads, 2, 64, CPU)
+    got = attend(
+        paged_attention.paged_attention, cache, query, query_lens, transforms, lse, workspace=workspace, sinks=sinks,
+        **options,
+    )  # fmt: skip
+    span = Span(**{name: value for name, value in options.items() if name in Span._fields})
+    want, want_lse = plain_attention(cache, query, query_lens, sinks, span, options.get("logits_soft_cap", 0.0))
+    want = rotate_values(want, transforms)
+    assert (got.double() - want).norm() < 1e-3 * want.norm()
+    torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=2e-3)
+    assert not workspace.arrivals.any(), "counters are 0 between launches"
+
+
 def decode_one(function, cache, query, **options):
     """An implementation's output for one request's newest token."""
     return attend(function, cache, query, [1], LayerTransforms(), **options).float()
@@ -318,9 +365,21 @@ def test_sums_are_set_aside_in_long_segments(heads, monkeypatch):
     assert (got - want).norm() < 1e-3 * want.norm()
 
 
+@pytest.mark.parametrize("pair", ["K4V4S8", "K2V2S8"])
+def test_short_scales_end_at_what_fp16_holds(pair):
+    """Rows of zeros, those whose scale has few bits, and those beyond the largest scale."""
+    layout = make_layout(pair, 64)
+    size = torch.tensor([0.0, 1e-8, 1e-5, 3e-4, 4e4, 6e4, 1e9, 1e30])[:, None, None]
+    key, value = size * torch.randn(2, 8, 1, 64)
+    got, want = (Pages(empty_cache(layout, 1, 1, CPU), layout, LayerTransforms()) for _ in range(2))
+    reshape_and_cache.reshape_and_cache(key, value, torch.arange(8), None, got)
+    reshape_and_cache_ref(key, value, torch.arange(8), None, want)
+    assert torch.equal(got.kv_cache, want.kv_cache)
+
+
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("many_rows", [False, True])
-@pytest.mark.parametrize("pair", ["K8V4", "K4V2", "K2V8"])
+@pytest.mark.parametrize("pair", ["K8V4", "K4V2", "K2V8", "K4V2S8"])
 def test_store_and_gather(pair, many_rows, monkeypatch):
     monkeypatch.setattr(reshape_and_cache, "MANY_ROWS", 0 if many_rows else 1 << 62)
     layout = make_layout(pair, 96, 16)

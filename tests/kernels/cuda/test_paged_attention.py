@@ -16,6 +16,8 @@ from tests.helpers.decode_cases import (
     largest_value,
     linear_table,
     padded_batch,
+    plain_attention,
+    random_sinks,
     with_offset_pairs,
 )
 from tests.helpers.paged_cache import PackedCache, make_layout, random_cache, random_transforms
@@ -24,20 +26,20 @@ from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.triton import paged_attention as portable
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, SHORT_SCALE_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 pytestmark = pytest.mark.gpu
 
 LADDER = [
     pytest.param(pair.name, head_size, id=f"{pair.name}-{head_size}")
-    for pair, head_size in itertools.product(QUANTIZED_PAIRS, HEAD_SIZES)
+    for pair, head_size in itertools.product((*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS), HEAD_SIZES)
     if head_size * pair.v_bits % 128 == 0  # others are left to the portable kernel
 ]
 MANY_ROWS = [
     (pair.name, *case)
     for pair, case in itertools.product(
-        QUANTIZED_PAIRS,
+        (*QUANTIZED_PAIRS, SHORT_SCALE_PAIRS[0], SHORT_SCALE_PAIRS[-1]),
         [
             (64, 12, 16, [1] * 7), (64, 8, 64, [4] * 7), (64, 64, 16, [1] * 7), (96, 16, 32, [1] * 7),
             (96, 5, 16, [6] * 7),
@@ -126,6 +128,32 @@ def test_the_newest_and_the_first_tokens_are_left_out(group, query_lens, window,
     torch.testing.assert_close(got[:total].float(), want, rtol=ROUNDING[torch.bfloat16], atol=limit)
     torch.testing.assert_close(lses[0][:, :total], want_lse, rtol=1e-4, atol=5e-3)
     assert not got[total:].any() and lses[0][:, total:].isneginf().all(), "rows beyond the last query"
+
+
+@pytest.mark.parametrize("pair", ["K8V8", "K4V2"])
+@pytest.mark.parametrize(
+    ("window", "skip", "first"), [(None, 0, 0), (128, 0, 0), (None, 64, 4), (200, 64, 16)], ids=str
+)
+@pytest.mark.parametrize("query_lens", [[1, 1, 0, 1, 1, 1], [5, 1, 0, 2, 4, 1]], ids=["one_query", "several_queries"])
+@pytest.mark.parametrize(("group", "dtype"), [(8, torch.bfloat16), (8, torch.float32), (16, torch.float16)], ids=str)
+def test_attention_sinks(group, dtype, query_lens, window, skip, first, pair, device):
+    """Once in each row, however many CTAs share it, and alone where a query sees no packed token."""
+    cache = random_cache(make_layout(pair, 64), [70, 1, 0, 129, 2500, 40_000], 8, device)
+    total, num_heads = sum(query_lens), 8 * group
+    query = torch.randn(total + 3, num_heads, 64, device=device).bfloat16()
+    sinks, span = random_sinks(num_heads, device, dtype), Span(window, skip, first)
+    workspace = workspace_of(cache, num_heads, len(query_lens), max(query_lens))
+    lses = [torch.full((num_heads, total + 3), torch.nan, device=device) for _ in range(2)]
+    options = {**span._asdict(), "sinks": sinks, "workspace": workspace}
+    got, again = (
+        attend(cuda.paged_attention, cache, query, query_lens, LayerTransforms(), lse=lse, **options) for lse in lses
+    )
+    check_counters(workspace)
+    assert torch.equal(got, again) and torch.equal(*lses)
+    want, want_lse = plain_attention(cache, query, query_lens, sinks, span)
+    limit = 2 * TOLERANCE * largest_value(cache)
+    torch.testing.assert_close(got.double(), want, rtol=ROUNDING[torch.bfloat16], atol=limit)
+    torch.testing.assert_close(lses[0].double(), want_lse, rtol=1e-4, atol=5e-3)
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ from tests.helpers.paged_cache import make_layout, random_cache, random_transfor
 from vllm_kvtuner.kernels.contract import CachedTokens
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref
 from vllm_kvtuner.kernels.triton.gather_cache import gather_cache
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, SHORT_SCALE_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
+PAIRS = (*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS)
 HEAD_SIZES = (64, 96, 128, 256)
 SEQ_LENS = [40, 1, 16, 17, 95]
 # First token and number of tokens gathered of each request: whole, none, one block, mid-block to mid-block.
@@ -52,9 +53,9 @@ def check(cache, slices, transforms, dtype):
 
 
 @pytest.mark.quick(2)
-@pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
+@pytest.mark.parametrize("index", range(len(PAIRS)), ids=[pair.name for pair in PAIRS])
 def test_every_pair(index, device):
-    layout = make_layout(QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 48)[index % 3])
+    layout = make_layout(PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 48)[index % 3])
     cache = random_cache(layout, SEQ_LENS, 3, device)
     check(cache, SLICES, LayerTransforms(), tuple(TOLERANCES)[index % 3])
 
@@ -87,9 +88,9 @@ def test_nothing_to_gather(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
+@pytest.mark.parametrize("index", range(len(PAIRS)), ids=[pair.name for pair in PAIRS])
 def test_long_prefixes(index, device):
-    pair, head_size = QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4]
+    pair, head_size = PAIRS[index].name, HEAD_SIZES[index % 4]
     rotary = rotary_table(head_size, True, 8192, device)
     transforms = random_transforms(
         8, head_size, device, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True

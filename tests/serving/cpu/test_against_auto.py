@@ -41,7 +41,7 @@ def auto(llama, prompts):
 
 @pytest.fixture(scope="module")
 def k8v8(llama, prompts):
-    return run_engine(llama, calls(prompts), profile="K8V8", attend_cached_prefill=True)
+    return run_engine(llama, calls(prompts), profile="K8V8:plain", attend_cached_prefill=True)
 
 
 def test_the_plugin_unused_changes_nothing(llama, prompts, auto):
@@ -52,7 +52,7 @@ def test_the_plugin_unused_changes_nothing(llama, prompts, auto):
 
 
 def test_k16v16_everywhere_is_auto(llama, prompts, auto):
-    assert same(run_engine(llama, calls(prompts), profile="K16V16"), auto)
+    assert same(run_engine(llama, calls(prompts), profile="K16V16:plain"), auto)
 
 
 def test_k8v8_prefill_is_close_to_auto(k8v8, auto):
@@ -77,7 +77,7 @@ def test_profile_of_the_environment(llama, prompts, k8v8):
         calls(prompts),
         kv_cache_dtype="kvtuner",
         attend_cached_prefill=True,
-        environment={"KVTUNER_PROFILE": "K8V8"},
+        environment={"KVTUNER_PROFILE": "K8V8:plain"},
     )
     assert same(run, k8v8)
 
@@ -86,7 +86,7 @@ def test_compiled_like_eager(llama, prompts, k8v8):
     run = run_engine(
         llama,
         calls(prompts),
-        profile="K8V8",
+        profile="K8V8:plain",
         attend_cached_prefill=True,
         enforce_eager=False,
         environment={"VLLM_DISABLE_COMPILE_CACHE": "1"},
@@ -100,6 +100,6 @@ def test_compiled_like_eager(llama, prompts, k8v8):
 def test_start_up_line(k8v8):
     lines = [line for line in k8v8.log.splitlines() if "kvtuner profile" in line]
     assert len(lines) == 1
-    assert "kvtuner profile K8V8: 8.000 nominal bits, 8.500 stored bits, 1,088 bytes per token; " in lines[0]
+    assert "kvtuner profile K8V8:plain: 8.000 nominal bits, 8.500 stored bits, 1,088 bytes per token; " in lines[0]
     assert f"{k8v8.kv_cache_size_tokens:,} KV tokens fit, 1.88 times as many as bf16" in lines[0]
     assert f"KV cache size: {k8v8.kv_cache_size_tokens:,} tokens" in k8v8.log

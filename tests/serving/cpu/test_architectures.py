@@ -1,4 +1,5 @@
-"""Gemma 3 (sliding-window beside full layers) and Qwen2 (biased keys, key offset), in float32."""
+"""Gemma 3 (sliding-window beside full layers), Qwen2 (biased keys, key offset), and models with attention sinks, in
+float32."""
 
 import subprocess
 import sys
@@ -23,6 +24,14 @@ CHUNKED_LOGPROB = 0.02
 """Measured 0.006: another batch rounds otherwise, which moves single codes by one."""
 GEMMA_KINDS = ((0, 2), (1, 3))
 """Sliding-window and full layers."""
+SINK_PROFILES = {
+    "no window": ("layers: K8V8\n", 7e-4),  # measured 4.8e-4
+    "16 bits": ("layers: K8V8\nrecent_window: 24\nsink_tokens: 4\n", 4e-4),  # measured 2.7e-4
+    "8 bits": ("layers: K8V8\nrecent_window: 24\nrecent_window_bits: 8\n", 7e-4),
+}
+"""By recent window, profile and bound of the mean KL from auto of Granite SWA, in nats per token."""
+GPT_OSS_KL = 2e-3
+"""Measured 1.4e-3, in layers with experts."""
 ALL_WITHOUT_DATA = ("key_offset", "key_hadamard", "value_hadamard", "range_search")
 QWEN_KL = {
     "K8V8": 7e-4,  # measured 4.5e-4, without transforms 3.7e-3
@@ -85,6 +94,22 @@ def test_gemma3_with_unlike_pairs_in_unequal_numbers_of_sliding_layers(long_prom
     run = run_engine(model, decode_and_prefill(long_prompts), profile=profile, attend_cached_prefill=True)
     assert max(divergences(model, long_prompts, run)) < UNEQUAL_KL
     assert run.num_gpu_blocks == KV_CACHE_BYTES // sum(run.page_bytes[layer] for layer in (1, 3, 5))
+
+
+@pytest.mark.parametrize("attend_cached", [False, True])
+@pytest.mark.parametrize(("text", "bound"), SINK_PROFILES.values(), ids=SINK_PROFILES.keys())
+def test_attention_sinks(granite_swa, long_prompts, tmp_path, text, bound, attend_cached):
+    """In prefills of several chunks, and in decodes, beside sliding windows and recent ones."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(f"version: 1\n{text}")
+    options = {"profile": profile, "attend_cached_prefill": attend_cached, "max_num_batched_tokens": 144}
+    run = run_engine(granite_swa, decode_and_prefill(long_prompts), **options)
+    assert max(divergences(granite_swa, long_prompts, run)) < bound
+
+
+def test_gpt_oss(gpt_oss, long_prompts):
+    run = run_engine(gpt_oss, decode_and_prefill(long_prompts), profile="K8V8", attend_cached_prefill=True)
+    assert max(divergences(gpt_oss, long_prompts, run)) < GPT_OSS_KL
 
 
 @pytest.fixture(scope="module")

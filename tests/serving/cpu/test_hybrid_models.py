@@ -69,7 +69,7 @@ def divergence(truth, run):
 
 @pytest.mark.parametrize("architecture", HYBRIDS)
 def test_k8v8_answers_like_the_unquantized_cache(models, auto, prompts, architecture):
-    run = live(models, architecture, prompts, "K8V8")
+    run = live(models, architecture, prompts, "K8V8:plain")
     assert divergence(auto[architecture], run) < K8V8_KL[architecture]
     if OPTIONS[architecture].get("enable_prefix_caching", True):
         assert run.answers[1][-1].cached_tokens >= 256
@@ -102,4 +102,4 @@ def test_blocks_are_full_whatever_the_pairs(models, tmp_path, architecture, pair
 
 def test_mamba2_with_a_prefix_cache_is_refused_on_cpu(models):
     with pytest.raises(ValueError, match=r"enable_prefix_caching must be false on a CPU .* but got true"):
-        run_engine(models["granite_hybrid"], profile="K8V8")
+        run_engine(models["granite_hybrid"], profile="K8V8:plain")

@@ -26,7 +26,7 @@ def adapter(llama, tmp_path_factory):
 def test_adapters_and_the_prefix_cache(llama, adapter, prompts):
     """The base model's request and the adapter's of one prompt, in turns: each gets its own blocks and answers."""
     calls = [Call(prompts[-1:], GREEDY), Call(prompts[-1:], GREEDY, adapter=adapter)]
-    run = run_engine(llama, calls * 2, profile="K8V8", attend_cached_prefill=True, **ENABLED)
+    run = run_engine(llama, calls * 2, profile="K8V8:plain", attend_cached_prefill=True, **ENABLED)
     base, adapted, base_again, adapted_again = (call[0] for call in run.answers)
     assert [answer.cached_tokens for answer in (base, adapted, base_again, adapted_again)] == [0, 0, 256, 256]
     assert mean_kl(base.logprobs[:1], adapted.logprobs[:1]) > ADAPTER_KL
@@ -39,7 +39,7 @@ def test_adapters_are_as_close_to_the_unquantized_cache_as_the_base_model(llama,
     everything = {"max_tokens": 1, "prompt_logprobs": FULL_LOGPROBS}
     runs = [
         run_engine(llama, [Call(prompts[-1:], everything, adapter=adapter)], profile=profile, **keywords, **ENABLED)
-        for profile, keywords in ((None, {}), ("K8V8", {"attend_cached_prefill": True}))
+        for profile, keywords in ((None, {}), ("K8V8:plain", {"attend_cached_prefill": True}))
     ]
     auto, mine = (run.answers[0][0].prompt_logprobs for run in runs)
     assert mean_kl(auto, mine) < K8V8_KL

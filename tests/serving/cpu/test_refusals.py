@@ -34,12 +34,7 @@ def refused(model, *messages, **options):
 
 def test_a_good_profile_gets_as_far_as_the_weights(weightless):
     with pytest.raises(RuntimeError, match="weights"):
-        run_engine(weightless, profile="K8V8")
-
-
-def test_kvtuner_without_a_profile(weightless):
-    message = "--kv-cache-dtype kvtuner needs a precision profile: "
-    refused(weightless, message, f"no shipped profile fits {weightless}", kv_cache_dtype="kvtuner")
+        run_engine(weightless, profile="K8V8:plain")
 
 
 def test_vllm_serve_says_it_as_its_parser_would(weightless):
@@ -50,6 +45,16 @@ def test_vllm_serve_says_it_as_its_parser_would(weightless):
     assert "Traceback" not in done.stdout + done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "model.num_layers must be 4" in line)
     assert "vllm serve: error: " in line
+
+
+def test_kvtuner_without_a_profile_is_auto(weightless):
+    with pytest.raises(RuntimeError, match="weights"):
+        run_engine(weightless, kv_cache_dtype="kvtuner")
+
+
+def test_a_budget_that_needs_calibration(weightless):
+    message = "auto:2: a budget without a profile of this model must be at least 3.5 stored bits"
+    refused(weightless, message, "needs calibration", profile="auto:2")
 
 
 def test_a_profile_without_kvtuner(weightless):
@@ -88,7 +93,7 @@ def test_all_problems_at_once(weightless, tmp_path):
 
 
 def test_a_block_size_that_does_not_pack(weightless):
-    refused(weightless, "block_size must be a multiple of 16", "but got 8", profile="K8V8", block_size=8)
+    refused(weightless, "block_size must be a multiple of 16", "but got 8", profile="K8V8:plain", block_size=8)
 
 
 def test_statics_that_are_not_there(weightless, tmp_path):

@@ -110,7 +110,7 @@ def test_tokens_of_an_eagle_head(llama, eagle, calls, profile, without):
 
 def test_a_draft_model_from_the_targets_folder_is_not_quantized(llama, calls):
     """Its layers have the target's numbers. What it drafts is right as far as the target's cache is exact."""
-    run = run_engine(llama, calls, profile="K4V4", speculative_config=drafted_by(llama))
+    run = run_engine(llama, calls, profile="K4V4:plain", speculative_config=drafted_by(llama))
     auto = run_engine(llama, calls, speculative_config=drafted_by(llama))
     assert run.page_bytes[4:] == auto.page_bytes[4:]
     assert share(auto) > 0.95 > share(run)
@@ -135,18 +135,18 @@ def test_recent_windows(llama, eagle, calls, tmp_path, sink_tokens):
 
 
 def test_sliding_window_layers_beside_full_ones(gemma3, calls):
-    options = {"profile": "K8V8", "attend_cached_prefill": True}
+    options = {"profile": "K8V8:plain", "attend_cached_prefill": True}
     check_text(*(run_engine(gemma3, calls, **options, speculative_config=each) for each in (N_GRAM, None)))
 
 
 @pytest.mark.parametrize("groups", ["sliding-window layers", "recent windows"])
 def test_a_draft_model_beside_several_groups_is_refused(llama, gemma3, windows, groups):
     """vLLM 0.32.0 would write what it drafts into other requests' blocks: its own caches give wrong text there."""
-    model, profile = (gemma3, "K8V8") if groups == "sliding-window layers" else (llama, windows)
+    model, profile = (gemma3, "K8V8:plain") if groups == "sliding-window layers" else (llama, windows)
     with pytest.raises(ValueError, match="speculative decoding must do without a draft model"):
         run_engine(model, profile=profile, speculative_config=drafted_by(llama))
 
 
 def test_more_tokens_than_the_decode_kernel_takes_are_refused(llama):
     with pytest.raises(ValueError, match=r"num_speculative_tokens must be at most 15 .*, but got 16"):
-        run_engine(llama, profile="K8V8", speculative_config=N_GRAM | {"num_speculative_tokens": 16})
+        run_engine(llama, profile="K8V8:plain", speculative_config=N_GRAM | {"num_speculative_tokens": 16})

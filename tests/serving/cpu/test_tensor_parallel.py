@@ -53,8 +53,15 @@ def run(model: Path, profile: Path, prompts: list[list[int]], ranks: int) -> lis
         return pool.submit(answers, keywords, prompts).result()
 
 
-@pytest.mark.parametrize("num_kv_heads", [2, 1], ids=["split", "replicated"])
-def test_two_ranks_answer_as_one(tmp_path, num_kv_heads):
+@pytest.mark.parametrize(
+    ("num_kv_heads", "key_offset"),
+    [
+        pytest.param(2, True, id="split"),
+        pytest.param(2, "from_weights", id="split, of the weights"),
+        pytest.param(1, "from_weights", id="replicated, of the weights"),
+    ],
+)
+def test_two_ranks_answer_as_one(tmp_path, num_kv_heads, key_offset):
     from kvtuner_tools.bias_offset import key_offsets
     from vllm_kvtuner.profile.statics import save_statics
 
@@ -66,7 +73,7 @@ def test_two_ranks_answer_as_one(tmp_path, num_kv_heads):
             {
                 "version": 1,
                 "layers": {0: "K8V4", "1-2": "K4V4", 3: "K4V2"},
-                "transforms": dict.fromkeys(TRANSFORMS, True),
+                "transforms": {**dict.fromkeys(TRANSFORMS, True), "key_offset": key_offset},
                 "statics": "statics.safetensors",
             }
         )

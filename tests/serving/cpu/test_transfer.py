@@ -115,4 +115,4 @@ def test_the_offload_connector_is_refused_on_a_cpu(llama):
     connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
     connector["kv_connector_extra_config"] = {"cpu_bytes_to_use": 1 << 24}
     with pytest.raises(Exception, match="only supported on CUDA"):
-        run_engine(llama, profile="K8V8", kv_transfer_config=connector)
+        run_engine(llama, profile="K8V8:plain", kv_transfer_config=connector)

@@ -31,7 +31,7 @@ def test_a_trial_equals_the_served_profile(tmp_path, monkeypatch, architecture):
     switches = ", ".join(f"{name}: true" for name in ROTATED.names)
     profile.write_text(f"version: 1\nlayers: {{{layers}}}\ntransforms: {{{switches}}}\n")
     options = {"kv_memory_bytes": 64 << 20, "chunk": 128}
-    settings = (CacheSetting("kvtuner", "K8V8"), CacheSetting("kvtuner", str(profile)))
+    settings = (CacheSetting("kvtuner", "K8V8:plain"), CacheSetting("kvtuner", str(profile)))
     served = evaluate(EvaluationRequest(model, settings, data, tokens=1200, context=400, **options))["settings"]
     windows = load_windows(data, make_tokenizer(), tokens=1200, context=400)
 

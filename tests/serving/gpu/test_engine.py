@@ -21,13 +21,12 @@ MODES = [
     pytest.param({"enforce_eager": False}, id="full CUDA graphs"),
 ]
 """How the engine runs."""
-QWEN3_NEXT = pytest.param(
-    "qwen3_next",
-    marks=pytest.mark.skipif(
-        "not has_kernels_for_experts()",  # looked up when a test runs, since it imports vLLM
-        reason="needs vLLM's kernels for mixtures of experts",
-    ),
+NEEDS_EXPERTS = pytest.mark.skipif(
+    "not has_kernels_for_experts()",  # looked up when a test runs, since it imports vLLM
+    reason="needs vLLM's kernels for mixtures of experts",
 )
+QWEN3_NEXT = pytest.param("qwen3_next", marks=NEEDS_EXPERTS)
+GPT_OSS = pytest.param("gpt_oss", marks=NEEDS_EXPERTS)
 VALUES_OF_4_BITS = 0.5
 """Tolerance of log-probabilities, in nats, where some layers store values in 4 bits; measured up to 0.23 on a CPU."""
 
@@ -39,8 +38,10 @@ def has_kernels_for_experts():
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
-    sizes = {"llama": 128, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
+    sizes = {"llama": 128, "qwen2": 64, "qwen3": 128, "gemma3": 64, "granite_hybrid": 64, "qwen3_next": 128}
+    sizes["granite_swa"] = 64
     made = {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
+    made["gpt_oss"] = make_tiny_model(folder / "gpt_oss", "gpt_oss", num_heads=64, num_kv_heads=8)  # as gpt-oss-20b
     return made | {"gemma3 of 6": make_tiny_model(folder / "gemma3_6", "gemma3", num_layers=6)}
 
 
@@ -66,10 +67,16 @@ def check(model, profile, tolerance=LOGPROB_TOLERANCE, **options):
         assert [logprob for _, logprob in answer] == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite_hybrid", QWEN3_NEXT])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite_hybrid", "granite_swa", QWEN3_NEXT, GPT_OSS])
 @pytest.mark.parametrize("options", MODES)
 def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
-    check(models[architecture], "K8V8", **options)
+    check(models[architecture], "K8V8:plain", **options)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_a_pair_alone_takes_the_key_bias_off(models, options):
+    """Its offset is there before the first launch and before CUDA graphs are captured."""
+    check(models["qwen2"], "K8V8", **options)
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +146,12 @@ def test_recent_windows_beside_linear_attention(models, window_profiles, archite
     check(models[architecture], window_profiles["short"], twice=True)
 
 
+@pytest.mark.parametrize("architecture", ["gemma3", "granite_swa"])
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
-def test_both_decode_kernels_serve_recent_windows(models, window_profiles, decode_kernel, monkeypatch):
+def test_both_decode_kernels_serve_recent_windows(models, window_profiles, architecture, decode_kernel, monkeypatch):
+    """Attention sinks beside them too, which Granite SWA has."""
     monkeypatch.setenv("KVTUNER_DECODE_KERNEL", decode_kernel)
-    check(models["gemma3"], window_profiles["gemma"])
+    check(models[architecture], window_profiles["gemma"])
 
 
 def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
@@ -156,7 +165,7 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
         original(*arguments, **keywords)
 
     monkeypatch.setattr(kernel, "paged_attention", counted)
-    generate(models["llama"], "K4V4", enforce_eager=False)
+    generate(models["llama"], "K4V4:plain", enforce_eager=False)
     # Each size is warmed up, then captured.
     assert any(launches)
     after_capture = launches[len(launches) - launches[::-1].index(True) :]
@@ -165,7 +174,7 @@ def test_decode_steps_replay_full_cuda_graphs(models, monkeypatch):
 
 
 @pytest.mark.parametrize("decode_kernel", ["cuda", "triton"])
-@pytest.mark.parametrize("profile", ["K4V2", "short", "sink_tokens"])
+@pytest.mark.parametrize("profile", ["K4V2", "K4V2:plain", "short", "sink_tokens"])
 def test_nothing_is_compiled_under_a_request(models, window_profiles, profile, decode_kernel, monkeypatch):
     """Prefills, decodes, and decodes beside what the prefix cache leaves of prompts: 1, 2, 4, 7, 11 and 16 tokens."""
     from triton.runtime import JITFunction
@@ -242,10 +251,10 @@ def test_a_card_that_fails_its_self_test_is_served_by_triton(models, monkeypatch
 
     monkeypatch.setattr(gpu, "measure_cuda", lambda case, device: Errors(0.5, 0.0, 1.0, 0.0, 0, 0.0))
     monkeypatch.setattr(kernel, "paged_attention", lambda *_, **__: pytest.fail("the kernel that failed"))
-    check(models["llama"], "K8V8", enforce_eager=False)
+    check(models["llama"], "K8V8:plain", enforce_eager=False)
     monkeypatch.setenv("KVTUNER_DECODE_KERNEL", "cuda")
     with pytest.raises(ValueError, match="failed their self-test on this card"):
-        generate(models["llama"], "K8V8")
+        generate(models["llama"], "K8V8:plain")
 
 
 def test_a_card_that_nobody_ran_is_tried_in_a_process_once(models, window_profiles, monkeypatch, untested):

@@ -1,5 +1,7 @@
 """Batches of the kernel benchmark: blocks, tokens, copies, and attention over them in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,12 +11,16 @@ from kvtuner_tools.bench.kernel_inputs import (
     make_batch,
     new_tokens,
     newest_tokens,
+    random_pages,
     token_places,
 )
 from kvtuner_tools.bench.points import QueryTokens
 from tests.helpers.kernel_bench import HEADS
-from vllm_kvtuner.kernels.contract import Span
-from vllm_kvtuner.kernels.reference.attention import attention_ref
+from vllm_kvtuner.kernels.contract import CachedTokens, Queries, Span
+from vllm_kvtuner.kernels.reference.attention import attention_ref, paged_attention_ref
+from vllm_kvtuner.kernels.reference.rows import gather_cache_ref
+from vllm_kvtuner.pages.layout import PageLayout, PrecisionPair
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +59,21 @@ def test_float64_attention_is_the_reference(device):
     attention_ref(query[3:], keys[40:], values[40:], batch.attention_shape, Span(), want[3:])
     assert got.dtype == torch.float64
     torch.testing.assert_close(got.float(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_float64_attention_counts_sinks(device):
+    batch = make_batch(replace(HEADS, sinks=True), 16, [40, 3], QueryTokens((3,)), 1, device)
+    pages = random_pages(batch, PageLayout(PrecisionPair(8, 8), 64, 16), LayerTransforms())
+    query, output = batch.query.float(), torch.empty(6, 4, 64, device=device)
+    queries = Queries(batch.block_tables[0], batch.seq_lens, batch.query_start_loc, 3)
+    paged_attention_ref(query, queries, pages, batch.attention_shape, Span(), output)
+    bounds = torch.tensor([0, 40, 43], dtype=torch.int32, device=device)
+    keys, values = batch.empty_rows(torch.float32)
+    starts = torch.zeros(2, dtype=torch.int32, device=device)
+    gather_cache_ref(pages, CachedTokens(batch.block_tables[0], bounds, starts, 43), keys, values)
+    torch.testing.assert_close(attention_float64(batch, query, keys, values).float(), output, rtol=1e-4, atol=1e-4)
+    without = attention_float64(replace(batch, sinks=None), query, keys, values).float()
+    assert (without - output).norm() > 0.2 * output.norm()
 
 
 def test_stores_move_their_input_and_what_they_store(device):

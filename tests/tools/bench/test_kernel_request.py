@@ -74,7 +74,7 @@ def test_mixed_query_tokens_need_as_many_requests():
 
 def test_a_layer_that_several_names_mean_is_measured_once():
     request = request_of("--shape=llama33_70b", "--shape=qwen3_32b", "--shape=64/8/128", "--shape=gpt_oss_20b:tp8")
-    assert request.shapes == (LayerHeads(64, 8, 128), LayerHeads(8, 1, 64))
+    assert request.shapes == (LayerHeads(64, 8, 128), LayerHeads(8, 1, 64, sinks=True))
     assert request.head()["presets"] == {
-        "llama33_70b": "64/8/128", "qwen3_32b": "64/8/128", "gpt_oss_20b:tp8": "8/1/64",
+        "llama33_70b": "64/8/128", "qwen3_32b": "64/8/128", "gpt_oss_20b:tp8": "8/1/64+sinks",
     }  # fmt: skip

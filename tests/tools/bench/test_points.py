@@ -15,6 +15,8 @@ from kvtuner_tools.bench.points import KernelPoint, LayerHeads, LongPrefill, Poi
         (LayerHeads, "llama31_8b", LayerHeads(32, 8, 128)),
         (LayerHeads, "llama33_70b:tp8", LayerHeads(8, 1, 128)),
         (LayerHeads, "7/1/64", LayerHeads(7, 1, 64)),
+        (LayerHeads, "64/8/64+sinks", LayerHeads(64, 8, 64, sinks=True)),
+        (LayerHeads, "gpt_oss_20b", LayerHeads(64, 8, 64, sinks=True)),
         (QueryTokens, " 4", QueryTokens((4,))),
         (QueryTokens, "4+1", QueryTokens((1, 4))),
         (QueryTokens, "1+1+4", QueryTokens((1, 1, 4))),

@@ -39,11 +39,17 @@ def meter_of(capture, layer=LAYER, recent_window=None):
 @pytest.mark.quick(3)
 @pytest.mark.parametrize("pair", ["K4V2", "K2V8"])
 @pytest.mark.parametrize(
-    ("sliding_window", "recent_window", "sink_tokens"),
-    [(None, 0, 0), (50, 0, 0), (None, 20, 0), (50, 20, 0), (None, 20, 4), (50, 20, 4)],
-)
-def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_window, recent_window, sink_tokens):
-    layer = replace(LAYER, sliding_window=sliding_window, logits_soft_cap=20.0)
+    ("sliding_window", "recent_window", "sink_tokens", "sinks"),
+    [
+        (None, 0, 0, None), (50, 0, 0, None), (None, 20, 0, None), (50, 20, 0, None), (None, 20, 4, None),
+        (50, 20, 4, (3.0, 1.0, 4.0, 2.0)), (None, 0, 0, (3.0, -1e30, 4.0, 2.0)),
+    ],
+)  # fmt: skip
+def test_the_error_is_that_of_attention_on_packed_pages(
+    tmp_path, pair, sliding_window, recent_window, sink_tokens, sinks
+):
+    layer = replace(LAYER, sliding_window=sliding_window, logits_soft_cap=20.0, sinks=sinks)
+    sinks = torch.tensor(sinks or [-torch.inf] * NUM_HEADS)
     capture = make_capture(tmp_path, offset=OFFSET, layer=layer, num_windows=2)
     transforms = LayerTransforms(OFFSET, TABLE, FACTORS, True, True, True)
     recent = RecentWindow(recent_window, sink_tokens=sink_tokens) if recent_window else None
@@ -56,7 +62,7 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
     for window in capture.load_layer(layer):
         cache = torch.zeros(num_blocks, NUM_KV_HEADS, 16, layout.content_bytes, dtype=torch.uint8)
         positions = torch.arange(window.key.shape[0])
-        pages = Pages(cache, layout, transforms)
+        pages = Pages(cache, layout, transforms, sinks)
         reshape_and_cache_ref(window.key, window.value, positions, positions, pages)
         count = window.query.shape[0]
         output = torch.empty(count, NUM_HEADS, HEAD_SIZE)
@@ -69,7 +75,7 @@ def test_the_error_is_that_of_attention_on_packed_pages(tmp_path, pair, sliding_
             for head in range(NUM_HEADS):
                 seen, kv_head = slice(begin, position + 1), head // 2
                 logits = 20 * torch.tanh(window.key[seen, kv_head] @ window.query[row, head] * layer.scale / 20)
-                exact = logits.softmax(0) @ window.value[seen, kv_head]
+                exact = torch.cat([logits, sinks[head : head + 1]]).softmax(0)[:-1] @ window.value[seen, kv_head]
                 token = torch.arange(begin, position + 1)
                 held = (token > position - recent_window) | (token < sink_tokens)
                 packed, unpacked = lse[head, row].exp(), logits[held].exp()

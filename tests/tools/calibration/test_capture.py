@@ -70,7 +70,7 @@ def request(model, data, tokens=2 * NUM_TOKENS, context=NUM_TOKENS, dtype="float
     return CaptureRequest(str(model), text, queries=20, seed=seed, dtype=dtype)
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "glm4"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3", "glm4", "gpt_oss"])
 def test_it_is_what_the_model_computes(tmp_path, data, kind):
     model = tmp_path / "model"
     if kind == "glm4":
@@ -103,8 +103,11 @@ def test_it_is_what_the_model_computes(tmp_path, data, kind):
             assert rotary.far_position == limit - NUM_TOKENS
     scales = {layer.scale for layer in capture.layers}
     assert scales == {reference.model.layers[0].self_attn.scaling}
-    windows = [SLIDING_WINDOW, None] if kind == "gemma3" else [None, None]
+    windows = [SLIDING_WINDOW, None] if kind in ("gemma3", "gpt_oss") else [None, None]
     assert [layer.sliding_window for layer in capture.layers] == windows
+    for layer, decoder in zip(capture.layers, reference.model.layers, strict=True):
+        sinks = getattr(decoder.self_attn, "sinks", None)
+        assert layer.sinks == (None if sinks is None else tuple(sinks.tolist()))
     assert [layer.rotary for layer in capture.layers] == ([0, 1] if kind == "gemma3" else [0, 0])
 
 

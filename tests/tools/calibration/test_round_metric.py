@@ -66,7 +66,10 @@ def outputs(layer, seen, keys, values, recent):
         logits = layer.scale * torch.einsum("hgd,thd->hgt", query, key)
         if layer.logits_soft_cap:
             logits = layer.logits_soft_cap * torch.tanh(logits / layer.logits_soft_cap)
-        rows[i] = torch.einsum("hgt,thd->hgd", logits.softmax(-1), value)
+        if layer.sinks is not None:
+            sinks = torch.tensor(layer.sinks, dtype=torch.float64).view(HEADS, GROUP, 1)
+            logits, value = torch.cat([logits, sinks], -1), torch.cat([value, torch.zeros(1, HEADS, SIZE)])
+        rows[i] = torch.einsum("hgt,thd->hgd", logits.softmax(-1), value.double())
     return rows
 
 
@@ -98,8 +101,9 @@ def cost_of_moves(layer, seen, gram, recent, side, moves, *, own):
         (replace(LAYER, logits_soft_cap=1.5), RecentWindow(4, sink_tokens=2)),
         (replace(LAYER, sliding_window=9), RecentWindow(3)),
         (LAYER, None),
+        (replace(LAYER, sinks=(1.0, 0.0, 2.0, -1.0, 3.0, 1.5)), RecentWindow(4)),
     ],
-    ids=["full", "soft cap", "sliding window", "no recent window"],
+    ids=["full", "soft cap", "sliding window", "no recent window", "attention sinks"],
 )
 @pytest.mark.parametrize("chunk", [128, 7])
 def test_metrics_are_what_moved_rows_cost(layer, recent, chunk, monkeypatch):

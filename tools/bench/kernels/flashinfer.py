@@ -28,6 +28,8 @@ WORKSPACE_BYTES = 394 << 20
 
 def unserved_shape(heads: LayerHeads, block_size: int) -> str | None:
     """Why XQA has no kernel for a layer, by what its sources assert, or None."""
+    if heads.sinks:
+        return "attention sinks are not measured with XQA"
     if heads.head_size % 16 or not 16 <= heads.head_size <= MAX_HEAD_SIZE:
         return f"XQA's head sizes are multiples of 16 up to {MAX_HEAD_SIZE}, not {heads.head_size}"
     if block_size not in BLOCK_SIZES:

@@ -132,7 +132,7 @@ class CudaKernel(PackedKernel):
 
     def build(self, batch: Batch, cache_format: CacheFormat, transforms: LayerTransforms) -> Launches:
         layout = _layout(cache_format, batch.heads.head_size, batch.block_size)
-        if reason := self.module().unsupported(layout, transforms):
+        if reason := self.module().unsupported(layout, transforms, has_sinks=batch.heads.sinks):
             raise Unsupported(reason)
         return super().build(batch, cache_format, transforms)
 

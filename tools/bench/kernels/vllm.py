@@ -134,6 +134,7 @@ class FlashAttention3(UnpackedCacheKernel):
                 k_descale=descale,
                 v_descale=descale,
                 num_splits=num_splits,
+                s_aux=batch.sinks,
             )
 
         def rows() -> tuple[torch.Tensor, torch.Tensor]:
@@ -274,6 +275,7 @@ class Int4PerTokenHead(DecodeKernel):
                 kv_quant_mode=KVQuantMode.INT4_PER_TOKEN_HEAD,
                 k_scale_cache=cache.k_scales,
                 v_scale_cache=cache.v_scales,
+                sinks=batch.sinks,
             )
 
         newest = newest_tokens(batch)

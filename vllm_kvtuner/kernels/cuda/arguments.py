@@ -11,6 +11,7 @@ HEADER = "arguments.cuh"
 SCALARS: dict[str, Any] = {
     "u64": ctypes.c_uint64,
     "u32": ctypes.c_uint32,
+    "i64": ctypes.c_int64,
     "int": ctypes.c_int32,
     "float": ctypes.c_float,
 }

@@ -9,21 +9,23 @@ from vllm_kvtuner import envs
 VARIABLE = "KVTUNER_KERNEL_CACHE"
 ENTRIES = "entries"
 """Where cuda.core keeps what was compiled."""
+LIBRARIES = "cpu"
+"""Where kernels/cpu keeps its libraries."""
 
 
 def make() -> Path:
     """Make the folder where it is missing, and check that only its owner can put kernels into it.
 
     Raises:
-        ValueError: it cannot be made, belongs to somebody else, or others may write to it: what it holds runs on the
-            card.
+        ValueError: it cannot be made, belongs to somebody else, or others may write to it: what it holds runs.
     """
     folder = envs.kernel_cache()
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         check(folder)
         # cuda.core would make it as the umask says, which often lets the user's group write.
-        (folder / ENTRIES).mkdir(exist_ok=True, mode=0o700)
+        for inner in (ENTRIES, LIBRARIES):
+            (folder / inner).mkdir(exist_ok=True, mode=0o700)
     except OSError as error:
         raise unusable(error) from error
     return folder
@@ -35,7 +37,7 @@ def check(folder: Path) -> None:
     Raises:
         ValueError: with path, rule and owner.
     """
-    for path in (folder, folder / ENTRIES):
+    for path in (folder, folder / ENTRIES, folder / LIBRARIES):
         if not path.exists():
             continue
         status = path.stat()

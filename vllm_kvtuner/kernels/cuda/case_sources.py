@@ -49,5 +49,6 @@ def _decode_sources(case: Case, transforms: LayerTransforms, device: torch.devic
         rows = pass_rows(shape.group * pass_query_len, needs_of(layout, transforms), card)
         few = count * shape.num_kv_heads <= FEW_SEGMENTS[rows]
         soft_cap = shape.logits_soft_cap > 0
-        variant = Variant(layout, shape.group, rows, case.dtype, case.span, soft_cap, case.write_lse, few)
+        lse, sinks = case.write_lse, shape.sinks
+        variant = Variant(layout, shape.group, rows, case.dtype, case.span, soft_cap, lse, few, sinks=sinks)
         yield variant.settle(transforms, card).source()

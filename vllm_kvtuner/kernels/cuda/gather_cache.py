@@ -10,6 +10,7 @@ from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,
+    STATIC_FIELDS,
     RowVariant,
     byte_stride,
     check_alignment,
@@ -30,10 +31,7 @@ ARGUMENTS = Arguments(
     Field("const int*", "seq_starts", "[requests]"),
     Field("u8*", "key", "[tokens][KV heads][HEAD_SIZE] of NUMBERS"),
     Field("u8*", "value", "likewise"),
-    Field("const float*", "offset", "[KV heads][HEAD_SIZE]"),
-    Field("const float*", "partner", "[KV heads][HEAD_SIZE], what the sines multiply"),
-    Field("const u8*", "cos_sin", "[positions][ROTARY_DIM] of ROTARY_NUMBERS"),
-    Field("const float*", "equalization", "[KV heads][HEAD_SIZE]"),
+    *STATIC_FIELDS,
     Field("u32", "block_stride", "bytes"),
     Field("u32", "head_stride", "bytes"),
     Field("u32", "table_stride", "numbers"),

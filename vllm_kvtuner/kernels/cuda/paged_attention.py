@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention, check_sinks
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.paged_attention_config import (
     FEW_SEGMENTS,
@@ -89,6 +89,7 @@ def unsupported(
     logits_soft_cap: float = 0.0,
     capability: tuple[int, int] = (9, 0),
     write_lse: bool = False,
+    has_sinks: bool = False,
 ) -> str | None:
     """Why this kernel does not serve a layer on cards of a compute capability, or None if it does."""
     if layout.head_size > 128 and capability in SMALL_SHARED_MEMORY:
@@ -100,8 +101,10 @@ def unsupported(
     rotary = transforms.rotary
     if rotary is not None and rotary.frequencies is None:
         return "the key offset's rotation is not proportional to the position"
-    if (logits_soft_cap or write_lse) and (rotary is None or transforms.key_offset[:, rotary.rotary_dim :].any()):
-        what = "a capped logit" if logits_soft_cap else "attention beside a recent window"
+    # Without these a softmax is the same, whatever all logits have in common.
+    reasons = {"a capped logit": logits_soft_cap, "attention beside a recent window": write_lse, "a sink": has_sinks}
+    what = next((name for name, given in reasons.items() if given), None)
+    if what and (rotary is None or transforms.key_offset[:, rotary.rotary_dim :].any()):
         return f"{what} needs all of the key offset, but some of it is not rotated"
     return None
 
@@ -198,6 +201,7 @@ def paged_attention(
     num_tokens, num_reqs, num_kv_heads = query.shape[0], queries.num_reqs, shape.num_kv_heads
     layout, kv_cache, group, max_query_len = pages.layout, pages.kv_cache, shape.group, queries.max_query_len
     check_attention(query, queries, shape, output, lse)
+    check_sinks(pages, shape)
     pages.check()
     assert pages.num_kv_heads == num_kv_heads and layout.head_size == shape.head_size, (kv_cache.shape, shape)
     assert query.dtype == output.dtype and query.dtype in (torch.float16, torch.bfloat16), (query.dtype, output.dtype)
@@ -210,7 +214,7 @@ def paged_attention(
     fewest = rows if pass_query_len == 1 else _rows(pages.transforms, layout, group, query.device)
     variant = Variant(
         layout, group, rows, query.dtype, span, soft_cap=shape.logits_soft_cap > 0, write_lse=lse is not None,
-        config=launch.config,
+        sinks=shape.sinks, config=launch.config,
     )  # fmt: skip
     call = _Call(query, queries, pages, shape, output, lse, launch)
     # Where some requests bring fewer tokens, they do not pay for passes as wide as the others'. Known from shapes
@@ -273,6 +277,7 @@ class _Call(NamedTuple):
                 scale_log2=shape.scale * LOG2_E,
                 soft_cap_log2=shape.logits_soft_cap * LOG2_E,
                 output_lse=0 if lse is None else lse.data_ptr(),
+                sinks=0 if pages.sinks is None else pages.sinks.data_ptr(),
                 **statics.arguments,
             ),
             dependent=launch.dependent,

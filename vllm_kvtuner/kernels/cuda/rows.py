@@ -13,16 +13,20 @@ from vllm_kvtuner.pages.transforms import LayerTransforms
 NUM_WARPS = 4
 NUMBER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Types of numbers in memory, as device/rows.cuh counts them."""
+STATIC_FIELDS = (
+    Field("const float*", "offset", "[KV heads][HEAD_SIZE]"),
+    Field("const float*", "partner", "[KV heads][HEAD_SIZE], what the sines multiply"),
+    Field("const u8*", "cos_sin", "[positions][ROTARY_DIM] of ROTARY_NUMBERS"),
+    Field("const float*", "equalization", "[KV heads][HEAD_SIZE]"),
+)
+"""Arguments that are a layer's statics, as :func:`transform_addresses` gives them."""
 STORE_FIELDS = (
     Field("const u8*", "key", "[tokens][KV heads][HEAD_SIZE] of NUMBERS"),
     Field("const u8*", "value", "likewise"),
     Field("u8*", "kv_cache", "chunks"),
     Field("const long long*", "slot_mapping", "[slots]"),
     Field("const long long*", "positions", "[slots]"),
-    Field("const float*", "offset", "[KV heads][HEAD_SIZE]"),
-    Field("const float*", "partner", "[KV heads][HEAD_SIZE], what the sines multiply"),
-    Field("const u8*", "cos_sin", "[positions][ROTARY_DIM] of ROTARY_NUMBERS"),
-    Field("const float*", "equalization", "[KV heads][HEAD_SIZE]"),
+    *STATIC_FIELDS,
     Field("u32", "key_stride", "bytes from token to token"),
     Field("u32", "value_stride", "bytes from token to token"),
     Field("u32", "block_stride", "bytes"),

@@ -15,6 +15,7 @@ from vllm_kvtuner.kernels.cuda.paged_attention_config import (
     decode_config,
     shared_bytes,
 )
+from vllm_kvtuner.kernels.cuda.rows import NUMBER_TYPES
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import ANGLE_STEP, LayerTransforms
 
@@ -55,6 +56,7 @@ ARGUMENTS = Arguments(
     Field("float", "scale_log2", "logits to base 2 per unit of q . k"),
     Field("float", "soft_cap_log2", "the cap to base 2"),
     Field("float*", "output_lse", "[heads][tokens], if WRITE_LSE"),
+    Field("const u8*", "sinks", "[heads] of type SINK_NUMBERS, if SINKS"),
     Field("float*", "aside", "[CTAs][NUM_WARPS][PASS_ROWS][HEAD_SIZE / TEAM_WARPS + 16] sums, if FP16_PRODUCTS"),
 )  # fmt: skip
 
@@ -72,6 +74,7 @@ class Variant(NamedTuple):
         write_lse: whether log-sum-exps are wanted.
         few: whether the batch has few segments, see ``FEW_SEGMENTS``.
         config: knobs, or None for :func:`decode_config`'s.
+        sinks: dtype of attention sinks, None for none.
     """
 
     layout: PageLayout
@@ -83,6 +86,7 @@ class Variant(NamedTuple):
     write_lse: bool = False
     few: bool = False
     config: DecodeConfig | None = None
+    sinks: torch.dtype | None = None
 
     def settle(self, transforms: LayerTransforms, card: Multiprocessor) -> "CompiledVariant":
         """With the layer's transforms, and knobs for a card."""
@@ -153,6 +157,8 @@ class CompiledVariant(NamedTuple):
             "SKIP_FIRST": span.skip_first,
             "WRITE_LSE": int(variant.write_lse),
             "SOFT_CAP": int(variant.soft_cap),
+            "SINKS": int(variant.sinks is not None),
+            "SINK_NUMBERS": 0 if variant.sinks is None else NUMBER_TYPES[variant.sinks],
         }
 
     def headers(self) -> dict[str, str]:

@@ -33,7 +33,7 @@ def paged_attention_ref(
         if max(lens[begin:end]) == 0:
             output[first:last] = 0
             if lse is not None:
-                lse[:, first:last] = -torch.inf
+                lse[:, first:last] = -torch.inf if pages.sinks is None else pages.sinks[:, None]
             continue
         batch = _Batch(queries, begin, end, pages.layout.block_size)
         token = batch.query_tokens
@@ -47,10 +47,13 @@ def paged_attention_ref(
             scores[..., : batch.max_len] += torch.einsum("rkgnd,tkd->rkgnt", raw, offset)
         visible = _visible(batch.positions, batch.tokens, span)
         probabilities, sums = _softmax(scores, visible[:, None, None], shape.logits_soft_cap)
-        result = (probabilities.flatten(2, 3) @ values).view(padded.shape)
-        output[token] = rotate_values(batch.unpad(result), pages.transforms).to(output.dtype)
+        result = batch.unpad((probabilities.flatten(2, 3) @ values).view(padded.shape))
+        seen = Segment(result, batch.unpad(sums[..., None])[..., 0].T)
+        if pages.sinks is not None:
+            seen = _with_sinks(seen, pages.sinks)
+        output[token] = rotate_values(seen.output, pages.transforms).to(output.dtype)
         if lse is not None:
-            lse[:, token] = batch.unpad(sums[..., None])[..., 0].T
+            lse[:, token] = seen.lse
 
 
 class _Batch:
@@ -160,6 +163,14 @@ def merge_segments_ref(first: Segment, second: Segment, output: torch.Tensor, ls
     if lse is not None:
         lse.copy_(sums.logsumexp(0))
     output.copy_(merged)
+
+
+def _with_sinks(segment: Segment, sinks: torch.Tensor) -> Segment:
+    """A segment that counts attention sinks [num_heads] too: a segment more, of output 0."""
+    both = Segment.into(torch.empty_like(segment.output))
+    nothing = torch.zeros(1, device=sinks.device).expand(segment.output.shape)
+    merge_segments_ref(segment, Segment(nothing, sinks.float()[:, None].expand_as(segment.lse)), both.output, both.lse)
+    return both
 
 
 def _request_batches(lens: list[int]) -> list[tuple[int, int]]:

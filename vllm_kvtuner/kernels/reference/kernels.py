@@ -23,6 +23,7 @@ class ReferenceKernels:
         span: cached tokens that decoding serves.
     """
 
+    decode_kernel = "reference"
     store = staticmethod(reshape_and_cache_ref)
     gather = staticmethod(gather_cache_ref)
 

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention, check_sinks
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.kernels.triton.codes import (
     code_slice,
@@ -106,8 +106,9 @@ def _attend_kernel(
     query_start_loc_ptr, partial_ptr, lse_ptr, block_stride, head_stride, table_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr,
-    K_META: tl.constexpr, V_META: tl.constexpr, FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr,
-    ROTARY_DIM: tl.constexpr, SPLIT_ANGLES: tl.constexpr, ONE_QUERY: tl.constexpr,
+    K_META: tl.constexpr, V_META: tl.constexpr, SCALE_BITS: tl.constexpr,
+    FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, ROTARY_DIM: tl.constexpr, SPLIT_ANGLES: tl.constexpr,
+    ONE_QUERY: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr, SKIP_NEWEST: tl.constexpr, SKIP_FIRST: tl.constexpr, SOFT_CAP: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -199,8 +200,9 @@ def _attend_kernel(
         k_codes = load_key_words(words + k_place, k_word, HEAD_SIZE, K_BITS)
         v_place = chunk * 2 + (V_CODES // 2 + place * (V_ROW // 2))
         v_codes = load_value_words(halves + v_place, v_word, HEAD_SIZE, V_BITS)
-        k_scale, k_minimum = load_meta(words + chunk + (K_META // 4 + place), seen)
-        v_scale, v_minimum = load_meta(words + chunk + (V_META // 4 + place), seen)
+        chunk_bytes = (words + chunk).to(tl.pointer_type(tl.uint8))
+        k_scale, k_minimum = load_meta(chunk_bytes + K_META, place, seen, K_BITS, SCALE_BITS)
+        v_scale, v_minimum = load_meta(chunk_bytes + V_META, place, seen, V_BITS, SCALE_BITS)
 
         logits = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for i in tl.static_range(K_SLICES):
@@ -279,14 +281,15 @@ def _attend_kernel(
 
 @triton.jit(do_not_specialize=["num_rows", "num_reqs", "num_splits"])
 def _combine_kernel(
-    partial_ptr, lse_ptr, query_start_loc_ptr, output_ptr, output_lse_ptr, num_rows, num_reqs, num_splits, token_stride,
+    partial_ptr, lse_ptr, sinks_ptr, query_start_loc_ptr, output_ptr, output_lse_ptr,
+    num_rows, num_reqs, num_splits, token_stride,
     NUM_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, HADAMARD: tl.constexpr, HAS_LSE: tl.constexpr,
     ROWS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
-    """Merge the splits of ROWS (token, head) rows, STEP splits at a time, and rotate the values back.
+    """Merge the splits of ROWS (token, head) rows, STEP splits at a time, and their sinks, and rotate the values back.
 
-    Rows that see nothing, such as those of padding, beyond the last query or of an empty request, become 0; their
-    log-sum-exp is -inf.
+    Rows that see no token, such as those of padding, beyond the last query or of an empty request, become 0; their
+    log-sum-exp is their sink's logit, or -inf beyond the last query and without sinks.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     keep = row < num_rows
@@ -299,8 +302,14 @@ def _combine_kernel(
         present = used[:, None] & (begin + step < num_splits)[None, :]
         lse = tl.load(lse_ptr + first[:, None] + (begin + step)[None, :], mask=present, other=float("-inf"))
         top = tl.maximum(top, tl.max(lse, 1))
-    top = finite_reference(top)
     total = tl.zeros([ROWS], tl.float32)
+    if sinks_ptr is not None:
+        # To base 2; a segment that is a logit alone.
+        sink = tl.load(sinks_ptr + row % NUM_HEADS, mask=used, other=float("-inf")).to(tl.float32) * 1.4426950408889634
+        top = finite_reference(tl.maximum(top, sink))
+        total += segment_weight(sink, top)
+    else:
+        top = finite_reference(top)
     output = tl.zeros([ROWS, dim.shape[0]], tl.float32)
     for begin in range(0, num_splits, STEP):
         present = used[:, None] & (begin + step < num_splits)[None, :]
@@ -344,7 +353,7 @@ def paged_attention(
             :class:`DecodeConfig` or None for :func:`decode_config`'s. These kernels always wait for the one before,
             dependent or not.
     """
-    kv_cache, layout, transforms = pages
+    kv_cache, layout, transforms, sinks = pages
     workspace: DecodeWorkspace = launch.workspace
     num_tokens, num_heads, head_size = query.shape
     num_reqs, num_kv_heads, max_query_len = queries.num_reqs, pages.num_kv_heads, queries.max_query_len
@@ -352,6 +361,7 @@ def paged_attention(
     group = shape.group
     pages.check()
     check_attention(query, queries, shape, output, lse)
+    check_sinks(pages, shape)
     assert head_size == layout.head_size and num_heads == group * num_kv_heads, (shape, layout, num_kv_heads)
     assert 1 <= max_query_len <= MAX_DECODE_QUERY_LEN, max_query_len
     assert 0 <= span.skip_newest < (span.sliding_window or math.inf), span
@@ -382,6 +392,7 @@ def paged_attention(
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
+        SCALE_BITS=layout.scale_bits,
         FOLDED_SIZE=workspace.query.shape[1], HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim,
         SPLIT_ANGLES=rotary is not None and rotary.cos_sin.dtype != coefficients.dtype,
         ONE_QUERY=max_query_len == 1, SLIDING_WINDOW=span.sliding_window or 0, SKIP_NEWEST=span.skip_newest,
@@ -391,7 +402,7 @@ def paged_attention(
     )  # fmt: skip
     rows_per_program = 16 if num_rows >= 2048 else 1
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
-        workspace.output, workspace.lse, queries.query_start_loc, output, lse,
+        workspace.output, workspace.lse, sinks, queries.query_start_loc, output, lse,
         num_rows, num_reqs, num_splits, output.stride()[0],
         NUM_HEADS=num_heads, HEAD_SIZE=head_size, HADAMARD=transforms.value_hadamard, HAS_LSE=lse is not None,
         ROWS=rows_per_program, STEP=32 // rows_per_program, num_warps=row_warps(head_size),

@@ -1,10 +1,19 @@
 // paged_attention.cu: from warps' sums to output rows.
 //
 // A row's (reference to base 2, total, unnormalized output) meet in two places, the parts of warps in add_up and those of
-// CTAs in merge_segment, and every row is normalized once, in write_row. What counts once for a row beside its tokens, as the
-// logit of an attention sink does, belongs there: a further segment with output 0, before total divides and log-sum-exp is
-// written. add_up and merge_segment see parts of a row and must not count it.
+// CTAs in merge_segment, and every row is normalized once, in write_row. An attention sink counts there, once for a row beside
+// its tokens: a further segment with output 0, before total divides and log-sum-exp is written. add_up and merge_segment see
+// parts of a row and must not count it. Rows that see no token never come there; clear_rows gives them their sink.
 #pragma once
+
+#if SINKS
+// Of a query head, to base 2.
+__device__ __forceinline__ float sink_of(const Arguments& a, int head) {
+  float sink;
+  load_numbers<SINK_NUMBERS, 1>(&sink, a.sinks + head * number_bytes(SINK_NUMBERS));
+  return sink * 1.4426950408889634f;
+}
+#endif
 
 // A row of what all warps have kept, unnormalized: number i * 32 + lane in x[i].
 __device__ __forceinline__ void add_up(const Shared& shared, int index, int lane, float (&x)[NUMBERS], float& top,
@@ -29,12 +38,20 @@ __device__ __forceinline__ void add_up(const Shared& shared, int index, int lane
   }
 }
 
-// A normalized row to the output, and its log-sum-exp; 0 and -inf if it has seen nothing.
+// A normalized row to the output, and its log-sum-exp; 0 and its sink, or -inf, if it has seen nothing.
 __device__ __forceinline__ void write_row(const Arguments& a, const Cursor& cursor, int row, float (&x)[NUMBERS],
                                           float top, float total, int lane) {
   const Request& request = cursor.request;
   int query, member;
   if (!row_of(request, cursor.pass, row, query, member)) return;
+#if SINKS
+  const float sink = sink_of(a, cursor.kv_head * GROUP + member), counted = fmaxf(top, sink);
+  const float weight = exp2_approx(top - counted);
+  total = fmaf(total, weight, exp2_approx(sink - counted));
+  top = counted;
+#pragma unroll
+  for (int i = 0; i < NUMBERS; i++) x[i] *= weight;
+#endif
 #if WRITE_LSE
   // From base 2.
   if (lane == 0)
@@ -168,11 +185,16 @@ __device__ __forceinline__ void announce_part(const Work& a, Shared& shared, con
   if (parts.complete) merge_segment(a, cursor, parts.first, parts.last, warp, lane);
 }
 
-// The log-sum-exp of a token that sees nothing.
-__device__ __forceinline__ void clear_lse(const Arguments& a, int token, int thread) {
+// The log-sum-exp of a token that sees nothing: its sinks if it is a request's.
+__device__ __forceinline__ void clear_lse(const Arguments& a, int token, bool of_request, int thread) {
 #if WRITE_LSE
-  for (int i = thread; i < a.num_kv_heads * GROUP; i += NUM_WARPS * 32)
-    a.output_lse[(u64)i * a.num_tokens + token] = MASKED;
+  for (int i = thread; i < a.num_kv_heads * GROUP; i += NUM_WARPS * 32) {
+    float lse = MASKED;
+#if SINKS
+    if (of_request) lse = sink_of(a, i) * 0.6931471805599453f;
+#endif
+    a.output_lse[(u64)i * a.num_tokens + token] = lse;
+  }
 #endif
 }
 
@@ -189,13 +211,13 @@ __device__ __forceinline__ void clear_rows(const Arguments& a, int thread) {
   const int used = a.query_start_loc[a.num_reqs];
   for (int token = used + blockIdx.x; token < a.num_tokens; token += gridDim.x) {
     for (int i = thread; i < row_size; i += NUM_WARPS * 32) a.output[token * a.output_stride + i] = 0;
-    clear_lse(a, token, thread);
+    clear_lse(a, token, false, thread);
   }
   for (int r = blockIdx.x; r < a.num_reqs; r += gridDim.x) {
     if (a.seq_lens[r] > SKIP_NEWEST + SKIP_FIRST) continue;
     for (int token = a.query_start_loc[r]; token < a.query_start_loc[r + 1]; token++) {
       for (int i = thread; i < row_size; i += NUM_WARPS * 32) a.output[token * a.output_stride + i] = 0;
-      clear_lse(a, token, thread);
+      clear_lse(a, token, true, thread);
     }
   }
 }

@@ -1,0 +1,104 @@
+"""What a pair alone means: the treatment that needs no data, and what of it a model does not allow."""
+
+import pytest
+
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.pair import is_pair
+from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.profile import FROM_WEIGHTS, RecentWindow
+
+SHAPE = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
+NO_DATA = ("key_offset", "key_hadamard", "value_hadamard", "range_search")
+
+
+def test_a_pair_has_the_treatment_that_needs_no_data():
+    profile = load_profile("k4v2")
+    assert (profile.name, profile.source, profile.statics) == ("K4V2", None, None)
+    for layer in profile.resolve(SHAPE).layers:
+        assert layer.pair == PrecisionPair(4, 2)
+        assert layer.transforms.names == NO_DATA
+        assert layer.transforms.key_offset == FROM_WEIGHTS
+        assert layer.transforms.needs_model
+        assert not layer.transforms.needs_statics
+        assert layer.recent == RecentWindow(64, 16, 4)
+
+
+@pytest.mark.parametrize("spec", ["K4V2:plain", "k4v2:PLAIN"])
+def test_plain_is_the_bare_format(spec):
+    profile = load_profile(spec)
+    assert profile.name == "K4V2:plain"
+    (layer, *_) = profile.resolve(SHAPE).layers
+    assert (layer.transforms.names, layer.recent) == ((), None)
+
+
+def test_eight_bits_need_no_window():
+    (layer, *_) = load_profile("K8V8").resolve(SHAPE).layers
+    assert layer.recent is None
+    assert layer.transforms.names == NO_DATA[:3]
+
+
+def test_16_bits_have_no_treatment():
+    (layer, *_) = load_profile("K16V16").resolve(SHAPE).layers
+    assert (layer.transforms.names, layer.recent) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("spec", "problem"),
+    [
+        ("K5V4", "K5V4: k_bits must be one of (2, 4, 8, 16), but got 5"),
+        ("K4V4:bare", "K4V4:bare: a pair must be followed by nothing or by :plain, but got 'bare'"),
+        ("K4V4:", "K4V4:: a pair must be followed by nothing or by :plain, but got ''"),
+    ],
+)
+def test_wrong_pairs(spec, problem):
+    assert is_pair(spec)
+    with pytest.raises(ProfileError) as caught:
+        load_profile(spec)
+    assert caught.value.problems == (problem,)
+
+
+def test_a_pair_goes_without_an_offset_where_positions_are_not_one_number():
+    reason = "positions are not one number per token"
+    shape = ModelShape("toy", "ToyForCausalLM", SHAPE.layers, offset_unsupported=reason)
+    resolved = load_profile("K4V4").resolve(shape)
+    assert {layer.transforms.names for layer in resolved.layers} == {NO_DATA[1:]}
+    assert resolved.profile.left_out == (f"key_offset, since {reason}",)
+
+
+def test_a_pair_gives_windows_to_the_layers_of_the_commonest_shape():
+    shape = ModelShape("toy", "ToyForCausalLM", (*SHAPE.layers, LayerShape(1, 128)))
+    resolved = load_profile("K4V4").resolve(shape)
+    assert [layer.recent is not None for layer in resolved.layers] == [True] * 4 + [False]
+    assert resolved.profile.left_out == ("the recent window of layers 4, whose shape is another",)
+
+
+def test_an_offset_from_weights_in_a_file(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "version: 1\nlayers: K4V4\ntransforms: {key_offset: from_weights, overrides: {1: {key_offset: false}}}\n"
+    )
+    layers = load_profile(str(path)).resolve(SHAPE).layers
+    assert [layer.transforms.key_offset for layer in layers] == [FROM_WEIGHTS, False, FROM_WEIGHTS, FROM_WEIGHTS]
+
+
+def test_a_file_is_refused_where_an_offset_from_weights_cannot_be(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("version: 1\nlayers: K4V4\ntransforms: {key_offset: from_weights}\n")
+    shape = ModelShape("toy", "ToyForCausalLM", SHAPE.layers, offset_unsupported="positions are three numbers")
+    with pytest.raises(ProfileError) as caught:
+        load_profile(str(path)).resolve(shape)
+    rule = "must be false for toy, whose positions are three numbers"
+    assert caught.value.problems == (f"{path}: transforms.key_offset {rule}, but got from_weights for layers 0-3",)
+
+
+def test_from_weights_is_a_value_of_the_offset_alone(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text("version: 1\nlayers: K4V4\ntransforms: {key_offset: weights, key_equalization: from_weights}\n")
+    with pytest.raises(ProfileError) as caught:
+        load_profile(str(path))
+    assert caught.value.problems[:2] == (
+        f"{path}: transforms.key_offset must be true, false or from_weights, but got 'weights'",
+        f"{path}: transforms.key_equalization must be true or false, but got 'from_weights'",
+    )

@@ -1,0 +1,125 @@
+"""The key offset that follows from a model's own weights: the bias of its k projection.
+
+The bias is what the projection adds to every key before RoPE, and where it is large, rows of few bits are spent on it.
+Any constant offset is given back exactly, so a bias that is no good one costs quality, never correctness.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+
+from vllm_kvtuner.pages.transforms import RotaryTable
+
+PAIRS_STEP = 8
+"""RoPE pairs of an offset come in so many: one more step of the decode kernel's matrix instructions."""
+LARGEST_REST = 0.4
+"""Root mean square of the bias in pairs that an offset leaves out, at most. Keys of normalized inputs spread by about 1
+about their bias, so that this adds a seventh to the squared error of a rotated row at most (measured layer by layer on
+Qwen2.5-Coder-0.5B; docs/notes/key-bias-needs-an-offset.md)."""
+
+_KEY_PROJECTIONS = ("k_proj", "key_proj", "key", "wk")
+_KEY_NORM = re.compile("(k|key|qk)_?(layer)?_?norm|norm_?k")
+
+
+def key_bias(parent: torch.nn.Module, num_kv_heads: int, head_size: int, dtype: torch.dtype) -> torch.Tensor | None:
+    """What the k projection beside an attention layer adds to every key of this rank.
+
+    It is what the projection gives for an input of zeros. So nothing depends on how a quantized projection keeps its
+    bias (Marlin kernels permute it), how it shares its rows with queries and values, or which rank has which heads.
+
+    Args:
+        parent: the module that holds the attention layer and its projections, loaded.
+        num_kv_heads: of this rank.
+        head_size: numbers per head.
+        dtype: of the model.
+
+    Returns:
+        [num_kv_heads, head_size] fp32; None where the projection has no bias.
+
+    Raises:
+        ValueError: what is needed, and what the model has: no projection of the known kinds, or keys that are not those
+            of the projection.
+    """
+    projection, first = _key_projection(parent)
+    if projection.bias is None:
+        return None
+    kind = type(parent).__name__
+    if norms := [name for name, _ in parent.named_children() if _KEY_NORM.search(name)]:
+        raise ValueError(f"keys as their projection gives them, but the model's {kind} normalizes them ({norms[0]})")
+    with torch.inference_mode():
+        zeros = torch.zeros(1, projection.input_size, dtype=dtype, device=projection.bias.device)
+        given = projection(zeros)
+        row = (given[0] if isinstance(given, tuple) else given)[0].float()
+        if projection.skip_bias_add:
+            row = row + projection.bias.float()
+    size = num_kv_heads * head_size
+    num_rows = getattr(projection, "num_kv_heads", num_kv_heads) * head_size
+    if num_rows != size or row[first:].numel() < size:
+        raise ValueError(f"a k projection of {num_kv_heads} heads of {head_size}, but the model's {kind} has another")
+    return row[first : first + size].clone().view(num_kv_heads, head_size)
+
+
+def _key_projection(parent: torch.nn.Module) -> tuple[Any, int]:
+    """The layer that projects keys, and the first of its outputs that is one."""
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
+
+    layers = {name: getattr(child, "base_layer", child) for name, child in parent.named_children()}  # beneath LoRA's
+    fused = [layer for layer in layers.values() if isinstance(layer, QKVParallelLinear)]
+    if len(fused) == 1:
+        return fused[0], fused[0].num_heads * fused[0].head_size
+    alone = [layers[name] for name in _KEY_PROJECTIONS if isinstance(layers.get(name), ColumnParallelLinear)]
+    if fused or len(alone) != 1:
+        kind = type(parent).__name__
+        raise ValueError(
+            f"one k projection beside the attention layer, but the model's {kind} has {len(fused + alone)}"
+        )
+    return alone[0], 0
+
+
+def largest_pairs(
+    offset: torch.Tensor, rotary: RotaryTable | None, rest: float = LARGEST_REST, step: int = PAIRS_STEP
+) -> tuple[torch.Tensor | None, int]:
+    """The offset in as few RoPE pairs as leave little of it, over the heads of all ranks, else 0.
+
+    All pairs cost a quarter of the decode kernel's time, and biases are large in few. The choice is the same whatever
+    the number of ranks, since engines of other numbers may read each other's pages. What is not rotated is kept: it
+    costs nothing, since its logit is the same for all keys.
+
+    Args:
+        offset: [num_kv_heads, head_size] of this rank.
+        rotary: the layer's; None if it rotates nothing.
+        rest: root mean square over all channels of what is left out, at most.
+        step: number of pairs that are added at once.
+
+    Returns:
+        What is kept, None where that is 0, and the number of its RoPE pairs.
+
+    Raises:
+        ValueError: numbers that are not finite.
+    """
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+    # Asked of all ranks together, so that none waits for another that has gone its own way.
+    energy = tensor_model_parallel_all_reduce(offset.square().sum(0))
+    if not energy.isfinite().all():
+        raise ValueError("finite numbers, but the k projection gives others")
+    if not energy.any():
+        return None, 0
+    if rotary is None:
+        return offset, 0
+    first, second = rotary.pairs(offset.device)
+    of_pair, order = (energy[first] + energy[second]).sort(descending=True)
+    # Entry n: mean square of what the first n pairs leave.
+    left = torch.cat([of_pair, of_pair.new_zeros(1)]).flip(0).cumsum(0).flip(0)
+    left = left / (offset.numel() * get_tensor_model_parallel_world_size())
+    count = -(-int((left > rest**2).sum()) // step) * step
+    dropped = order[count:]
+    energy[first[dropped]] = energy[second[dropped]] = 0.0
+    if not energy.any():
+        return None, 0
+    kept = offset.clone()
+    kept[:, first[dropped]] = kept[:, second[dropped]] = 0.0
+    return kept, int(of_pair[:count].count_nonzero())
