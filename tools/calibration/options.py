@@ -55,7 +55,8 @@ class CalibrationOptions:
         dtype: of the model.
         seed: of everything that is drawn.
         window: tokens of a window at most; None takes what the model has positions for, up to a default.
-        long_window: tokens of the longer windows that half of the held-out text has; 0 for none.
+        long_window: tokens of the longer windows that half of the held-out text has, rounded down to a multiple of
+            ``window`` and to the model's positions; 0 for none.
         capture_tokens: tokens that transforms, round feedback and sensitivity are measured on.
         search_tokens: tokens that a setting is scored on in the search.
         heldout_tokens: tokens that final scores rest on.
@@ -132,9 +133,10 @@ class CalibrationOptions:
         presets = asdict(CalibrationOptions()) | (QUICK if self.quick else {})
         for name, value in asdict(self).items():
             if name != "model" and value != presets[name]:
-                flag = f"--{name.replace('_', '-')}"
-                words += [flag] if value is True else [flag.replace("--", "--no-", 1)] if value is False else []
-                words += [] if isinstance(value, bool) else [flag, str(value)]
+                if isinstance(value, bool):
+                    words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
+                else:
+                    words += [flag(name), str(value)]
         return shlex.join(words)
 
     def storage_url(self, out: Path) -> str:
@@ -232,8 +234,8 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": int, "metavar": "TOKENS"},
     ),
     "long_window": (
-        "tokens of the longer windows that half of the held-out text has, in whole windows, where documents are that "
-        "long; 0 for none",
+        "tokens of the longer windows that half of the held-out text has, where documents and the model's positions "
+        "are that long; rounded down to a multiple of the others; 0 for none",
         {"type": int},
     ),
     "capture_tokens": ("tokens that transforms, round feedback and sensitivity are measured on", {"type": int}),
@@ -389,7 +391,8 @@ def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
     """
     assert options.window is not None, "window_default.fill comes first"
     data = None if options.data is None else Path(options.data)
-    longest = min(options.long_window, max_positions(options.model) - 1)
+    # A multiple of the others, so that both add up to what is asked.
+    longest = min(options.long_window, max_positions(options.model) - 1) // options.window * options.window
     heldout = TextRequest(options.heldout_tokens, options.window, longest, name="--heldout-tokens")
     requests = [
         TextRequest(options.capture_tokens, options.window, name="--capture-tokens"),

@@ -14,6 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
+
 from kvtuner_tools.calibration.artifacts import (
     STATICS_FILE,
     Evaluator,
@@ -312,6 +314,9 @@ class _EngineEvaluator:
 
     def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
         return self._engine.score(pairs)
+
+    def score_tokens(self, pairs: Mapping[int, PrecisionPair]) -> tuple[Quality, np.ndarray]:
+        return self._engine.score_tokens(pairs)
 
     def close(self) -> None:
         self._engine.close()

@@ -34,6 +34,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto
 table { border-collapse: collapse; margin: 1em 0; }
 td, th { padding: .25em .8em; border-bottom: 1px solid #ddd; text-align: right; overflow-wrap: normal; }
 td:first-child, th:first-child, table.facts td, table.words td, table.words th { text-align: left; }
+table.scores { font-size: 90%; }
+table.scores td, table.scores th { padding: .25em .5em; }
 table.scores td:first-child { min-width: 11em; }
 table.facts td:first-child { white-space: nowrap; vertical-align: top; color: #555; }
 tr.chosen { background: #e7f4ea; font-weight: 600; }

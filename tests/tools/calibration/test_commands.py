@@ -7,7 +7,7 @@ import pytest
 
 from kvtuner_tools import cli
 from kvtuner_tools.calibration import option_checks
-from kvtuner_tools.calibration.options import STAGES, CalibrationOptions
+from kvtuner_tools.calibration.options import STAGES, CalibrationOptions, load_texts
 from kvtuner_tools.calibration.pipeline import Calibration
 from kvtuner_tools.processes import in_own_process
 from tests.helpers.tiny_model import make_tokenizer
@@ -86,3 +86,14 @@ def test_quick_sets_what_is_not_given_and_can_be_taken_back(calibrate, tmp_path,
     assert command.split()[5:] == ["--heldout-tokens", "2048", "--max-bits", "4.0", "--quick"]
     assert calibrate("--no-quick") == 0
     assert kept() == (False, None, 8192, 16384, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("positions", "long_window", "expected"), [(8192, 8192, 6144), (16384, 8192, 8192), (4096, 8192, 2048)]
+)
+def test_long_windows_are_multiples_of_the_others_so_that_all_is_as_asked(tmp_path, positions, long_window, expected):
+    (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "max_position_embeddings": positions}))
+    options = CalibrationOptions(model=str(tmp_path), window=2048, long_window=long_window)
+    texts = load_texts(options, make_tokenizer())
+    assert texts.heldout.tokens == 16384 and texts.heldout.identity["longest"] == expected
+    assert (texts.capture.tokens, texts.search.tokens) == (8192, 4096)
