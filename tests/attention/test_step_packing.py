@@ -168,6 +168,7 @@ def layer(monkeypatch, pair="K4V2", window=WINDOW, owner=None, **transforms):
     ids=str,
 )
 def test_layers_whose_tokens_wait(monkeypatch, settings, late):
+    monkeypatch.setenv("KVTUNER_CPU_KERNELS", "reference")  # compiled ones store at once
     made = layer(monkeypatch, **settings)
     assert (made._late is not None) == late
     if late:
