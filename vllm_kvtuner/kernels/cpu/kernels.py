@@ -25,15 +25,17 @@ from vllm_kvtuner.kernels.contract import (
 from vllm_kvtuner.kernels.cpu import build
 from vllm_kvtuner.kernels.cpu.arguments import ATTEND, CACHE, GATHER, LAYER, ROUNDING, STORE, TRANSFORMS
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
-from vllm_kvtuner.pages.codes import RANGE_FACTORS
+from vllm_kvtuner.pages.codes import RANGE_FACTORS, SymmetricCodes, UniformCodes, code_format
 from vllm_kvtuner.pages.feedback import RoundFeedback
-from vllm_kvtuner.pages.layout import FEEDBACK_BITS, META_BYTES, UNQUANTIZED, PrecisionPair
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS, UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the sources' Type."""
+KNOWN_FORMATS = (UniformCodes, SymmetricCodes)
+"""Classes of pages/codes.py that the sources know."""
 KNOWN_TRANSFORMS = {
     "key_offset",
     "rotary",
@@ -291,10 +293,9 @@ class CompiledKernels(ReferenceKernels):
 
 
 def serves(pages: Pages) -> bool:
-    """Whether the compiled operations know all that the pages are: codes of 2, 4 or 8 bits, scale and minimum in fp16,
-    and no transform that was added since."""
+    """Whether the compiled operations know all that the pages are: formats of codes, and no transform added since."""
     layout, transforms = pages.layout, pages.transforms
-    if layout.content_bytes != layout.head_size * (layout.k_bits + layout.v_bits) // 8 + 2 * META_BYTES:
+    if any(type(code_format(bits, layout.scale_bits)) not in KNOWN_FORMATS for bits in (layout.k_bits, layout.v_bits)):
         return False
     names = (field.name for field in dataclasses.fields(transforms))
     return not any(getattr(transforms, name) for name in names if name not in KNOWN_TRANSFORMS)
@@ -336,6 +337,7 @@ def _layer(pages: Pages) -> _Layer:
         v_codes=layout.v_codes_offset,
         k_meta=layout.k_meta_offset,
         v_meta=layout.v_meta_offset,
+        meta_bytes=layout.pair.meta_bytes,
     )
     kept: list[Any] = []
 
@@ -347,6 +349,12 @@ def _layer(pages: Pages) -> _Layer:
         return numbers.data_ptr()
 
     def rounding(bits: int, feedback: RoundFeedback | None) -> Any:
+        codes = code_format(bits, layout.scale_bits)
+        common = {
+            "bits": bits,
+            "levels": codes.levels,
+            "largest_scale": codes.largest_scale if isinstance(codes, SymmetricCodes) else 0,
+        }
         if feedback is not None and bits in FEEDBACK_BITS:
             ranges = feedback.range_factors[bits]
             return ROUNDING.structure(
@@ -354,14 +362,13 @@ def _layer(pages: Pages) -> _Layer:
                 columns=pointer(feedback.coefficients.mT),
                 weights=pointer(feedback.weights),
                 num_ranges=len(ranges),
-                bits=bits,
-                levels=2**bits - 1,
+                **common,
             )
         factors = RANGE_FACTORS if transforms.range_search and bits < 8 else (1.0,)
         ranges = torch.tensor(
-            [(factor / (2**bits - 1), 0.5 * (1.0 - factor)) for factor in factors], dtype=torch.float32
+            [(factor / codes.levels, 0.5 * (1.0 - factor)) for factor in factors], dtype=torch.float32
         )
-        return ROUNDING.structure(ranges=pointer(ranges), num_ranges=len(factors), bits=bits, levels=2**bits - 1)
+        return ROUNDING.structure(ranges=pointer(ranges), num_ranges=len(factors), **common)
 
     rotary = transforms.rotary if transforms.key_offset is not None else None
     arguments = LAYER.structure(

@@ -1,4 +1,4 @@
-// Rows of a cache: packed codes with a scale and a minimum (pages/layout.py), or numbers as they are.
+// Rows of a cache: packed codes with their meta (pages/codes.py), or numbers as they are.
 namespace {
 
 constexpr int PLAIN = 16;  // in place of the bits of a code: a row of the model's type
@@ -40,7 +40,18 @@ inline u8* chunk_of(const Cache& cache, i64 block, int head) {
   return static_cast<u8*>(cache.data) + block * cache.block_stride + head * cache.head_stride;
 }
 
-inline void read_meta(const u8* meta, float& scale, float& minimum) {
+constexpr int SHORT_META = 1;  // bytes of a row's meta where that is a scale of 8 bits alone
+
+// Of a scale of 8 bits: bits 14 to 7 of an fp16 number. The minimum follows from it, for levels about 0.
+inline float short_scale(int byte) { return from_half(u16(byte << 7)); }
+inline float short_minimum(float scale, int levels) { return scale * (-0.5f * float(levels)); }
+
+inline void read_meta(const u8* meta, int meta_bytes, int bits, float& scale, float& minimum) {
+  if (meta_bytes == SHORT_META) {
+    scale = short_scale(*meta);
+    minimum = short_minimum(scale, (1 << bits) - 1);
+    return;
+  }
   u16 pair[2];
   std::memcpy(pair, meta, 4);
   scale = from_half(pair[0]);
@@ -61,10 +72,10 @@ inline void read_rows(const Cache& cache, bool value, const u8* chunk, int offse
     return;
   }
   const u8* rows = chunk + (value ? cache.v_codes : cache.k_codes) + offset * (D * bits / 8);
-  const u8* meta = chunk + (value ? cache.v_meta : cache.k_meta) + offset * 4;
+  const u8* meta = chunk + (value ? cache.v_meta : cache.k_meta) + offset * cache.meta_bytes;
   for (int t = 0; t < count; ++t) {
     unpack(rows + t * (D * bits / 8), bits, codes + t * D);
-    read_meta(meta + t * 4, scale[t], minimum[t]);
+    read_meta(meta + t * cache.meta_bytes, cache.meta_bytes, bits, scale[t], minimum[t]);
   }
 }
 
