@@ -372,10 +372,10 @@ def test_a_file_goes_before_a_shipped_name(write, tmp_path, monkeypatch):
     assert load_profile("llama31_3.25bit").model is not None, "without suffix only the shipped one has that name"
 
 
-def test_unknown_name_lists_what_exists():
+def test_unknown_name_says_where_names_are_listed():
     (line,) = problems_of(load_profile, "lama31_3.25bit")
-    assert line.startswith("lama31_3.25bit: profile must be a file, a pair such as K8V4, or one of the shipped")
-    assert "mistral7b_3.19bit" in line
+    assert line.startswith("lama31_3.25bit: profile must be a file, a pair such as K8V4, or the name of a shipped")
+    assert "kvtuner profile list" in line
     assert line.endswith("but got no such file (did you mean 'llama31_3.25bit'?)")
 
 
