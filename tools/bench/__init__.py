@@ -22,7 +22,7 @@ BENCHMARKS = (
         "turns",
         "turns",
         "decode steps of engines on a CPU that take turns, as ratios",
-        "kvtuner bench turns --model MODEL --setting auto --setting kvtuner:K4V4",
+        "kvtuner bench turns MODEL --setting auto --setting kvtuner:K4V4",
     ),
     ("picture", "pictures", "draw a result of kernel or serve", "kvtuner bench picture serve.json serve.png"),
 )

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.arguments import parse_memory
 from kvtuner_tools.bench.points import Point
 from kvtuner_tools.cache_setting import CacheSetting, profile_sha256
 from kvtuner_tools.engines.turns import CLOCKS, TurnsJob, start, stop, turn
@@ -24,26 +25,34 @@ SCHEMA = "kvtuner-bench-turns/1"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``kvtuner bench turns``."""
-    parser.add_argument("--model", type=Path, required=True, help="folder with config.json")
-    parser.add_argument(
+    parser.add_argument("model", type=Path, metavar="MODEL", help="folder with config.json")
+    measured = parser.add_argument_group("what is measured")
+    measured.add_argument(
         "--setting",
         action="append",
         required=True,
         type=CacheSetting.parse,
         help="auto, or kvtuner:PROFILE; the others are compared with the first; repeat",
     )
-    parser.add_argument(
-        "--points", default="1x128,16x128,1x1024,16x1024", help="BATCHxCONTEXT,... (default %(default)s)"
+    measured.add_argument(
+        "--points", default="1x128,16x128,1x1024,16x1024", help="BATCHxCONTEXT,... (default: %(default)s)"
     )
-    parser.add_argument(
-        "--rounds", type=int, default=5, help="turns of each engine at each point (default %(default)s)"
+    measured.add_argument(
+        "--rounds", type=int, default=5, help="turns of each engine at each point (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=16, help="decode steps of a turn (default %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="of the models (default %(default)s)")
-    parser.add_argument("--threads", type=int, help="of OpenMP in each engine (default: vLLM's choice)")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="default %(default)s")
-    parser.add_argument("--kv-memory", type=float, default=1.0, help="GiB of each KV cache (default %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the result here as JSON")
+    measured.add_argument("--steps", type=int, default=16, help="decode steps of a turn (default: %(default)s)")
+    measured.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="of a turn (default: %(default)s)")
+    measured.add_argument("--out", type=Path, metavar="FILE", help="JSON file to write")
+    engine = parser.add_argument_group("engine")
+    engine.add_argument("--dtype", default="float32", help="of the models (default: %(default)s)")
+    engine.add_argument("--threads", type=int, help="of OpenMP in each engine (default: vLLM's choice)")
+    engine.add_argument(
+        "--kv-cache-memory-bytes",
+        type=parse_memory,
+        default="1GiB",
+        metavar="MEMORY",
+        help="of each engine's KV cache (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     processes = {setting: OwnProcess() for setting in args.setting}
     try:
         for setting, process in processes.items():
-            memory = int(args.kv_memory * (1 << 30))
+            memory = args.kv_cache_memory_bytes
             job = TurnsJob(args.model, setting, args.dtype, args.threads, points, args.steps, memory)
             process.run(start, job)
         for number in range(args.rounds + 1):

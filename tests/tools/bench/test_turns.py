@@ -15,7 +15,7 @@ from tests.helpers.tiny_model import make_tiny_model
 def parse(*words: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    return parser.parse_args(["turns", "--model", "model", *words])
+    return parser.parse_args(["turns", "model", *words])
 
 
 def test_ratios_are_of_the_same_round():
@@ -65,7 +65,7 @@ def test_a_gpu_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_engines_take_turns(tmp_path, capsys):
     model, out = make_tiny_model(tmp_path), tmp_path / "turns.json"
-    words = ["--points=2x40", "--rounds=2", "--steps=2", "--threads=1", "--clock=cpu", "--kv-memory=0.03"]
+    words = ["--points=2x40", "--rounds=2", "--steps=2", "--threads=1", "--clock=cpu", "--kv-cache-memory-bytes=32MiB"]
     args = parse("--setting=auto", "--setting=kvtuner:K4V4", *words, f"--out={out}")
     args.model = model
     assert args.run_benchmark(args) == 0
