@@ -65,6 +65,8 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> KVTunerMetadata:
         common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError("attention over packed pages must be causal, but vLLM asks for other attention")
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.decode_query_len
         )

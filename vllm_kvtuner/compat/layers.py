@@ -15,6 +15,7 @@ from vllm_kvtuner.attention.backend import backend_for
 from vllm_kvtuner.attention.impl import LayerSettings
 from vllm_kvtuner.attention.window_cache import give_window
 from vllm_kvtuner.compat.patching import after
+from vllm_kvtuner.engine.causality import own_way_of_attending
 from vllm_kvtuner.engine.config import (
     BACKEND_NAME,
     is_calibration,
@@ -57,6 +58,7 @@ def give_layers_their_backend() -> None:
                 kwargs["cache_config"] = copy.copy(kwargs["cache_config"])
                 kwargs["cache_config"].cache_dtype = "auto"
             return original(self, *args, **kwargs)
+        _refuse_own_way(self, name, kwargs.get("attn_backend"))
         resolved = resolved_profile(config)
         kwargs["attn_backend"] = backend_for(
             precision.pair, needs_packed_blocks(config, resolved), is_calibration(config), precision.recent
@@ -67,6 +69,14 @@ def give_layers_their_backend() -> None:
             give_window(self, precision.recent, kwargs.get("kv_sharing_target_layer_name"))
 
     Attention.__init__ = init
+
+
+def _refuse_own_way(layer: Attention, name: str, backend: type | None) -> None:
+    """Raise ValueError for a layer of a kind that :func:`own_way_of_attending` refuses."""
+    kind = type(layer)
+    own_spec = kind.get_kv_cache_spec is not Attention.get_kv_cache_spec
+    if refusal := own_way_of_attending(name, kind.__name__, getattr(backend, "__name__", None), own_spec):
+        raise ValueError(refusal)
 
 
 def _builds_draft_model() -> bool:

@@ -10,6 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner import envs
+from vllm_kvtuner.engine.causality import causality
 from vllm_kvtuner.engine.config import (
     ATTEND_KEY,
     AUTO_KEY,
@@ -161,12 +162,7 @@ def settings(config: VllmConfig) -> tuple[str, ...]:
             f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph "
             f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
         )
-    problems += speculation(config) + mamba2_on_cpu(config)
-    if config.model_config.is_mm_prefix_lm:
-        problems.append(
-            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
-            "other in both directions; serve its text part alone (--language-model-only)"
-        )
+    problems += speculation(config) + mamba2_on_cpu(config) + causality(config)
     return tuple(problems)
 
 

@@ -1,0 +1,59 @@
+"""Refuse attention that is not causal in a way that packed pages do not serve, before any weight is loaded.
+
+Packed pages are attended to causally, within a sliding window where the layer has one. Some of a model's configuration
+says that it attends otherwise, and some only the kind of its layers does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def causality(config: VllmConfig) -> list[str]:
+    """What a configuration says of attention that is not causal, each problem in one line."""
+    model, problems = config.model_config, []
+    if model.is_mm_prefix_lm:
+        problems.append(
+            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
+            "other in both directions; serve its text part alone (--language-model-only)"
+        )
+    if config.attention_config.use_non_causal:
+        problems.append(
+            "attention must be causal for all requests of a batch with --kv-cache-dtype kvtuner, but got "
+            f"attention_config.use_non_causal=True, which {model.model} needs or an argument asks for"
+        )
+    if config.diffusion_config is not None:
+        problems.append(
+            "tokens must be generated one after the other with --kv-cache-dtype kvtuner, but got a diffusion_config, "
+            f"under which {model.model} attends causally in one step and in both directions in another"
+        )
+    if model.rswa_window is not None:
+        problems.append(
+            "a sliding window must slide over prompts too with --kv-cache-dtype kvtuner, but got "
+            f"rswa_window={model.rswa_window} of {model.model}, whose prompts stay visible"
+        )
+    return problems
+
+
+def own_way_of_attending(layer: str, kind: str, backend: str | None, own_spec: bool) -> str | None:
+    """Why a layer that a profile quantizes cannot be served, or None: its kind attends or caches in a way of its own.
+
+    Chunked local attention, prefix language models and layers with learned sink tokens hand vLLM a backend made for
+    them; what takes its place would attend causally to all tokens, and say nothing.
+
+    Args:
+        layer: its name.
+        kind: name of its class.
+        backend: name of the class of the backend that it brings, None where vLLM is to choose.
+        own_spec: the class says itself how its tokens are cached.
+    """
+    if backend is None and not own_spec:
+        return None
+    got = f"the backend {backend}" if backend is not None else "a cache of its own kind"
+    return (
+        f"{layer}: a layer of --kv-cache-dtype kvtuner must leave masks and cache to its backend, but got {kind}, "
+        f"which brings {got}"
+    )
