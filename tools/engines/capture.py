@@ -175,14 +175,14 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
         if id(layer) not in names or not hasattr(layer, "num_kv_heads"):  # not an attention layer with a cache
             continue
         index = extract_layer_index(name)
-        rotary, problem = None, job.shape.offset_unsupported
+        rotary, problem = None, None
         try:
             parent = modules[names[id(layer)].rpartition(".")[0]]
             table = layer_rotary(parent, config, index)
-            if problem is None and table is not None:
+            if table is not None:
                 rotary = _number(tables, table)
         except ValueError as error:
-            problem = problem or str(error)
+            problem = str(error)
         layers[index] = CapturedLayer(
             index=index,
             num_heads=layer.num_heads,

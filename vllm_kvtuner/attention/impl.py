@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 
 from vllm_kvtuner import envs
-from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of
+from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of, step_positions
 from vllm_kvtuner.attention.prefill import Flash, GpuPrefill, Prefill, Prefills, ReferencePrefill, WorkspaceShape
 from vllm_kvtuner.attention.prefill_plan import workspace_rows
 from vllm_kvtuner.attention.step_packing import StepPacking, step_packing
@@ -287,7 +287,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         assert not self.needs_model, "transforms are complete when the model is loaded"
         positions = None
         if self.transforms.key_offset is not None:
-            positions = metadata_of(layer.layer_name).positions
+            positions = step_positions(metadata_of(layer.layer_name), self.transforms)
         rows = None
         if (window := self.served.window) is not None:
             window.store(key, value, positions, self.transforms)

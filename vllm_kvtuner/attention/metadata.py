@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_kvtuner.attention.prefill_plan import PrefillPlan
 from vllm_kvtuner.kernels.contract import Queries
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 
 @dataclass
@@ -24,7 +25,7 @@ class KVTunerMetadata(AttentionMetadata):
         query_start_loc: [num_reqs + 1] int32.
         seq_lens: [num_reqs] int32, tokens in the cache after this step.
         block_table: [num_reqs, max_blocks] int32.
-        positions: [num_tokens] int64 positions of the batch's tokens.
+        positions: [num_tokens] int64, places of the batch's tokens in their requests.
         prefill: how the other requests are served, or None if there are none.
     """
 
@@ -45,6 +46,14 @@ class KVTunerMetadata(AttentionMetadata):
         reqs = self.num_decodes
         starts = self.query_start_loc[: reqs + 1]
         return Queries(self.block_table[:reqs], self.seq_lens[:reqs], starts, self.max_decode_query_len)
+
+
+def step_positions(metadata: KVTunerMetadata, transforms: LayerTransforms) -> torch.Tensor | None:
+    """Positions of the batch's tokens as a layer's store takes them; None without a key offset."""
+    if transforms.key_offset is None:
+        return None
+    several = transforms.positions
+    return metadata.positions if several is None else several.step
 
 
 def metadata_of(layer_name: str) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from vllm_kvtuner.attention.metadata import KVTunerMetadata
+from vllm_kvtuner.attention.metadata import KVTunerMetadata, step_positions
 from vllm_kvtuner.attention.prefill_plan import CacheSlice, PrefillPlan
 from vllm_kvtuner.attention.segments import count_sinks, merged
 from vllm_kvtuner.attention.window_kernels import LayerWindow
@@ -306,8 +306,8 @@ class ReferencePrefill:
         assert self.window is not None
         window = self.window.cache.window
         if self.attend_cached and window.pair.is_quantized:
-            positions = batch.metadata.positions
-            positions = None if positions is None else positions[prompt.rows]
+            positions = step_positions(batch.metadata, batch.pages.transforms)
+            positions = None if positions is None else positions[..., prompt.rows]
             fresh = read_back_ref(fresh[0], fresh[1], positions, window.pair, batch.pages.transforms)
         context = prompt.length - prompt.num_queries
         begin = max(0, context - window.tokens + 1)

@@ -23,6 +23,7 @@ from vllm_kvtuner.engine.config import (
     needs_packed_blocks,
     resolved_profile,
 )
+from vllm_kvtuner.engine.mrope import unserved_positions
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
@@ -63,7 +64,7 @@ def check_config(config: VllmConfig) -> None:
         raise ProfileError(problems)
     look_for(config)
     resolved = _resolved(config)
-    problems = draft_model(config, resolved) + captured_stores(config, resolved)
+    problems = draft_model(config, resolved) + captured_stores(config, resolved) + unserved_positions(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
