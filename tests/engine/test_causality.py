@@ -8,9 +8,13 @@ from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
 from vllm_kvtuner.compat import layers
-from vllm_kvtuner.engine.causality import causality
+from vllm_kvtuner.engine.causality import causality, pictures_read_back
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.plugin import register
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.profile import Profile
+
+RULE = "p: attend_cached_prefill must be false"
 
 
 def config(**changes):
@@ -18,7 +22,10 @@ def config(**changes):
     model |= {key: changes.pop(key) for key in list(changes) if key in model}
     attention = SimpleNamespace(use_non_causal=changes.pop("use_non_causal", False))
     return SimpleNamespace(
-        model_config=SimpleNamespace(**model), attention_config=attention, diffusion_config=None, **changes
+        model_config=SimpleNamespace(**model),
+        attention_config=attention,
+        diffusion_config=None,
+        speculative_config=changes.pop("speculative_config", None),
     )
 
 
@@ -29,15 +36,27 @@ def test_causal_models_pass():
 @pytest.mark.parametrize(
     ("changes", "got"),
     [
-        ({"is_mm_prefix_lm": True}, "image tokens attend"),
         ({"use_non_causal": True}, "use_non_causal=True, which toy needs"),
         ({"rswa_window": 512}, "rswa_window=512 of toy"),
     ],
-    ids=["image tokens", "per request", "prompts that stay visible"],
+    ids=["per request", "prompts that stay visible"],
 )
 def test_configurations_that_are_refused(changes, got):
     (problem,) = causality(config(**changes))
     assert " must " in problem and got in problem.partition(", but got ")[2]
+
+
+def test_pictures_that_attend_in_both_directions():
+    """Served, but not by verifications, which are decodes of several tokens, nor read back."""
+    pictures = config(is_mm_prefix_lm=True)
+    assert causality(pictures) == []
+    (problem,) = causality(config(is_mm_prefix_lm=True, speculative_config=SimpleNamespace(method="ngram")))
+    assert problem.endswith("but got toy with ngram")
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),))
+    for attend in (False, True):
+        resolved = Profile("p", None, PrecisionPair(8, 8), attend_cached_prefill=attend).resolve(shape)
+        assert [line[: len(RULE)] for line in pictures_read_back(pictures, resolved)] == [RULE] * attend
+        assert pictures_read_back(config(), resolved) == ()
 
 
 def test_diffusion_is_refused():

@@ -8,13 +8,23 @@ import importlib.util
 import json
 import sys
 import types
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
-from tests.helpers.tiny_model import WEIGHT_STD, make_tokenizer
+from tests.helpers.tiny_model import SLIDING_WINDOW, WEIGHT_STD, make_tokenizer
 
 PICTURE = (263, 265, 264)
 """Tokens of a prompt that a picture takes the place of: its begin, itself, its end."""
@@ -53,12 +63,74 @@ def make_qwen2_5_vl(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int
     return _save(model, folder, dtype, "Qwen2VLImageProcessor", min_pixels=28 * 28, max_pixels=1 << 18)
 
 
+GEMMA_PICTURE = (263,)
+"""Token of a prompt that a picture takes the place of."""
+GEMMA_PICTURE_TOKENS = 16
+"""Tokens of a picture of Gemma's, whatever its size."""
+GEMMA_EXPANDED = (268, 263, *[265] * GEMMA_PICTURE_TOKENS, 264, 268)
+"""What a picture's token becomes: an empty line, its begin, the picture, its end, and another empty line."""
+
+
+def make_gemma3_vision(folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """Write a random Gemma 3 that takes pictures into ``folder`` and return the folder; every second layer slides."""
+    layers, heads, kv_heads, size = 4, 4, 2, 64
+    text = dict(
+        num_hidden_layers=layers, hidden_size=heads * size, intermediate_size=512, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, head_dim=size, vocab_size=512, max_position_embeddings=4096,
+        initializer_range=WEIGHT_STD, bos_token_id=256, eos_token_id=257, pad_token_id=258,
+        sliding_window=SLIDING_WINDOW, query_pre_attn_scalar=size,
+        layer_types=["full_attention" if index % 2 else "sliding_attention" for index in range(layers)],
+    )  # fmt: skip
+    vision = dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    begin, end, picture = 263, 264, 265
+    torch.manual_seed(seed)
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            text_config=text, vision_config=vision, mm_tokens_per_image=GEMMA_PICTURE_TOKENS, boi_token_index=begin,
+            eoi_token_index=end, image_token_index=picture, initializer_range=WEIGHT_STD,
+        )
+    )  # fmt: skip
+    with torch.no_grad():
+        model.model.multi_modal_projector.mm_input_projection_weight.normal_(std=4 * WEIGHT_STD)
+    return _save(model, folder, dtype, "Gemma3ImageProcessor", size={"height": 56, "width": 56})
+
+
+def gemma3_logprobs(folder: Path, tokens: Sequence[int], pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Log-probabilities [tokens, vocabulary] of transformers' own Gemma 3, in fp32.
+
+    Args:
+        folder: as :func:`make_gemma3_vision` wrote it.
+        tokens: pictures as GEMMA_EXPANDED.
+        pictures: in the order of their tokens.
+    """
+    model = Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    processor = AutoImageProcessor.from_pretrained(folder)
+    pixels = processor(images=[Image.fromarray(each) for each in pictures], return_tensors="pt")["pixel_values"]
+    ids = torch.tensor([list(tokens)])
+    inputs = {"input_ids": ids, "pixel_values": pixels, "token_type_ids": (ids == model.config.image_token_id).long()}
+    with torch.inference_mode():
+        return model.eval()(**inputs).logits[0].double().log_softmax(-1).float().numpy()
+
+
 def _save(model: PreTrainedModel, folder: Path, dtype: torch.dtype, processor: str, **settings: object) -> Path:
     model.to(dtype).save_pretrained(folder)
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(_TOKENS)})
+    tokenizer.add_tokens(["\n" * count for count in range(1, 5)])  # which vLLM looks for around Gemma's pictures
     tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    names = ("boi_token", "eoi_token", "image_token", "video_token")
+    config["extra_special_tokens"] = dict(zip(names, _TOKENS, strict=True))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": processor, **settings}))
+    if isinstance(model, Gemma3ForConditionalGeneration):
+        # As released checkpoints have it; what transformers writes today, vLLM does not read.
+        weights = load_file(folder / "model.safetensors")
+        named = {name.replace("vision_tower.", "vision_tower.vision_model."): each for name, each in weights.items()}
+        save_file(named, folder / "model.safetensors", {"format": "pt"})
+        (folder / "processor_config.json").write_text(json.dumps({"image_seq_length": GEMMA_PICTURE_TOKENS}))
     return folder
 
 

@@ -323,7 +323,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if attn_metadata.num_decodes:
             self._decode(query, pages, attn_metadata, output)
         if attn_metadata.prefill is not None:
-            self.served.prefill(Prefills(query, key, value, pages, attn_metadata), output)
+            clamped = getattr(layer, "mm_prefix_clamp_sliding_window", False)
+            self.served.prefill(Prefills(query, key, value, pages, attn_metadata, clamped), output)
         if self._late is not None and self._window_holds_step():
             name, packing, kernels = self._late
             if rows := packing.attended(name):

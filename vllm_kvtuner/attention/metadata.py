@@ -8,6 +8,7 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata
 
+from vllm_kvtuner.attention.both_ways import BothWays
 from vllm_kvtuner.attention.prefill_plan import PrefillPlan
 from vllm_kvtuner.kernels.contract import Queries
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -27,6 +28,8 @@ class KVTunerMetadata(AttentionMetadata):
         block_table: [num_reqs, max_blocks] int32.
         positions: [num_tokens] int64, places of the batch's tokens in their requests.
         prefill: how the other requests are served, or None if there are none.
+        mm_prefix_range: tokens of the prefills that attend in both directions, or None. The name is vLLM's, whose
+            Gemma 4 takes it away from layers that are causal all the same.
     """
 
     num_actual_tokens: int
@@ -38,6 +41,7 @@ class KVTunerMetadata(AttentionMetadata):
     block_table: torch.Tensor
     positions: torch.Tensor | None
     prefill: PrefillPlan | None
+    mm_prefix_range: BothWays | None = None
 
     @functools.cached_property
     def decodes(self) -> Queries:

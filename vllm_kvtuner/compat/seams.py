@@ -139,6 +139,14 @@ _LAYERS = (
         "engine.mrope.MRope", attributes=("rope_state",),
     ),
     Seam(
+        "what a batch's attention is", "vllm.v1.attention.backend:CommonAttentionMetadata",
+        "attention.backend.KVTunerMetadataBuilder", attributes=("causal", "mm_req_doc_ranges", "positions"),
+    ),
+    Seam(
+        "pictures in one step", "vllm.config:SchedulerConfig", "engine.checks.check_config",
+        attributes=("disable_chunked_mm_input",),
+    ),
+    Seam(
         "what is not causal", "vllm.config:ModelConfig", "engine.causality.causality",
         attributes=("is_mm_prefix_lm", "rswa_window"),
     ),

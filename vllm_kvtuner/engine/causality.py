@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from vllm_kvtuner.profile.profile import ResolvedProfile
+
 
 def causality(config: VllmConfig) -> list[str]:
     """What a configuration says of attention that is not causal, each problem in one line."""
     model, problems = config.model_config, []
-    if model.is_mm_prefix_lm:
+    if model.is_mm_prefix_lm and config.speculative_config is not None:
         problems.append(
-            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
-            "other in both directions; serve its text part alone (--language-model-only)"
+            "speculative decoding must be left out with --kv-cache-dtype kvtuner, or the engine serve text alone "
+            f"(--language-model-only), where pictures attend in both directions, but got {model.model} with "
+            f"{config.speculative_config.method}"
         )
     if config.attention_config.use_non_causal:
         problems.append(
@@ -36,6 +39,17 @@ def causality(config: VllmConfig) -> list[str]:
             f"rswa_window={model.rswa_window} of {model.model}, whose prompts stay visible"
         )
     return problems
+
+
+def pictures_read_back(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """Prefill that reads back what it stored does so causally."""
+    if not config.model_config.is_mm_prefix_lm or not resolved.attend_cached_prefill:
+        return ()
+    source = resolved.profile.source or resolved.profile.name
+    return (
+        f"{source}: attend_cached_prefill must be false or the engine serve text alone (--language-model-only) where "
+        f"pictures attend in both directions, but got true for {config.model_config.model}",
+    )
 
 
 def own_way_of_attending(layer: str, kind: str, backend: str | None, own_spec: bool) -> str | None:

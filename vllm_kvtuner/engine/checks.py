@@ -10,7 +10,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner import envs
-from vllm_kvtuner.engine.causality import causality
+from vllm_kvtuner.engine.causality import causality, pictures_read_back
 from vllm_kvtuner.engine.config import (
     ATTEND_KEY,
     AUTO_KEY,
@@ -64,12 +64,16 @@ def check_config(config: VllmConfig) -> None:
         raise ProfileError(problems)
     look_for(config)
     resolved = _resolved(config)
-    problems = draft_model(config, resolved) + captured_stores(config, resolved) + unserved_positions(config, resolved)
+    problems = draft_model(config, resolved) + captured_stores(config, resolved)
+    problems += unserved_positions(config, resolved) + pictures_read_back(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
+    if config.model_config.is_mm_prefix_lm:
+        # Pictures that attend in both directions are computed in one step. On a GPU vLLM says so itself.
+        config.scheduler_config.disable_chunked_mm_input = True
 
 
 def _resolved(config: VllmConfig) -> ResolvedProfile:
