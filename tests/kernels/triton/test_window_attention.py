@@ -67,7 +67,7 @@ def test_limits(window_tokens, sink_tokens, sliding_window, soft_cap, query_lens
 
 
 @pytest.mark.quick(2)
-@pytest.mark.parametrize("head_size", [64, 96, 128, 256])
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256, 512])
 @pytest.mark.parametrize("group", [1, 8, 40])
 def test_shapes(head_size, group, device):
     case = Case(24, 4, QUERY_LENS, device, torch.float16, head_size, group)
