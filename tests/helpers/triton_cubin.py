@@ -23,7 +23,13 @@ from triton.runtime.jit import JITFunction
 from tests.helpers.cubin import instructions, resource_usage
 from tests.helpers.paged_cache import make_layout, random_cache, random_transforms, rotary_table
 from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, Launch, Span, WindowRows
-from vllm_kvtuner.kernels.triton import gather_cache, paged_attention, reshape_and_cache, window_attention
+from vllm_kvtuner.kernels.triton import (
+    gather_cache,
+    paged_attention,
+    prompt_attention,
+    reshape_and_cache,
+    window_attention,
+)
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 KV_HEADS, GROUP = 2, 8
@@ -97,6 +103,8 @@ def _launch_all(layout: Any, transforms: LayerTransforms) -> None:
         span = Span(None, 64, 4)
         paged_attention.paged_attention(query, queries, pages, shape, span, output, lse, launch=launch)
         window_attention.window_attention(query, queries, rows, shape, span, output, lse, launch=Launch())
+    prompts = prompt_attention.Prompts(ends, ends, 1)
+    prompt_attention.prompt_attention(query, key, value, prompts, shape, causal=True)
 
 
 def main(arch: str, head_size: str, pair: str, wanted: str) -> None:

@@ -149,8 +149,8 @@ def _wanted(rows: int, needs: Needs, card: Multiprocessor) -> DecodeConfig | Non
 
 
 def _takes_teams(layout: PageLayout, card: Multiprocessor) -> bool:
-    """Each warp of a team has a fourth of a stage's tokens, and of a value's dimensions: tiles of 16, whose codes are all
-    those of whole bytes, or a part of one's."""
+    """Each warp of a team has a fourth of a stage's tokens, and of a value's dimensions: tiles of 16, whose codes are
+    all those of whole bytes, or a part of one's."""
     whole = layout.block_size % TEAM_STAGE_TOKENS == 0 or TEAM_STAGE_TOKENS % layout.block_size == 0
     tiles, codes = layout.head_size // (16 * TEAM_WARPS), 8 // layout.v_bits
     even = layout.head_size % (16 * TEAM_WARPS) == 0 and (tiles % codes == 0 or codes % tiles == 0)
