@@ -11,7 +11,7 @@ SHARED_BYTES_OF_A_CTA = 99 << 10
 @pytest.mark.slow
 def test_kernels_of_large_heads_fit_any_card_without_warp_group_products():
     """All transforms and 8-bit codes take the most; window_attention.py says what is wrong with such products."""
-    kernels = ["gather_cache", "attend", "combine", "window_attention", "prompt_attention"]
+    kernels = ["gather_cache", "attend", "window_attention", "prompt_attention"]
     names = [f"_{name}_kernel" for name in kernels]
     compiled = compile_kernels("sm_90", 512, "K8V8", names)
     assert {each.kernel for each in compiled} == set(names)

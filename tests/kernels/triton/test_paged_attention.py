@@ -149,7 +149,7 @@ def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, 
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize(("pair", "head_size"), [("K2V2S8", 112), ("K4V8", 192), ("K8V4", 512)])
+@pytest.mark.parametrize(("pair", "head_size"), [("K2V2S8", 112), ("K8V4", 512)])
 def test_spans_of_heads_of_other_sizes(pair, head_size, device):
     """A sliding window, tokens that other segments serve, and a cap, of several query tokens."""
     cache, query_lens = random_cache(make_layout(pair, head_size, 48), [70, 1, 97], 1, device), [3, 1, 1]
