@@ -9,11 +9,11 @@ import triton
 import triton.language as tl
 
 from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_padded
-from vllm_kvtuner.pages.codes import largest_scale
+from vllm_kvtuner.pages import codes as page_codes
 
-# Bytes of the largest scales of 8 bits, by the codes' bits. Of functions, a kernel may call those of Triton alone.
-LARGEST_SCALE_2 = tl.constexpr(largest_scale(2))
-LARGEST_SCALE_4 = tl.constexpr(largest_scale(4))
+LARGEST_SCALE_2 = tl.constexpr(page_codes.largest_scale(2))
+LARGEST_SCALE_4 = tl.constexpr(page_codes.largest_scale(4))
+"""Bytes of the largest scales of 8 bits. Compiled code calls no function but Triton's, so they are numbers here."""
 
 
 @triton.jit
@@ -112,7 +112,8 @@ def shrunk_range(low, high, stretch, shift, BITS: tl.constexpr, SCALE_BITS: tl.c
         span = 1.875 * tl.maximum(-low, high)  # SYMMETRIC_RANGE
         word = tl.minimum(span * stretch, FP16_MAX).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         word &= 0x7FFF  # of zeros the largest magnitude may be -0
-        scale = scale_of_byte(tl.minimum((word + 64) >> 7, LARGEST_SCALE_2 if BITS == 2 else LARGEST_SCALE_4))
+        largest: tl.constexpr = LARGEST_SCALE_2 if BITS == 2 else LARGEST_SCALE_4
+        scale = scale_of_byte(tl.minimum((word + 64) >> 7, largest))
         return scale, (scale.to(tl.float32) * (-0.5 * ((1 << BITS) - 1))).to(tl.float16)
     else:
         scale = tl.minimum((high - low) * stretch, FP16_MAX)
