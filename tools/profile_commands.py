@@ -13,6 +13,7 @@ from kvtuner_tools.model_files import load_model_shape
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.load import AUTO, load_profile, shipped_profiles
+from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import FROM_WEIGHTS, Profile, RecentWindow, ResolvedProfile, TransformSettings
@@ -22,7 +23,7 @@ SCHEMA = {
     "show": "kvtuner-profile/1",
     "check": "kvtuner-profile-check/1",
     "list": "kvtuner-profile-list/1",
-    "resolve": "kvtuner-resolution/1",
+    "resolve": "kvtuner-resolution/2",
 }
 """Of each action's JSON."""
 SCORES = {
@@ -56,7 +57,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     resolving = actions.add_parser("resolve", help="say what auto means for a model, and why it is no other profile")
     resolving.add_argument("model", metavar="MODEL", help="folder or id of the model")
-    resolving.add_argument("--profile", metavar="SPEC", default=AUTO, help="auto or auto:BITS (default: %(default)s)")
+    resolving.add_argument(
+        "--profile",
+        metavar="SPEC",
+        default=AUTO,
+        help="auto, auto:BITS, or by need auto:fit=CONTEXTxREQUESTS with --memory (default: %(default)s)",
+    )
+    resolving.add_argument("--memory", type=parse_memory, help="KV cache memory, such as 20GiB, for a budget by need")
+    resolving.add_argument("--revision", help="of the model on the hub")
     listing = actions.add_parser("list", help="list the shipped profiles")
     for action in (show, check, resolving, listing):
         action.add_argument("--json", action="store_true", help="print JSON")
@@ -70,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     if args.action == "list":
         return _list(args.json)
     if args.action == "resolve":
-        return _resolve(args.model, args.profile, args.json)
+        return _resolve(args)
     if args.action == "show":
         summary = _summarize(args.profiles[0], args.model, args.memory)
         print(json.dumps({"schema": SCHEMA["show"], **summary}, indent=2) if args.json else _format(summary))
@@ -96,11 +104,13 @@ def _check(args: argparse.Namespace) -> int:
     return status
 
 
-def _resolve(model: str, spec: str, as_json: bool) -> int:
+def _resolve(args: argparse.Namespace) -> int:
+    spec = args.profile
     if not is_auto(spec):
         raise ProfileError([f"{spec}: --profile must be {AUTO} or {AUTO}:BITS, which mean something to be looked for"])
-    found = resolve_auto(spec, model, load_model_shape(model))
-    if as_json:
+    files = ModelFiles(args.model, args.revision)
+    found = resolve_auto(spec, files, load_model_shape(args.model), args.memory)
+    if args.json:
         print(json.dumps({"schema": SCHEMA["resolve"], **dataclasses.asdict(found)}, indent=2))
         return 0
     print(f"{found.asked} -> {found.chosen.spec} ({found.chosen.source}), {found.chosen.stored_bits:.3f} stored bits")
@@ -211,7 +221,7 @@ def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, R
     """
     shape = None if model is None else load_model_shape(model)
     if shape is not None and model is not None and is_auto(spec):
-        spec = resolve_auto(spec, model, shape).chosen.spec
+        spec = resolve_auto(spec, ModelFiles(model), shape).chosen.spec
     profile = load_profile(spec)
     shape = shape or profile.model
     resolved = None if shape is None else profile.resolve(shape)

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kvtuner_tools.results import write_bytes
 from vllm_kvtuner import __version__
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.problems import format_layers
 from vllm_kvtuner.profile.profile import SCHEMA_VERSION, RecentWindow, TransformSettings
 
@@ -53,6 +55,8 @@ def write_profiles(
         ProfileError: a profile would not load; it was not written then.
     """
     verdict = judge(heldout, result.max_bits)
+    if weights := ModelFiles(table.model["name"]).weights:
+        table = replace(table, model={**table.model, "weights": weights})
     settings = {PROFILE_FILE: heldout.chosen}
     if (rival := heldout.rival(result.max_bits)) is not None:
         settings[uniform_file(rival)] = rival
