@@ -1,15 +1,17 @@
-"""``kvtuner profile show|check|resolve|list``: what a profile stores, whether it is right, what auto means for a model,
-and which ones are shipped."""
+"""``kvtuner profile show|check|resolve|list|upload|download``: what a profile stores, whether it is right, what auto
+means for a model, which ones are shipped, and profiles on the hub."""
 
 import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, set_example
 from kvtuner_tools.model_files import load_model_shape
+from kvtuner_tools.profile_sharing import download, upload
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.load import AUTO, load_profile, shipped_profiles
@@ -66,12 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     resolving.add_argument("--memory", type=parse_memory, help="KV cache memory, such as 20GiB, for a budget by need")
     resolving.add_argument("--revision", help="of the model on the hub")
     listing = actions.add_parser("list", help="list the shipped profiles")
+    uploading = actions.add_parser("upload", help="put a profile into a repository of the Hugging Face hub")
+    uploading.add_argument("source", metavar="PATH", type=Path, help="profile, or a calibration's output folder")
+    uploading.add_argument("repo", metavar="ORG/REPO", help="repository; made if it is not there")
+    uploading.add_argument("--revision", metavar="BRANCH", help="branch to put it on (default: the main one)")
+    uploading.add_argument("--private", action="store_true", help="make a private repository, where one is made")
+    downloading = actions.add_parser("download", help="bring a repository's profiles here, with their statics")
+    downloading.add_argument("spec", metavar="ORG/REPO[@REVISION][/FILE.yaml]", help="repository, or one file of it")
+    downloading.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to put them into")
     for action in (show, check, resolving, listing):
         action.add_argument("--json", action="store_true", help="print JSON")
     set_example(show, "kvtuner profile show K8V4 --model Qwen/Qwen3-8B --memory 20GiB")
     set_example(check, "kvtuner profile check mine.yaml --model Qwen/Qwen3-8B")
     set_example(resolving, "kvtuner profile resolve Qwen/Qwen3-8B --profile auto:3.5")
     set_example(listing, "kvtuner profile list --json")
+    set_example(uploading, "kvtuner profile upload calibration/ org/Qwen3-8B-kvtuner")
+    set_example(downloading, "kvtuner profile download org/Qwen3-8B-kvtuner --out profiles/")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -79,6 +91,12 @@ def run(args: argparse.Namespace) -> int:
         return _list(args.json)
     if args.action == "resolve":
         return _resolve(args)
+    if args.action == "upload":
+        print(*upload(args.source, args.repo, private=args.private, revision=args.revision), sep="\n")
+        return 0
+    if args.action == "download":
+        print(*download(args.spec, args.out), sep="\n")
+        return 0
     if args.action == "show":
         summary = _summarize(args.profiles[0], args.model, args.memory)
         print(json.dumps({"schema": SCHEMA["show"], **summary}, indent=2) if args.json else _format(summary))

@@ -7,7 +7,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import pytest
+from huggingface_hub import constants
 
 Files = dict[str, bytes]
 
@@ -46,6 +50,14 @@ class Hub:
         return name, self.commits[repo][int(name) - 1]
 
 
+def lead_to(hub: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let this process's huggingface_hub ask that server, and keep what it brings in a folder."""
+    monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+
+
 @contextmanager
 def running_hub() -> Iterator[Hub]:
     """Serve a hub until the block ends."""
@@ -72,8 +84,13 @@ def running_hub() -> Iterator[Hub]:
                 repo = "/".join(filter(None, (made.get("organization"), made["name"])))
                 hub.commits.setdefault(repo, [{}])
                 self._json({"url": f"{hub.address}/{repo}", "id": repo})
+            elif path == "/api/validate-yaml":  # of a model card's head
+                self._json({"errors": [], "warnings": []})
             elif "/preupload/" in path:
-                files = [{"path": each["path"], "uploadMode": "regular"} for each in json.loads(body)["files"]]
+                files = [
+                    {"path": each["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for each in json.loads(body)["files"]
+                ]
                 self._json({"files": files})
             elif "/commit/" in path:
                 repo = path.removeprefix("/api/models/").partition("/commit/")[0]

@@ -144,13 +144,15 @@ def test_a_budget_by_need_takes_the_most_bits_that_fit(memory, chosen, tmp_path)
 
 
 def test_a_need_that_does_not_fit_is_told_what_does(tmp_path):
-    (line,) = problems_of("auto:fit=32768x64", str(tmp_path), SHAPE, GIB)
+    (line,) = problems_of("auto:fit=32768x64", str(tmp_path), SHAPE, GIB // 2)
+    assert line.endswith("of it fit 19 requests of 32,768 tokens, or 64 of 9,744")  # two bits would not do either
+    (line,) = problems_of("auto:fit=32768x64", str(tmp_path), SHAPE, 3 * GIB // 2)
     assert line.startswith(
-        "auto:fit=32768x64: 64 requests of 32,768 tokens must fit in 1,073,741,824 bytes, but got 1,762,656,256 of "
-        "K4V2 (3.25 stored bits); of it fit 38 requests of 32,768 tokens, or 64 of 19,824; fewer bits need "
+        "auto:fit=32768x64: 64 requests of 32,768 tokens must fit in 1,610,612,736 bytes, but got 1,762,656,256 of "
+        "K4V2 (3.25 stored bits); of it fit 58 requests of 32,768 tokens, or 64 of 29,904; fewer bits need "
         "calibration: "
     )
-    assert "--memory 1073741824 --context 32768 --concurrency 64" in line
+    assert "--memory 1610612736 --context 32768 --concurrency 64" in line
 
 
 def test_a_need_needs_memory(tmp_path):

@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save
 
-from tests.helpers.hub import running_hub
+from tests.helpers.hub import lead_to, running_hub
 from vllm_kvtuner.profile import hub as hub_module
 from vllm_kvtuner.profile.auto import resolve_auto
 from vllm_kvtuner.profile.hub import fetch_profile, list_files, local_snapshot
@@ -23,10 +23,7 @@ STATICS = save({f"layers.{layer}.key_offset": np.ones((2, 64), dtype=np.float32)
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     with running_hub() as made:
-        template = "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", made.address)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", made.address + template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        lead_to(made, tmp_path / "cache", monkeypatch)
         yield made
 
 
@@ -82,10 +79,10 @@ def test_statics_are_of_the_profiles_commit(hub, monkeypatch):
             "hf://org/repo",
             "must name one of the repository's profiles, but got none; it has evil.yaml, kvtuner/a.yaml, kv",
         ),
-        ("hf://org/none", "the hub must give the file, but got "),
-        ("hf://org/repo@9", "the hub must give the file, but got "),
+        ("hf://org/none", "the hub must answer as asked, but got "),
+        ("hf://org/repo@9", "the hub must answer as asked, but got "),
         ("hf://org/repo/evil.yaml", "statics must name a file of the repository, but got '../../../etc/passwd'"),
-        ("hf://org/repo/lost.yaml", "statics: the hub must give the file, but got "),
+        ("hf://org/repo/lost.yaml", "statics: the hub must answer as asked, but got "),
     ],
 )
 def test_what_cannot_be_brought(spec, problem, hub):
@@ -106,7 +103,7 @@ def test_without_the_hub_what_was_brought_serves(hub, monkeypatch):
     before = len(hub.asked)
     assert fetch_profile("hf://org/repo").path == path
     assert list_files(repository, "it") == ["config.json", "kvtuner/a.yaml"]
-    assert "the hub must give the file" in problem_of("hf://org/other")
+    assert "the hub must answer as asked" in problem_of("hf://org/other")
     assert len(hub.asked) == before
 
 
@@ -129,4 +126,4 @@ def test_auto_says_that_the_hub_was_not_asked(hub):
     found = resolve_auto("auto:4.5", ModelFiles("org/none"), SHAPE)
     assert found.chosen.spec == "K4V4"
     assert found.rejected[0].spec == "hf://org/none"
-    assert found.rejected[0].rejected.startswith("the hub must give the file, but got ")
+    assert found.rejected[0].rejected.startswith("the hub must answer as asked, but got ")

@@ -13,7 +13,12 @@ from pathlib import Path
 
 import optuna
 
-from kvtuner_tools.calibration.keep import keep_for_user, keep_in_model, refuse_unwritable_model
+from kvtuner_tools.calibration.keep import (
+    keep_for_user,
+    keep_in_model,
+    profile_to_serve,
+    refuse_unwritable_model,
+)
 from kvtuner_tools.calibration.option_checks import check_options
 from kvtuner_tools.calibration.options import (
     OPTIONS_FILE,
@@ -24,8 +29,6 @@ from kvtuner_tools.calibration.options import (
     given_options,
     merge,
 )
-from kvtuner_tools.calibration.outcome import Heldout, SearchResult
-from kvtuner_tools.calibration.verdict import judge
 from kvtuner_tools.processes import STDERR, output_to
 from vllm_kvtuner.profile.hub import FOLDER
 from vllm_kvtuner.profile.problems import ProfileError
@@ -85,11 +88,6 @@ def _show_end(log: Path) -> None:
         print(f"{log}, its last {len(lines)} lines:", *lines, sep="\n", file=sys.stderr)
 
 
-def profile_to_serve(out: Path) -> str:
-    """Name of the file that a finished calibration's verdict is for."""
-    return judge(Heldout.read(out), SearchResult.read(out).max_bits).file
-
-
 @contextmanager
 def _interruptible() -> Iterator[None]:
     try:
@@ -137,7 +135,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 def _keep(args: argparse.Namespace) -> None:
     """Put the profile that is to be served where ``auto`` finds it."""
-    profile = args.out / profile_to_serve(args.out)
+    profile = profile_to_serve(args.out)
     kept = [keep_in_model(profile, args.model)] if args.save_to_model else []
     if args.save and (path := keep_for_user(profile)) is not None:
         kept.append(path)

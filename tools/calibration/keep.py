@@ -6,12 +6,22 @@ from pathlib import Path
 import yaml
 
 from kvtuner_tools.calibration.export import statics_name
-from kvtuner_tools.calibration.options import REPORT_FILE
+from kvtuner_tools.calibration.outcome import REPORT_FILE, Heldout, SearchResult
+from kvtuner_tools.calibration.verdict import judge
 from kvtuner_tools.results import write_bytes
 from vllm_kvtuner import envs
 from vllm_kvtuner.profile.hub import FOLDER
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.problems import ProfileError, read_yaml
+
+
+def profile_to_serve(out: Path) -> Path:
+    """The file that a finished calibration's verdict is for.
+
+    Args:
+        out: its output folder.
+    """
+    return out / judge(Heldout.read(out), SearchResult.read(out).max_bits).file
 
 
 def keep_for_user(profile: Path) -> Path | None:

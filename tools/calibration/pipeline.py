@@ -33,8 +33,9 @@ from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clus
 from kvtuner_tools.calibration.export import write_profiles
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
 from kvtuner_tools.calibration.heldout_scores import HeldoutRequest, additive_errors, score_heldout, wanted_settings
-from kvtuner_tools.calibration.options import GROUPS, REPORT_FILE, STAGES, CalibrationOptions, Texts
+from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts
 from kvtuner_tools.calibration.outcome import (
+    REPORT_FILE,
     Heldout,
     SearchResult,
     bits_text,

@@ -22,6 +22,9 @@ from vllm_kvtuner.profile.problems import ProfileError
 CALIBRATION_BITS = 0.5
 """Stored bits that calibration is worth, about: a pair with more than so many besides is better than a profile."""
 
+FEWEST = "K2V2"
+"""The pair of fewest bits, which only calibration's mixes come near to."""
+
 
 @dataclass(frozen=True)
 class Resolution:
@@ -154,12 +157,11 @@ def _nothing(spec: str, budget: Budget, looked: Iterable[Candidate], shape: Mode
     if need is None:
         rule = f"a budget without a profile of this model must be at least {least.bits:g} stored bits"
         return [f"{spec}: {rule}, but got {budget.request.bits:g}, which needs calibration: {command}", *others]
-    resolved = load_profile(least.spec).resolve(shape)
-    return [
-        f"{spec}: {need} must fit in {budget.memory or 0:,} bytes, but got {need.bytes_of(resolved):,} of {least.spec} "
-        f"({least.bits:g} stored bits); of it fit {budget.fits_in(resolved)}; fewer bits need calibration: {command}",
-        *others,
-    ]
+    resolved, fewest = (load_profile(each).resolve(shape) for each in (least.spec, FEWEST))
+    could = f"; fewer bits need calibration: {command}" if budget.exceeded_by(fewest) is None else ""
+    got = f"{need.bytes_of(resolved):,} of {least.spec} ({least.bits:g} stored bits)"
+    rule = f"{need} must fit in {budget.memory or 0:,} bytes"
+    return [f"{spec}: {rule}, but got {got}; of it fit {budget.fits_in(resolved)}{could}", *others]
 
 
 def _command(model: str, arguments: str) -> str:

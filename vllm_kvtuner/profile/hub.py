@@ -80,12 +80,8 @@ def fetch_profile(spec: str, cache_dir: str | None = None, token: str | bool | N
     Raises:
         ProfileError: no such spec, repository or file, several profiles, or no way to the hub.
     """
-    match = _SPEC.fullmatch(spec)
-    if match is None:
-        raise ProfileError([f"{spec}: a profile of a repository must be {FORM}, but got {show(spec)}"])
-    revision = None if match["revision"] is None else unquote(match["revision"])
-    repository = Repository(match["repo"], revision, cache_dir, token)
-    wanted = match["file"]
+    repository, wanted = parse_spec(spec)
+    repository = replace(repository, cache_dir=cache_dir, token=token)
     names = list_files(repository, spec)
     if wanted is not None:
         found = [name for name in (wanted, f"{FOLDER}/{wanted}") if name in names][:1]
@@ -96,6 +92,19 @@ def fetch_profile(spec: str, cache_dir: str | None = None, token: str | bool | N
         there = [name for name in names if name.endswith(".yaml")]
         raise ProfileError([f"{spec}: profile {rule}, but got {wanted or 'none'}; it has {', '.join(there) or 'none'}"])
     return fetch_file(repository, found[0], spec)
+
+
+def parse_spec(spec: str) -> tuple[Repository, str | None]:
+    """The repository of a spec, and the file if it names one.
+
+    Raises:
+        ProfileError: not of that form.
+    """
+    match = _SPEC.fullmatch(spec)
+    if match is None:
+        raise ProfileError([f"{spec}: a profile of a repository must be {FORM}, but got {show(spec)}"])
+    revision = None if match["revision"] is None else unquote(match["revision"])
+    return Repository(match["repo"], revision), match["file"]
 
 
 def profiles_among(names: list[str]) -> list[str]:
@@ -116,7 +125,7 @@ def list_files(repository: Repository, asked: str) -> list[str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    with _problems(asked):
+    with hub_problems(asked):
         try:
             return sorted(HfApi(token=repository.token).list_repo_files(repository.id, revision=repository.revision))
         except HfHubHTTPError:
@@ -139,7 +148,7 @@ def fetch_file(repository: Repository, name: str, asked: str) -> Fetched:
     Raises:
         ProfileError: a file is not there or cannot be brought, or the profile is no YAML.
     """
-    with _problems(asked):
+    with hub_problems(asked):
         path = _download(repository, name)
     commit = _commit(path)
     statics = read_yaml(path, asked).get("statics")
@@ -149,7 +158,7 @@ def fetch_file(repository: Repository, name: str, asked: str) -> Fetched:
             problems = Problems(asked)
             problems.add("statics", "must name a file of the repository", show(statics))
             problems.raise_if_any()
-        with _problems(f"{asked}: statics"):
+        with hub_problems(f"{asked}: statics"):
             _download(replace(repository, revision=commit or repository.revision), inside)
     return Fetched(path, commit)
 
@@ -199,7 +208,7 @@ def _unreachable() -> tuple[type[Exception], ...]:
 
 
 @contextmanager
-def _problems(asked: str) -> Iterator[None]:
+def hub_problems(asked: str) -> Iterator[None]:
     """Turn the library's errors into a line.
 
     Raises:
@@ -213,4 +222,4 @@ def _problems(asked: str) -> Iterator[None]:
         raise ProfileError([f"{asked}: profiles of the hub need the package huggingface_hub, but got none"]) from None
     except _unreachable() as error:
         reason = " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
-        raise ProfileError([f"{asked}: the hub must give the file, but got {reason}"]) from None
+        raise ProfileError([f"{asked}: the hub must answer as asked, but got {reason}"]) from None

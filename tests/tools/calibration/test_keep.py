@@ -90,7 +90,7 @@ def test_a_calibration_keeps_what_it_says_to_serve(model, profile, tmp_path, mon
     monkeypatch.setattr(
         commands, "check_options", lambda options, *_: SimpleNamespace(options=options, note=None, texts=None)
     )
-    monkeypatch.setattr(commands, "profile_to_serve", lambda out: "profile.yaml")
+    monkeypatch.setattr(commands, "profile_to_serve", lambda out: out / "profile.yaml")
     arguments = ["calibrate", str(model), "--out", str(profile.parent), "--max-bits", "4", "--save-to-model"]
     assert cli.main(arguments) == 0
     kept = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("kept:")]
