@@ -105,7 +105,7 @@ def _all_arguments(parser: argparse.ArgumentParser) -> None:
         "--save",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="keep the profile to serve in the user's folder (KVTUNER_PROFILE_FOLDER) too, where auto finds it",
+        help="keep the profile to serve in the user's folder (KVTUNER_PROFILE_FOLDER), where auto finds it (default)",
     )
     parser.add_argument(
         "--save-to-model", action="store_true", help=f"keep it in MODEL/{FOLDER}/ too, where auto finds it first"
