@@ -114,6 +114,12 @@ def test_a_profile_of_other_weights_is_refused(make_config, tmp_path):
         assert profile_search.other_weights(make_config(str(path)), load_profile(str(path))) == ()
 
 
+def test_a_shipped_profile_chosen_by_name_is_served_with_other_weights(make_config, caplog):
+    profile = load_profile("smollm2_135m_window_4.50bit")
+    assert profile_search.other_weights(make_config("smollm2_135m_window_4.50bit"), profile) == ()
+    assert "quality with these weights was not measured" in caplog.text
+
+
 @pytest.fixture
 def program(tmp_path, monkeypatch):
     """Stands in for ``kvtuner calibrate``: runs some code with its arguments, and notes them."""

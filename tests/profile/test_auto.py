@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vllm_kvtuner.profile import auto, load, places
+from vllm_kvtuner.profile import auto, places
 from vllm_kvtuner.profile.auto import is_auto
 from vllm_kvtuner.profile.auto_request import AutoRequest, Need, parse_request
 from vllm_kvtuner.profile.load import load_profile
@@ -90,8 +90,8 @@ def test_shipped_profiles_of_the_shape_are_named_and_not_taken(tmp_path):
     found = resolve_auto("auto", str(tmp_path), dataclasses.replace(shipped.model, name="tuned"))
     assert found.chosen.spec == "K4V4"
     names = [each.spec for each in found.rejected if each.source == "shipped"]
-    assert "qwen25_7b_3.93bit" in names
-    assert "llama31_3.25bit" not in names
+    assert "published/qwen25_7b_3.93bit" in names
+    assert "published/llama31_3.25bit" not in names
 
 
 def test_a_budget_that_needs_calibration(tmp_path):
@@ -237,10 +237,9 @@ def test_shipped_profiles_of_these_weights_are_taken(weighted, monkeypatch, tmp_
     folder, weights = weighted()
     path = tmp_path / "toy.yaml"
     path.write_text(f"version: 1\nlayers: K4V2\n{MODEL % repr(weights)}\n")
-    for module in (places, load):
-        monkeypatch.setattr(module, "shipped_profiles", lambda: {"toy_3.25bit": path})
+    monkeypatch.setattr(places, "shipped_profiles", lambda: {str(path): path})
     found = resolve_auto("auto:3.5", folder, SHAPE)
-    assert (found.chosen.spec, found.chosen.source) == ("toy_3.25bit", "shipped")
+    assert (found.chosen.spec, found.chosen.source) == (str(path), "shipped")
     save_file({"k_proj": np.zeros(12)}, f"{folder}/model.safetensors")
     found = resolve_auto("auto:3.5", folder, SHAPE)
     assert found.chosen.spec == "K4V2"

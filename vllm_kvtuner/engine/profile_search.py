@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner.engine.cache_memory import memory_of_keys_and_values
@@ -13,12 +14,15 @@ from vllm_kvtuner.profile.hub import fetch_profile, is_hub_spec
 from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
+from vllm_kvtuner.profile.shipped import shipped_profiles
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvtuner.profile.places import Candidate
     from vllm_kvtuner.profile.profile import Profile
+
+logger = logging.getLogger("vllm.kvtuner")
 
 DUMMY = "dummy"
 """vLLM's load format of random weights, to which no digest belongs."""
@@ -75,11 +79,20 @@ def model_files(config: VllmConfig) -> ModelFiles:
 
 
 def other_weights(config: VllmConfig, profile: Profile) -> tuple[str, ...]:
-    """A profile that names weights is for no others, whoever chose it."""
+    """A profile that names weights is for no others, whoever chose it.
+
+    One that is shipped cannot be edited to be for any. Chosen by its name, it is served, with a warning.
+    """
     if profile.weights is None or config.load_config.load_format == DUMMY:
         return ()
     problem = profile.weights_problem(model_files(config).weights)
-    return () if problem is None else (f"{profile.source}: {problem}",)
+    if problem is None:
+        return ()
+    line = f"{profile.source}: {problem}"
+    if profile.source in shipped_profiles().values():
+        logger.warning("%s: quality with these weights was not measured", line)
+        return ()
+    return (line,)
 
 
 def asked_need(config: VllmConfig) -> Need | None:

@@ -73,6 +73,7 @@ from vllm_kvtuner.profile.profile import (
     ResolvedProfile,
     TransformSettings,
 )
+from vllm_kvtuner.profile.shipped import find_shipped, shipped_profiles
 from vllm_kvtuner.profile.weights import ANY_WEIGHTS, DIGEST
 
 AUTO = "auto"
@@ -109,15 +110,6 @@ _MODEL_KEYS = ("name", "architecture", "num_layers", "num_kv_heads", "head_size"
 _PRESET_KEYS = ("nbits_key", "nbits_value")
 
 
-def shipped_profiles() -> dict[str, Path]:
-    """Name (without ``.yaml``) and file of each shipped profile, sorted."""
-    package = Path(__file__).resolve().parent.parent
-    # A wheel holds the folder inside the package, a checkout (or an editable install) beside it.
-    folders = (package / "precision_profiles", package.parent / "precision_profiles")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
 def load_profile(spec: str) -> Profile:
     """Read a profile.
 
@@ -134,14 +126,14 @@ def load_profile(spec: str) -> Profile:
         raise ProfileError([f"{spec}: profile must be looked for with a model (--model), but got none"])
     path = fetch_profile(spec).path if is_hub_spec(spec) else Path(spec)
     if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
-        shipped = shipped_profiles()
-        name = spec.removesuffix(".yaml")
-        if name not in shipped:
+        shipped = find_shipped(spec)
+        if shipped is None:
             rule = "must be a file, a pair such as K8V4, or the name of a shipped profile (kvtuner profile list)"
             rule += f" or of one on the hub ({FORM})"
-            got = "a folder" if os.path.isdir(path) else "no such file" + suggest(Path(name).name, shipped)
+            names = [each.stem for each in shipped_profiles().values()]
+            got = "a folder" if os.path.isdir(path) else "no such file" + suggest(path.stem, names)
             raise UnknownProfileError([f"{spec}: profile {rule}, but got {got}"])
-        path = shipped[name]
+        path = shipped
     document = read_yaml(path, spec)
     problems = Problems(spec)
     is_preset = document and all(re.fullmatch("[0-9]+", str(key)) for key in document)
