@@ -34,6 +34,7 @@ def make_config(tmp_path, monkeypatch):
             additional_config={"kvtuner_profile": profile},
             model_config=SimpleNamespace(
                 model=str(tmp_path / "model"),
+                tokenizer=str(tmp_path / "model"),
                 revision=None,
                 hf_token=None,
                 dtype=torch.bfloat16,
@@ -187,6 +188,12 @@ def test_a_calibration_without_outcome_is_no_success(make_config, program):
     )
 
 
-def test_calibration_refuses_what_it_would_not_measure(make_config):
-    problem = problem_of(make_config("auto:3.5,calibrate", tensor_parallel_size=2))
-    assert "tensor_parallel_size must be 1 where calibration runs before the engine, but got 2" in problem
+def test_calibration_loads_the_model_as_the_engine_does(make_config, program, tmp_path):
+    program("sys.exit(1)")
+    config = make_config("auto:3.5,calibrate", tensor_parallel_size=2)
+    config.model_config.revision, config.model_config.trust_remote_code = "abc", True
+    config.load_config.download_dir = "/models"
+    problem_of(config)
+    (run,) = (tmp_path / "runs").read_text().splitlines()
+    words = "--tensor-parallel-size 2 --revision abc --download-dir /models --trust-remote-code"
+    assert f"--max-bits 3.5 --dtype bfloat16 {words} --out" in run

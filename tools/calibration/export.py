@@ -23,7 +23,6 @@ from kvtuner_tools.results import write_bytes
 from vllm_kvtuner import __version__
 from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.load import load_profile
-from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.problems import format_layers
 from vllm_kvtuner.profile.profile import SCHEMA_VERSION, RecentWindow, TransformSettings
 
@@ -35,6 +34,7 @@ def write_profiles(
     result: SearchResult,
     heldout: Heldout,
     recent_window: RecentWindow | None,
+    weights: str | None = None,
 ) -> Verdict:
     """Write the searched profile, and beside it the uniform setting that it is compared with.
 
@@ -47,6 +47,7 @@ def write_profiles(
         result: the chosen setting, and how it was found.
         heldout: its scores and those of the settings that it is compared with.
         recent_window: the one that all of this was measured with.
+        weights: digest of the model's; None where they are not on this machine.
 
     Returns:
         Which of them to serve.
@@ -55,7 +56,7 @@ def write_profiles(
         ProfileError: a profile would not load; it was not written then.
     """
     verdict = judge(heldout, result.max_bits)
-    if weights := ModelFiles(table.model["name"]).weights:
+    if weights is not None:
         table = replace(table, model={**table.model, "weights": weights})
     settings = {PROFILE_FILE: heldout.chosen}
     if (rival := heldout.rival(result.max_bits)) is not None:

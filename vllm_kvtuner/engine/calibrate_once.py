@@ -53,7 +53,7 @@ def calibrate_once(config: VllmConfig, spec: str, budget: Budget, known: Callabl
     Raises:
         ProfileError: calibration failed, with the reason that it gave.
     """
-    arguments = calibration_arguments(config, spec, budget)
+    arguments = calibration_arguments(config, budget)
     work = envs.profile_folder() / WORK_FOLDER / hashlib.sha256(repr(arguments).encode()).hexdigest()[:16]
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -72,28 +72,25 @@ def calibrate_once(config: VllmConfig, spec: str, budget: Budget, known: Callabl
         return found
 
 
-def calibration_arguments(config: VllmConfig, spec: str, budget: Budget) -> list[str]:
-    """Arguments of ``kvtuner calibrate``, without its output folder.
+def calibration_arguments(config: VllmConfig, budget: Budget) -> list[str]:
+    """Arguments of ``kvtuner calibrate`` for a model on the devices of an engine, without an output folder.
 
-    Raises:
-        ProfileError: the engine has arguments that calibration does not take.
+    What calibration does not take, it refuses itself.
     """
-    model, parallel = config.model_config, config.parallel_config
-    others = {
-        "tensor_parallel_size": (parallel.tensor_parallel_size, 1),
-        "pipeline_parallel_size": (parallel.pipeline_parallel_size, 1),
-        "revision": (model.revision, None),
-        "download_dir": (config.load_config.download_dir, None),
-        "trust_remote_code": (model.trust_remote_code, False),
+    model, parallel, load = config.model_config, config.parallel_config, config.load_config
+    given = {
+        "--tensor-parallel-size": (parallel.tensor_parallel_size, 1),
+        "--pipeline-parallel-size": (parallel.pipeline_parallel_size, 1),
+        "--revision": (model.revision, None),
+        "--tokenizer": (model.tokenizer, model.model),
+        "--download-dir": (load.download_dir, None),
+        "--load-format": (load.load_format, "auto"),
     }
-    problems = [
-        f"{spec}: {name} must be {taken} where calibration runs before the engine, but got {value}"
-        for name, (value, taken) in others.items()
-        if value != taken
-    ]
-    if problems:
-        raise ProfileError(problems)
-    return [model.model, "--quick", *budget.arguments.split(), "--dtype", str(model.dtype).removeprefix("torch.")]
+    words = [model.model, "--quick", *budget.arguments.split(), "--dtype", str(model.dtype).removeprefix("torch.")]
+    for flag, (value, default) in given.items():
+        if value != default:
+            words += [flag, str(value)]
+    return [*words, "--trust-remote-code"] if model.trust_remote_code else words
 
 
 def _run(spec: str, arguments: list[str]) -> None:
