@@ -147,7 +147,7 @@ def examine(model: str | None, profile: str | None) -> list[Section]:
 def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section, list[Group]]:
     section = Section(PROFILE + spec)
     try:
-        profile, shape, resolved = resolve(spec, model)
+        profile, shape, resolved = resolve(spec, model, memory)
     except ProfileError as error:
         section.problems += [(problem, _advice(problem, error, model)) for problem in error.problems]
         return section, []

@@ -199,7 +199,7 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
     Raises:
         ProfileError: the profile, its statics, or their fit to the model is wrong, or memory is given without a model.
     """
-    profile, shape, resolved = resolve(spec, model)
+    profile, shape, resolved = resolve(spec, model, memory)
     if memory is not None and resolved is None:
         rule = "needs --model for a profile that names none, since bytes per token depend on it"
         raise ProfileError([f"{spec}: --memory {rule}, but got {memory:,} bytes alone"])
@@ -227,19 +227,22 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
     }
 
 
-def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, ResolvedProfile | None]:
+def resolve(
+    spec: str, model: str | None, memory: int | None = None
+) -> tuple[Profile, ModelShape | None, ResolvedProfile | None]:
     """A profile, its model's shape where one is known, and the two matched, statics included.
 
     Args:
         spec: file, name of a shipped profile, pair, or with a model ``auto``.
         model: folder or id; by default the model that the profile names, if it does.
+        memory: bytes of keys and values, for ``auto`` with a budget by need.
 
     Raises:
         ProfileError: the profile, its statics, or their fit to the model is wrong.
     """
     shape = None if model is None else load_model_shape(model)
     if shape is not None and model is not None and is_auto(spec):
-        spec = resolve_auto(spec, ModelFiles(model), shape).chosen.spec
+        spec = resolve_auto(spec, ModelFiles(model), shape, memory).chosen.spec
     profile = load_profile(spec)
     shape = shape or profile.model
     resolved = None if shape is None else profile.resolve(shape)

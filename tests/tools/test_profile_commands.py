@@ -227,3 +227,20 @@ def test_profile_commands_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_budget_by_need(run_cli, make_model):
+    # 2 layers of 2 heads of 64: K4V2 takes 224 bytes a token, K4V4 288, and a request's window 69,632 with either.
+    arguments = ("--model", make_model(), "--memory", "1MiB")
+    status, out, _ = run_cli("profile", "show", "auto:fit=256x8", *arguments)
+    assert status == 0
+    assert out.startswith("profile          K4V2\n")
+    status, _, err = run_cli("profile", "show", "auto:fit=1024x8", *arguments)
+    assert status == 1
+    assert "8 requests of 1,024 tokens must fit in 1,048,576 bytes" in err
+    status, out, _ = run_cli(
+        "profile", "resolve", arguments[1], "--profile", "auto:fit=256x8", "--memory", "1MiB", "--json"
+    )
+    found = json.loads(out)
+    assert (status, found["schema"], found["chosen"]["spec"]) == (0, "kvtuner-resolution/2", "K4V2")
+    assert found["budget"] == "8 requests of 256 tokens in 1,048,576 bytes"
