@@ -80,10 +80,13 @@ def test_a_need_takes_the_bits_that_fit_in_the_memory_of_all_ranks(memory, ranks
     assert look(config) == chosen  # an engine's arguments may be checked again
 
 
-def test_memory_is_estimated_where_it_is_not_given(make_config, monkeypatch):
+def test_memory_is_estimated_where_it_is_not_given(make_config, monkeypatch, caplog, tmp_path):
+    caplog.set_level("INFO", logger="vllm.kvtuner")
     device = SimpleNamespace(get_device_total_memory=lambda: 9 * GIB)
     monkeypatch.setattr(platforms, "current_platform", device)
     assert look(make_config("auto:fit=32768x64")) == "K8V8"  # 0.9 x 9 - 3 = 5.1 GiB
+    left = int(0.9 * 9 * GIB) - 3 * GIB - (tmp_path / "model" / "model.safetensors").stat().st_size
+    assert f"auto:fit=32768x64: {left:,} bytes for keys and values over all ranks, estimated" in caplog.text
     device.get_device_total_memory = lambda: 7 * GIB
     assert look(make_config("auto:fit=32768x64")) == "K8V4"  # 3.3 GiB
     device.get_device_total_memory = lambda: 3 * GIB

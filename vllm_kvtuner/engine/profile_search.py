@@ -59,6 +59,8 @@ def _resolve(config: VllmConfig, spec: str, shape: ModelShape) -> Candidate:
             rule = f"requests must be of at most max_model_len ({length:,}) tokens"
             raise ProfileError([f"{spec}: {rule}, but got {request.need.context:,}"])
         memory = memory_of_keys_and_values(config, model_files(config), spec, shape)
+        how = "as given" if config.cache_config.kv_cache_memory_bytes else "estimated"
+        logger.info("kvtuner profile %s: %s bytes for keys and values over all ranks, %s", spec, f"{memory:,}", how)
         # A pair's window is chosen for requests of this length.
         config.additional_config.setdefault(REQUEST_TOKENS_KEY, request.need.context)
     if request.calibrate:
