@@ -51,8 +51,8 @@ def upload(source: Path, repo: str, *, private: bool, revision: str | None) -> l
     api = HfApi()
     with tempfile.TemporaryDirectory(prefix="kvtuner-upload-") as folder, hub_problems(asked):
         staged = copy_profile(profile, Path(folder) / FOLDER, bits_name(profile))
-        report = profile.with_name(REPORT_FILE)
-        if report.exists():
+        reports = (profile.with_suffix(".html"), profile.with_name(REPORT_FILE))  # of a kept one, of an output folder
+        if (report := next((each for each in reports if each.exists()), None)) is not None:
             write_bytes(staged.with_suffix(".html"), report.read_bytes())
         api.create_repo(repo, private=private, exist_ok=True)
         there = list_files(repository, asked)

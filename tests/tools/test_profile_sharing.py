@@ -76,6 +76,12 @@ def test_the_card_tells_of_all_profiles_of_the_repository(run_cli, hub, profile)
     assert "vllm serve org/toy --kv-cache-dtype kvtuner" in card
 
 
+def test_the_report_of_a_kept_profile_goes_with_it(run_cli, hub, profile):
+    profile.with_name("report.html").rename(profile.with_suffix(".html"))
+    assert run_cli("profile", "upload", profile, "org/toy-kvtuner")[0] == 0
+    assert hub.commits["org/toy-kvtuner"][-1]["kvtuner/3.50bit.html"] == b"<html>"
+
+
 def test_a_card_that_somebody_wrote_stays(run_cli, hub, profile):
     hub.commit("org/toy", {"README.md": "# Mine", "config.json": "{}"})
     assert run_cli("profile", "upload", profile, "org/toy")[0] == 0
