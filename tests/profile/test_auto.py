@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from vllm_kvtuner.profile import auto, places
+from vllm_kvtuner.profile import auto, model_files, places
 from vllm_kvtuner.profile.auto import is_auto
 from vllm_kvtuner.profile.auto_request import AutoRequest, Need, parse_request
 from vllm_kvtuner.profile.load import load_profile
@@ -200,6 +200,12 @@ def test_profiles_of_the_user_are_found_by_weights(weighted, tmp_path):
     assert found.chosen.source == "the user's folder"
     assert load_profile(found.chosen.spec).provenance == {"name": "right"}
     save_file({"k_proj": np.arange(12.0) + 1}, f"{folder}/model.safetensors")
+    assert resolve_auto("auto:3.5", folder, SHAPE).chosen.spec == "K4V2"
+
+
+def test_weights_are_not_read_for_nothing(weighted, monkeypatch):
+    folder, _ = weighted()
+    monkeypatch.setattr(model_files, "weights_digest", lambda _: pytest.fail("weights were read"))
     assert resolve_auto("auto:3.5", folder, SHAPE).chosen.spec == "K4V2"
 
 

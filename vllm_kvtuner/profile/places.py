@@ -81,10 +81,12 @@ def of_model(files: ModelFiles, shape: ModelShape, budget: Budget) -> Iterator[C
 def of_user(files: ModelFiles, shape: ModelShape, budget: Budget) -> Iterator[Candidate]:
     """What was calibrated for these weights on this machine."""
     folder = envs.profile_folder()
+    if not any(folder.glob("*/*.yaml")):
+        return  # without reading weights, which may lie on a slow disk
     if files.weights is not None:
         for path in _profiles(folder / files.weights):
             yield _look(str(path), USER, (files, shape, budget))
-    elif any(folder.glob("*/*.yaml")):
+    else:
         yield Candidate(str(folder), USER, None, rejected=f"needs the model's weights, {NOT_HERE}")
 
 
