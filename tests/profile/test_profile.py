@@ -230,8 +230,8 @@ def test_all_problems_at_once(write):
     expected = [
         "statics, attend_cached_prefill, provenance, but got 'stattics' (did you mean 'statics'?)",
         "version must be 1, but got 2",
-        "model must only have the keys name, architecture, num_layers, num_kv_heads, head_size, but got 'head_sise'"
-        " (did you mean 'head_size'?)",
+        "model must only have the keys name, architecture, num_layers, num_kv_heads, head_size, weights, but got "
+        "'head_sise' (did you mean 'head_size'?)",
         "model.architecture must be the first architecture in the model's config, but got ''",
         "model.num_kv_heads must be a positive integer up to 1024, or a list of 4 (0 where a layer caches nothing),"
         " but got [2, 2]",

@@ -27,7 +27,6 @@ from vllm_kvtuner.profile.profile import RecentWindow
 
 OPTIONS_SCHEMA = "kvtuner-calibration/3"
 OPTIONS_FILE = "calibration.json"
-REPORT_FILE = "report.html"
 DEFAULT_WINDOW = 2048
 DEFAULT_RECENT_WINDOW = 64
 DEFAULT_SINK_TOKENS = 4
