@@ -31,8 +31,9 @@ from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.model_files import load_model_shape, refuse_missing_folder
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
-from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
+from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.model_files import ModelFiles
 
 SCHEMA = "kvtuner-evaluation/1"
 AUTO = CacheSetting("auto")
@@ -50,7 +51,14 @@ COLUMNS = {
 }
 TASK_SUFFIX = ".jsonl"
 """Of tasks with questions and answers of their own; the others are lm-eval's."""
-TASK_COLUMNS = {"accuracy": "task_accuracy:.3f", "± stderr ": "task_stderr:.3f", "finished": "task_finished:,"}
+TASK_COLUMNS = {
+    "accuracy": "task_accuracy:.3f",
+    "± stderr ": "task_stderr:.3f",
+    "to auto": "task_difference:+.3f",
+    "± paired": "task_difference_stderr:.3f",
+    "finished": "task_finished:,",
+    "tokens": "task_tokens_mean:.0f",
+}
 
 
 @dataclass(frozen=True)
@@ -207,7 +215,8 @@ class _Passes:
         if isinstance(self._recorded, Path):  # auto's row was done before, its logits are gone
             self._record(None)
         row = self._row(each.label, each.setting, self._run(each))
-        return {**row, "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
+        answers = {} if each.task is None else paired(row, reference)
+        return {**row, **answers, "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
 
     def _record(self, task: Task | None) -> EngineResult:
         result = self._run(_Pass("auto (reference)", AUTO, self._chunk, task))
@@ -237,6 +246,7 @@ class _Passes:
             "nominal_bits": nominal,
             "stored_bits": stored,
             **result.scores.summary(),
+            "kl_windows": result.scores.window_means([len(window) - 1 for window in self._windows]),
             "kv_tokens": result.kv_tokens,
             "block_size": result.block_size,
             **({} if result.task is None else result.task.summary()),
@@ -460,7 +470,7 @@ def _found(spec: str, model: str) -> str:
     """The profile that a spec means for the model, with a line on what auto is."""
     if not is_auto(spec):
         return spec
-    found = resolve_auto(spec, model, load_model_shape(model)).chosen
+    found = resolve_auto(spec, ModelFiles(model), load_model_shape(model)).chosen
     print(f"{spec} -> {found.spec} ({found.source})", file=sys.stderr)
     return found.spec
 
