@@ -17,6 +17,7 @@ from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, refuse_old
 from kvtuner_tools.cache_setting import KVTUNER, CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.data_files import PROMISE_JSON, file_sha256
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
     EngineJob,
@@ -26,7 +27,7 @@ from kvtuner_tools.engines.evaluate import (
     max_model_len_for,
     run_engine,
 )
-from kvtuner_tools.heldout import file_sha256, load_windows
+from kvtuner_tools.heldout import load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.model_files import load_model_shape, refuse_missing_folder
 from kvtuner_tools.processes import in_own_process
@@ -48,8 +49,6 @@ COLUMNS = {
     "KV tokens": "kv_tokens:,",
     "x auto": "kv_tokens_ratio:.3f",
 }
-TASK_SUFFIX = ".jsonl"
-"""Of tasks with questions and answers of their own; the others are lm-eval's."""
 TASK_COLUMNS = {"accuracy": "task_accuracy:.3f", "± stderr ": "task_stderr:.3f", "finished": "task_finished:,"}
 
 
@@ -60,16 +59,16 @@ class EvaluationRequest:
     Attributes:
         model: folder or model id.
         settings: what to compare with ``auto``, in order.
-        data: plain text, or .jsonl with question and answer per line.
+        data: plain text, or rows of JSON with texts or conversations.
         tokens: text tokens to run, at least.
         context: tokens of a window at most.
         chunk: prompt tokens per engine step; below ``context``, later chunks attend to the earlier ones in the cache.
         kv_memory_bytes: KV cache memory of every engine.
         dtype: bfloat16, float16 or float32, of the model and of the ``auto`` cache.
         noise_floor: also compare ``auto`` with itself, prefilled in two chunks so that it rounds differently.
-        task: .jsonl with question and answer per line, to be answered by every setting and ``auto``.
+        task: rows of JSON with question and answer, to be answered by every setting and ``auto``.
         task_limit: questions of it, and of each lm-eval task, at most.
-        num_fewshot: worked examples before each question: first lines of ``task``, which are not asked (by default
+        num_fewshot: worked examples before each question: first rows of ``task``, which are not asked (by default
             none), and what lm-eval takes as such (by default as its tasks say).
         task_tokens: tokens an answer may have.
         lm_eval: names of lm-eval tasks, or YAML files of such.
@@ -162,9 +161,10 @@ class _Passes:
         tokenizer = AutoTokenizer.from_pretrained(request.model)
         windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
         self._windows = tuple(map(tuple, windows))
-        self._task = _load_task(request, tokenizer)
+        positions = hf_config.get_text_config().max_position_embeddings
+        self._task = _load_task(request, tokenizer, positions)
         longest = max(request.context, 0 if self._task is None else self._task.max_model_len)
-        self._max_model_len = max_model_len_for(longest, hf_config.get_text_config().max_position_embeddings)
+        self._max_model_len = max_model_len_for(longest, positions)
         self._chunk = request.chunk or request.context
 
     def head(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ class _Passes:
         return {"lm_eval": in_own_process(run_lm_eval, job)}
 
 
-def _load_task(request: EvaluationRequest, tokenizer: Any) -> Task | None:
+def _load_task(request: EvaluationRequest, tokenizer: Any, positions: int) -> Task | None:
     if request.task is None:
         return None
     return load_task(
@@ -270,6 +270,7 @@ def _load_task(request: EvaluationRequest, tokenizer: Any) -> Task | None:
         limit=request.task_limit,
         shots=request.num_fewshot or 0,
         max_tokens=request.task_tokens,
+        positions=positions,
     )
 
 
@@ -345,7 +346,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help=f"held-out text, or {TASK_SUFFIX} with question and answer",
+        help="held-out text: plain text, or rows of JSON with texts or conversations",
     )
     text.add_argument("--tokens", type=int, default=4096, help="tokens of it to run (default: %(default)s)")
     text.add_argument(
@@ -360,7 +361,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda words: tuple(filter(None, words.split(","))),
         default=(),
         metavar="TASK,...",
-        help=f"names of lm-eval's tasks or their YAML files, and a {TASK_SUFFIX} file with question and answer, ending "
+        help="names of lm-eval's tasks or their YAML files, and a file of JSON rows with question and answer, ending "
         "in '#### number'",
     )
     tasks.add_argument("--limit", type=int, metavar="QUESTIONS", help="of each task at most (default: all)")
@@ -368,14 +369,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-fewshot",
         type=int,
         metavar="EXAMPLES",
-        help=f"worked examples before each question (default: as lm-eval's task says; none of a {TASK_SUFFIX} file, "
-        "whose first lines they are)",
+        help="worked examples before each question (default: as lm-eval's task says; none of a file of questions, "
+        "whose first rows they are)",
     )
     tasks.add_argument(
         "--max-tokens",
         type=int,
         default=DEFAULT_MAX_TOKENS,
-        help=f"of an answer to a {TASK_SUFFIX} file (default: %(default)s)",
+        help="of an answer to a file of questions (default: %(default)s)",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -418,9 +419,9 @@ def run(args: argparse.Namespace) -> int:
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model) for profile in args.profile])
     if not (settings or args.noise_floor or args.tasks):
         raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
-    files = [task for task in args.tasks if task.endswith(TASK_SUFFIX)]
+    files = [task for task in args.tasks if _has_questions(task)]
     if len(files) > 1:
-        raise ValueError(f"--tasks must have at most one {TASK_SUFFIX} file, but got {', '.join(files)}")
+        raise ValueError(f"--tasks must have at most one file of questions, but got {', '.join(files)}")
     request = EvaluationRequest(
         model=args.model,
         settings=settings,
@@ -454,6 +455,12 @@ def text(evaluation: dict[str, Any]) -> str:
     if task := evaluation["task"]:
         lines.append(f"Accuracy on {task['questions']} questions of {task['file']}, {task['shots']} worked examples")
     return "\n".join([*lines, table(evaluation)])
+
+
+def _has_questions(task: str) -> bool:
+    """Whether a task is a file of questions and answers; the others are lm-eval's, by name or as YAML."""
+    suffix = Path(task).suffix.lower()
+    return suffix in PROMISE_JSON or (suffix not in (".yaml", ".yml") and Path(task).is_file())
 
 
 def _found(spec: str, model: str) -> str:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.calibration import window_default
-from kvtuner_tools.calibration.calibration_text import MIN_WINDOW, read_documents
+from kvtuner_tools.calibration.calibration_text import MIN_WINDOW
 from kvtuner_tools.calibration.options import DEFAULT_WINDOW, GROUPS, CalibrationOptions, Texts, flag, load_texts
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.space import bf16_bytes, check_budget
 from kvtuner_tools.calibration.study import open_storage
+from kvtuner_tools.data_files import read_documents
 from kvtuner_tools.model_files import (
     load_model_shape,
     load_tokenizer,

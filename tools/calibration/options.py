@@ -222,7 +222,7 @@ STAGES = tuple(GROUPS)
 """In the order they run."""
 
 _HELP: dict[str, tuple[str, dict[str, Any]]] = {
-    "data": ("calibration text: plain text or .jsonl (default: the bundled set)", {"metavar": "FILE"}),
+    "data": ("calibration text: plain text or rows of JSON (default: the bundled set)", {"metavar": "FILE"}),
     "heldout": (
         "text for the final scores (default: windows of the calibration text not used before)",
         {"metavar": "FILE"},

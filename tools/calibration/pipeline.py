@@ -50,8 +50,8 @@ from kvtuner_tools.calibration.space import SearchSpace, check_budget
 from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
 from kvtuner_tools.calibration.summary import summarize
 from kvtuner_tools.calibration.transform_choice import TransformChoice, choose_transforms
+from kvtuner_tools.data_files import file_sha256
 from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
-from kvtuner_tools.heldout import file_sha256
 from kvtuner_tools.results import write_bytes, write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
