@@ -66,7 +66,7 @@ def test_a_capture_of_all_ranks_is_that_of_one(tmp_path, data, monkeypatch, kind
         assert torch.equal(all_ranks.load_rotary(layer).far.cos_sin, one.load_rotary(layer).far.cos_sin)
 
 
-def test_the_profile_of_two_ranks_is_that_of_one(tmp_path, data, qwen2, monkeypatch):
+def test_the_profile_of_two_stages_of_two_ranks_is_that_of_one_rank(tmp_path, data, qwen2, monkeypatch):
     context = fork_server()
     monkeypatch.setattr(processes, "multiprocessing", SimpleNamespace(get_context=lambda _: context))
     monkeypatch.setattr(processes, "_begin", ranks.begin)
@@ -74,16 +74,16 @@ def test_the_profile_of_two_ranks_is_that_of_one(tmp_path, data, qwen2, monkeypa
     options = {"data": data, "dtype": "float32", "kv-cache-memory-bytes": KV_CACHE_BYTES, "max-bits": 4.5, **sizes}
     options |= {"recent-window": 16, "round-feedback": "none"}
     arguments = ["--quick", *(f"--{name}={value}" for name, value in options.items())]
-    one, two = tmp_path / "one", tmp_path / "two"
-    assert cli.main(["calibrate", str(qwen2), "--out", str(one), *arguments]) == 0
-    assert cli.main(["calibrate", str(qwen2), "--out", str(two), *arguments, "--tensor-parallel-size", "2"]) == 0
+    outs = tmp_path / "one", tmp_path / "four"
+    for out, parallel in zip(outs, ([], ["-tp", "2", "--pipeline-parallel-size=2"]), strict=True):
+        assert cli.main(["calibrate", *parallel, str(qwen2), "--out", str(out), *arguments]) == 0
 
-    profiles = [yaml.safe_load((out / "profile.yaml").read_text()) for out in (one, two)]
+    profiles = [yaml.safe_load((out / "profile.yaml").read_text()) for out in outs]
     for name in ("layers", "transforms", "recent_window"):
         assert profiles[0][name] == profiles[1][name]
-    statics = [load_file(next(out.glob("*.statics.safetensors"))) for out in (one, two)]
+    statics = [load_file(next(out.glob("*.statics.safetensors"))) for out in outs]
     assert statics[0].keys() == statics[1].keys() and statics[0]
     for name, expected in statics[0].items():
         close(statics[1][name], expected)
-    kl = [Heldout.read(out).chosen.quality.kl_mean for out in (one, two)]
+    kl = [Heldout.read(out).chosen.quality.kl_mean for out in outs]
     assert kl[0] == pytest.approx(kl[1], rel=0.05) and kl[0] > 1e-3
