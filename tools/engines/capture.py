@@ -27,7 +27,7 @@ from kvtuner_tools.calibration.captured import (
 )
 from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
-from kvtuner_tools.engines.ranks import kv_head_copies, num_ranks, whole_heads, writes
+from kvtuner_tools.engines.ranks import kv_head_copies, make_room_for_stage_before, num_ranks, whole_heads, writes
 from kvtuner_tools.engines.residual_readers import ResidualReaders
 from kvtuner_tools.model_files import max_positions
 from kvtuner_tools.progress import track
@@ -230,6 +230,7 @@ def _install(worker: Any, job: CaptureJob) -> _Stage | None:
     from vllm.model_executor.models.utils import extract_layer_index
 
     config, model = worker.vllm_config, worker.model_runner.get_model()
+    make_room_for_stage_before(worker.model_runner)
     tap = worker.model_runner.kvtuner_tap = _Tap(job.folder)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}

@@ -18,7 +18,7 @@ import torch
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.divergence import TokenScores, compare
 from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
-from kvtuner_tools.engines.ranks import gives_logits
+from kvtuner_tools.engines.ranks import gives_logits, make_room_for_stage_before
 from kvtuner_tools.model_files import max_positions
 from kvtuner_tools.progress import track
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
@@ -178,6 +178,7 @@ def _install(worker: Any, reference: ReferenceLogits | Path) -> None:
     of these calls compute_logits serves sampling, whose rows are not wanted.
     """
     runner = worker.model_runner
+    make_room_for_stage_before(runner)
     runner.kvtuner_tap = None
     if not gives_logits():
         return

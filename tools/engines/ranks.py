@@ -23,6 +23,20 @@ def gives_logits() -> bool:
     return writes() and get_pp_group().is_last_rank
 
 
+def make_room_for_stage_before(runner: Any) -> None:
+    """Give a model runner the tensors that take what the pipeline stage before gives, where it has none.
+
+    vLLM makes them in its first pass on a GPU, and on a CPU where a model is compiled, which engines that measure do
+    without.
+    """
+    from vllm.distributed import get_pp_group
+
+    if runner.device.type == "cpu" and not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
+        runner.intermediate_tensors = runner.get_model().make_empty_intermediate_tensors(
+            batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+        )
+
+
 def num_ranks() -> int:
     """Tensor-parallel ranks."""
     from vllm.distributed import get_tensor_model_parallel_world_size
