@@ -1,11 +1,18 @@
 """Switches and fixtures that tests of several folders share."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
+
+# What tests calibrate must not end up among the profiles of whoever runs them, nor these in the tests.
+os.environ["KVTUNER_PROFILE_FOLDER"] = tempfile.mkdtemp(prefix="kvtuner-profiles-")
+atexit.register(shutil.rmtree, os.environ["KVTUNER_PROFILE_FOLDER"], ignore_errors=True)
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, so before anything that imports it

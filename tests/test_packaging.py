@@ -56,16 +56,16 @@ def test_wheel_holds_every_cuda_source(wheel):
 
 def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
     profiles = {
-        f"vllm_kvtuner/precision_profiles/{path.name}"
+        f"vllm_kvtuner/{path.relative_to(ROOT)}"
         for suffix in ("yaml", "safetensors")
-        for path in (ROOT / "precision_profiles").glob(f"*.{suffix}")
+        for path in (ROOT / "precision_profiles").rglob(f"*.{suffix}")
     }
     shapes = {
         f"kvtuner_tools/{path.relative_to(ROOT / 'tools')}"
         for folder, suffix in (("shapes", "json"), ("profiles", "yaml"))
         for path in (ROOT / "tools" / "bench" / folder).rglob(f"*.{suffix}")
     }
-    assert "vllm_kvtuner/precision_profiles/llama31_3.25bit.yaml" in profiles
+    assert "vllm_kvtuner/precision_profiles/published/llama31_3.25bit.yaml" in profiles
     assert profiles | shapes == {name for name in wheel.namelist() if name.endswith((".yaml", ".safetensors", ".json"))}
 
 

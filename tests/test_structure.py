@@ -40,6 +40,7 @@ LATE_IMPORTS = {
     "vllm_kvtuner/kernels/gpu.py _triton_workspace": COMPILERS,
     "vllm_kvtuner/kernels/gpu.py _window_attention": COMPILERS,
     "vllm_kvtuner/kernels/gpu.py compile_cuda": COMPILERS,
+    "vllm_kvtuner/kernels/gpu.py flash_attention_in_triton": COMPILERS,
     "tools/bench/kernel.py _measured": WITHOUT_VLLM,
     "tools/calibration/commands.py _run": EXTRAS,
     "tools/calibration/commands.py _search": EXTRAS,

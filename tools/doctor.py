@@ -18,6 +18,7 @@ from kvtuner_tools.machine import Section
 from kvtuner_tools.profile_commands import resolve, tokens_that_fit
 from vllm_kvtuner import envs
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
+from vllm_kvtuner.profile.load import AUTO
 from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError, format_layers
 from vllm_kvtuner.profile.profile import TransformSettings
 
@@ -67,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--profile",
         metavar="PROFILE",
-        help=f"file, name of a shipped profile, or pair; by default KVTUNER_PROFILE, else {', '.join(DEFAULT_PAIRS)}",
+        help="file, name of a shipped profile, pair or auto; by default KVTUNER_PROFILE, else auto (with MODEL) and "
+        f"{', '.join(DEFAULT_PAIRS)}",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -125,13 +127,15 @@ def examine(model: str | None, profile: str | None) -> list[Section]:
 
     Args:
         model: folder or id, or None.
-        profile: file, name or pair; None for KVTUNER_PROFILE, else the default pairs.
+        profile: file, name or pair; None for KVTUNER_PROFILE, else auto and the default pairs.
     """
     software, card = machine.software(), machine.card()
     sections = [software, card, machine.plugin_registration()]
     spec = profile or envs.profile()
     groups: dict[Group, None] = {}
-    for each in (spec,) if spec else DEFAULT_PAIRS:
+    # What --kv-cache-dtype kvtuner alone would serve, where there is a model to look for.
+    specs = (AUTO, *DEFAULT_PAIRS) if model else DEFAULT_PAIRS
+    for each in (spec,) if spec else specs:
         section, found = _profile(each, model, card.facts.get("free memory"))
         sections.append(section)
         groups |= dict.fromkeys(found)
@@ -147,7 +151,7 @@ def examine(model: str | None, profile: str | None) -> list[Section]:
 def _profile(spec: str, model: str | None, memory: int | None) -> tuple[Section, list[Group]]:
     section = Section(PROFILE + spec)
     try:
-        profile, shape, resolved = resolve(spec, model)
+        profile, shape, resolved = resolve(spec, model, memory)
     except ProfileError as error:
         section.problems += [(problem, _advice(problem, error, model)) for problem in error.problems]
         return section, []

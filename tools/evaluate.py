@@ -42,6 +42,7 @@ from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.model_files import ModelFiles
 
 SCHEMA = "kvtuner-evaluation/1"
 AUTO = CacheSetting("auto")
@@ -493,7 +494,7 @@ def _found(spec: str, model: str, source: ModelSource) -> str:
     """The profile that a spec means for the model, with a line on what auto is."""
     if not is_auto(spec):
         return spec
-    found = resolve_auto(spec, model, load_model_shape(model, source)).chosen
+    found = resolve_auto(spec, ModelFiles(model), load_model_shape(model, source)).chosen
     print(f"{spec} -> {found.spec} ({found.source})", file=sys.stderr)
     return found.spec
 

@@ -1,18 +1,21 @@
-"""``kvtuner profile show|check|resolve|list``: what a profile stores, whether it is right, what auto means for a model,
-and which ones are shipped."""
+"""``kvtuner profile show|check|resolve|list|upload|download``: what a profile stores, whether it is right, what auto
+means for a model, which ones are shipped, and profiles on the hub."""
 
 import argparse
 import dataclasses
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, set_example
 from kvtuner_tools.model_files import load_model_shape
+from kvtuner_tools.profile_sharing import download, upload
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.load import AUTO, load_profile, shipped_profiles
+from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.profile import FROM_WEIGHTS, Profile, RecentWindow, ResolvedProfile, TransformSettings
@@ -22,7 +25,7 @@ SCHEMA = {
     "show": "kvtuner-profile/1",
     "check": "kvtuner-profile-check/1",
     "list": "kvtuner-profile-list/1",
-    "resolve": "kvtuner-resolution/1",
+    "resolve": "kvtuner-resolution/2",
 }
 """Of each action's JSON."""
 SCORES = {
@@ -56,21 +59,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
     resolving = actions.add_parser("resolve", help="say what auto means for a model, and why it is no other profile")
     resolving.add_argument("model", metavar="MODEL", help="folder or id of the model")
-    resolving.add_argument("--profile", metavar="SPEC", default=AUTO, help="auto or auto:BITS (default: %(default)s)")
+    resolving.add_argument(
+        "--profile",
+        metavar="SPEC",
+        default=AUTO,
+        help="auto, auto:BITS, or by need auto:fit=CONTEXTxREQUESTS with --memory (default: %(default)s)",
+    )
+    resolving.add_argument("--memory", type=parse_memory, help="KV cache memory, such as 20GiB, for a budget by need")
+    resolving.add_argument("--revision", help="of the model on the hub")
     listing = actions.add_parser("list", help="list the shipped profiles")
+    uploading = actions.add_parser("upload", help="put a profile into a repository of the Hugging Face hub")
+    uploading.add_argument("source", metavar="PATH", type=Path, help="profile, or a calibration's output folder")
+    uploading.add_argument("repo", metavar="ORG/REPO", help="repository; made if it is not there")
+    uploading.add_argument("--revision", metavar="BRANCH", help="branch to put it on (default: the main one)")
+    uploading.add_argument("--private", action="store_true", help="make a private repository, where one is made")
+    downloading = actions.add_parser("download", help="bring a repository's profiles here, with their statics")
+    downloading.add_argument("spec", metavar="ORG/REPO[@REVISION][/FILE.yaml]", help="repository, or one file of it")
+    downloading.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder to put them into")
     for action in (show, check, resolving, listing):
         action.add_argument("--json", action="store_true", help="print JSON")
     set_example(show, "kvtuner profile show K8V4 --model Qwen/Qwen3-8B --memory 20GiB")
     set_example(check, "kvtuner profile check mine.yaml --model Qwen/Qwen3-8B")
     set_example(resolving, "kvtuner profile resolve Qwen/Qwen3-8B --profile auto:3.5")
     set_example(listing, "kvtuner profile list --json")
+    set_example(uploading, "kvtuner profile upload calibration/ org/Qwen3-8B-kvtuner")
+    set_example(downloading, "kvtuner profile download org/Qwen3-8B-kvtuner --out profiles/")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "list":
         return _list(args.json)
     if args.action == "resolve":
-        return _resolve(args.model, args.profile, args.json)
+        return _resolve(args)
+    if args.action == "upload":
+        print(*upload(args.source, args.repo, private=args.private, revision=args.revision), sep="\n")
+        return 0
+    if args.action == "download":
+        print(*download(args.spec, args.out), sep="\n")
+        return 0
     if args.action == "show":
         summary = _summarize(args.profiles[0], args.model, args.memory)
         print(json.dumps({"schema": SCHEMA["show"], **summary}, indent=2) if args.json else _format(summary))
@@ -96,11 +122,13 @@ def _check(args: argparse.Namespace) -> int:
     return status
 
 
-def _resolve(model: str, spec: str, as_json: bool) -> int:
+def _resolve(args: argparse.Namespace) -> int:
+    spec = args.profile
     if not is_auto(spec):
         raise ProfileError([f"{spec}: --profile must be {AUTO} or {AUTO}:BITS, which mean something to be looked for"])
-    found = resolve_auto(spec, model, load_model_shape(model))
-    if as_json:
+    files = ModelFiles(args.model, args.revision)
+    found = resolve_auto(spec, files, load_model_shape(args.model), args.memory)
+    if args.json:
         print(json.dumps({"schema": SCHEMA["resolve"], **dataclasses.asdict(found)}, indent=2))
         return 0
     print(f"{found.asked} -> {found.chosen.spec} ({found.chosen.source}), {found.chosen.stored_bits:.3f} stored bits")
@@ -171,7 +199,7 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
     Raises:
         ProfileError: the profile, its statics, or their fit to the model is wrong, or memory is given without a model.
     """
-    profile, shape, resolved = resolve(spec, model)
+    profile, shape, resolved = resolve(spec, model, memory)
     if memory is not None and resolved is None:
         rule = "needs --model for a profile that names none, since bytes per token depend on it"
         raise ProfileError([f"{spec}: --memory {rule}, but got {memory:,} bytes alone"])
@@ -199,19 +227,22 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
     }
 
 
-def resolve(spec: str, model: str | None) -> tuple[Profile, ModelShape | None, ResolvedProfile | None]:
+def resolve(
+    spec: str, model: str | None, memory: int | None = None
+) -> tuple[Profile, ModelShape | None, ResolvedProfile | None]:
     """A profile, its model's shape where one is known, and the two matched, statics included.
 
     Args:
         spec: file, name of a shipped profile, pair, or with a model ``auto``.
         model: folder or id; by default the model that the profile names, if it does.
+        memory: bytes of keys and values, for ``auto`` with a budget by need.
 
     Raises:
         ProfileError: the profile, its statics, or their fit to the model is wrong.
     """
     shape = None if model is None else load_model_shape(model)
     if shape is not None and model is not None and is_auto(spec):
-        spec = resolve_auto(spec, model, shape).chosen.spec
+        spec = resolve_auto(spec, ModelFiles(model), shape, memory).chosen.spec
     profile = load_profile(spec)
     shape = shape or profile.model
     resolved = None if shape is None else profile.resolve(shape)

@@ -11,6 +11,11 @@ def profile() -> str | None:
     return os.environ.get("KVTUNER_PROFILE") or None
 
 
+def without_profile() -> dict[str, str]:
+    """The environment of a process that calibrates, which is given its settings by its arguments."""
+    return {name: value for name, value in os.environ.items() if name != "KVTUNER_PROFILE"}
+
+
 def prefill_workspace_tokens() -> int:
     """KVTUNER_PREFILL_WORKSPACE_TOKENS: cached tokens dequantized at once for prefill over a cached prefix.
 
@@ -32,6 +37,14 @@ def kernel_cache() -> Path:
         return Path(folder).expanduser()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(base).expanduser() / "vllm_kvtuner" / "kernels"
+
+
+def profile_folder() -> Path:
+    """KVTUNER_PROFILE_FOLDER: the user's folder of calibrated profiles; by default in the user's data folder."""
+    if folder := os.environ.get("KVTUNER_PROFILE_FOLDER"):
+        return Path(folder).expanduser()
+    base = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
+    return Path(base).expanduser() / "vllm_kvtuner" / "profiles"
 
 
 def cxx() -> str | None:

@@ -23,10 +23,11 @@ def test_demo_serves_the_model_and_reports_its_memory():
     answer = result.stdout.partition("assistant: ")[2].partition("\n\nKV memory")[0]
     assert "scatter" in answer
     nominal, stored = re.search(r"([\d.]+) nominal bits, ([\d.]+) stored bits", result.stdout).groups()
-    assert (nominal, stored) == ("4.20", "4.70")
+    assert (nominal, stored) == ("4.00", "4.50")
     ours, bf16 = (
         int(number.replace(",", ""))
         for number in re.search(r"holds ([\d,]+) .* ([\d,]+)$", result.stdout.strip()).groups()
     )
-    # The server's own count: 16 / stored bits times bf16's, less what does not fill a block.
-    assert abs(ours / bf16 / (16 / float(stored)) - 1) < 0.02
+    # The server's own count: 16 / stored bits times bf16's, less the windows of requests of max_model_len, whose blocks
+    # are large on a CPU (3,317,760 bytes beside 4,096 x 6,480).
+    assert abs(ours / bf16 / (16 / float(stored)) - 4096 * 6480 / (4096 * 6480 + 3_317_760)) < 0.02

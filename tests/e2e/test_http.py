@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.server import serving
 
 MODEL = "smollm2"
-PROFILE = "smollm2_135m_4.20bit"
+PROFILE = "smollm2_135m_5.23bit"
 MAX_MODEL_LEN = 1024
 # Shorter than a block, so that no answer depends on what the prefix cache holds.
 PROMPT = "The capital of France is"
@@ -131,9 +131,9 @@ def test_a_request_beyond_the_context_is_refused(client):
 def test_the_log_and_the_metrics_say_what_fits(server):
     lines = [line for line in server.log.splitlines() if "kvtuner profile" in line]
     assert len(lines) == 1
-    assert f"{PROFILE}.yaml: 4.200 nominal bits, 4.700 stored bits, 6,768 bytes per token; " in lines[0]
+    assert f"{PROFILE}.yaml: 4.733 nominal bits, 5.233 stored bits, 7,536 bytes per token; " in lines[0]
     tokens = int(server.metric_label("vllm:cache_config_info", "kv_cache_size_tokens"))
-    assert f" {tokens:,} KV tokens fit, 3.40 times as many as bf16" in lines[0]
+    assert f" {tokens:,} KV tokens fit, 3.06 times as many as bf16" in lines[0]
 
 
 def test_the_metrics_say_what_is_stored(server):
@@ -141,12 +141,13 @@ def test_the_metrics_say_what_is_stored(server):
     lines = dict(line.rsplit(" ", 1) for line in server.metrics() if line.startswith("vllm:kvtuner_"))
     tokens = int(server.metric_label("vllm:cache_config_info", "kv_cache_size_tokens"))
     digest = server.metric_label("vllm:kvtuner_profile_info", "digest")
-    assert {name: float(value) for name, value in lines.items()} == {
-        f"vllm:kvtuner_nominal_bits{labels}}}": 4.2,
-        f"vllm:kvtuner_stored_bits{labels}}}": 4.7,
-        f"vllm:kvtuner_kv_bytes_per_token{labels}}}": 6768,
+    assert {name: round(float(value), 4) for name, value in lines.items()} == {
+        f"vllm:kvtuner_nominal_bits{labels}}}": 4.7333,
+        f"vllm:kvtuner_stored_bits{labels}}}": 5.2333,
+        f"vllm:kvtuner_kv_bytes_per_token{labels}}}": 7536,
         f"vllm:kvtuner_kv_cache_tokens{labels}}}": tokens,
         f'vllm:kvtuner_profile_info{{digest="{digest}",{labels[1:]},profile="{PROFILE}",source="given"}}': 1,
-        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K8V4"}}': 3,
-        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K4V4"}}': 27,
+        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K8V4"}}': 10,
+        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K4V8"}}': 1,
+        f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K4V4"}}': 19,
     }

@@ -16,6 +16,8 @@ from transformers import (
     FalconH1ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GptOssConfig,
     GptOssForCausalLM,
     GraniteMoeHybridConfig,
@@ -39,9 +41,11 @@ from transformers import (
 HYBRIDS = ("granite_hybrid", "falcon_h1", "qwen3_next", "lfm2")
 """Even layers are linear attention (state-space, both, gated delta net, short convolution), odd ones full attention;
 every layer of Falcon-H1 is both."""
-ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "gpt_oss", "granite_swa", *HYBRIDS)
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3", "gemma4", "gpt_oss", "granite_swa", *HYBRIDS)
 SLIDING_WINDOW = 64
-"""Window in tokens of the even layers of Gemma 3, gpt-oss and Granite SWA; their odd layers see everything."""
+"""Window in tokens of the even layers of Gemma 3 and 4, gpt-oss and Granite SWA; their odd layers see everything."""
+LARGE_HEAD_SIZE = 512
+"""Of Gemma 4's odd layers."""
 WEIGHT_STD = 0.08
 """Standard deviation of the random weights: large enough that logits and attention are far from uniform."""
 
@@ -119,6 +123,8 @@ def make_tiny_model(
                 **common, sliding_window=SLIDING_WINDOW, layer_types=kinds, query_pre_attn_scalar=head_size
             )
         )
+    elif architecture == "gemma4":
+        model = _gemma4(common)
     elif architecture in ("gpt_oss", "granite_swa"):
         model = _with_sinks(architecture, common)
     elif architecture in HYBRIDS:
@@ -128,6 +134,22 @@ def make_tiny_model(
     model.to(dtype).save_pretrained(folder)
     make_tokenizer(max_model_len).save_pretrained(folder)
     return folder
+
+
+def _gemma4(common: dict[str, Any]) -> PreTrainedModel:
+    """Full layers of one KV head of ``LARGE_HEAD_SIZE``, whose values are made of the keys' projection.
+
+    The model scales no logits; here the factors of its query norms do, as 1 / sqrt(head size) would.
+    """
+    kinds = ["full_attention" if index % 2 else "sliding_attention" for index in range(common["num_hidden_layers"])]
+    full = dict(global_head_dim=LARGE_HEAD_SIZE, num_global_key_value_heads=1, attention_k_eq_v=True)
+    inputs = dict(hidden_size_per_layer_input=0, vocab_size_per_layer_input=common["vocab_size"])
+    config = Gemma4TextConfig(**common, **full, **inputs, sliding_window=SLIDING_WINDOW, layer_types=kinds)
+    model = Gemma4ForCausalLM(config)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.q_norm.weight.fill_(2 * layer.self_attn.head_dim**-0.5)
+    return model
 
 
 def _with_sinks(architecture: str, common: dict[str, Any]) -> PreTrainedModel:

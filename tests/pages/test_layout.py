@@ -125,8 +125,8 @@ def test_offsets_of_one_page_in_bytes():
 @pytest.mark.parametrize(
     ("head_size", "bits", "fits"),
     [
-        *((32, 2, True), (48, 4, True), (80, 4, True), (256, 8, True)),
-        *((0, 8, False), (20, 2, False), (48, 2, False), (80, 2, False), (264, 8, False)),
+        *((16, 2, True), (48, 2, True), (80, 2, True), (100, 8, True), (112, 2, True), (256, 8, True), (512, 2, True)),
+        *((0, 8, False), (20, 2, False), (72, 2, False), (100, 4, False), (264, 8, False), (384, 8, False)),
     ],
 )
 def test_which_rows_pack(head_size, bits, fits):
@@ -137,7 +137,7 @@ def test_which_rows_pack(head_size, bits, fits):
     ("arguments", "message"),
     [
         ((PrecisionPair(16, 16), 128, 16), "quantized pair"),
-        ((PrecisionPair(4, 2), 80, 16), "head_size 80 with K4V2"),
+        ((PrecisionPair(4, 2), 72, 16), "head_size 72 with K4V2"),
         ((PrecisionPair(4, 4), 128, 24), "multiple of 16, but got 24"),
         ((PrecisionPair(4, 4), 128, 0), "multiple of 16, but got 0"),
     ],

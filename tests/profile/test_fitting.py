@@ -8,8 +8,8 @@ from vllm_kvtuner.profile.load import load_profile, shipped_profiles
 
 def test_profiles_of_a_models_shape_and_no_others():
     shape = load_profile("llama31_3.25bit").model
-    assert fitting_profiles(shape) == [name for name in shipped_profiles() if name.startswith("llama31_")]
-    assert advice(shape).startswith(f"shipped profiles that fit {shape.name} are llama31_3.25bit, ")
+    assert fitting_profiles(shape) == [name for name in shipped_profiles() if name.startswith("published/llama31_")]
+    assert advice(shape).startswith(f"shipped profiles that fit {shape.name} are published/llama31_3.25bit, ")
     finetune = dataclasses.replace(shape, name="a fine-tune")
     assert fitting_profiles(finetune) == fitting_profiles(shape), "the name does not matter"
 

@@ -230,8 +230,8 @@ def test_all_problems_at_once(write):
     expected = [
         "statics, attend_cached_prefill, provenance, but got 'stattics' (did you mean 'statics'?)",
         "version must be 1, but got 2",
-        "model must only have the keys name, architecture, num_layers, num_kv_heads, head_size, but got 'head_sise'"
-        " (did you mean 'head_size'?)",
+        "model must only have the keys name, architecture, num_layers, num_kv_heads, head_size, weights, but got "
+        "'head_sise' (did you mean 'head_size'?)",
         "model.architecture must be the first architecture in the model's config, but got ''",
         "model.num_kv_heads must be a positive integer up to 1024, or a list of 4 (0 where a layer caches nothing),"
         " but got [2, 2]",
@@ -423,14 +423,14 @@ def test_layers_without_identity_meet_the_model(write):
 
 def test_head_sizes_that_do_not_pack(write):
     profile = load_profile(write("version: 1\nlayers: {0: K4V4, 1-2: K4V2, 3: K16V16}\n"))
-    shape = ModelShape("toy", "T", (LayerShape(2, 80),) * 4)
+    shape = ModelShape("toy", "T", (LayerShape(2, 72),) * 4)
     (line,) = problems_of(profile.resolve, shape)
     assert line.endswith(
-        "layers.1-2 head_size * 2 bits must fill a multiple of 8 bytes, but got head_size 80 with K4V2"
+        "layers.1-2 head_size * 2 bits must fill a multiple of 4 bytes, but got head_size 72 with K4V2"
     )
-    big = ModelShape("toy", "T", (LayerShape(2, 64), LayerShape(2, 512), LayerShape(2, 64), LayerShape(2, 512)))
+    big = ModelShape("toy", "T", (LayerShape(2, 64), LayerShape(2, 384), LayerShape(2, 512), LayerShape(2, 384)))
     (line,) = problems_of(profile.resolve, big)
-    assert line.endswith("layers.1 head_size must be between 1 and 256, but got head_size 512 with K4V2")
+    assert line.endswith("layers.1 head_size must be between 1 and 256, or 512, but got head_size 384 with K4V2")
 
 
 def test_a_layer_with_kv_heads_has_a_head_size(write):

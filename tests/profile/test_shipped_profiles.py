@@ -6,6 +6,7 @@ import yaml
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, content_bytes
 from vllm_kvtuner.profile.load import load_profile, shipped_profiles
 from vllm_kvtuner.profile.profile import FROM_WEIGHTS
+from vllm_kvtuner.profile.shipped import EARLIER_NAMES
 from vllm_kvtuner.profile.statics import load_statics
 
 PUBLISHED = {
@@ -27,30 +28,39 @@ PUBLISHED = {
 }
 """Nominal bits as published and the reference implementation's file name."""
 CALIBRATED = (
-    "qwen25_coder_0.5b_3.00bit",
-    "qwen25_coder_0.5b_3.75bit",
-    "qwen25_coder_0.5b_4.75bit",
-    "qwen25_coder_1.5b_3.25bit",
-    "qwen25_coder_1.5b_4.00bit",
-    "qwen25_coder_1.5b_5.00bit",
-    "qwen25_coder_1.5b_window_2.75bit",
-    "qwen25_coder_1.5b_window_3.25bit",
-    "qwen25_coder_1.5b_window_4.00bit",
-    "smollm2_135m_3.00bit",
-    "smollm2_135m_3.73bit",
-    "smollm2_135m_4.73bit",
-    "smollm2_135m_window_3.00bit",
-    "smollm2_135m_window_4.00bit",
-    "smollm2_135m_window_5.00bit",
+    "qwen25_coder_0.5b_3.50bit",
+    "qwen25_coder_0.5b_4.25bit",
+    "qwen25_coder_0.5b_5.25bit",
+    "qwen25_coder_1.5b_3.50bit",
+    "qwen25_coder_1.5b_4.25bit",
+    "qwen25_coder_1.5b_5.25bit",
+    "qwen25_coder_1.5b_window_3.00bit",
+    "qwen25_coder_1.5b_window_3.50bit",
+    "qwen25_coder_1.5b_window_4.25bit",
+    "smollm2_135m_3.50bit",
+    "smollm2_135m_4.23bit",
+    "smollm2_135m_5.23bit",
+    "smollm2_135m_window_3.50bit",
+    "smollm2_135m_window_4.50bit",
+    "smollm2_135m_window_5.50bit",
 )
 """Found by ``kvtuner calibrate``, with statics."""
-WINDOWED = "qwen25_coder_1.5b_3.00bit"
+WINDOWED = "qwen25_coder_1.5b_uniform_3.25bit"
 """Uniform, with the statics of the calibrated ones, and a recent window."""
-DEMO = "smollm2_135m_4.20bit"
 
 
 def test_all_are_found():
-    assert set(shipped_profiles()) == {*PUBLISHED, *CALIBRATED, WINDOWED, DEMO}
+    assert set(shipped_profiles()) == {*(f"published/{name}" for name in PUBLISHED), *CALIBRATED, WINDOWED}
+
+
+@pytest.mark.parametrize("name", shipped_profiles())
+def test_nothing_is_shipped_that_nobody_measured_but_published_allocations(name):
+    provenance = load_profile(name).provenance
+    if name.startswith("published/"):
+        assert provenance["note"].startswith("A published allocation, not measured as it is served here.")
+    else:
+        measured = provenance.get("heldout_scores", {}).get("this profile") or provenance["evaluation"]
+        assert measured["kl_mean"] > 0
 
 
 @pytest.mark.parametrize("name", shipped_profiles())
@@ -61,7 +71,8 @@ def test_bits_stated_are_bits_computed(name):
     assert len(resolved.layers) == len(profile.model.layers)
     assert profile.provenance["nominal_bits"] == round(resolved.nominal_bits, 4)
     assert profile.provenance["stored_bits"] == round(resolved.stored_bits, 4)
-    assert float(name.rpartition("_")[2].removesuffix("bit")) == pytest.approx(resolved.nominal_bits, abs=0.00501)
+    in_name = resolved.nominal_bits if name.startswith("published/") else resolved.stored_bits
+    assert float(name.rpartition("_")[2].removesuffix("bit")) == pytest.approx(in_name, abs=0.00501)
     assert profile.provenance["source"]
 
 
@@ -75,6 +86,8 @@ def test_published_allocations(name):
     assert ("pertoken" in reference) == ("pertoken" in name) == provenance["mode"].startswith("per-token")
     assert ("kivi" in reference) == provenance["mode"].startswith("KIVI")
     assert "found without transforms" in provenance["note"]
+    assert (profile.recent_window, profile.recent_window_bits, profile.sink_tokens) == (64, 16, 4)
+    assert profile.transforms.key_hadamard and profile.transforms.value_hadamard and profile.transforms.range_search
 
 
 def test_llama_3_25_layer_by_layer():
@@ -112,17 +125,24 @@ def test_calibrated_profiles_hold_what_they_promise(name):
 
 
 def test_the_profile_with_a_window_is_the_calibrated_one_otherwise():
-    profile, calibrated = load_profile(WINDOWED), load_profile("qwen25_coder_1.5b_4.00bit")
+    profile, calibrated = load_profile(WINDOWED), load_profile("qwen25_coder_1.5b_4.25bit")
     assert (profile.recent_window, profile.recent_window_bits) == (64, 16)
     assert profile.transforms == calibrated.transforms
     assert profile.transform_overrides == calibrated.transform_overrides
     assert set(load_statics(profile.statics, profile.resolve(profile.model))) == set(profile.pairs)
 
 
-def test_demo_profile_needs_no_data():
-    transforms = load_profile(DEMO).transforms
-    assert transforms.names == ("key_hadamard", "value_hadamard", "range_search")
-    assert load_profile(DEMO).transform_overrides == {}
+@pytest.mark.parametrize(("earlier", "name"), EARLIER_NAMES.items())
+def test_earlier_names_lead_to_the_same_profiles(earlier, name):
+    profile = load_profile(earlier)
+    assert profile == load_profile(f"{earlier}.yaml") == load_profile(name)
+    nominal = float(earlier.rpartition("_")[2].removesuffix("bit"))
+    assert nominal == pytest.approx(profile.resolve(profile.model).nominal_bits, abs=0.00501)
+    assert earlier not in EARLIER_NAMES.values()
+
+
+def test_published_names_need_no_folder():
+    assert load_profile("llama31_3.25bit") == load_profile("published/llama31_3.25bit.yaml")
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("qwen")])

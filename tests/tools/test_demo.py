@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvtuner_tools import demo
 from kvtuner_tools.gguf import _tie_copies, convert_gguf
-from vllm_kvtuner.profile.load import load_profile
+from vllm_kvtuner.profile.load import load_profile, shipped_profiles
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
 
@@ -43,8 +43,12 @@ def test_wrong_profile_is_an_error_before_anything_is_built(tmp_path):
     assert not folder.exists()
 
 
-def test_demo_profile_is_shipped_and_names_the_demo_model():
-    assert load_profile(demo.PROFILE).model.name.endswith(demo.MODEL_NAME)
+def test_auto_has_measured_profiles_of_the_demo_model():
+    """The digest is of the folder that build_smollm2 makes, which tests/e2e/test_demo.py serves."""
+    shipped = [load_profile(name) for name in shipped_profiles()]
+    of_demo = [each for each in shipped if each.model.name.endswith(demo.MODEL_NAME)]
+    assert of_demo and {each.weights for each in of_demo} == {"81cc51f7fc31be38"}
+    assert parse().profile == "auto"
 
 
 def test_server_that_ends_shows_the_end_of_its_log(tmp_path):

@@ -130,9 +130,9 @@ def test_the_profile_comes_from_the_environment_as_in_serving(diagnose, model, m
 
 
 def test_all_problems_of_a_profile_and_text_of_them(diagnose, model, capsys):
-    problems = diagnose(model, "--profile", "smollm2_135m_4.20bit")["problems"]
+    problems = diagnose(model, "--profile", "smollm2_135m_window_4.50bit")["problems"]
     assert any("model.num_layers must be 4" in problem for problem in problems)
-    assert cli.main(["doctor", str(model), "--profile", "smollm2_135m_4.20bit"]) == 1
+    assert cli.main(["doctor", str(model), "--profile", "smollm2_135m_window_4.50bit"]) == 1
     captured = capsys.readouterr().out
     assert "model.num_layers must be 4" in captured
     assert "\n    do: give a profile of this model: kvtuner profile list" in captured

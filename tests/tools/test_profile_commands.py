@@ -18,7 +18,8 @@ def test_show_prints_both_bits_and_ranges(run_cli):
     assert "3.250 nominal bits, 3.500 stored bits" in out
     assert "28,672 (bf16 takes 131,072, 4.57 times as many)" in out
     assert "748,976 in 21,474,836,480 bytes (bf16: 163,840)" in out
-    assert "5-6, 8-12, 14-16, 18-24, 26, 28, 30  K4V2    key_hadamard, value_hadamard, range_search" in out
+    layers = "5-6, 8-12, 14-16, 18-24, 26, 28, 30  K4V2    key_hadamard, value_hadamard, range_search"
+    assert f"{layers}  64 tokens and the first 4 in 16 bits" in out
     assert "arXiv 2502.04420" in out
 
 
@@ -36,11 +37,11 @@ def test_show_json(run_cli):
         "v_bits": 4,
         "scale_bits": 16,
         "transforms": ["key_hadamard", "value_hadamard", "range_search"],
-        "recent_window": 0,
-        "recent_window_bits": None,
-        "sink_tokens": 0,
+        "recent_window": 64,
+        "recent_window_bits": 16,
+        "sink_tokens": 4,
     }
-    assert shown["recent_bytes_per_request"] == 0
+    assert shown["recent_bytes_per_request"] == 68 * 131_072
     assert shown["provenance"]["scores"]["gsm8k_paper"] == 0.7925
 
 
@@ -111,7 +112,7 @@ def test_check_of_all_shipped_profiles(run_cli):
     status, out, err = run_cli("profile", "check", *shipped_profiles())
     assert (status, err) == (0, "")
     assert len(out.splitlines()) == len(shipped_profiles())
-    assert "qwen25_7b_5.96bit: ok, 5.964 nominal bits, 6.214 stored bits" in out
+    assert "published/qwen25_7b_5.96bit: ok, 5.964 nominal bits, 6.214 stored bits" in out
 
 
 def test_check_reports_every_problem_of_every_profile(run_cli, tmp_path):
@@ -171,11 +172,12 @@ def test_folders_that_hold_no_model(run_cli, tmp_path, content, problem):
 def test_list(run_cli):
     rows = {line.split()[0]: line.split() for line in run_cli("profile", "list")[1].splitlines()}
     assert rows["name"] == ["name", "model", "stored", "bits", "x", "bf16", "window", "KL", "GSM8K"]
-    llama = ["llama31_3.25bit", "meta-llama/Llama-3.1-8B-Instruct", "3.500", "4.57", "-", "-", "0.792", "(paper)"]
-    assert rows["llama31_3.25bit"] == llama, "a published score is told from a measured one"
-    assert rows["qwen25_coder_1.5b_window_3.25bit"][2:] == ["3.500", "4.57", "64", "0.0086", "-"]
-    assert rows["qwen25_coder_1.5b_3.00bit"][2:] == ["3.250", "4.92", "64", "0.0159", "0.602"]
-    assert rows["smollm2_135m_4.20bit"][2:] == ["4.700", "3.40", "-", "-", "-"]
+    name, bits = "published/llama31_3.25bit", ["3.500", "4.57", "64+4", "-", "0.792", "(paper)"]
+    assert rows[name] == [name, "meta-llama/Llama-3.1-8B-Instruct", *bits], (
+        "a paper's score is told from a measured one"
+    )
+    assert rows["qwen25_coder_1.5b_window_3.50bit"][2:] == ["3.500", "4.57", "64", "0.0086", "-"]
+    assert rows["qwen25_coder_1.5b_uniform_3.25bit"][2:] == ["3.250", "4.92", "64", "0.0159", "0.602"]
     document = json.loads(run_cli("profile", "list", "--json")[1])
     assert document["schema"] == "kvtuner-profile-list/1"
     assert [row["name"] for row in document["profiles"]] == list(shipped_profiles())
@@ -225,3 +227,20 @@ def test_profile_commands_import_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_a_budget_by_need(run_cli, make_model):
+    # 2 layers of 2 heads of 64: K4V2 takes 224 bytes a token, K4V4 288, and a request's window 69,632 with either.
+    arguments = ("--model", make_model(), "--memory", "1MiB")
+    status, out, _ = run_cli("profile", "show", "auto:fit=256x8", *arguments)
+    assert status == 0
+    assert out.startswith("profile          K4V2\n")
+    status, _, err = run_cli("profile", "show", "auto:fit=1024x8", *arguments)
+    assert status == 1
+    assert "8 requests of 1,024 tokens must fit in 1,048,576 bytes" in err
+    status, out, _ = run_cli(
+        "profile", "resolve", arguments[1], "--profile", "auto:fit=256x8", "--memory", "1MiB", "--json"
+    )
+    found = json.loads(out)
+    assert (status, found["schema"], found["chosen"]["spec"]) == (0, "kvtuner-resolution/2", "K4V2")
+    assert found["budget"] == "8 requests of 256 tokens in 1,048,576 bytes"

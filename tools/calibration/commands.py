@@ -13,6 +13,12 @@ from pathlib import Path
 
 import optuna
 
+from kvtuner_tools.calibration.keep import (
+    keep_for_user,
+    keep_in_model,
+    profile_to_serve,
+    refuse_unwritable_model,
+)
 from kvtuner_tools.calibration.option_checks import check_options
 from kvtuner_tools.calibration.options import (
     OPTIONS_FILE,
@@ -25,6 +31,7 @@ from kvtuner_tools.calibration.options import (
 )
 from kvtuner_tools.engine_arguments import NO_WORDS, check_engine_words, refuse_computed
 from kvtuner_tools.processes import STDERR, output_to
+from vllm_kvtuner.profile.hub import FOLDER
 from vllm_kvtuner.profile.problems import ProfileError
 
 ENGINE_LOG = "engine.log"
@@ -95,6 +102,15 @@ def _all_arguments(parser: argparse.ArgumentParser) -> None:
     _first_arguments(parser)
     add_options(parser, STAGES[1:])
     add_option(parser, "quick")
+    parser.add_argument(
+        "--save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="keep the profile to serve in the user's folder (KVTUNER_PROFILE_FOLDER), where auto finds it (default)",
+    )
+    parser.add_argument(
+        "--save-to-model", action="store_true", help=f"keep it in MODEL/{FOLDER}/ too, where auto finds it first"
+    )
 
 
 def _first_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,7 +126,22 @@ def _add_verbose(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    return _run(merge(_known(args.out), given_options(args)), args.out, STAGES, verbose=args.verbose)
+    if args.save_to_model:
+        refuse_unwritable_model(args.model)
+    status = _run(merge(_known(args.out), given_options(args)), args.out, STAGES, verbose=args.verbose)
+    if args.save or args.save_to_model:
+        _keep(args)
+    return status
+
+
+def _keep(args: argparse.Namespace) -> None:
+    """Put the profile that is to be served where ``auto`` finds it."""
+    profile = profile_to_serve(args.out)
+    kept = [keep_in_model(profile, args.model)] if args.save_to_model else []
+    if args.save and (path := keep_for_user(profile)) is not None:
+        kept.append(path)
+    for path in kept:
+        print(f"{'kept:':12}{path}")
 
 
 def _capture(args: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def write_profiles(
     result: SearchResult,
     heldout: Heldout,
     recent_window: RecentWindow | None,
+    weights: str | None = None,
 ) -> Verdict:
     """Write the searched profile, and beside it the uniform setting that it is compared with.
 
@@ -45,6 +47,7 @@ def write_profiles(
         result: the chosen setting, and how it was found.
         heldout: its scores and those of the settings that it is compared with.
         recent_window: the one that all of this was measured with.
+        weights: digest of the model's; None where they are not on this machine.
 
     Returns:
         Which of them to serve.
@@ -53,6 +56,8 @@ def write_profiles(
         ProfileError: a profile would not load; it was not written then.
     """
     verdict = judge(heldout, result.max_bits)
+    if weights is not None:
+        table = replace(table, model={**table.model, "weights": weights})
     settings = {PROFILE_FILE: heldout.chosen}
     if (rival := heldout.rival(result.max_bits)) is not None:
         settings[uniform_file(rival)] = rival

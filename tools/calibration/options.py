@@ -28,7 +28,6 @@ from vllm_kvtuner.profile.profile import RecentWindow
 
 OPTIONS_SCHEMA = "kvtuner-calibration/4"
 OPTIONS_FILE = "calibration.json"
-REPORT_FILE = "report.html"
 DEFAULT_WINDOW = 2048
 DEFAULT_RECENT_WINDOW = 64
 DEFAULT_SINK_TOKENS = 4
@@ -70,7 +69,7 @@ class CalibrationOptions:
         recent_window_bits: 16, or 8.
         sink_tokens: first tokens of each request that the recent window holds too; 0 for none.
         unquantized: layers kept at K16V16, such as ``0, 31``; empty for none.
-        keep_all_pairs: do not prune.
+        keep_all_pairs: do not prune, since a layer's own error does not say whether keys or values hurt the model more.
         cluster_factor: largest ratio of errors within a cluster; 1 for none.
         max_bits: budget in stored bits.
         memory: budget as bytes of KV cache, together with ``context`` and ``concurrency``.
@@ -101,14 +100,14 @@ class CalibrationOptions:
     recent_window_bits: int = 16
     sink_tokens: int | None = None
     unquantized: str = ""
-    keep_all_pairs: bool = False
+    keep_all_pairs: bool = True
     cluster_factor: float = DEFAULT_FACTOR
     max_bits: float | None = None
     memory: int | None = None
     context: int | None = None
     concurrency: int | None = None
     sampler: str = "nsga2"
-    trials: int = 64
+    trials: int = 96
     storage: str | None = None
     quick: bool = False
     full_report: bool = False

@@ -33,8 +33,9 @@ from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clus
 from kvtuner_tools.calibration.export import write_profiles
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
 from kvtuner_tools.calibration.heldout_scores import HeldoutRequest, additive_errors, score_heldout, wanted_settings
-from kvtuner_tools.calibration.options import GROUPS, REPORT_FILE, STAGES, CalibrationOptions, Texts
+from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts
 from kvtuner_tools.calibration.outcome import (
+    REPORT_FILE,
     Heldout,
     SearchResult,
     bits_text,
@@ -55,6 +56,7 @@ from kvtuner_tools.engine_arguments import NO_WORDS, EngineWords
 from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 from kvtuner_tools.results import write_bytes, write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
 from vllm_kvtuner.profile.statics import FEEDBACK_KINDS
 
@@ -184,7 +186,8 @@ class Calibration:
         heldout = self._score_heldout()
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         result = SearchResult.read(self.out)
-        write_profiles(self.out, table, self._statics, result, heldout, self.options.recent)
+        weights = ModelFiles(self.options.model).weights
+        write_profiles(self.out, table, self._statics, result, heldout, self.options.recent, weights)
         return f"{len(heldout.settings)} settings on {heldout.chosen.quality.num_tokens:,} held-out tokens"
 
     def report(self) -> str:

@@ -23,6 +23,7 @@ FIGURES_SCHEMA = "kvtuner-study-figures/1"
 _BIT_COLORS = {2: "#b2182b", 4: "#ef8a62", 8: "#67a9cf", 16: "#2166ac"}
 _GROUPS = {
     "sampled": ("#9e9e9e", "circle", 6),
+    "probe": ("#c7c7c7", "diamond", 6),
     "refitted": ("#2166ac", "circle", 6),
     "greedy and integer program": ("#7b3294", "diamond", 9),
     "uniform": ("#e66101", "square", 10),
@@ -229,7 +230,7 @@ def costs_figure(costs: Mapping[str, float]) -> go.Figure:
 
 
 def _group(each: Scored) -> str:
-    if each.origin.startswith(("uniform ", "refitted ")):
+    if each.origin.startswith(("uniform ", "refitted ", "probe ")):
         return each.origin.split()[0]
     return "greedy and integer program" if each.origin.startswith(("greedy", "integer program")) else "sampled"
 

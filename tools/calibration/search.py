@@ -7,7 +7,7 @@ the budget, and to the uniform ones that everything is compared with.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from statistics import median
@@ -32,6 +32,10 @@ BARREN_TRIALS = 100
 """Trials in a row without a new setting, after which the sampler has nothing more to say."""
 LOWER_BUDGETS = 6
 """Budgets below the wanted one for which the integer program's choices are seeds too: a first Pareto front."""
+PROBED_BITS = (4, 8)
+"""Bits of keys and values beside which half as many are probed."""
+PROBE = "probe"
+"""How origins of probes begin."""
 SOLVERS = {"integer_program": integer_program, "greedy": greedy}
 """Choices that take errors as additive."""
 REFIT_EVERY = 2
@@ -49,7 +53,10 @@ _POLL_SECONDS = 2.0
 
 
 def seeds(plan: SearchPlan) -> list[tuple[str, Choice]]:
-    """Settings to score first, each once: uniform ones, the greedy and the exact choice, and exact ones of less."""
+    """Settings to score first, each once: uniform ones, probes, the greedy and the exact choice, exact ones of less.
+
+    A probe takes bits from one cluster's keys or values in a uniform setting: their KL tells what these bits are worth.
+    """
     space = plan.space
     found: list[tuple[str, Choice]] = []
 
@@ -59,6 +66,8 @@ def seeds(plan: SearchPlan) -> list[tuple[str, Choice]]:
 
     for pair in space.uniform_pairs():
         add(f"uniform {pair}", space.choice_of(space.uniform(pair)))
+    for origin, choice in _probes(plan):
+        add(origin, choice)
     for name, solve in SOLVERS.items():
         add(name.replace("_", " "), solve(space.clusters, plan.max_bytes))
     least = space.bytes_per_token(space.cheapest())
@@ -66,6 +75,20 @@ def seeds(plan: SearchPlan) -> list[tuple[str, Choice]]:
         lower = least + (plan.max_bytes - least) * step // (LOWER_BUDGETS + 1)
         add(f"integer program at {space.stored_bits(lower):.2f} stored bits", integer_program(space.clusters, lower))
     return found
+
+
+def _probes(plan: SearchPlan) -> Iterator[tuple[str, Choice]]:
+    """Around the uniform pair of keys and values of equal bits that is just above the budget."""
+    space = plan.space
+    nominal, _ = space.budget_bits(plan.max_bytes)
+    bits = next((bits for bits in PROBED_BITS if bits >= nominal), PROBED_BITS[-1])
+    base = space.choice_of(space.uniform(PrecisionPair(bits, bits)))
+    if base is None:
+        return
+    for position, each in enumerate(space.clusters):
+        for pair in (PrecisionPair(bits // 2, bits), PrecisionPair(bits, bits // 2)):
+            if pair in each.pairs:
+                yield f"{PROBE} {each.name} at {pair}", (*base[:position], pair, *base[position + 1 :])
 
 
 def run_search(
@@ -172,7 +195,9 @@ def _propose_refitted(study: Study, plan: SearchPlan) -> None:
         return
     space = plan.space
     choices = [_choice(space, trial) for trial in scored]
-    learned = refit(space.clusters, [(choice, t.values[0]) for choice, t in zip(choices, scored, strict=True)])
+    scores = [(choice, trial.values[0]) for choice, trial in zip(choices, scored, strict=True)]
+    within = [kl for choice, kl in scores if space.bytes_per_token(choice) <= plan.max_bytes]
+    learned = refit(space.clusters, scores, near=min(within or [kl for _, kl in scores]))
     if (choice := integer_program(learned, plan.max_bytes, set(choices))) is not None:
         study.enqueue_trial(_params(space, choice), user_attrs={REFITTED: len(scored)}, skip_if_exists=True)
 

@@ -4,8 +4,8 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable
 
-from kvtuner_tools.calibration.options import REPORT_FILE, recent_bytes
-from kvtuner_tools.calibration.outcome import Scored, bits_text
+from kvtuner_tools.calibration.options import recent_bytes
+from kvtuner_tools.calibration.outcome import REPORT_FILE, Scored, bits_text
 from kvtuner_tools.calibration.report_inputs import ReportInputs
 from kvtuner_tools.calibration.space import bf16_bytes
 from kvtuner_tools.profile_commands import tokens_that_fit

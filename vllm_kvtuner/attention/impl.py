@@ -16,7 +16,14 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_q
 
 from vllm_kvtuner import envs
 from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of
-from vllm_kvtuner.attention.prefill import Flash, GpuPrefill, Prefill, Prefills, ReferencePrefill, WorkspaceShape
+from vllm_kvtuner.attention.prefill import (
+    GpuPrefill,
+    Prefill,
+    Prefills,
+    ReferencePrefill,
+    WorkspaceShape,
+    attention_of_prompts,
+)
 from vllm_kvtuner.attention.prefill_plan import workspace_rows
 from vllm_kvtuner.attention.step_packing import StepPacking, step_packing
 from vllm_kvtuner.attention.window_cache import RecentCache
@@ -163,7 +170,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             packed = GpuKernels(self._window_shape, span, self.limits, device, True, self.dtype)
             window = GpuWindow(cache, kernels, packed)
         version = get_flash_attn_version(head_size=self.head_size, requires_softcap=self.logits_soft_cap > 0)
-        flash = Flash(self.scale, self.logits_soft_cap, version)
+        flash = attention_of_prompts(self.shape, version)
         workspace = WorkspaceShape(self.prefill_workspace_tokens, self.dtype, device)
         return Served(kernels, GpuPrefill(kernels, flash, workspace, window), window)
 

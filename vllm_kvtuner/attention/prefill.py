@@ -1,5 +1,6 @@
 """Prefill of one layer: on a GPU vLLM's FlashAttention on fresh keys and values, and on cached ones once they are
-dequantized into a bounded workspace (prefill_plan.py), merged by log-sum-exp; on a CPU the reference."""
+dequantized into a bounded workspace (prefill_plan.py), merged by log-sum-exp; on a CPU the reference. Triton's kernel
+takes FlashAttention's place for heads that are too large for it."""
 
 import functools
 import itertools
@@ -13,10 +14,16 @@ from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import CacheSlice, PrefillPlan
 from vllm_kvtuner.attention.segments import count_sinks, merged
 from vllm_kvtuner.attention.window_kernels import LayerWindow
-from vllm_kvtuner.kernels.contract import CachedTokens, KernelSet, Pages, Segment, Span
+from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, KernelSet, Pages, Segment, Span
+from vllm_kvtuner.kernels.gpu import flash_attention_in_triton
 from vllm_kvtuner.kernels.reference.attention import attention_ref
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
 from vllm_kvtuner.kernels.reference.rows import read_back_ref
+from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE
+
+MAX_FLASH_HEAD_SIZE = 512
+"""Of FlashAttention 4; versions before it take heads up to MAX_HEAD_SIZE. vLLM only chooses it on cards where it takes
+heads of the layer's size (``get_flash_attn_version``)."""
 
 
 class Prefills(NamedTuple):
@@ -103,12 +110,31 @@ class Flash:
         return Segment(attended, lse)
 
 
+@dataclass(frozen=True)
+class PortableAttention:
+    """The Triton kernel in place of :class:`Flash`, for a layer of a shape."""
+
+    shape: AttentionShape
+
+    def __call__(self, **arguments: Any) -> Segment:
+        """Attention; arguments as vLLM's."""
+        return flash_attention_in_triton(self.shape, arguments)
+
+
+def attention_of_prompts(shape: AttentionShape, version: int | None) -> Flash | PortableAttention:
+    """What attends over contiguous keys and values: FlashAttention, up to the head sizes that its version takes."""
+    most = MAX_FLASH_HEAD_SIZE if version == 4 else MAX_HEAD_SIZE
+    if shape.head_size > most:
+        return PortableAttention(shape)
+    return Flash(shape.scale, shape.logits_soft_cap, version)
+
+
 class GpuPrefill:
     """Attention of the prefills of a batch.
 
     Args:
         kernels: of the layer.
-        flash: attention over contiguous keys and values, as :class:`Flash`.
+        flash: attention over contiguous keys and values, as :func:`attention_of_prompts` gives.
         workspace: for dequantized tokens.
         window: the layer's recent window, if it has one.
     """

@@ -11,7 +11,9 @@ from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
 
 from vllm_kvtuner.engine.config import AUTO_KEY, DRAFT_PREFIXES, RECENT_SUFFIX, resolved_profile
+from vllm_kvtuner.engine.profile_search import asked_need
 from vllm_kvtuner.pages.layout import UNQUANTIZED, content_bytes
+from vllm_kvtuner.profile.auto_request import Need
 from vllm_kvtuner.profile.profile import Profile, ResolvedProfile
 
 logger = logging.getLogger("vllm.kvtuner")
@@ -39,6 +41,26 @@ def check_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
             f"the KV cache must have at least {needed + windows + 1} blocks for a prompt of max_model_len ({length}) "
             f"tokens, {windows} of them for its {_windows(resolved_profile(config))}, but got "
             f"{kv_cache_config.num_blocks}; decrease max_model_len or increase gpu_memory_utilization"
+        )
+    if (need := asked_need(config)) is not None:
+        _check_need(config, kv_cache_config, need)
+
+
+def _check_need(config: VllmConfig, kv_cache_config: KVCacheConfig, need: Need) -> None:
+    """Compare the requests that ``auto`` was asked to have room for with the pool, now that its size is known.
+
+    Raises:
+        ValueError: fewer fit.
+    """
+    of_need = copy.copy(config)
+    of_need.model_config = copy.copy(config.model_config)
+    of_need.model_config.max_model_len = need.context
+    requests = get_kv_cache_capacity(of_need, kv_cache_config)[1]
+    if requests < need.requests:
+        asked = config.additional_config[AUTO_KEY][0]
+        raise ValueError(
+            f"{asked}: the KV cache must hold {need}, but got room for {requests:.1f} of them: less memory is left "
+            "beside weights and activations than was estimated; ask for fewer, or increase gpu_memory_utilization"
         )
 
 

@@ -80,10 +80,11 @@ def add_profile_argument() -> None:
             "--kvtuner-profile",
             metavar="PROFILE",
             default=None,
-            help="Precision profile for --kv-cache-dtype kvtuner: a YAML file, the name of a shipped profile, or a "
-            "pair such as K8V4 for all layers, with the transforms and the recent window that need no data "
-            "(K8V4:plain: without). auto, the default, or auto:BITS is the best for the model within that many "
-            "stored bits.",
+            help="Precision profile for --kv-cache-dtype kvtuner: a YAML file, the name of a shipped profile, "
+            "hf://ORG/REPO[@REVISION][/FILE.yaml], or a pair such as K8V4 for all layers, with the transforms and "
+            "the recent window that need no data (K8V4:plain: without). auto, the default, or auto:BITS is the best "
+            "for the model within that many stored bits, auto:fit=CONTEXTxREQUESTS the best that so many requests "
+            "fit with; auto:BITS,calibrate calibrates first where nobody has.",
         )
         return parser
 

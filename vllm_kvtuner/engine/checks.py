@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from vllm_kvtuner import envs
 from vllm_kvtuner.engine.config import (
     ATTEND_KEY,
-    AUTO_KEY,
     CALIBRATION_KEY,
     DIGEST_KEY,
     KV_CACHE_DTYPE,
@@ -23,9 +22,9 @@ from vllm_kvtuner.engine.config import (
     resolved_profile,
 )
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
+from vllm_kvtuner.engine.profile_search import look_for, other_weights
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
-from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.fitting import advice
 from vllm_kvtuner.profile.load import AUTO, load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
@@ -60,9 +59,10 @@ def check_config(config: VllmConfig) -> None:
     additional[PROFILE_KEY] = str(spec)
     if problems := settings(config):
         raise ProfileError(problems)
-    look_for(config)
+    look_for(config, _shape(config))
     resolved = _resolved(config)
-    problems = draft_model(config, resolved) + captured_stores(config, resolved)
+    problems = other_weights(config, resolved.profile)
+    problems += draft_model(config, resolved) + captured_stores(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
@@ -81,20 +81,6 @@ def _resolved(config: VllmConfig) -> ResolvedProfile:
 
 def _shape(config: VllmConfig) -> ModelShape:
     return ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
-
-
-def look_for(config: VllmConfig) -> None:
-    """Put the profile that ``auto`` means for this model in its place."""
-    additional = config.additional_config
-    spec = additional[PROFILE_KEY]
-    if additional.get(AUTO_KEY, ["", ""])[1] != spec:  # an engine's arguments may be checked again
-        additional.pop(AUTO_KEY, None)
-    if not is_auto(spec):
-        return
-    model = config.model_config
-    found = resolve_auto(spec, model.model, _shape(config))
-    additional[PROFILE_KEY] = found.chosen.spec
-    additional[AUTO_KEY] = [spec, found.chosen.spec, found.chosen.source]
 
 
 def adapt(config: VllmConfig) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from vllm_kvtuner.kernels.contract import (
     Pages,
     Queries,
     ReshapeAndCache,
+    Segment,
     Span,
     StepRows,
     WindowRows,
@@ -328,6 +329,15 @@ def _window_attention() -> Any:
     from vllm_kvtuner.kernels.triton import window_attention
 
     return window_attention.window_attention
+
+
+def flash_attention_in_triton(shape: AttentionShape, arguments: Mapping[str, Any]) -> Segment:
+    """Attention of prompts by the portable kernel, with the arguments of vLLM's flash_attn_varlen_func."""
+    from vllm_kvtuner.kernels.triton.prompt_attention import Prompts, prompt_attention
+
+    prompts = Prompts(arguments["cu_seqlens_q"], arguments["cu_seqlens_k"], arguments["max_seqlen_q"])
+    window, causal = arguments["window_size"][0] + 1, arguments["causal"]
+    return prompt_attention(arguments["q"], arguments["k"], arguments["v"], prompts, shape, causal, window or None)
 
 
 # Scratch that all layers of one shape share: layers run one after the other.

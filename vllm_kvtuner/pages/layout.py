@@ -31,7 +31,11 @@ ALIGNMENT = 16
 BLOCK_SIZE_MULTIPLE = 16
 """Tokens a block must be a multiple of, so that every part of a chunk is aligned."""
 MAX_HEAD_SIZE = 256
-"""Largest head_size a kernel serves."""
+"""Up to this head_size any rows that pack are served."""
+LARGE_HEAD_SIZES = (512,)
+"""Beyond it these, whose Hadamard matrix is one block that kernels take in steps."""
+ROW_MULTIPLE = 4
+"""Bytes a packed row must be a multiple of: decoding reads it by 32-bit words."""
 FEEDBACK_BITS = (2, 4)
 """Bits of codes that round feedback serves; codes of 8 are nearest ones, whose errors are too small to matter."""
 MAX_RANGES = 3
@@ -123,10 +127,10 @@ UNQUANTIZED = PrecisionPair(16, 16)
 
 def unsupported_head_size(head_size: int, bits: int) -> str | None:
     """The rule that rows of ``head_size`` codes of ``bits`` break, or None if they pack."""
-    if not 0 < head_size <= MAX_HEAD_SIZE:
-        return f"head_size must be between 1 and {MAX_HEAD_SIZE}"
-    if (head_size * bits // 8) % 8 or head_size * bits % 8:
-        return f"head_size * {bits} bits must fill a multiple of 8 bytes"
+    if not 0 < head_size <= MAX_HEAD_SIZE and head_size not in LARGE_HEAD_SIZES:
+        return f"head_size must be between 1 and {MAX_HEAD_SIZE}, or {', '.join(map(str, LARGE_HEAD_SIZES))}"
+    if head_size * bits % (8 * ROW_MULTIPLE):
+        return f"head_size * {bits} bits must fill a multiple of {ROW_MULTIPLE} bytes"
     return None
 
 

@@ -1,54 +1,29 @@
-"""What ``auto`` means as a profile: the best that is known of a model within a budget of stored bits.
+"""What ``auto`` means as a profile: the best that is known of a model within a budget.
 
 It is looked for in this order, and the first place that has one within the budget gives it:
 
-1. ``kvtuner/*.yaml`` in the model's own folder;
-2. a pair alone (profile/pair.py), whose treatment is built of configuration and weights when the model is loaded.
-
-Shipped profiles are not taken: they name a model's shape, which other weights have too, and statics are of one set of
-weights.
+1. ``kvtuner/*.yaml`` in the model's own folder, or in its revision on the hub;
+2. the user's folder of calibrated profiles, by a digest of the model's weights;
+3. shipped profiles that were measured with these weights, by the same digest;
+4. a pair alone (profile/pair.py), whose treatment is built of configuration and weights when the model is loaded.
 """
 
-import re
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-from vllm_kvtuner.pages.layout import PrecisionPair
-from vllm_kvtuner.profile.load import AUTO, load_profile, shipped_profiles
+from vllm_kvtuner.profile.auto_request import AutoRequest, Budget, parse_request
+from vllm_kvtuner.profile.load import AUTO, load_profile
+from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.model_shape import ModelShape
-from vllm_kvtuner.profile.problems import ProfileError, show
-from vllm_kvtuner.profile.profile import Profile
-from vllm_kvtuner.profile.statics import load_statics
+from vllm_kvtuner.profile.places import SHIPPED, WEIGHTS, Candidate, Place, built, of_model, of_user, shipped
+from vllm_kvtuner.profile.problems import ProfileError
 
-DEFAULT_BITS = 4.5
-"""Stored bits of ``auto`` alone: four-bit codes with their scales, in heads of 64 and more."""
-MOST_BITS = 16.0
-BUILT = tuple(map(PrecisionPair.parse, ("K8V8", "K8V4", "K4V4", "K4V2")))
-"""Pairs that are built without data, the one with the least error first. Keys need bits more than values do."""
-FOLDER = "kvtuner"
-"""Where a model's folder has its profiles."""
-OWN, SHIPPED, WEIGHTS = "the model's folder", "shipped", "built from weights"
+CALIBRATION_BITS = 0.5
+"""Stored bits that calibration is worth, about: a pair with more than so many besides is better than a profile."""
 
-
-@dataclass(frozen=True)
-class Candidate:
-    """A profile that ``auto`` has looked at.
-
-    Args:
-        spec: that :func:`load_profile` takes.
-        source: where it comes from.
-        stored_bits: on this model; None if it does not fit the model.
-        kl_mean: of held-out text, if the profile says so.
-        rejected: why it was not taken; None for the one that was.
-    """
-
-    spec: str
-    source: str
-    stored_bits: float | None
-    kl_mean: float | None = None
-    rejected: str | None = None
+FEWEST = "K2V2"
+"""The pair of fewest bits, which only calibration's mixes come near to."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +32,13 @@ class Resolution:
 
     Args:
         asked: the spec.
-        bits: the budget, in stored bits.
+        budget: in words.
         chosen: the profile that is taken.
         rejected: all others that were looked at, in order.
     """
 
     asked: str
-    bits: float
+    budget: str
     chosen: Candidate
     rejected: tuple[Candidate, ...]
 
@@ -73,105 +48,121 @@ def is_auto(spec: str) -> bool:
     return spec.partition(":")[0].lower() == AUTO
 
 
-def parse_budget(spec: str) -> float:
-    """The stored bits of ``auto`` or ``auto:3.5``.
-
-    Raises:
-        ProfileError: no such budget.
-    """
-    text = spec.partition(":")[2]
-    if ":" not in spec:
-        return DEFAULT_BITS
-    if re.fullmatch(r"[0-9]{1,2}(\.[0-9]{1,4})?", text) and 0 < float(text) <= MOST_BITS:
-        return float(text)
-    rule = f"a budget must be at most {MOST_BITS:g} stored bits, such as {AUTO}:3.5"
-    advice = "" if not text.startswith("fit") else "; kvtuner calibrate takes --memory, --context and --concurrency"
-    raise ProfileError([f"{spec}: {rule}, but got {show(text)}{advice}"])
-
-
-def resolve_auto(spec: str, model: str, shape: ModelShape) -> Resolution:
+def resolve_auto(spec: str, files: ModelFiles, shape: ModelShape, memory: int | None = None) -> Resolution:
     """The best profile of a model within a budget, and every other one with the reason that it was not taken.
 
     Args:
-        spec: ``auto`` or ``auto:BITS``.
-        model: its folder or id.
+        spec: ``auto``, with ``:BITS``, ``:fit=CONTEXTxREQUESTS`` and ``,calibrate`` as asked. Nothing is calibrated
+            here (engine/calibrate_once.py is where).
+        files: the model's.
         shape: its.
+        memory: bytes of all layers' keys and values, for a budget by need.
 
     Raises:
         ProfileError: no such budget, nothing within it, or a model that is not served.
     """
-    bits = parse_budget(spec)
+    request = parse_request(spec)
+    budget = make_budget(spec, request, shape, memory)
+    pairs = list(built(shape, budget))
+    found = find_calibrated(files, shape, budget, _best(pairs))
+    if request.calibrate and found.chosen is None:
+        rule = "a profile of this model must be known, since only an engine that starts calibrates one"
+        made = _command(files.model, f"--quick {budget.arguments}")
+        raise ProfileError([f"{spec}: {rule}, but got none; {made} makes one now"])
+    chosen = found.chosen or _best(pairs)
+    if chosen is None:
+        raise ProfileError(_nothing(spec, budget, [*found.rejected, *pairs], shape, files.model))
+    others = [each for each in pairs if each is not chosen]
+    return Resolution(spec, str(budget), chosen, (*found.rejected, *(_with_reason(each, chosen) for each in others)))
+
+
+def make_budget(spec: str, request: AutoRequest, shape: ModelShape, memory: int | None) -> Budget:
+    """What was asked for, with the memory that there is.
+
+    Raises:
+        ProfileError: a model that is not served, or a budget by need without memory.
+    """
     if shape.unsupported:
         raise ProfileError([f"{spec}: model {shape.name} {reason}" for reason in shape.unsupported])
+    if request.need is not None and memory is None:
+        rule = "a budget by need must be given with the memory of keys and values (--memory)"
+        raise ProfileError([f"{spec}: {rule}, but got none"])
+    return Budget(request, memory)
+
+
+@dataclass(frozen=True)
+class Search:
+    """What the places before the last one have.
+
+    Args:
+        chosen: the best of the first that has one; None where none has.
+        rejected: the others, in order.
+    """
+
+    chosen: Candidate | None
+    rejected: tuple[Candidate, ...]
+
+
+def find_calibrated(files: ModelFiles, shape: ModelShape, budget: Budget, pair: Candidate | None) -> Search:
+    """The best profile that somebody has made for the model.
+
+    Args:
+        files: the model's.
+        shape: its.
+        budget: what must hold it.
+        pair: the best pair within the budget, if there is one.
+    """
     rejected: list[Candidate] = []
-    for found in (list(_of_folder(model, shape)), list(_built(shape))):
-        fitting = [each for each in found if each.rejected is None and (each.stored_bits or 0.0) <= bits]
-        best = max(fitting, key=_quality, default=None)
-        rejected += [_with_reason(each, bits, best) for each in found if each is not best]
-        if best is not None:
-            return Resolution(spec, bits, best, (*rejected, *_shipped(shape)))
-    least = min(
-        (each.stored_bits for each in rejected if each.stored_bits and each.source == WEIGHTS), default=MOST_BITS
-    )
-    rule = f"a budget without a profile of this model must be at least {least:g} stored bits"
-    advice = f"{bits:g}, which needs calibration: kvtuner calibrate {model} --max-bits {bits:g}"
-    looked = [f"{each.spec}: {each.rejected}" for each in rejected if each.source == OWN]
-    raise ProfileError([f"{spec}: {rule}, but got {advice}", *looked])
+    chosen = None
+    places: tuple[Place, ...] = (of_model, of_user, shipped)
+    for place in places:
+        candidates = list(place(files, shape, budget))
+        best = _best(candidates) if chosen is None else None
+        if best is not None and pair is not None and best.bits + CALIBRATION_BITS < pair.bits:
+            reason = f"holds {best.bits:g} stored bits, where {pair.spec} holds {pair.bits:g} within the budget"
+            candidates = [each if each.rejected else dataclasses.replace(each, rejected=reason) for each in candidates]
+            best = None
+        chosen = chosen or best
+        rejected += [_with_reason(each, chosen) for each in candidates if each is not best]
+    return Search(chosen, tuple(rejected))
 
 
-def _quality(candidate: Candidate) -> tuple[float, float]:
+def best_pair(shape: ModelShape, budget: Budget) -> Candidate | None:
+    """The best pair alone within a budget, if there is one."""
+    return _best(built(shape, budget))
+
+
+def _best(candidates: Iterable[Candidate]) -> Candidate | None:
     """More bits first, and among equals less KL; one that was not measured comes last."""
-    return candidate.stored_bits or 0.0, -(float("inf") if candidate.kl_mean is None else candidate.kl_mean)
+    fitting = [each for each in candidates if each.rejected is None]
+    return max(fitting, key=lambda each: (each.bits, -each.loss), default=None)
 
 
-def _with_reason(candidate: Candidate, bits: float, best: Candidate | None) -> Candidate:
-    reason = candidate.rejected
-    if reason is None and candidate.stored_bits is not None and candidate.stored_bits > bits:
-        reason = f"takes {candidate.stored_bits:g} stored bits of {bits:g}"
-    if reason is None:
-        assert best is not None
-        reason = f"{best.spec} is better"
-    return Candidate(candidate.spec, candidate.source, candidate.stored_bits, candidate.kl_mean, reason)
+def _with_reason(candidate: Candidate, chosen: Candidate | None) -> Candidate:
+    if candidate.rejected is not None:
+        return candidate
+    assert chosen is not None
+    return dataclasses.replace(candidate, rejected=f"{chosen.spec} is better")
 
 
-def _of_folder(model: str, shape: ModelShape) -> Iterator[Candidate]:
-    """Profiles that lie in the model's own folder."""
-    folder = Path(model) / FOLDER
-    for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else ():
-        spec = str(path)
-        try:
-            profile = load_profile(spec)
-            resolved = profile.resolve(shape)
-            if profile.statics is not None:
-                load_statics(profile.statics, resolved)
-        except ProfileError as error:
-            yield Candidate(spec, OWN, None, rejected=error.problems[0].removeprefix(f"{spec}: "))
-        else:
-            yield Candidate(spec, OWN, resolved.stored_bits, _heldout_kl(profile))
+def _nothing(spec: str, budget: Budget, looked: Iterable[Candidate], shape: ModelShape, model: str) -> list[str]:
+    """The refusal where nothing is within the budget: what would be, and what calibration could do."""
+    looked = list(looked)
+    others = [f"{each.spec}: {each.rejected}" for each in looked if each.source not in (SHIPPED, WEIGHTS)]
+    pairs = [each for each in looked if each.source == WEIGHTS and each.stored_bits is not None]
+    if not pairs:
+        return [f"{spec}: a model must be served with a pair, but got {each.rejected}" for each in looked[-1:]] + others
+    least = min(pairs, key=lambda each: each.bits)
+    need, command = budget.request.need, _command(model, budget.arguments)
+    if need is None:
+        rule = f"a budget without a profile of this model must be at least {least.bits:g} stored bits"
+        return [f"{spec}: {rule}, but got {budget.request.bits:g}, which needs calibration: {command}", *others]
+    resolved, fewest = (load_profile(each).resolve(shape) for each in (least.spec, FEWEST))
+    could = f"; fewer bits need calibration: {command}" if budget.exceeded_by(fewest) is None else ""
+    got = f"{need.bytes_of(resolved):,} of {least.spec} ({least.bits:g} stored bits)"
+    rule = f"{need} must fit in {budget.memory or 0:,} bytes"
+    return [f"{spec}: {rule}, but got {got}; of it fit {budget.fits_in(resolved)}{could}", *others]
 
 
-def _heldout_kl(profile: Profile) -> float | None:
-    """What calibration wrote of its held-out text, if it did."""
-    scores: Any = profile.provenance.get("heldout_scores")
-    own = scores.get("this profile") if isinstance(scores, dict) else None
-    kl = own.get("kl_mean") if isinstance(own, dict) else None
-    return float(kl) if isinstance(kl, int | float) and not isinstance(kl, bool) else None
-
-
-def _built(shape: ModelShape) -> Iterator[Candidate]:
-    """Pairs alone, as far as they need no data."""
-    for pair in BUILT:
-        try:
-            yield Candidate(pair.name, WEIGHTS, load_profile(pair.name).resolve(shape).stored_bits)
-        except ProfileError as error:
-            yield Candidate(pair.name, WEIGHTS, None, rejected=error.problems[0].removeprefix(f"{pair.name}: "))
-
-
-def _shipped(shape: ModelShape) -> Iterator[Candidate]:
-    """Shipped profiles that fit the model's shape."""
-    for name in shipped_profiles():
-        try:
-            bits = load_profile(name).resolve(shape).stored_bits
-        except ProfileError:
-            continue
-        yield Candidate(name, SHIPPED, bits, rejected="names a shape and no weights; take it by its name")
+def _command(model: str, arguments: str) -> str:
+    return f"kvtuner calibrate {model} {arguments} --out calibration/"

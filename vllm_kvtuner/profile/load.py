@@ -9,6 +9,7 @@ A profile file::
       num_layers: 32
       num_kv_heads: 8           # or one number per layer, as head_size; 0 for a layer without keys and values
       head_size: 128
+      weights: 0f3a59c7de21b684 # may be left out: a digest (profile/weights.py) of the only weights it is for, or any
     layers:                     # or one pair for all layers, `layers: K8V4`
       0: K8V4
       1-30: K4V2
@@ -44,6 +45,7 @@ from vllm_kvtuner.pages.layout import (
     UNQUANTIZED,
     PrecisionPair,
 )
+from vllm_kvtuner.profile.hub import FORM, fetch_profile, is_hub_spec
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.pair import is_pair, pair_profile
 from vllm_kvtuner.profile.problems import (
@@ -71,6 +73,8 @@ from vllm_kvtuner.profile.profile import (
     ResolvedProfile,
     TransformSettings,
 )
+from vllm_kvtuner.profile.shipped import find_shipped, shipped_profiles
+from vllm_kvtuner.profile.weights import ANY_WEIGHTS, DIGEST
 
 AUTO = "auto"
 """The spec, with or without a budget behind a colon, for what is best for a model (profile/auto.py)."""
@@ -102,25 +106,16 @@ _KEYS = (
     "attend_cached_prefill",
     "provenance",
 )
-_MODEL_KEYS = ("name", "architecture", "num_layers", "num_kv_heads", "head_size")
+_MODEL_KEYS = ("name", "architecture", "num_layers", "num_kv_heads", "head_size", "weights")
 _PRESET_KEYS = ("nbits_key", "nbits_value")
-
-
-def shipped_profiles() -> dict[str, Path]:
-    """Name (without ``.yaml``) and file of each shipped profile, sorted."""
-    package = Path(__file__).resolve().parent.parent
-    # A wheel holds the folder inside the package, a checkout (or an editable install) beside it.
-    folders = (package / "precision_profiles", package.parent / "precision_profiles")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    return {} if folder is None else {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def load_profile(spec: str) -> Profile:
     """Read a profile.
 
     Args:
-        spec: a path, the bare name of a shipped profile with or without ``.yaml``, a pair such as ``K8V4``, or the bare
-            format of one, ``K8V4:plain``.
+        spec: a path, the bare name of a shipped profile with or without ``.yaml``, a pair such as ``K8V4``, the bare
+            format of one, ``K8V4:plain``, or ``hf://ORG/REPO[@REVISION][/FILE.yaml]``.
 
     Raises:
         ProfileError: everything that is wrong with the file; UnknownProfileError where there is none.
@@ -129,15 +124,16 @@ def load_profile(spec: str) -> Profile:
         return pair_profile(spec)
     if spec.partition(":")[0].lower() == AUTO and not os.path.isfile(spec):
         raise ProfileError([f"{spec}: profile must be looked for with a model (--model), but got none"])
-    path = Path(spec)
+    path = fetch_profile(spec).path if is_hub_spec(spec) else Path(spec)
     if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
-        shipped = shipped_profiles()
-        name = spec.removesuffix(".yaml")
-        if name not in shipped:
+        shipped = find_shipped(spec)
+        if shipped is None:
             rule = "must be a file, a pair such as K8V4, or the name of a shipped profile (kvtuner profile list)"
-            got = "a folder" if os.path.isdir(path) else "no such file" + suggest(Path(name).name, shipped)
+            rule += f" or of one on the hub ({FORM})"
+            names = [each.stem for each in shipped_profiles().values()]
+            got = "a folder" if os.path.isdir(path) else "no such file" + suggest(path.stem, names)
             raise UnknownProfileError([f"{spec}: profile {rule}, but got {got}"])
-        path = shipped[name]
+        path = shipped
     document = read_yaml(path, spec)
     problems = Problems(spec)
     is_preset = document and all(re.fullmatch("[0-9]+", str(key)) for key in document)
@@ -179,6 +175,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
         name=path.stem,
         source=path,
         model=model,
+        weights=_parse_weights(problems, document.get("model")),
         pairs=pairs,
         transforms=transforms,
         transform_overrides=overrides,
@@ -230,6 +227,17 @@ def _parse_model(problems: Problems, raw: Any) -> ModelShape | None:
     if empty := [layer for layer in range(num_layers) if heads[layer] and not sizes[layer]]:
         problems.add("model.head_size", "must be positive where a layer has KV heads", f"0 for {format_layers(empty)}")
     return ModelShape(name, architecture, tuple(LayerShape(*shape) for shape in zip(heads, sizes, strict=True)))
+
+
+def _parse_weights(problems: Problems, raw: Any) -> str | None:
+    """The digest of the only weights that the profile is for, if it gives one."""
+    if not isinstance(raw, Mapping) or "weights" not in raw:
+        return None
+    value = raw["weights"]
+    if isinstance(value, str) and (value == ANY_WEIGHTS or DIGEST.fullmatch(value)):
+        return value
+    problems.add("model.weights", f"must be 16 hexadecimal digits, in quotes, or {ANY_WEIGHTS}", show(value))
+    return None
 
 
 def _parse_pairs(problems: Problems, raw: Any, model: ModelShape | None) -> Mapping[int, PrecisionPair] | PrecisionPair:

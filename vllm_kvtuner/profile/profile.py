@@ -18,6 +18,7 @@ from vllm_kvtuner.pages.layout import (
 )
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.problems import Problems, format_layers
+from vllm_kvtuner.profile.weights import ANY_WEIGHTS
 
 SCHEMA_VERSION = 1
 """Version of the YAML schema that this package reads."""
@@ -158,6 +159,7 @@ class Profile:
         source: the file; None for a pair.
         schema_version: version of the YAML schema.
         model: the model it was made for, if the file says so; its ``unsupported`` is empty.
+        weights: digest of that model's weights, or ``any``, if the file says so (profile/weights.py).
         pairs: the pair of each layer, or one for all.
         transforms: transforms of every layer without an override.
         transform_overrides: transforms of single layers.
@@ -177,6 +179,7 @@ class Profile:
     pairs: Mapping[int, PrecisionPair] | PrecisionPair
     schema_version: int = SCHEMA_VERSION
     model: ModelShape | None = None
+    weights: str | None = None
     transforms: TransformSettings = TransformSettings()
     transform_overrides: Mapping[int, TransformSettings] = field(default_factory=dict)
     recent_window: int = 0
@@ -188,6 +191,12 @@ class Profile:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     adapts: bool = False
     left_out: tuple[str, ...] = ()
+
+    def weights_problem(self, weights: str | None) -> str | None:
+        """Why it is not for weights of this digest, None for unknown ones; None where it may be."""
+        if weights is None or self.weights in (None, ANY_WEIGHTS, weights):
+            return None
+        return f"model.weights must be those of the model, {weights}, or {ANY_WEIGHTS}, but got {self.weights}"
 
     @property
     def nominal_bits(self) -> float:

@@ -88,7 +88,7 @@ def test_attention_of_every_pair(pair, dtype):
 
 @pytest.mark.quick(4)
 @pytest.mark.parametrize("transforms", TRANSFORMS)
-@pytest.mark.parametrize("head_size", [32, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256, 512])
 def test_attention_of_every_head_size_and_transform(head_size, transforms):
     cache = random_cache(make_layout("K4V2", head_size, block_size=32), SEQ_LENS, 2, CPU)
     check_attention(cache, transforms_of(transforms, 2, head_size), cache.shape(4, 5.0), Span(), torch.float32)
@@ -195,7 +195,7 @@ def test_store(pair, dtype, feedback):
 
 @pytest.mark.quick(2)
 @pytest.mark.parametrize("transforms", TRANSFORMS)
-@pytest.mark.parametrize("head_size", [32, 96, 128, 256])
+@pytest.mark.parametrize("head_size", [32, 80, 96, 128, 256, 512])
 def test_store_of_every_head_size_and_transform(head_size, transforms):
     check_store(make_layout("K2V4", head_size), 2, torch.float32, transforms_of(transforms, 2, head_size))
 

@@ -103,6 +103,7 @@ class Variant:
         Variant("K2V2", 128, transformed=True, offset_pairs=64),
         Variant("K4V4", 128, group=8, transformed=True, offset_pairs=8),
         Variant("K4V2", 128, group=7, transformed=True, offset_pairs=8, few=True),
+        Variant("K4V4", 192, group=8),
         Variant("K4V4", 256, group=8),
         Variant("K2V2", 256, group=8, few=True),
         Variant("K8V8", 128, group=16),
@@ -163,7 +164,7 @@ def test_a_source_that_does_not_compile_says_why():
 
 
 @pytest.mark.parametrize(
-    ("arch", "head_sizes"), [("sm_80", HEAD_SIZES), ("sm_90", HEAD_SIZES), ("sm_120", HEAD_SIZES[:3])]
+    ("arch", "head_sizes"), [("sm_80", (*HEAD_SIZES, 192)), ("sm_90", (*HEAD_SIZES, 192)), ("sm_120", HEAD_SIZES[:3])]
 )
 def test_default_knobs_fit_the_multiprocessor(arch, head_sizes):
     for pair, head_size, block_size in itertools.product(QUANTIZED_PAIRS, head_sizes, (16, 48, 64, 128, 256)):
@@ -192,6 +193,7 @@ def test_default_knobs_fit_the_multiprocessor(arch, head_sizes):
         ("sm_90", 128, 1, 4), ("sm_90", 128, 5, 8), ("sm_90", 128, 12, 16), ("sm_90", 128, 17, 32),
         ("sm_90", 128, 33, 64), ("sm_90", 128, 300, 64), ("sm_90", 256, 300, 32), ("sm_90", 96, 300, 32),
         ("sm_80", 128, 300, 32), ("sm_80", 256, 300, 16), ("sm_120", 64, 24, 32),
+        ("sm_90", 192, 300, 16),  # a warp of a team would have the codes of one byte and a half
     ],
 )  # fmt: skip
 def test_rows_take_as_few_passes_as_fit(arch, head_size, rows, want):
@@ -205,6 +207,7 @@ def test_rows_take_as_few_passes_as_fit(arch, head_size, rows, want):
         pytest.param(make_layout("K4V4", 128), LayerTransforms(), 0.0, None, id="plain"),
         pytest.param(make_layout("K4V2", 96), LayerTransforms(), 0.0, "head_size 96 with 2-bit values", id="96 V2"),
         pytest.param(make_layout("K4V4", 80), LayerTransforms(), 0.0, "head_size 80", id="80"),
+        pytest.param(make_layout("K4V4", 512), LayerTransforms(), 0.0, "head_size 512 is above 256", id="512"),
         pytest.param(
             make_layout("K4V4", 64), random_transforms(1, 64, CPU, offset=1.0), 0.0, None, id="offset not rotated"
         ),

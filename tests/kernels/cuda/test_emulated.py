@@ -70,6 +70,8 @@ def split_options(options, query_lens):
             {"config": DecodeConfig(32, 2, 2)}, None, id="group of 8, CTAs of 4 warps",
         ),
         pytest.param("K4V4", 256, 8, 16, BF16, [1], {}, None, id="K4V4, head size 256, group of 8"),
+        pytest.param("K4V2", 192, 16, 16, FP16, [1], {}, None, id="K4V2, head size 192, group of 16"),
+        pytest.param("K2V8", 160, 16, 16, FP16, [1], {}, None, id="K2V8, head size 160, group of 16"),
         pytest.param("K8V4", 128, 2, 16, FP16, [1, 5, 1, 16, 3, 2], {}, None, id="1 to 16 query tokens"),
         pytest.param("K4V4", 128, 12, 16, FP16, [1], {}, None, id="group of 12"),
         pytest.param("K8V8", 128, 16, 64, BF16, [1], {}, None, id="K8V8, group of 16"),

@@ -100,4 +100,5 @@ def test_every_served_head_size_has_lanes(head_size):
 
 
 def test_other_head_sizes_are_left_to_triton():
-    assert "head_size 80" in unsupported(make_layout("K8V8", 80))
+    assert "head_size 80 is no multiple of 32" in unsupported(make_layout("K8V8", 80))
+    assert "head_size 512 is above 256" in unsupported(make_layout("K8V8", 512))

@@ -107,10 +107,20 @@ def test_the_weighted_error_is_the_references(pair, ranges, which, device):
     [(32, torch.float32), (96, torch.float16), (128, torch.bfloat16), (160, torch.bfloat16), (256, torch.bfloat16)],
 )
 def test_every_head_size(head_size, dtype, device):
+    check_head_size(head_size, dtype, device)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize("head_size", [80, 512])
+def test_head_sizes_that_this_kernel_alone_serves(head_size, device):
+    check_head_size(head_size, torch.bfloat16, device, num_tokens=7)
+
+
+def check_head_size(head_size, dtype, device, num_tokens=21):
     known = feedback(head_size, 1, 1, device)
     transforms = LayerTransforms(value_hadamard=True, key_feedback=known, value_feedback=known)
-    key, value = tokens(21, 1, head_size, dtype, device)
-    slots = random_slots(21, 2 * 16, device)
+    key, value = tokens(num_tokens, 1, head_size, dtype, device)
+    slots = random_slots(num_tokens, 2 * 16, device)
     pages = empty_pages(make_layout("K4V2", head_size), 2, 1, device, transforms)
     reshape_and_cache(key, value, slots, None, pages)
     check_against_reference(pages, slots, key, value)

@@ -67,6 +67,19 @@ def test_every_pair(index, device):
     ids=["neox", "partial", "interleaved", "unrotated"],
 )
 def test_transforms_are_undone(pair, head_size, rotary_dim, is_neox, device):
+    check_transforms(pair, head_size, rotary_dim, is_neox, device)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(
+    ("pair", "head_size", "rotary_dim"),
+    [("K2V4", 80, 80), ("K4V2S8", 112, 56), ("K2V8", 512, 128), ("K4V2", 512, None)],
+)
+def test_head_sizes_that_this_kernel_alone_serves(pair, head_size, rotary_dim, device):
+    check_transforms(pair, head_size, rotary_dim, True, device)
+
+
+def check_transforms(pair, head_size, rotary_dim, is_neox, device):
     rotary = None if rotary_dim is None else rotary_table(rotary_dim, is_neox, 128, device)
     transforms = random_transforms(
         2, head_size, device, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True

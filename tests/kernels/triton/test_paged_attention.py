@@ -150,6 +150,22 @@ def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, 
     assert not got[-1].any() and (got_lse[:, -1] == -torch.inf).all(), "rows beyond the last query"
 
 
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(("pair", "head_size"), [("K2V2S8", 112), ("K8V4", 512)])
+def test_spans_of_heads_of_other_sizes(pair, head_size, device):
+    """A sliding window, tokens that other segments serve, and a cap, of several query tokens."""
+    cache, query_lens = random_cache(make_layout(pair, head_size, 48), [70, 1, 97], 1, device), [3, 1, 1]
+    query = torch.randn(5, 8, head_size, device=device)
+    options = {"sliding_window": 64, "skip_newest": 9, "skip_first": 4, "logits_soft_cap": 2.0}
+    transforms = LayerTransforms(key_hadamard=True, value_hadamard=True)
+    lses = [torch.empty(8, 5, device=device) for _ in range(2)]
+    want = attend(paged_attention_ref, cache, query, query_lens, transforms, lse=lses[0], **options)
+    options |= {"workspace": decode_workspace(5, 8, head_size, device), "config": DecodeConfig(8, 16, 2, 2, 2)}
+    got = attend(paged_attention, cache, query, query_lens, transforms, lse=lses[1], **options)
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-3 * largest_value(cache))
+    torch.testing.assert_close(lses[1], lses[0], rtol=0, atol=2e-3)
+
+
 @pytest.mark.slow
 def test_many_counts_of_queries(device):
     query_lens = [1, 2, 3, 7, 8, 9, 15, 16]
@@ -291,9 +307,13 @@ def test_a_constant_offset_counts_under_a_soft_cap(device):
     check(cache, 4, transforms=transforms, logits_soft_cap=3.0, tolerance=2e-3)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.quick(2)
 @pytest.mark.parametrize(
-    ("pair", "head_size"), [("K8V8", 64), ("K2V4", 96), ("K4V2", 128), ("K2V2", 256), ("K8V2", 96)]
+    ("pair", "head_size"),
+    [
+        *(("K8V8", 64), ("K2V4", 96), ("K4V2", 128), ("K2V2", 256), ("K8V2", 96)),
+        *(("K2V4", 80), ("K2V2", 512)),
+    ],
 )
 def test_all_transforms(pair, head_size, device):
     rotary = rotary_table(head_size // 2, True, 200, device)

@@ -6,7 +6,7 @@ Tests call this module's ``reshape_and_cache``, so that another implementation c
 import pytest
 import torch
 
-from tests.helpers.paged_cache import empty_cache, make_layout, random_transforms, rotary_table
+from tests.helpers.paged_cache import POISON_BYTE, empty_cache, make_layout, random_transforms, rotary_table
 from vllm_kvtuner.kernels.contract import Pages, WindowRows
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref, store_rows_ref
 from vllm_kvtuner.kernels.triton.reshape_and_cache import reshape_and_cache
@@ -165,6 +165,20 @@ def test_constant_rows_get_scale_0(device):
     ids=["neox", "partial", "interleaved", "unrotated"],
 )
 def test_transforms(pair, head_size, rotary_dim, is_neox, range_search, device):
+    check_transforms(pair, head_size, rotary_dim, is_neox, range_search, device)
+
+
+@pytest.mark.quick(1)
+@pytest.mark.parametrize(
+    ("pair", "head_size", "rotary_dim", "range_search"),
+    [("K2V4", 80, 80, True), ("K4V2S8", 112, 56, True), ("K2V8", 512, 128, False), ("K4V2", 512, None, True)],
+)
+def test_head_sizes_that_this_kernel_alone_serves(pair, head_size, rotary_dim, range_search, device):
+    check_transforms(pair, head_size, rotary_dim, True, range_search, device)
+
+
+def check_transforms(pair, head_size, rotary_dim, is_neox, range_search, device):
+    """Against the reference's bytes, or with a range search its errors; bytes of no token stay."""
     rotary = None if rotary_dim is None else rotary_table(rotary_dim, is_neox, MAX_POSITION, device)
     transforms = random_transforms(
         2, head_size, device, rotary, offset=5.0, equalization=True,
@@ -175,6 +189,10 @@ def test_transforms(pair, head_size, rotary_dim, is_neox, range_search, device):
     positions = torch.tensor([0, 1, 4095, 3000, 17, 2048, 999], device=device)
     got, want = (empty_pages(make_layout(pair, head_size), 2, 2, device, transforms) for _ in range(2))
     reshape_and_cache(key, value, slots, positions, got)
+    for part in parts_of(got.kv_cache._base, got.layout):
+        rows = part.view(torch.uint8).clone()
+        rows[slots // 16, :2, slots % 16] = POISON_BYTE
+        assert (rows == POISON_BYTE).all(), "bytes of other tokens and of a neighbour"
 
     transformed = (transform_keys(key, positions, transforms), rotate_values(value, transforms))
     if not range_search:

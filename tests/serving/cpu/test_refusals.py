@@ -40,7 +40,9 @@ def test_a_good_profile_gets_as_far_as_the_weights(weightless):
 def test_vllm_serve_says_it_as_its_parser_would(weightless):
     """One line for each problem, argparse's status, and no traceback."""
     command = [str(Path(sys.executable).with_name("vllm")), "serve", str(weightless), "--kv-cache-dtype", "kvtuner"]
-    done = subprocess.run([*command, "--kvtuner-profile", "smollm2_135m_4.20bit"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, "--kvtuner-profile", "smollm2_135m_window_4.50bit"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert "Traceback" not in done.stdout + done.stderr
     (line,) = (line for line in done.stderr.splitlines() if "model.num_layers must be 4" in line)
@@ -67,15 +69,15 @@ def test_a_profile_without_kvtuner(weightless):
 
 
 def test_a_profile_that_is_not_there(weightless):
-    refused(weightless, "smollm2_135m_4.2: ", "smollm2_135m_4.20bit", profile="smollm2_135m_4.2")
+    refused(weightless, "smollm2_135m_window_4.5: ", "smollm2_135m_window_4.50bit", profile="smollm2_135m_window_4.5")
 
 
 def test_a_profile_for_another_model(weightless):
     must_be = f"that of {weightless}, but got"
     refused(
         weightless,
-        f"smollm2_135m_4.20bit.yaml: model.num_layers must be 4, {must_be} 30",
-        profile="smollm2_135m_4.20bit",
+        f"smollm2_135m_window_4.50bit.yaml: model.num_layers must be 4, {must_be} 30",
+        profile="smollm2_135m_window_4.50bit",
     )
 
 

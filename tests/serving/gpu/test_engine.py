@@ -9,6 +9,7 @@ import torch
 
 from tests.helpers.gpu_engine import LOGPROB_TOLERANCE, Engine, assert_alike
 from tests.helpers.tiny_model import make_tiny_model
+from vllm_kvtuner.attention import prefill
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("in_process")]
 
@@ -42,6 +43,8 @@ def models(tmp_path_factory):
     sizes["granite_swa"] = 64
     made = {name: make_tiny_model(folder / name, name, head_size=size) for name, size in sizes.items()}
     made["gpt_oss"] = make_tiny_model(folder / "gpt_oss", "gpt_oss", num_heads=64, num_kv_heads=8)  # as gpt-oss-20b
+    made["gemma4"] = make_tiny_model(folder / "gemma4", "gemma4", head_size=80)
+    made["heads of 192"] = make_tiny_model(folder / "heads_of_192", "llama", head_size=192)
     return made | {"gemma3 of 6": make_tiny_model(folder / "gemma3_6", "gemma3", num_layers=6)}
 
 
@@ -67,10 +70,20 @@ def check(model, profile, tolerance=LOGPROB_TOLERANCE, **options):
         assert [logprob for _, logprob in answer] == pytest.approx(expected, abs=tolerance)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "granite_hybrid", "granite_swa", QWEN3_NEXT, GPT_OSS])
+@pytest.mark.parametrize(
+    "architecture",
+    ["llama", "heads of 192", "gemma3", "gemma4", "granite_hybrid", "granite_swa", QWEN3_NEXT, GPT_OSS],
+)
 @pytest.mark.parametrize("options", MODES)
 def test_k8v8_decodes_like_the_unquantized_cache(models, architecture, options):
     check(models[architecture], "K8V8:plain", **options)
+
+
+@pytest.mark.parametrize("options", MODES)
+def test_prompts_of_large_heads_where_flash_attention_takes_none(models, options, monkeypatch):
+    """As on cards without FlashAttention 4."""
+    monkeypatch.setattr(prefill, "MAX_FLASH_HEAD_SIZE", 256)
+    check(models["gemma4"], "K8V8:plain", **options)
 
 
 @pytest.mark.parametrize("options", MODES)

@@ -55,12 +55,14 @@ def test_speculative_decoding(llama, prompts, plain, method, tmp_path):
         assert accepted < drafted
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_sleep_and_wake(llama, prompts, level):
-    """Level 2 forgets what was allocated while the model loaded, the decode kernel's scratch too."""
+def test_sleep_and_wake(llama, prompts):
+    """Level 2 forgets what was allocated while the model loaded, the decode kernel's scratch too.
+
+    One engine for both, since a process can hold one engine that sleeps.
+    """
     with Engine(llama, enable_sleep_mode=True) as engine:
         truth, _ = engine.ask(prompts)
-        for _ in range(2):
+        for level in (1, 1, 2, 2):
             engine.llm.sleep(level)
             engine.llm.wake_up()
             if level == 2:

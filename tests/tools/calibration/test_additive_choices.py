@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kvtuner_tools.calibration.cluster import Cluster
 from kvtuner_tools.calibration.greedy import greedy
 from kvtuner_tools.calibration.integer_program import integer_program
-from kvtuner_tools.calibration.refit import refit
+from kvtuner_tools.calibration.refit import refit, side_errors
 from kvtuner_tools.calibration.space import SearchSpace, bytes_for_bits, bytes_for_memory, check_budget
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair, content_bytes, mean_bits
 
@@ -137,7 +137,7 @@ def test_refit_finds_what_a_cluster_weighs():
     # 40 bytes of five layers, and 32 more for one of them.
     assert integer_program(clusters, 40 * 5 + 32) != (small, small, small, small, large)
     scored = [(choice, kl(choice)) for choice in itertools.product((small, large), repeat=5)][::2]
-    learned = refit(clusters, scored)
+    learned = refit(clusters, scored, near=min(kl for _, kl in scored))
     assert integer_program(learned, 40 * 5 + 32) == (small, small, small, small, large)
     factors = [
         new.additive_error[small] / old.additive_error[small] for new, old in zip(learned, clusters, strict=True)
@@ -149,5 +149,35 @@ def test_refit_finds_what_a_cluster_weighs():
 def test_refit_to_one_score_only_sets_the_level():
     small, large = PrecisionPair(2, 2), PrecisionPair(4, 4)
     clusters = [Cluster((layer,), {small: 0.2, large: 0.02}, {small: 40, large: 72}) for layer in range(3)]
-    learned = refit(clusters, [((small, small, large), 0.84)])
+    learned = refit(clusters, [((small, small, large), 0.84)], near=0.84)
     assert [each.additive_error[small] for each in learned] == pytest.approx([0.4] * 3)
+
+
+def test_refit_finds_that_keys_weigh_more():
+    """Two clusters' own errors prefer keys of 2 bits; what was scored does not."""
+    pairs = [PrecisionPair.parse(name) for name in ("K2V2", "K2V4", "K4V2", "K4V4")]
+    errors = dict(zip(pairs, (0.3, 0.1, 0.21, 0.01), strict=True))
+    sizes = dict(zip(pairs, (40, 56, 56, 72), strict=True))
+    clusters = [Cluster((layer,), errors, sizes) for layer in range(2)]
+    assert integer_program(clusters, 112) == (pairs[1], pairs[1])
+
+    def kl(choice):
+        return sum({2: 0.9, 4: 0.09}[pair.k_bits] + {2: 0.2, 4: 0.001}[pair.v_bits] for pair in choice)
+
+    scored = [((pair, pair), kl((pair, pair))) for pair in pairs]
+    learned = refit(clusters, scored, near=kl((pairs[2], pairs[2])))
+
+    assert integer_program(learned, 112) == (pairs[2], pairs[2])
+    for each in learned:
+        for pair in pairs:
+            assert each.additive_error[pair] == pytest.approx(kl((pair,)), rel=0.1)
+
+
+def test_errors_of_sides():
+    pairs = [PrecisionPair.parse(name) for name in ("K2V2", "K2V4", "K4V2", "K4V4")]
+    errors = dict(zip(pairs, (0.5, 0.32, 0.2, 0.02), strict=True))
+    found = side_errors(Cluster((0,), errors, dict.fromkeys(pairs, 1)))
+    for pair in pairs:
+        assert found["K", pair.k_bits] + found["V", pair.v_bits] == pytest.approx(errors[pair], rel=1e-3)
+    only = side_errors(Cluster((0,), {pairs[0]: 0.4}, {pairs[0]: 1}))
+    assert only["K", 2] == pytest.approx(only["V", 2]), "nothing tells keys from values"

@@ -122,12 +122,19 @@ def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, c
     monkeypatch.setattr(Calibration, "summary", lambda _: [])
     out = str(tmp_path / "out")
     window = ["--recent-window", "64", "--sink-tokens", "4"]
-    assert cli.main(["calibrate", model, "--out", out, "--max-bits", "4", *window]) == 0
+    assert cli.main(["calibrate", model, "--out", out, "--max-bits", "4", "--no-save", *window]) == 0
     assert CalibrationOptions.read(tmp_path / "out").sink_tokens == 4
     assert cli.main(["transforms", out, "--recent-window", "0"]) == 1
     assert f"--{SINKS_ALONE}, but got 4" in capsys.readouterr().err
     assert CalibrationOptions.read(tmp_path / "out").recent_window == 64
     assert cli.main(["transforms", out, "--recent-window", "0", "--sink-tokens", "0"]) == 0
+
+
+def test_saving_to_a_model_needs_its_folder(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Calibration, "run", lambda *_: pytest.fail("a stage was run"))
+    arguments = ["--out", str(tmp_path / "out"), "--max-bits", "4", "--save-to-model"]
+    assert cli.main(["calibrate", "org/model", *arguments]) == 1
+    assert "--save-to-model must be given with a model's folder" in capsys.readouterr().err
 
 
 def test_the_models_own_folder_is_no_output_folder(model, capsys, monkeypatch):
@@ -150,7 +157,7 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     asked = CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
     assert CalibrationOptions.read(out) == asked
     assert ran[3][1] == replace(asked, window=2047, recent_window=64, sink_tokens=4)
-    assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs"]) == 0
+    assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs", "--no-save"]) == 0
     assert [stage for stage, _ in ran[4:]] == list(STAGES)
     assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
     assert cli.main(["report", str(tmp_path)]) == 1

@@ -6,10 +6,12 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from kvtuner_tools.calibration import pipeline
 from kvtuner_tools.calibration.export import write_profile
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE
 from kvtuner_tools.calibration.outcome import SearchResult
@@ -68,6 +70,19 @@ def test_without_round_feedback_the_transforms_statics_are_exported(finished, mo
     profile = load_profile(str(tmp_path / "profile.yaml"))
     statics = load_statics(profile.statics, profile.resolve(profile.model))
     assert {index: each.key_round_feedback for index, each in statics.items()} == {2: None, 3: None}
+
+
+def test_profiles_name_the_weights_that_they_were_made_for(finished, tmp_path, monkeypatch):
+    out, table, _ = finished
+    assert load_profile(str(out / "profile.yaml")).weights is None, "there are none of this model"
+    for name in ("candidates.json", "clusters.json", "search.json", "heldout.json", "heldout.safetensors"):
+        shutil.copy(out / name, tmp_path)
+    made = calibration(tmp_path, table, [], monkeypatch)
+    monkeypatch.setattr(pipeline, "ModelFiles", lambda model: SimpleNamespace(weights="0123456789abcdef"))
+    made.run("export")
+    written = sorted(tmp_path.glob("*.yaml"))
+    assert {load_profile(str(path)).weights for path in written} == {"0123456789abcdef"}
+    assert written[0].name == "profile.yaml" and len(written) == 2
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from kvtuner_tools.bench.kernel_entries import query_tokens_of
+from vllm_kvtuner.profile.shipped import EARLIER_NAMES
 
 AUTO, FP8, KVTUNER = "auto", "fp8", "kvtuner:llama31_3.25bit"
 """Labels of the settings that the engine tables compare."""
@@ -115,8 +116,14 @@ class Published:
         return only(entry for entry in settings if label is None or entry["label"].endswith(label))
 
     def profile(self, name: str) -> dict[str, Any]:
-        """A shipped profile's provenance."""
-        return yaml.safe_load((self.root / "precision_profiles" / f"{name}.yaml").read_text())["provenance"]
+        """A shipped profile's provenance; the name may be an earlier one, as data of its time have it."""
+        path = self.root / "precision_profiles" / f"{shipped_name(name)}.yaml"
+        return yaml.safe_load(path.read_text())["provenance"]
+
+
+def shipped_name(name: str) -> str:
+    """What a profile that data name is called now."""
+    return EARLIER_NAMES.get(name, name)
 
 
 def only(entries: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .published import Published, accuracy, fixed, loss, table
+from .published import Published, accuracy, fixed, loss, shipped_name, table
 
 LARGE, SMALL, SMOL = "qwen25_coder_1.5b", "qwen25_coder_0.5b", "smollm2_135m"
 MODELS = {LARGE: "Qwen2.5-Coder-1.5B", SMALL: "Qwen2.5-Coder-0.5B", SMOL: "SmolLM2-135M"}
@@ -45,7 +45,7 @@ def quality_large(published: Published, page: Path) -> str:
     ]
     searched = (("5.00bit", "5.25"), ("4.00bit", "4.25"), ("3.25bit", "3.5"))
     rows += [
-        _row(f"`{LARGE}_{name}`", published.score(LARGE, f"searched, at most {bits} stored bits"))
+        _row(f"`{shipped_name(f'{LARGE}_{name}')}`", published.score(LARGE, f"searched, at most {bits} stored bits"))
         for name, bits in searched
     ]
     for bits in ("4.75", "3.0"):
@@ -55,7 +55,7 @@ def quality_large(published: Published, page: Path) -> str:
         profile = f"{LARGE}_window_{name}"
         rows.append(
             _row(
-                f"`{profile}`",
+                f"`{shipped_name(profile)}`",
                 published.score(LARGE, f"searched beside a window, at most {bits} stored bits"),
                 long=published.score(LARGE, "searched beside a window, contexts of 8192", profile),
             )
@@ -63,7 +63,9 @@ def quality_large(published: Published, page: Path) -> str:
     # This profile's scores stand in its own file.
     scores = published.profile(f"{LARGE}_3.00bit")["evaluation"]
     gsm8k = accuracy({"task_accuracy": scores["gsm8k"], "task_stderr": scores["gsm8k_stderr"]})
-    rows.append([f"`{LARGE}_3.00bit`: K4V2 and a window", "3.25", loss(scores["kl_mean"]), "-", "-", gsm8k])
+    rows.append(
+        [f"`{shipped_name(f'{LARGE}_3.00bit')}`: K4V2 and a window", "3.25", loss(scores["kl_mean"]), "-", "-", gsm8k]
+    )
     without = published.score(LARGE, "searched without transforms, at most 4.25 stored bits")
     rows.append(_row("searched without transforms", without))
     return table(_HEADS, rows) + "\n\n" + published.source(page, _FILES[LARGE])
@@ -78,7 +80,7 @@ def quality_small(published: Published, page: Path) -> str:
         _row(INT4, published.score(SMALL, uniform, INT4), INT4_BITS[SMALL]),
     ]
     for name in ("4.75bit", "3.75bit", "3.00bit"):
-        rows.append(_row(f"`{SMALL}_{name}`", published.score(SMALL, "searched", name)))
+        rows.append(_row(f"`{shipped_name(f'{SMALL}_{name}')}`", published.score(SMALL, "searched", name)))
     for name, label in (
         ("uniform K4V4", "K4V4_0x16.yaml"),
         ("uniform K4V2 and a window of 64", "K4V2_64x16.yaml"),
@@ -102,11 +104,11 @@ def quality_smol(published: Published, page: Path) -> str:
     for name, bits, long in (("4.73bit", "5.25", False), ("3.73bit", "4.25", True), ("3.00bit", "3.5", True)):
         label = f"s{bits}_0x16.yaml"
         other = published.score(SMOL, f"{searched}, contexts of 8128", label) if long else None
-        rows.append(_row(f"`{SMOL}_{name}`", published.score(SMOL, searched, label), long=other))
+        rows.append(_row(f"`{shipped_name(f'{SMOL}_{name}')}`", published.score(SMOL, searched, label), long=other))
     for name, bits in (("5.00bit", "5.5"), ("4.00bit", "4.5"), ("3.00bit", "3.5")):
         evaluation = f"searched beside a window and sink tokens, at most {bits} stored bits"
         other = published.score(SMOL, f"{evaluation}, contexts of 8128")
-        rows.append(_row(f"`{SMOL}_window_{name}`", published.score(SMOL, evaluation), long=other))
+        rows.append(_row(f"`{shipped_name(f'{SMOL}_window_{name}')}`", published.score(SMOL, evaluation), long=other))
     heads = ["of 8,128" if head == "of 8,192" else head for head in _HEADS[:-1]]
     return table(heads, [row[:-1] for row in rows]) + "\n\n" + published.source(page, _FILES[SMOL])
 
@@ -253,7 +255,7 @@ def heldout(published: Published, page: Path) -> str:
         ]
         best = min((score["kl_mean"] for score in fitting), default=None)
         rows.append([
-            f"`{name}`",
+            f"`{shipped_name(name)}`",
             _bits(own),
             loss(own["kl_mean"]),
             loss(best),

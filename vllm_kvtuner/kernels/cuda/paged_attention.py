@@ -21,7 +21,7 @@ from vllm_kvtuner.kernels.cuda.paged_attention_config import (
 from vllm_kvtuner.kernels.cuda.rows import byte_stride
 from vllm_kvtuner.kernels.cuda.variant import ARGUMENTS, Variant, needs_of
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
-from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE, PageLayout
 from vllm_kvtuner.pages.transforms import ANGLE_STEP, LayerTransforms, OffsetPairs, RotaryTable
 
 SMALL_SHARED_MEMORY = ((8, 6), (8, 9), (12, 0), (12, 1))
@@ -92,6 +92,8 @@ def unsupported(
     has_sinks: bool = False,
 ) -> str | None:
     """Why this kernel does not serve a layer on cards of a compute capability, or None if it does."""
+    if layout.head_size > MAX_HEAD_SIZE:
+        return f"head_size {layout.head_size} is above {MAX_HEAD_SIZE}"
     if layout.head_size > 128 and capability in SMALL_SHARED_MEMORY:
         return f"head_size {layout.head_size} does not fit the shared memory of compute capability {capability}"
     if layout.head_size % 32 or layout.head_size * layout.v_bits % 128:

@@ -149,9 +149,12 @@ def _wanted(rows: int, needs: Needs, card: Multiprocessor) -> DecodeConfig | Non
 
 
 def _takes_teams(layout: PageLayout, card: Multiprocessor) -> bool:
-    """Each warp of a team has a fourth of a stage's tokens, and of a value's dimensions."""
+    """Each warp of a team has a fourth of a stage's tokens, and of a value's dimensions: tiles of 16, whose codes are
+    all those of whole bytes, or a part of one's."""
     whole = layout.block_size % TEAM_STAGE_TOKENS == 0 or TEAM_STAGE_TOKENS % layout.block_size == 0
-    return card.warp_groups and whole and layout.head_size % 64 == 0
+    tiles, codes = layout.head_size // (16 * TEAM_WARPS), 8 // layout.v_bits
+    even = layout.head_size % (16 * TEAM_WARPS) == 0 and (tiles % codes == 0 or codes % tiles == 0)
+    return card.warp_groups and whole and even
 
 
 def shared_bytes(rows: int, needs: Needs, config: DecodeConfig) -> int:
@@ -163,8 +166,9 @@ def shared_bytes(rows: int, needs: Needs, config: DecodeConfig) -> int:
     offset = pairs * (16 + 48 * warps + 8 * rows)
     if config.fp16:
         outputs = teams * 8 * size * 4
-        # Rows of which a lane has no whole word are filled up.
-        queries = needs.query_terms * rows * 2 * max(size, 128) + 16 * rows
+        # Rows that four lanes do not share by whole words are filled up.
+        filled = max(-(-size * layout.k_bits // 128) * 128 // layout.k_bits, 128)
+        queries = needs.query_terms * rows * 2 * filled + 16 * rows
         turns = 2 if config.team_warps == 1 and config.stage_tokens == 64 else 1
         offset += pairs * warps * rows * 8 * turns
         weights = teams * config.stage_tokens * rows * 2 + warps * rows * 4 if config.team_warps > 1 else 0

@@ -7,7 +7,7 @@ import torch
 from vllm_kvtuner.kernels.contract import WindowRows
 from vllm_kvtuner.kernels.cuda import page_layout
 from vllm_kvtuner.kernels.cuda.arguments import Field
-from vllm_kvtuner.pages.layout import ALIGNMENT, PageLayout
+from vllm_kvtuner.pages.layout import ALIGNMENT, MAX_HEAD_SIZE, PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 NUM_WARPS = 4
@@ -108,6 +108,8 @@ class StoreVariant(NamedTuple):
 
 def unsupported(layout: PageLayout) -> str | None:
     """Why the kernels do not serve a layer, or None if they do."""
+    if layout.head_size > MAX_HEAD_SIZE:
+        return f"head_size {layout.head_size} is above {MAX_HEAD_SIZE}"
     if layout.head_size % 32:
         return f"head_size {layout.head_size} is no multiple of 32"
     return None

@@ -6,11 +6,19 @@ import triton.language as tl
 from vllm_kvtuner.pages import layout
 
 FP16_MAX = tl.constexpr(layout.FP16_MAX)
+MAX_LARGE_ROWS = 8
+"""Rows of a program above MAX_HEAD_SIZE, 32 of the Hadamard matrix's products there: from 64 on, Triton takes Hopper's
+warp-group products (window_attention.py says why not)."""
 
 
 def row_warps(head_size: int) -> int:
     """Warps of a program on whole rows of ``head_size``, the Hadamard matrix in registers included."""
     return 8 if head_size > 128 else 4
+
+
+def program_rows(head_size: int, rows: int) -> int:
+    """Of a program that takes ``rows`` where they fit."""
+    return min(rows, MAX_LARGE_ROWS) if head_size > layout.MAX_HEAD_SIZE else rows
 
 
 @triton.jit
@@ -35,6 +43,12 @@ def hadamard_rows(x, dim, HEAD_SIZE: tl.constexpr):
         HEAD_SIZE: columns without padding.
     """
     ROWS: tl.constexpr = x.shape[0]
+    ALL_COLUMNS: tl.constexpr = x.shape[1]
+    if HEAD_SIZE > 256:
+        # A matrix of 128 columns, and all of its products at once, rather than one that no shared memory holds.
+        x, dim = _halves_apart(x, dim)
+        x, dim = _halves_apart(x, dim)
+    TALL_ROWS: tl.constexpr = x.shape[0]
     COLUMNS: tl.constexpr = x.shape[1]
     unit = fp16_unit(x)
     scaled = tl.div_rn(x, unit[:, None])
@@ -44,10 +58,31 @@ def hadamard_rows(x, dim, HEAD_SIZE: tl.constexpr):
         # Half of the columns at a time, so that the matrix fits any card's shared memory.
         left, right = tl.split(tl.trans(tl.reshape(dim, [2, COLUMNS // 2])))
         y = tl.join(_times_signs(high, low, dim, left, HEAD_SIZE), _times_signs(high, low, dim, right, HEAD_SIZE))
-        y = tl.reshape(tl.permute(y, [0, 2, 1]), [ROWS, COLUMNS])
+        y = tl.reshape(tl.permute(y, [0, 2, 1]), [TALL_ROWS, COLUMNS])
     else:
         y = _times_signs(high, low, dim, dim, HEAD_SIZE)
-    return y * (unit * (HEAD_SIZE & -HEAD_SIZE) ** -0.5)[:, None]
+    y *= (unit * (HEAD_SIZE & -HEAD_SIZE) ** -0.5)[:, None]
+    if HEAD_SIZE > 256:
+        y = tl.reshape(y, [ROWS, ALL_COLUMNS])
+    return y
+
+
+@triton.jit
+def _halves_apart(x, dim):
+    """The first step of a fast Hadamard transform: sums and differences of each row's halves, as rows of their own.
+
+    What remains is the transform of every new row. Both halves have the same dimensions but for one bit, which the
+    second has: so it is where a power of two of columns holds as many dimensions, in all orders that packed codes have.
+
+    Returns:
+        [2 * rows, columns / 2], and the dimensions of the first half.
+    """
+    ROWS: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    left, right = tl.split(tl.permute(tl.reshape(x, [ROWS, 2, HALF]), [0, 2, 1]))
+    both = tl.permute(tl.join(left + right, left - right), [0, 2, 1])
+    first, _ = tl.split(tl.trans(tl.reshape(dim, [2, HALF])))
+    return tl.reshape(both, [2 * ROWS, HALF]), first
 
 
 @triton.jit
@@ -56,6 +91,8 @@ def _times_signs(high, low, dim, out_dim, HEAD_SIZE: tl.constexpr):
     BLOCK: tl.constexpr = HEAD_SIZE & -HEAD_SIZE
     shared = dim[:, None] & out_dim[None, :] & (BLOCK - 1)
     # Sylvester's matrix: the sign is the parity of the bits that both indices share.
+    if BLOCK > 256:
+        shared ^= shared >> 8
     shared ^= shared >> 4
     shared ^= shared >> 2
     shared ^= shared >> 1

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import Pages, WindowRows
 from vllm_kvtuner.kernels.triton.codes import byte_columns, inverse_step, shrunk_range, write_rows
-from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_rows_to_pack, row_warps
+from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_rows_to_pack, program_rows, row_warps
 from vllm_kvtuner.pages.transforms import KEY
 
 ROWS = 16
@@ -108,8 +108,8 @@ def store_side(
     kept, kept_slots = (None, None) if window is None else window
     kept_strides = (0, 0, 0) if kept is None else kept.stride()
     block_stride, head_stride, _, _ = kv_cache.stride()
-    num_slots = slot_mapping.shape[0]
-    _feedback_store_kernel[(triton.cdiv(num_slots, ROWS), key.shape[1])](
+    num_slots, rows_per_program = slot_mapping.shape[0], program_rows(layout.head_size, ROWS)
+    _feedback_store_kernel[(triton.cdiv(num_slots, rows_per_program), key.shape[1])](
         rows, kv_cache, slot_mapping, positions if offset is not None else None,
         offset, transforms.offset_partner if keys else None, rotary and rotary.cos_sin,
         transforms.key_equalization if keys else None, feedback.columns, feedback.range_factors[bits],
@@ -122,5 +122,6 @@ def store_side(
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         HADAMARD=transforms.key_hadamard if keys else transforms.value_hadamard,
         RANGES=len(feedback.ranges[bits]), WINDOW_BLOCK_SIZE=0 if kept is None else kept.shape[2],
-        WINDOW_BEGIN=0 if keys else layout.head_size, ROWS=ROWS, num_warps=row_warps(layout.head_size),
+        WINDOW_BEGIN=0 if keys else layout.head_size, ROWS=rows_per_program,
+        num_warps=row_warps(layout.head_size),
     )  # fmt: skip

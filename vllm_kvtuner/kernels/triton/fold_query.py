@@ -8,7 +8,7 @@ import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import AttentionShape
 from vllm_kvtuner.kernels.triton.codes import num_slices, slice_dim, slice_shift, slice_width, slice_words
-from vllm_kvtuner.kernels.triton.common import fp16_unit, hadamard_rows, row_warps
+from vllm_kvtuner.kernels.triton.common import fp16_unit, hadamard_rows, program_rows, row_warps
 from vllm_kvtuner.pages.layout import PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
@@ -118,11 +118,12 @@ def fold_query(
     """
     num_rows = query.shape[0] * shape.num_heads
     rotary = transforms.rotary if transforms.key_offset is not None else None
-    _fold_query_kernel[(triton.cdiv(num_rows, ROWS_PER_PROGRAM),)](
+    rows_per_program = program_rows(shape.head_size, ROWS_PER_PROGRAM)
+    _fold_query_kernel[(triton.cdiv(num_rows, rows_per_program),)](
         query, transforms.key_equalization, transforms.key_offset, folded, constants, coefficients,
         num_rows, shape.scale * math.log2(math.e), query.stride()[0],
         NUM_HEADS=shape.num_heads, GROUP=shape.group, HEAD_SIZE=shape.head_size, BITS=layout.k_bits,
         FOLDED_SIZE=folded.shape[1], HADAMARD=transforms.key_hadamard,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
-        ROWS=ROWS_PER_PROGRAM, num_warps=row_warps(shape.head_size),
+        ROWS=rows_per_program, num_warps=row_warps(shape.head_size),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import CachedTokens, Pages, check_gather
 from vllm_kvtuner.kernels.triton.codes import byte_columns, load_rows
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, rotated_offset, row_warps
+from vllm_kvtuner.kernels.triton.common import hadamard_rows, program_rows, rotated_offset, row_warps
 
 TOKENS_PER_PROGRAM = 32
 
@@ -73,7 +73,8 @@ def gather_cache(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, valu
     num_reqs, num_kv_heads = tokens.block_table.shape[0], pages.num_kv_heads
     block_stride, head_stride, _, _ = kv_cache.stride()
     rotary = transforms.rotary if transforms.key_offset is not None else None
-    _gather_cache_kernel[(triton.cdiv(num_tokens, TOKENS_PER_PROGRAM), num_kv_heads, 2)](
+    tokens_per_program = program_rows(layout.head_size, TOKENS_PER_PROGRAM)
+    _gather_cache_kernel[(triton.cdiv(num_tokens, tokens_per_program), num_kv_heads, 2)](
         kv_cache, tokens.block_table, tokens.cu_seq_lens, tokens.seq_starts, key_out, value_out,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,
         num_tokens, num_reqs, num_reqs.bit_length(),
@@ -83,5 +84,5 @@ def gather_cache(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, valu
         K_META=layout.k_meta_offset, V_META=layout.v_meta_offset, SCALE_BITS=layout.scale_bits,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,
-        TOKENS=TOKENS_PER_PROGRAM, num_warps=row_warps(layout.head_size),
+        TOKENS=tokens_per_program, num_warps=row_warps(layout.head_size),
     )  # fmt: skip

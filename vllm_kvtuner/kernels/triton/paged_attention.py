@@ -31,7 +31,7 @@ from vllm_kvtuner.kernels.triton.codes import (
     slice_width,
     slice_words,
 )
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, load_padded, row_warps
+from vllm_kvtuner.kernels.triton.common import hadamard_rows, load_padded, program_rows, row_warps
 from vllm_kvtuner.kernels.triton.fold_query import ROW_CONSTANTS, fold_query, folded_size
 from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config, num_multiprocessors
@@ -400,7 +400,7 @@ def paged_attention(
         ROW_TILES=row_tiles, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    rows_per_program = 16 if num_rows >= 2048 else 1
+    rows_per_program = program_rows(head_size, 16 if num_rows >= 2048 else 1)
     _combine_kernel[(triton.cdiv(num_rows, rows_per_program),)](
         workspace.output, workspace.lse, sinks, queries.query_start_loc, output, lse,
         num_rows, num_reqs, num_splits, output.stride()[0],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE, PageLayout
 
 MAX_SPLITS = 128
 PROGRAMS_PER_MULTIPROCESSOR = 24
@@ -49,20 +49,27 @@ def decode_config(
 ) -> DecodeConfig:
     """Knobs for ``rows`` query rows per KV head and request; only shapes count, so that a CUDA graph may hold them.
 
-    A warp's accumulators are block_m * head_size numbers, 1024 of which take 32 registers a thread, as do 64 tokens of
-    codes at head_size 128 and 32 tokens of a rotary table.
+    A warp's accumulators are block_m * head_size numbers and padding, 1024 of which take 32 registers a thread, as do
+    64 tokens of codes at head_size 128 and 32 tokens of a rotary table.
     """
     block_m = min(max(MIN_BLOCK_M, triton.next_power_of_2(rows)), MAX_BLOCK_M)
-    if layout.head_size > 128:
+    if layout.head_size > MAX_HEAD_SIZE:
+        block_m = MIN_BLOCK_M  # with 2 warps: with 4, Triton takes Hopper's warp-group products (window_attention.py)
+    elif layout.head_size > 128:
         block_m = min(block_m, MAX_BLOCK_M // 2)
-    accumulators = block_m * layout.head_size
+    accumulators = block_m * triton.next_power_of_2(layout.head_size)
     programs = num_reqs * num_kv_heads * triton.cdiv(rows, block_m)
     narrow = layout.k_bits < 8
     wanted = PROGRAMS_OF_MANY_REQUESTS if narrow and programs >= 2 * num_sms else PROGRAMS_PER_MULTIPROCESSOR
+    if layout.head_size > MAX_HEAD_SIZE:
+        # What fits into 99 KB of shared memory beside two tiles of a key offset's angles.
+        block_n, num_stages = 16, 2
+    else:
+        block_n, num_stages = 64 if narrow and accumulators <= 1024 and not has_offset else 32, 3
     return DecodeConfig(
         block_m=block_m,
-        block_n=64 if narrow and accumulators <= 1024 and not has_offset else 32,
+        block_n=block_n,
         num_splits=min(MAX_SPLITS, triton.cdiv(wanted * num_sms, programs)),
         num_warps=max(1, accumulators // 2048),
-        num_stages=3,
+        num_stages=num_stages,
     )

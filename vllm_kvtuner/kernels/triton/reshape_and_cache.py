@@ -8,7 +8,7 @@ import triton.language as tl
 from vllm_kvtuner.kernels.contract import Pages, WindowRows, check_store
 from vllm_kvtuner.kernels.triton import feedback_store
 from vllm_kvtuner.kernels.triton.codes import byte_columns, store_rows
-from vllm_kvtuner.kernels.triton.common import load_rows_to_pack, row_warps
+from vllm_kvtuner.kernels.triton.common import load_rows_to_pack, program_rows, row_warps
 from vllm_kvtuner.pages.transforms import SIDES
 
 MANY_ROWS = 1 << 14
@@ -88,7 +88,7 @@ def reshape_and_cache(
     rotary = transforms.rotary if has_offset else None
     rows, row_slots = (None, None) if window is None else window
     row_strides = (0, 0, 0) if rows is None else rows.stride()
-    rows_per_program = 32 if num_rows >= MANY_ROWS else 16
+    rows_per_program = program_rows(head_size, 32 if num_rows >= MANY_ROWS else 16)
     _reshape_and_cache_kernel[(triton.cdiv(num_rows, rows_per_program), len(sides))](
         key, value, kv_cache, slot_mapping, positions if has_offset else None,
         transforms.key_offset, transforms.offset_partner, rotary and rotary.cos_sin, transforms.key_equalization,

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Queries, Span, check_attention
 from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
+from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE
 
 BLOCK_N = 32
 """Tokens of a tile: a window of 64 tokens is two."""
@@ -24,6 +25,8 @@ NUM_WARPS = 2
 """With four, Triton takes Hopper's warp-group products, with which its 3.6 and later versions read outside of shared
 memory where a kernel has several small ones (triton-lang/triton issues 10486 and 11366). These programs are so small
 that two warps, with less shared memory, also let more of them run at once."""
+LARGE_NUM_WARPS = 8
+"""For head sizes whose outputs fill the registers of two warps; their products have fewer rows than a warp group's."""
 
 
 @triton.jit
@@ -40,9 +43,11 @@ def _load_rows(
 
 
 @triton.jit
-def _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP: tl.constexpr):
-    """Attention over another tile: the new greatest logits and totals [rows] and outputs [dimensions, rows], whose
-    softmax is not normalized."""
+def _attend(
+    keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP: tl.constexpr, LARGE: tl.constexpr
+):  # fmt: skip
+    """Attention over another tile: the new greatest logits and totals [rows] and outputs [dimensions, rows], or
+    [rows, dimensions] if LARGE, whose softmax is not normalized."""
     logits = tl.dot(keys, queries) * scale_log2
     if SOFT_CAP > 0:
         # c tanh(x / c), to base 2 as x is.
@@ -53,7 +58,10 @@ def _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT
     reference = finite_reference(new_top)
     p = tl.exp2(logits - reference[None, :])
     decay = tl.exp2(top - reference)
-    output = tl.dot(tl.trans(values), p.to(values.dtype), output * decay[None, :])
+    if LARGE:
+        output = tl.dot(tl.trans(p.to(values.dtype)), values, output * decay[:, None])
+    else:
+        output = tl.dot(tl.trans(values), p.to(values.dtype), output * decay[None, :])
     return new_top, total * decay + tl.sum(p, 0), output
 
 
@@ -64,7 +72,7 @@ def _window_attention_kernel(
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW_TOKENS: tl.constexpr, SINK_TOKENS: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, DEPENDENT: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINK_TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINK_TILE: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
     """Tokens are the rows of every tile and query rows its columns, as in paged_attention.
 
@@ -90,7 +98,10 @@ def _window_attention_kernel(
     in_row = (dim < HEAD_SIZE)[:, None] & is_row[None, :]
     column = query.to(tl.int64)[None, :] * query_stride + head[None, :] * HEAD_SIZE + dim[:, None]
     queries = tl.load(query_ptr + column, mask=in_row, other=0.0)
-    output = tl.zeros([PADDED, BLOCK_M], tl.float32)
+    if LARGE:
+        output = tl.zeros([BLOCK_M, PADDED], tl.float32)
+    else:
+        output = tl.zeros([PADDED, BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
@@ -114,12 +125,16 @@ def _window_attention_kernel(
         visible = present[:, None] & (distance >= 0) & ((distance < WINDOW_TOKENS) | (token < SINK_TOKENS)[:, None])
         if SLIDING_WINDOW > 0:
             visible &= distance < SLIDING_WINDOW
-        top, total, output = _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP)
+        top, total, output = _attend(keys, values, queries, visible, top, total, output, scale_log2, SOFT_CAP, LARGE)
     if SINK_TOKENS > 0:
         visible = is_sink[:, None] & is_row[None, :]
         if SLIDING_WINDOW > 0:
             visible &= position[None, :] - sink[:, None] < SLIDING_WINDOW
-        top, total, output = _attend(sink_keys, sink_values, queries, visible, top, total, output, scale_log2, SOFT_CAP)
+        top, total, output = _attend(
+            sink_keys, sink_values, queries, visible, top, total, output, scale_log2, SOFT_CAP, LARGE
+        )
+    if LARGE:
+        output = tl.trans(output)
 
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
@@ -164,7 +179,8 @@ def window_attention(
     assert span.skip_first <= SINK_TILE, span
     max_query_len = queries.max_query_len
     pass_rows = group * (launch.pass_query_len or max_query_len)
-    block_m = min(max(triton.next_power_of_2(pass_rows), 16), MAX_BLOCK_M)
+    large = head_size > MAX_HEAD_SIZE
+    block_m = 16 if large else min(max(triton.next_power_of_2(pass_rows), 16), MAX_BLOCK_M)
     row_tiles = triton.cdiv(group * max_query_len, block_m)
     _window_attention_kernel[(queries.num_reqs, num_kv_heads * row_tiles)](
         query, rows, queries.block_table, queries.seq_lens, queries.query_start_loc, output, lse,
@@ -173,7 +189,7 @@ def window_attention(
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, WINDOW_TOKENS=span.skip_newest, SINK_TOKENS=span.skip_first,
         SLIDING_WINDOW=span.sliding_window or 0, SOFT_CAP=shape.logits_soft_cap,
-        ROW_TILES=row_tiles, DEPENDENT=launch.dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N,
-        SINK_TILE=SINK_TILE, num_warps=NUM_WARPS, num_stages=2,
+        ROW_TILES=row_tiles, DEPENDENT=launch.dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N, SINK_TILE=SINK_TILE,
+        LARGE=large, num_warps=LARGE_NUM_WARPS if large else NUM_WARPS, num_stages=2,
         **({"launch_pdl": True} if launch.dependent else {}),
     )  # fmt: skip

@@ -33,6 +33,7 @@ __device__ __forceinline__ void start_key_products(const u8* keys, GroupOperand 
 // A operands of the second product, of a warp's tiles and 16 tokens.
 struct TeamValues {
   static constexpr bool WHOLE_UNITS = WARP_V_TILES >= V_FIELDS;
+  static_assert(WARP_V_TILES % V_FIELDS == 0 || V_FIELDS % WARP_V_TILES == 0, "a warp's tiles are of whole bytes, or of one");
   static constexpr int UNITS = WHOLE_UNITS ? WARP_V_TILES / V_FIELDS : 1;
   static __device__ __forceinline__ int first_unit(int member) { return member * WARP_V_TILES / V_FIELDS; }
 

@@ -1,0 +1,53 @@
+"""The profiles that come with this package.
+
+Those in the folder itself were measured as they are served, and their names have their stored bits. Those in
+``published/`` are allocations that a paper found for another format; they keep the publication's names, which have
+nominal bits, and nobody has measured them as they are served here.
+"""
+
+from pathlib import Path
+
+PUBLISHED = "published/"
+"""How names of published allocations begin; they are found without it too."""
+EARLIER_NAMES = {
+    "qwen25_coder_0.5b_3.00bit": "qwen25_coder_0.5b_3.50bit",
+    "qwen25_coder_0.5b_3.75bit": "qwen25_coder_0.5b_4.25bit",
+    "qwen25_coder_0.5b_4.75bit": "qwen25_coder_0.5b_5.25bit",
+    "qwen25_coder_1.5b_3.00bit": "qwen25_coder_1.5b_uniform_3.25bit",
+    "qwen25_coder_1.5b_3.25bit": "qwen25_coder_1.5b_3.50bit",
+    "qwen25_coder_1.5b_4.00bit": "qwen25_coder_1.5b_4.25bit",
+    "qwen25_coder_1.5b_5.00bit": "qwen25_coder_1.5b_5.25bit",
+    "qwen25_coder_1.5b_window_2.75bit": "qwen25_coder_1.5b_window_3.00bit",
+    "qwen25_coder_1.5b_window_3.25bit": "qwen25_coder_1.5b_window_3.50bit",
+    "qwen25_coder_1.5b_window_4.00bit": "qwen25_coder_1.5b_window_4.25bit",
+    "smollm2_135m_3.00bit": "smollm2_135m_3.50bit",
+    "smollm2_135m_3.73bit": "smollm2_135m_4.23bit",
+    "smollm2_135m_4.73bit": "smollm2_135m_5.23bit",
+    "smollm2_135m_window_3.00bit": "smollm2_135m_window_3.50bit",
+    "smollm2_135m_window_4.00bit": "smollm2_135m_window_4.50bit",
+    "smollm2_135m_window_5.00bit": "smollm2_135m_window_5.50bit",
+}
+"""Names with nominal bits, which measurements of their time have, and those now. No name has had two meanings."""
+
+
+def shipped_profiles() -> dict[str, Path]:
+    """Name (without ``.yaml``) and file of each shipped profile, sorted, the measured ones first."""
+    package = Path(__file__).resolve().parent.parent
+    # A wheel holds the folder inside the package, a checkout (or an editable install) beside it.
+    folders = (package / "precision_profiles", package.parent / "precision_profiles")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        return {}
+    return {prefix + path.stem: path for prefix in ("", PUBLISHED) for path in sorted((folder / prefix).glob("*.yaml"))}
+
+
+def find_shipped(name: str) -> Path | None:
+    """The file of a shipped profile; None where there is none of that name.
+
+    Args:
+        name: with or without ``published/`` and ``.yaml``, or an earlier one.
+    """
+    shipped = shipped_profiles()
+    name = name.removesuffix(".yaml")
+    wanted = (name, PUBLISHED + name, EARLIER_NAMES.get(name, name))
+    return next((shipped[each] for each in wanted if each in shipped), None)
