@@ -494,7 +494,8 @@ def _found(spec: str, model: str, source: ModelSource) -> str:
     """The profile that a spec means for the model, with a line on what auto is."""
     if not is_auto(spec):
         return spec
-    found = resolve_auto(spec, ModelFiles(model), load_model_shape(model, source)).chosen
+    files = ModelFiles(model, source.revision, source.download_dir)
+    found = resolve_auto(spec, files, load_model_shape(model, source)).chosen
     print(f"{spec} -> {found.spec} ({found.source})", file=sys.stderr)
     return found.spec
 

@@ -20,6 +20,7 @@ class ModelSource:
         hf_config_path: folder or id that has the config instead.
         tokenizer: folder or id that has the tokenizer instead.
         tokenizer_revision: as ``revision``, of the tokenizer.
+        download_dir: where a hub's files of the model are kept.
     """
 
     revision: str | None = None
@@ -28,6 +29,7 @@ class ModelSource:
     hf_config_path: str | None = None
     tokenizer: str | None = None
     tokenizer_revision: str | None = None
+    download_dir: str | None = None
 
 
 MODEL_AS_IT_IS = ModelSource()

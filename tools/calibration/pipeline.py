@@ -186,7 +186,8 @@ class Calibration:
         heldout = self._score_heldout()
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         result = SearchResult.read(self.out)
-        weights = ModelFiles(self.options.model).weights
+        source = self.options.source
+        weights = ModelFiles(self.options.model, source.revision, source.download_dir).weights
         write_profiles(self.out, table, self._statics, result, heldout, self.options.recent, weights)
         return f"{len(heldout.settings)} settings on {heldout.chosen.quality.num_tokens:,} held-out tokens"
 
