@@ -26,6 +26,7 @@ from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
 from kvtuner_tools.engines.residual_readers import ResidualReaders
 from kvtuner_tools.model_files import max_positions
 from kvtuner_tools.progress import track
+from vllm_kvtuner.engine.layer_names import layer_index
 from vllm_kvtuner.engine.statics import layer_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
 from vllm_kvtuner.profile.model_shape import ModelShape
@@ -164,8 +165,6 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
     Returns:
         The model's dtype and the layers, in order.
     """
-    from vllm.model_executor.models.utils import extract_layer_index
-
     config, model = worker.vllm_config, worker.model_runner.get_model()
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
@@ -174,7 +173,10 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
     for name, layer in config.compilation_config.static_forward_context.items():
         if id(layer) not in names or not hasattr(layer, "num_kv_heads"):  # not an attention layer with a cache
             continue
-        index = extract_layer_index(name)
+        index = layer_index(config, name)
+        if index is None or index in layers:
+            rule = "must have a number of its own in its name"
+            raise RuntimeError(f"{job.shape.name}: attention layer {name} {rule}")
         rotary, problem = None, job.shape.offset_unsupported
         try:
             parent = modules[names[id(layer)].rpartition(".")[0]]
@@ -214,12 +216,10 @@ def _sinks(layer: Any) -> tuple[float, ...] | None:
 
 def _watch(worker: Any, readers: ResidualReaders) -> None:
     """Note what the next step runs through. Runs in the worker."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
     config, model = worker.vllm_config, worker.model_runner.get_model()
     known = {id(module) for module in model.modules()}
     attention = {
-        extract_layer_index(name): layer
+        layer_index(config, name): layer
         for name, layer in config.compilation_config.static_forward_context.items()
         if id(layer) in known and hasattr(layer, "num_kv_heads")
     }

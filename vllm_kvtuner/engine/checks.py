@@ -20,6 +20,7 @@ from vllm_kvtuner.engine.config import (
     PROFILE_KEY,
     is_calibration,
     needs_packed_blocks,
+    reads_others_tokens,
     resolved_profile,
 )
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
@@ -267,6 +268,10 @@ def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, 
 
     problems = []
     source = resolved.profile.source or resolved.profile.name
+    if reads_others_tokens(config):
+        windows = "/".join(str(window.tokens) for window in resolved.recent_windows)
+        rule = "must be 0 for a model whose layers also read what another pass or layer has stored in the same step"
+        problems.append(f"{source}: recent_window {rule}, but got {windows}")
     bits, sink_tokens = resolved.profile.recent_window_bits, resolved.profile.sink_tokens
     if sink_tokens and bits != UNQUANTIZED.k_bits and not current_platform.is_cpu():
         problems.append(

@@ -26,6 +26,8 @@ _SINK_KEYS = (
     "add_swa_attention_sink_bias",
     "add_full_attention_sink_bias",
 )
+_LOOPED = {"IQuestLoopCoderForCausalLM": 2}
+"""Architectures that run through their layers several times, and how often where the config does not say."""
 _ALIBI = {"bloom", "step1"}
 _DERIVED_BY_TRANSFORMERS = (
     "attn_layer_period",
@@ -57,7 +59,8 @@ class ModelShape:
     Args:
         name: model name or folder.
         architecture: first of the config's ``architectures``.
-        layers: shape of each decoder layer; may be empty for a kind that is not served.
+        layers: shape of each decoder layer, of a looped model for each pass over them in turn; may be empty for a kind
+            that is not served.
         unsupported: why models of this kind are not served, each ``<rule>, but got <value>``; empty if they are.
         offset_unsupported: why a key offset before RoPE cannot be used, or None.
         attention_sinks: whether some of its layers, or all, have a learned logit per query head in every softmax.
@@ -106,6 +109,19 @@ class ModelShape:
         )
 
 
+def num_loops(text: Any) -> int:
+    """How often a model runs through its layers, each time with keys and values of their own.
+
+    Args:
+        text: a model's (text) configuration, object or mapping.
+    """
+    default = _LOOPED.get((_get(text, "architectures") or ("",))[0])
+    if default is None:
+        return 1
+    given = _get(text, "loop_num")
+    return default if given is None else int(given)
+
+
 def _get(config: Any, *names: str) -> Any:
     """The first of the named values that is given, or None."""
     for name in names:
@@ -145,7 +161,7 @@ def _layer_shapes(text: Any, model: str) -> Iterator[LayerShape]:
     per_layer = _get(text, "per_layer_config")
     if isinstance(per_layer, Mapping) or (per_layer is None and _get(text, "global_head_dim") is not None):
         raise ProfileError([f"{model}: config must give the shape of every layer, but got one with exceptions"])
-    for index in range(num_layers):
+    for index in [*range(num_layers)] * num_loops(text):
         if types is not None and types[index] in CACHELESS_TYPES:
             yield LayerShape(0, 0)
             continue
@@ -165,6 +181,8 @@ def _num_kv_heads(text: Any, model: str) -> Any:
     if kind == "gpt_bigcode" and _get(text, "multi_query") in (None, True):
         return 1
     if kind == "chatglm" and not _get(text, "multi_query_attention"):
+        return _require(text, model, *_NUM_HEADS)
+    if kind == "zamba2":  # whose num_key_value_heads vLLM does not read
         return _require(text, model, *_NUM_HEADS)
     attn_config = _get(text, "attn_config")
     nested = None if attn_config is None else _get(attn_config, "kv_n_heads")
