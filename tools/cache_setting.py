@@ -1,14 +1,18 @@
 """One way to store the KV cache, as a measurement names it: a vLLM cache dtype, or ``kvtuner`` with a profile."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvtuner.engine.config import ATTEND_KEY, CALIBRATION_KEY, KV_CACHE_DTYPE, PROFILE_KEY, REQUEST_TOKENS_KEY
+from vllm_kvtuner.profile.checkpoint import checkpoint_scheme, without_scheme
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
 
 KVTUNER = KV_CACHE_DTYPE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,6 +79,29 @@ class CacheSetting:
         if request_tokens is not None:
             config[REQUEST_TOKENS_KEY] = request_tokens
         return config
+
+
+AUTO = CacheSetting("auto")
+"""The reference of every measurement: the unquantized cache."""
+
+
+def unquantized_keywords(hf_config: Any, dtype: str) -> dict[str, Any]:
+    """Keywords of vLLM's ``LLM`` with which ``auto`` is the model's dtype, whatever cache the checkpoint asks for.
+
+    Args:
+        hf_config: the model's configuration.
+        dtype: of the model, as ``LLM`` takes it.
+    """
+    scheme = checkpoint_scheme(hf_config)
+    if scheme is None:
+        return {}
+    logger.warning(
+        "the checkpoint asks for a quantized KV cache (%s); auto is the unquantized cache here, in the model's dtype",
+        scheme,
+    )
+    if scheme.has_scales_per_head and dtype in ("bfloat16", "float16"):
+        return {"kv_cache_dtype": dtype}  # without the scheme vLLM would look for one scale per layer
+    return {"hf_overrides": without_scheme(hf_config)}
 
 
 def cache_bits(setting: CacheSetting, hf_config: Any, model: str, unquantized_bits: int) -> tuple[float, float] | None:

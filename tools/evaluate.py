@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, refuse_old
-from kvtuner_tools.cache_setting import KVTUNER, CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.data_files import PROMISE_JSON, file_sha256
 from kvtuner_tools.engine_arguments import (
     NO_WORDS,
@@ -44,7 +44,6 @@ from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 
 SCHEMA = "kvtuner-evaluation/1"
-AUTO = CacheSetting("auto")
 COLUMNS = {
     "setting": "label:",
     "nominal bits": "nominal_bits:.2f",

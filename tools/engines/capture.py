@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtuner_tools.cache_setting import unquantized_keywords
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import (
     Capture,
@@ -29,7 +30,7 @@ from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_s
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
 from kvtuner_tools.engines.ranks import kv_head_copies, num_ranks, whole_heads, writes
 from kvtuner_tools.engines.residual_readers import ResidualReaders
-from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.model_files import load_config, max_positions
 from kvtuner_tools.progress import track
 from vllm_kvtuner.engine.layer_names import layer_index
 from vllm_kvtuner.engine.statics import layer_rotary
@@ -144,15 +145,18 @@ def run_capture_engine(job: CaptureJob) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
 
+    source = model_source(job.words)
     own = {
         "model": job.shape.name,
         "dtype": job.dtype,
-        "max_model_len": max_model_len_for(job.context, max_positions(job.shape.name, model_source(job.words))),
+        "max_model_len": max_model_len_for(job.context, max_positions(job.shape.name, source)),
         "max_num_seqs": 1,
         "max_num_batched_tokens": job.context,
         **cache_memory(job.kv_memory_bytes),
         "enable_prefix_caching": False,
         "enforce_eager": True,  # compiled graphs do not call the layers' forward
+        # What layers see follows from what those before them read of the cache.
+        **unquantized_keywords(load_config(job.shape.name, source), job.dtype),
     }
     llm = LLM(**engine_keywords(job.words, own))
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
@@ -236,7 +240,7 @@ def _install(worker: Any, job: CaptureJob) -> _Stage | None:
         if id(layer) not in names or not hasattr(layer, "num_kv_heads"):  # not an attention layer with a cache
             continue
         index = layer_index(config, name)
-        if index is None or index in layers:
+        if index is None or index in tap.layers:
             rule = "must have a number of its own in its name"
             raise RuntimeError(f"{job.shape.name}: attention layer {name} {rule}")
         rotary, problem = None, job.shape.offset_unsupported

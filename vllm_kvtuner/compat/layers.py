@@ -88,10 +88,18 @@ def give_layers_their_backend() -> None:
 
 
 def _leave_to_vllm(kwargs: dict[str, Any]) -> None:
-    """Let a layer have vLLM's own cache, in the model's dtype."""
+    """Let a layer have vLLM's own cache, in the model's dtype.
+
+    Where the checkpoint brings a scheme, vLLM takes a dtype of "auto" for it. So the layer does not hear of the scheme;
+    the scales that the checkpoint has are still loaded as the scheme lays them out.
+    """
     if kwargs.get("cache_config") is not None:
         kwargs["cache_config"] = copy.copy(kwargs["cache_config"])
         kwargs["cache_config"].cache_dtype = "auto"
+    quantization = kwargs.get("quant_config")
+    if quantization is not None and getattr(quantization, "kv_cache_scheme", None) is not None:
+        kwargs["quant_config"] = plain = copy.copy(quantization)
+        plain.kv_cache_scheme, plain.get_quant_method = None, quantization.get_quant_method
 
 
 def _unlike(layer: Attention, kwargs: dict[str, Any], own: Mapping[str, Any]) -> str | None:

@@ -85,6 +85,11 @@ _LAYERS = (
         "compat.layers.check_layers_are_met", ("vllm_config", "model_config", "prefix"), exact=True,
     ),
     Seam(
+        "KV cache scheme of a checkpoint",
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors:CompressedTensorsConfig",
+        "compat.layers.give_layers_their_backend", attributes=("get_quant_method", "kv_cache_scheme"),
+    ),
+    Seam(
         "tag of the model that is being built", "vllm.compilation.backends:model_tag",
         "compat.layers.give_layers_their_backend",
     ),

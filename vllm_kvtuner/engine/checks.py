@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner import envs
@@ -27,16 +28,19 @@ from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.checkpoint import checkpoint_scheme
 from vllm_kvtuner.profile.fitting import advice
 from vllm_kvtuner.profile.load import AUTO, load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
-from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError
+from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError, format_layers
 from vllm_kvtuner.profile.statics import load_statics
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvtuner.profile.profile import ResolvedProfile
+
+logger = logging.getLogger("vllm.kvtuner")
 
 
 def check_config(config: VllmConfig) -> None:
@@ -69,6 +73,23 @@ def check_config(config: VllmConfig) -> None:
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
+    _say_scheme(config, resolved)
+
+
+def _say_scheme(config: VllmConfig, resolved: ResolvedProfile) -> None:
+    """Say what becomes of the cache that the checkpoint asks for, which is not what it gets."""
+    scheme = checkpoint_scheme(config.model_config.hf_config)
+    if scheme is None:
+        return
+    plain = [layer.index for layer in resolved.layers if not layer.pair.is_quantized]
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    kept = f"; layers {format_layers(plain)} at {UNQUANTIZED} stay in {dtype}" if plain else ""
+    logger.info(
+        "kvtuner: the KV cache scheme of the checkpoint (%s) and its scales are not used; layers store what the "
+        "profile says%s",
+        scheme,
+        kept,
+    )
 
 
 def _resolved(config: VllmConfig) -> ResolvedProfile:

@@ -169,6 +169,7 @@ class Profile:
         statics: safetensors file with the static tensors, if given.
         provenance: how the profile was made; plain values.
         adapts: what a model or an engine does not serve of the transforms and windows is left out, not refused.
+        others: the pair of layers that ``pairs`` does not name; None where it must name all.
         left_out: of a profile that adapts, what was left out and why, each in a few words.
     """
 
@@ -187,6 +188,7 @@ class Profile:
     statics: Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     adapts: bool = False
+    others: PrecisionPair | None = None
     left_out: tuple[str, ...] = ()
 
     @property
@@ -196,7 +198,7 @@ class Profile:
         return float(sum(pair.nominal_bits for pair in pairs) / len(pairs))
 
     def pair_of(self, layer: int) -> PrecisionPair | None:
-        return self.pairs if isinstance(self.pairs, PrecisionPair) else self.pairs.get(layer)
+        return self.pairs if isinstance(self.pairs, PrecisionPair) else self.pairs.get(layer, self.others)
 
     def transforms_of(self, layer: int) -> TransformSettings:
         return self.transform_overrides.get(layer, self.transforms)
