@@ -1,5 +1,6 @@
 """KL divergence of next-token distributions, per token and summarized."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -40,6 +41,11 @@ class TokenScores:
             "perplexity": float(np.exp(self.nll.mean(dtype=np.float64))),
             "perplexity_reference": float(np.exp(self.nll_reference.mean(dtype=np.float64))),
         }
+
+    def window_means(self, lengths: Sequence[int]) -> list[float]:
+        """Mean KL of each window of so many positions, for paired differences between settings."""
+        ends = np.cumsum(lengths)
+        return [float(each.mean(dtype=np.float64)) for each in np.split(self.kl, ends[:-1])]
 
 
 def compare(reference: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> TokenScores:

@@ -154,8 +154,9 @@ def check_engine_words(words: EngineWords) -> None:
         ProfileError: the arguments, each with the reason.
     """
     problems = []
-    for name, value in parse_engine_words(words).items():
-        reason = REFUSED.get(name)
+    values = parse_engine_words(words)
+    for name in words:
+        value, reason = values[name], REFUSED.get(name)
         if name == "enforce_eager" and not value:
             reason = _EAGER
         elif name == "distributed_executor_backend" and value == "external_launcher":

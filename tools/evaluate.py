@@ -40,7 +40,7 @@ from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.model_files import ModelSource, load_config, load_model_shape, load_tokenizer
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
-from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task
+from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 
 SCHEMA = "kvtuner-evaluation/1"
@@ -56,7 +56,14 @@ COLUMNS = {
     "KV tokens": "kv_tokens:,",
     "x auto": "kv_tokens_ratio:.3f",
 }
-TASK_COLUMNS = {"accuracy": "task_accuracy:.3f", "± stderr ": "task_stderr:.3f", "finished": "task_finished:,"}
+TASK_COLUMNS = {
+    "accuracy": "task_accuracy:.3f",
+    "± stderr ": "task_stderr:.3f",
+    "to auto": "task_difference:+.3f",
+    "± paired": "task_difference_stderr:.3f",
+    "finished": "task_finished:,",
+    "tokens": "task_tokens_mean:.0f",
+}
 
 
 @dataclass(frozen=True)
@@ -216,7 +223,8 @@ class _Passes:
         if isinstance(self._recorded, Path):  # auto's row was done before, its logits are gone
             self._record(None)
         row = self._row(each.label, each.setting, self._run(each))
-        return {**row, "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
+        answers = {} if each.task is None else paired(row, reference)
+        return {**row, **answers, "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
 
     def _record(self, task: Task | None) -> EngineResult:
         result = self._run(_Pass("auto (reference)", AUTO, self._chunk, task))
@@ -247,6 +255,7 @@ class _Passes:
             "nominal_bits": nominal,
             "stored_bits": stored,
             **result.scores.summary(),
+            "kl_windows": result.scores.window_means([len(window) - 1 for window in self._windows]),
             "kv_tokens": result.kv_tokens,
             "block_size": result.block_size,
             **({} if result.task is None else result.task.summary()),

@@ -1,7 +1,7 @@
 """Accuracy on word problems with a number as the answer (GSM8K's format): greedy chat, exact match of the number."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -28,10 +28,12 @@ class Completion:
     Attributes:
         text: the answer.
         finished: whether it ended by itself, within the tokens allowed.
+        num_tokens: of the answer.
     """
 
     text: str
     finished: bool
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -43,20 +45,52 @@ class TaskScore:
         stderr: its standard error, from the binomial distribution.
         num_questions: questions asked.
         num_finished: answers that ended within the tokens allowed.
+        right: which answers are right, in the questions' order.
+        num_tokens: of each answer.
     """
 
     accuracy: float
     stderr: float
     num_questions: int
     num_finished: int
+    right: tuple[bool, ...]
+    num_tokens: tuple[int, ...]
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, Any]:
+        """``task_right`` has a 1 for each right answer and a 0 for each other, so that any two results of the same
+        questions can be paired."""
         return {
             "task_accuracy": self.accuracy,
             "task_stderr": self.stderr,
             "task_questions": self.num_questions,
             "task_finished": self.num_finished,
+            "task_right": "".join(str(int(right)) for right in self.right),
+            "task_tokens": list(self.num_tokens),
+            "task_tokens_mean": sum(self.num_tokens) / len(self.num_tokens),
         }
+
+
+def paired(row: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str, float]:
+    """Differences of a setting's answers from the reference's to the same questions.
+
+    Args:
+        row: of :meth:`TaskScore.summary`.
+        reference: the reference's.
+
+    Returns:
+        ``task_difference``: of the accuracies; ``task_difference_stderr``: its standard error, from the differences of
+        single questions; ``task_tokens_ratio``: tokens of all answers over the reference's.
+    """
+    scores = [[int(right) for right in each["task_right"]] for each in (row, reference)]
+    differences = [ours - theirs for ours, theirs in zip(*scores, strict=True)]
+    count = len(differences)
+    mean = sum(differences) / count
+    variance = sum((each - mean) ** 2 for each in differences) / max(count - 1, 1)
+    return {
+        "task_difference": mean,
+        "task_difference_stderr": (variance / count) ** 0.5,
+        "task_tokens_ratio": row["task_tokens_mean"] / reference["task_tokens_mean"],
+    }
 
 
 @dataclass(frozen=True)
@@ -106,6 +140,8 @@ class Task:
             stderr=(accuracy * (1 - accuracy) / len(right)) ** 0.5,
             num_questions=len(right),
             num_finished=sum(completion.finished for completion in completions),
+            right=tuple(right),
+            num_tokens=tuple(completion.num_tokens for completion in completions),
         )
 
 

@@ -73,6 +73,9 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert result["task"]["questions"] == auto["task_questions"] == profile["task_questions"] == 2
     # Random weights know no numbers and do not stop by themselves.
     assert auto["task_finished"] == profile["task_finished"] == auto["task_accuracy"] == 0
+    assert auto["task_tokens"] == profile["task_tokens"] == [5, 5]
+    assert (profile["task_difference"], profile["task_tokens_ratio"]) == (0, 1)
+    assert np.mean(profile["kl_windows"]) == pytest.approx(profile["kl_mean"], rel=1e-3)
     assert "task_accuracy" not in floor
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json", "task.jsonl", "text.txt"]
 
@@ -89,12 +92,13 @@ class Engines:
             raise KeyboardInterrupt
         assert isinstance(job, EngineJob)
         self.labels.append(job.options.setting.label)
-        one = np.ones(3, np.float32)
+        positions = sum(len(window) - 1 for window in job.windows)
+        one = np.ones(positions, np.float32)
         recorded = isinstance(job.reference, Path)
         return EngineResult(
-            reference=ReferenceLogits(job.reference, "float32", 512, 3) if recorded else job.reference,
+            reference=ReferenceLogits(job.reference, "float32", 512, positions) if recorded else job.reference,
             scores=TokenScores(kl=one * len(self.labels), nll_reference=one, nll=one, agree=one > 0),
-            task=None if job.task is None else job.task.score([Completion("2", True)] * len(job.task.answers)),
+            task=None if job.task is None else job.task.score([Completion("2", True, 1)] * len(job.task.answers)),
             kv_tokens=100,
             block_size=16,
             seconds=1.0,

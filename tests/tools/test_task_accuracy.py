@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.task_accuracy import INSTRUCTION, Completion, final_number, load_task
+from kvtuner_tools.task_accuracy import INSTRUCTION, Completion, final_number, load_task, paired
 from tests.helpers.tiny_model import make_tokenizer
 
 LINES = [
@@ -59,13 +59,25 @@ def test_prompts_follow_the_chat_template(tmp_path: Path) -> None:
 
 def test_score(tmp_path: Path) -> None:
     task = load_task(write(tmp_path, LINES), make_tokenizer())
-    completions = [Completion(r"\boxed{2}", True), Completion("1200 and so", False), Completion("garbage", False)]
+    completions = [Completion(r"\boxed{2}", True, 4), Completion("1200 and so", False, 9), Completion("?", False, 9)]
 
     score = task.score(completions)
 
     assert score.accuracy == pytest.approx(2 / 3)
     assert score.stderr == pytest.approx((2 / 9 / 3) ** 0.5)
     assert (score.num_questions, score.num_finished) == (3, 1)
+    assert score.summary()["task_right"] == "110"
+    assert score.summary()["task_tokens_mean"] == pytest.approx(22 / 3)
+
+
+def test_differences_are_paired() -> None:
+    row, reference = {"task_right": "0110", "task_tokens_mean": 30}, {"task_right": "1111", "task_tokens_mean": 20}
+
+    got = paired(row, reference)
+
+    assert got["task_difference"] == -0.5
+    assert got["task_difference_stderr"] == pytest.approx((1 / 3 / 4) ** 0.5)
+    assert got["task_tokens_ratio"] == 1.5
 
 
 @pytest.mark.parametrize(

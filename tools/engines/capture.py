@@ -134,7 +134,7 @@ class _Tap:
             for name, (rows, heads, times) in seen.items()
         }
         if writes():
-            tensors = {name: rows.cpu().clone() for name, rows in whole.items()}
+            tensors = {name: rows.cpu().clone(memory_format=torch.contiguous_format) for name, rows in whole.items()}
             save_tensors(layer_file(self.folder, self.window, index), {**tensors, "query_position": self.rows})
 
 

@@ -320,7 +320,9 @@ class MeasuringEngine:
         params = SamplingParams(max_tokens=task.max_tokens, temperature=0.0)
         prompts = [{"prompt_token_ids": list(prompt)} for prompt in task.prompts]
         outputs = [output.outputs[0] for output in self._llm.generate(prompts, params, use_tqdm=progress)]
-        return task.score([Completion(output.text, output.finish_reason == "stop") for output in outputs])
+        return task.score(
+            [Completion(each.text, each.finish_reason == "stop", len(each.token_ids)) for each in outputs]
+        )
 
     def switch(self, resolved: ResolvedProfile) -> None:
         """Store what ``resolved`` says from now on (calibration mode), and forget what is stored.

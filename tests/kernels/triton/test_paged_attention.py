@@ -67,7 +67,9 @@ def check(
     want = attend(paged_attention_ref, cache, query, query_lens, transforms, **options)
     assert not want.isnan().any()
     limit = (TOLERANCES[dtype] if tolerance is None else tolerance) * largest_value(cache)
-    torch.testing.assert_close(got, want, rtol=0, atol=limit)
+    # Beside the error of sums, both are rounded to the dtype: at times to neighbouring numbers.
+    rtol = 2**-7 if dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(got, want, rtol=rtol, atol=limit)
     return got
 
 

@@ -11,6 +11,10 @@ import triton.language as tl
 from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_padded
 from vllm_kvtuner.pages import codes as page_codes
 
+LARGEST_SCALE_2 = tl.constexpr(page_codes.largest_scale(2))
+LARGEST_SCALE_4 = tl.constexpr(page_codes.largest_scale(4))
+"""Bytes of the largest scales of 8 bits. Compiled code calls no function but Triton's, so they are numbers here."""
+
 
 @triton.jit
 def byte_columns(HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
@@ -108,18 +112,13 @@ def shrunk_range(low, high, stretch, shift, BITS: tl.constexpr, SCALE_BITS: tl.c
         span = 1.875 * tl.maximum(-low, high)  # SYMMETRIC_RANGE
         word = tl.minimum(span * stretch, FP16_MAX).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
         word &= 0x7FFF  # of zeros the largest magnitude may be -0
-        scale = scale_of_byte(tl.minimum((word + 64) >> 7, largest_scale(BITS)))
+        largest: tl.constexpr = LARGEST_SCALE_2 if BITS == 2 else LARGEST_SCALE_4
+        scale = scale_of_byte(tl.minimum((word + 64) >> 7, largest))
         return scale, (scale.to(tl.float32) * (-0.5 * ((1 << BITS) - 1))).to(tl.float16)
     else:
         scale = tl.minimum((high - low) * stretch, FP16_MAX)
         minimum = low + (high - low) * shift
         return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -FP16_MAX), FP16_MAX).to(tl.float16)
-
-
-@triton.constexpr_function
-def largest_scale(bits):
-    """Byte of the largest scale of codes of ``bits``."""
-    return page_codes.largest_scale(bits)
 
 
 @triton.jit
