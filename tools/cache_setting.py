@@ -109,7 +109,7 @@ def cache_bits(setting: CacheSetting, hf_config: Any, model: str, unquantized_bi
 
     Args:
         setting: the KV cache dtype and profile.
-        hf_config: the model's transformers config.
+        hf_config: the model's transformers config, or its shape.
         model: its name for error messages.
         unquantized_bits: width of the model's dtype, which ``auto`` caches.
 
@@ -117,7 +117,8 @@ def cache_bits(setting: CacheSetting, hf_config: Any, model: str, unquantized_bi
         ProfileError: the profile cannot be read or does not fit the model.
     """
     if setting.profile is not None:
-        resolved = load_profile(setting.profile).resolve(ModelShape.from_hf_config(hf_config, model))
+        shape = hf_config if isinstance(hf_config, ModelShape) else ModelShape.from_hf_config(hf_config, model)
+        resolved = load_profile(setting.profile).resolve(shape)
         return resolved.nominal_bits, resolved.stored_bits
     if setting.kv_cache_dtype == "auto":
         return float(unquantized_bits), float(unquantized_bits)

@@ -42,6 +42,7 @@ from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.problems import ProfileError
 
 SCHEMA = "kvtuner-evaluation/1"
 COLUMNS = {
@@ -168,10 +169,13 @@ class _Passes:
         self._request = request
         self._recorded: ReferenceLogits | Path = logits
         source = model_source(request.words)
+        shape = load_model_shape(request.model, source)
+        if shape.unsupported:
+            raise ProfileError(shape.refusals)
         hf_config = load_config(request.model, source)
         width = 32 if request.dtype == "float32" else 16
         settings = (AUTO, *request.settings)
-        self._bits = {setting: cache_bits(setting, hf_config, request.model, width) for setting in settings}
+        self._bits = {setting: cache_bits(setting, shape, request.model, width) for setting in settings}
         tokenizer = load_tokenizer(request.model, source)
         windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
         self._windows = tuple(map(tuple, windows))

@@ -25,6 +25,7 @@ from vllm_kvtuner.engine.config import (
     resolved_profile,
 )
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
+from vllm_kvtuner.engine.verdict import model_shape
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
@@ -67,7 +68,7 @@ def check_config(config: VllmConfig) -> None:
         raise ProfileError(problems)
     look_for(config)
     resolved = _resolved(config)
-    problems = draft_model(config, resolved) + captured_stores(config, resolved)
+    problems = draft_model(config, resolved) + captured_stores(config, resolved) + shared_tokens(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
@@ -102,7 +103,7 @@ def _resolved(config: VllmConfig) -> ResolvedProfile:
 
 
 def _shape(config: VllmConfig) -> ModelShape:
-    return ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
+    return model_shape(config.model_config)
 
 
 def look_for(config: VllmConfig) -> None:
@@ -129,7 +130,7 @@ def adapt(config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
     def problems(resolved: ResolvedProfile) -> tuple[str, ...]:
-        return (*recent_windows(config, resolved), *draft_model(config, resolved))
+        return (*recent_windows(config, resolved), *draft_model(config, resolved), *shared_tokens(config, resolved))
 
     shape = _shape(config)
     if shape.unsupported:  # refused by resolving
@@ -283,16 +284,21 @@ def captured_stores(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str,
     )
 
 
+def shared_tokens(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """Attention that is handed no keys reads a step's tokens back from the pages, where a window's are not."""
+    if not resolved.recent_windows or not reads_others_tokens(config):
+        return ()
+    windows = "/".join(str(window.tokens) for window in resolved.recent_windows)
+    rule = "must be 0 for a model whose layers also read what another pass or layer has stored in the same step"
+    return (f"{resolved.profile.source or resolved.profile.name}: recent_window {rule}, but got {windows}",)
+
+
 def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
     """What a profile with recent windows does not work with."""
     from vllm.platforms import current_platform
 
     problems = []
     source = resolved.profile.source or resolved.profile.name
-    if reads_others_tokens(config):
-        windows = "/".join(str(window.tokens) for window in resolved.recent_windows)
-        rule = "must be 0 for a model whose layers also read what another pass or layer has stored in the same step"
-        problems.append(f"{source}: recent_window {rule}, but got {windows}")
     bits, sink_tokens = resolved.profile.recent_window_bits, resolved.profile.sink_tokens
     if sink_tokens and bits != UNQUANTIZED.k_bits and not current_platform.is_cpu():
         problems.append(

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_kvtuner.engine.layer_names import layer_index, sliding_layers
+from vllm_kvtuner.engine.verdict import model_shape
 from vllm_kvtuner.pages import layout
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.load import load_profile
-from vllm_kvtuner.profile.model_shape import ModelShape, num_loops
+from vllm_kvtuner.profile.model_shape import num_loops
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
     from vllm_kvtuner.profile.profile import LayerPrecision, Profile, RecentWindow, ResolvedProfile
 
@@ -48,9 +49,7 @@ def resolved_profile(config: VllmConfig) -> ResolvedProfile:
     """The profile of a checked configuration, resolved against its model."""
     additional = config.additional_config
     attend, window = additional.get(ATTEND_KEY), tuple(additional.get(PAIR_WINDOW_KEY) or ())
-    return _resolve(
-        additional[PROFILE_KEY], config.model_config.model, attend, window, _HfConfig(config.model_config.hf_config)
-    )
+    return _resolve(additional[PROFILE_KEY], config.model_config.model, attend, window, _Model(config.model_config))
 
 
 def uses_kvtuner(config: VllmConfig) -> bool:
@@ -127,17 +126,17 @@ def window_bytes(config: VllmConfig, resolved: ResolvedProfile, window: RecentWi
     return pool, windows
 
 
-class _HfConfig:
-    """A model's configuration as part of a cache key: compared by identity."""
+class _Model:
+    """vLLM's configuration of a model as part of a cache key: those of one Hugging Face configuration are equal."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _HfConfig) and self.config is other.config
+        return isinstance(other, _Model) and self.config.hf_config is other.config.hf_config
 
     def __hash__(self) -> int:
-        return id(self.config)
+        return id(self.config.hf_config)
 
 
 def with_pair_window(profile: Profile, chosen: Sequence[Any]) -> Profile:
@@ -149,11 +148,11 @@ def with_pair_window(profile: Profile, chosen: Sequence[Any]) -> Profile:
 
 @functools.lru_cache(maxsize=8)
 def _resolve(
-    spec: str, model: str, attend_cached_prefill: bool | None, pair_window: tuple[Any, ...], config: _HfConfig
+    spec: str, model: str, attend_cached_prefill: bool | None, pair_window: tuple[Any, ...], config: _Model
 ) -> ResolvedProfile:
     profile = load_profile(spec)
     if pair_window:
         profile = with_pair_window(profile, pair_window)
     if attend_cached_prefill is not None:
         profile = dataclasses.replace(profile, attend_cached_prefill=bool(attend_cached_prefill))
-    return profile.resolve(ModelShape.from_hf_config(config.config, model))
+    return profile.resolve(model_shape(config.config))

@@ -28,6 +28,14 @@ _SINK_KEYS = (
 )
 _LOOPED = {"IQuestLoopCoderForCausalLM": 2}
 """Architectures that run through their layers several times, and how often where the config does not say."""
+_VALUE_SIZES = {"v_head_dim": "head_dim", "v_channels": "head_dim", "swa_v_head_dim": "swa_head_dim"}
+"""Keys of the values' head size, and of the keys' head size beside them."""
+_OWN_WAYS = {
+    "sparse_attention_config": "attention to blocks that an indexer chooses",
+    "rswa_window": "a window that slides behind a prompt which stays visible",
+    "dual_chunk_attention_config": "dual chunk attention",
+}
+"""Keys of ways of attending that need masks or caches of their own."""
 _ALIBI = {"bloom", "step1"}
 _DERIVED_BY_TRANSFORMERS = (
     "attn_layer_period",
@@ -72,6 +80,11 @@ class ModelShape:
     unsupported: tuple[str, ...] = ()
     offset_unsupported: str | None = None
     attention_sinks: bool = False
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why the model is not served, in the words of every command and of the engine; empty if it is."""
+        return tuple(f"model {self.name} {reason}" for reason in self.unsupported)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -196,6 +209,11 @@ def _head_size(text: Any, model: str) -> Any:
     return _require(text, model, *_HIDDEN_SIZE) // _require(text, model, *_NUM_HEADS)
 
 
+def _head_size_or_none(text: Any) -> Any:
+    hidden, heads = _get(text, *_HIDDEN_SIZE), _get(text, *_NUM_HEADS)
+    return _get(text, *_HEAD_SIZE) or (hidden // heads if hidden and heads else None)
+
+
 def _unsupported(config: Any, text: Any) -> Iterator[str]:
     kind = _get(text, "model_type")
     if _get(config, "is_encoder_decoder") or _get(text, "is_encoder_decoder"):
@@ -207,9 +225,14 @@ def _unsupported(config: Any, text: Any) -> Iterator[str]:
             yield f"must cache keys and values per head (MLA is not served), but got {key}={show(value)}"
             break
     else:
-        value_size = _get(text, "v_head_dim")
-        if value_size is not None and value_size != _get(text, "head_dim"):
-            yield f"must have keys and values of one head size, but got v_head_dim={value_size}"
+        for key, size in _VALUE_SIZES.items():
+            value = _get(text, key)
+            if value is not None and value != (_get(text, size) or _head_size_or_none(text)):
+                yield f"must have keys and values of one head size, but got {key}={show(value)}"
+    for key, what in _OWN_WAYS.items():
+        if value := _get(text, key) or _get(config, key):
+            rule = f"must attend to all tokens or to a sliding window ({what} is not served)"
+            yield f"{rule}, but got {key}={show(value)}"
     if (tokens := _get(text, "param_sink_number")) not in (None, 0):
         yield f"must have no learned sink tokens (not served), but got param_sink_number={show(tokens)}"
     if reason := _alibi(config, text):

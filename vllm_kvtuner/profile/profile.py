@@ -225,8 +225,7 @@ class Profile:
         if self.adapts and (profile := _adapted(self, shape)) is not self:
             return profile.resolve(shape)
         problems = Problems(str(self.source or self.name))
-        for reason in shape.unsupported:
-            problems.lines.append(f"{problems.source}: model {shape.name} {reason}")
+        problems.lines += [f"{problems.source}: {refusal}" for refusal in shape.refusals]
         if self.model is not None:
             _check_identity(problems, self.model, shape)
         if shape.layers and (self.model is None or len(self.model.layers) == len(shape.layers)):
