@@ -263,6 +263,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         workspace = prefill.workspace()
         rows = None if window is None or window.cache.is_packed else window.cache.kv_cache
         kernels.warm_up(self.pages(kv_cache), workspace, rows)
+        prefill.warm_up()
         if window is not None:
             window.warm_up(self.transforms, workspace)
 
