@@ -54,14 +54,11 @@ def key_offsets(model: str) -> dict[int, LayerStatics]:
         model: folder or id.
 
     Raises:
-        ProfileError: no weights in safetensors, no k bias, a bias that is no offset before RoPE, or a model that
-            cannot use one.
+        ProfileError: no weights in safetensors, no k bias, or a bias that is no offset before RoPE.
     """
     shape = load_model_shape(model)
     if shape.unsupported:
         raise ProfileError(shape.refusals)
-    if shape.offset_unsupported:
-        raise ProfileError([f"{model}: key_offset must be false, since {shape.offset_unsupported}"])
     biases = {layer: bias for layer, bias in _key_biases(model, shape) if shape.layers[layer].num_kv_heads}
     if not biases:
         rule = "must have a k projection with a bias to make a key offset of"

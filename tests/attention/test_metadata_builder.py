@@ -11,7 +11,7 @@ REQUESTS = ((50, 1), (48, 3), (64, 16), (0, 5), (32, 200))
 """Tokens of context and of the query: a decode, what the prefix cache left of two prompts, a prompt, a chunk."""
 
 
-def build(window=None, attend_cached_prefill=False, speculative=None, requests=REQUESTS):
+def build(window=None, attend_cached_prefill=False, speculative=None, requests=REQUESTS, causal=True, pictures=None):
     implementation = SimpleNamespace(
         sliding_window=None,
         recent_window=None if window is None else SimpleNamespace(window=SimpleNamespace(tokens=window, sink_tokens=0)),
@@ -30,7 +30,7 @@ def build(window=None, attend_cached_prefill=False, speculative=None, requests=R
     common = SimpleNamespace(
         max_query_len=max(queries), num_reqs=len(requests), num_actual_tokens=int(starts[-1]), query_start_loc=starts,
         query_start_loc_cpu=starts, seq_lens=lens, seq_lens_cpu_upper_bound=lens, block_table_tensor=None,
-        positions=None,
+        positions=None, causal=causal, mm_req_doc_ranges=pictures,
     )  # fmt: skip
     return builder.build(0, common)
 
@@ -67,3 +67,18 @@ def test_verifications_are_asked_for_what_was_compiled(speculative):
 def test_short_prefills_are_decoded_beside_verifications():
     metadata = build(speculative=4)
     assert (metadata.num_decodes, metadata.num_decode_tokens, metadata.max_decode_query_len) == (3, 20, 16)
+
+
+def test_pictures_are_prefilled_however_few_their_tokens_are():
+    """The decode kernel is causal."""
+    metadata = build(pictures={2: [(60, 75)]})
+    assert (metadata.num_decodes, metadata.prefill.first_token) == (1, 1)
+    assert [tuple(run) for run in metadata.mm_prefix_range.runs] == [(2, 4, 15)]
+    assert build(pictures={2: [(10, 20)]}).num_decodes == 3, "one that is cached asks for nothing"
+
+
+@pytest.mark.parametrize("causal", [False, torch.tensor([True, False])], ids=["all", "some requests"])
+def test_attention_that_is_not_causal_is_an_error(causal):
+    """Whatever asked for it: pages would be attended to causally, and nobody would know."""
+    with pytest.raises(ValueError, match="must be causal"):
+        build(causal=causal)

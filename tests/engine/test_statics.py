@@ -75,7 +75,6 @@ def test_a_rotary_embedding_kept_elsewhere_is_not_taken_for_none():
 @pytest.mark.parametrize(
     "attributes",
     [
-        pytest.param({"cos_sin_cache": torch.zeros(4, 8), "mrope_section": [1, 1, 2]}, id="M-RoPE"),
         pytest.param({}, id="no table"),
         pytest.param({"cos_sin_cache": torch.zeros(4, 4, dtype=torch.complex64)}, id="complex table"),
     ],

@@ -19,6 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+
+from tests.helpers.pictures import stand_in_for_torchvision
 
 VOCABULARY = 512
 """Tokens of the tiny models."""
@@ -47,12 +50,14 @@ class Call:
         sampling: keywords of SamplingParams; greedy, without stopping, where left out.
         together: False runs one prompt after the other.
         adapter: folder of a LoRA adapter, or None.
+        pictures: of each prompt, [height, width, 3] uint8, in the order of their placeholders; none where left out.
     """
 
     prompts: Sequence[Sequence[int]]
     sampling: Mapping[str, Any] = field(default_factory=dict)
     together: bool = True
     adapter: str | None = None
+    pictures: Sequence[Sequence[np.ndarray]] = ()
 
 
 @dataclass(frozen=True)
@@ -186,11 +191,16 @@ def _live(keywords: dict[str, Any], calls: list[Call], environment: dict[str, st
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    if any(call.pictures for call in calls):
+        stand_in_for_torchvision()
     llm = LLM(**keywords)
     answers = []
     for call in calls:
         sampling = {"max_tokens": 16, "temperature": 0, "ignore_eos": True, "detokenize": False, **call.sampling}
-        prompts = [{"prompt_token_ids": list(prompt)} for prompt in call.prompts]
+        prompts: list[dict[str, Any]] = [{"prompt_token_ids": list(prompt)} for prompt in call.prompts]
+        for prompt, pictures in zip(prompts, call.pictures, strict=False):
+            if pictures:
+                prompt["multi_modal_data"] = {"image": [Image.fromarray(picture) for picture in pictures]}
         batches = [prompts] if call.together else [[prompt] for prompt in prompts]
         lora = LoRARequest("adapter", 1, call.adapter) if call.adapter else None
         outputs = [

@@ -1,12 +1,13 @@
 """Packed caches of random bytes: permuted blocks, poisoned tails and stale table entries, blocks apart in memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm_kvtuner.kernels.contract import AttentionShape, Pages, Queries
 from vllm_kvtuner.pages.layout import PageLayout, PrecisionPair
+from vllm_kvtuner.pages.positions import TokenPositions
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable
 from vllm_kvtuner.pages.views import Side, page_sides
 
@@ -123,6 +124,24 @@ def rotary_table(
     frequency = 10000.0 ** (-torch.arange(rotary_dim // 2, dtype=torch.float64) / (rotary_dim // 2))
     angle = torch.arange(max_position, dtype=torch.float64)[:, None] * frequency
     return RotaryTable(torch.cat([angle.cos(), angle.sin()], dim=-1).to(device, dtype), is_neox)
+
+
+def several_positions(
+    table: RotaryTable, num_tokens: int, generator: torch.Generator | None = None, interleaved: bool = False
+) -> RotaryTable:
+    """The same rotation of tokens that have three positions, as M-RoPE's time, height and width.
+
+    Args:
+        table: of one position per token.
+        num_tokens: of a batch, whose positions are random.
+        generator: of them.
+        interleaved: pairs take turns, as Qwen3-VL's, and do not lie in three sections, as Qwen2-VL's.
+    """
+    device, pairs = table.cos_sin.device, table.rotary_dim // 2
+    index = torch.arange(pairs, device=device)
+    axes = index % 3 if interleaved else (index >= pairs // 4).int() + (index >= 5 * pairs // 8)
+    step = torch.randint(table.cos_sin.shape[0], (3, num_tokens + 1), generator=generator, device=device)
+    return replace(table, positions=TokenPositions(axes.int(), step))
 
 
 def random_transforms(

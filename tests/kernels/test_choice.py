@@ -6,8 +6,10 @@ import logging
 import pytest
 import torch
 
-from tests.helpers.paged_cache import make_layout
+from tests.helpers.decode_cases import linear_table
+from tests.helpers.paged_cache import make_layout, random_transforms, several_positions
 from vllm_kvtuner.kernels import choice
+from vllm_kvtuner.kernels.cuda.rows import SEVERAL_POSITIONS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 DEVICE = torch.device("cuda", 0)
@@ -146,14 +148,33 @@ def test_store_and_gather_follow_the_same_variable(card, capability, asked, layo
     assert choice.row_kernels(layout, DEVICE, lambda: None) == kernel
 
 
-def test_the_choice_and_its_reason_are_logged_once(card, caplog, monkeypatch):
-    card((9, 0))
+def log_of(caplog, monkeypatch):
+    """Gives what has been logged, in order."""
     logger = logging.getLogger("vllm.vllm_kvtuner.kernels.choice")
     monkeypatch.setattr(logger, "handlers", [caplog.handler])  # vLLM's loggers do not propagate
     monkeypatch.setattr(logger, "propagate", False)
     caplog.set_level(logging.INFO, logger=logger.name)
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def test_an_offset_of_several_positions_is_the_portable_kernels(card, caplog, monkeypatch):
+    """CUDA's turn from token to token by one position; nobody asks them, and the log says so."""
+    card((9, 0))
+    heard, cpu = log_of(caplog, monkeypatch), torch.device("cpu")
+    offset = random_transforms(2, 64, cpu, several_positions(linear_table(64, True, 64, cpu), 1), offset=1.0)
+    layout = make_layout("K4V4", 64)
+    assert choice.decode_kernel(layout, offset, 0.0, DEVICE, False, not_asked) == "triton"
+    assert choice.row_kernels(layout, DEVICE, not_asked, offset) == "triton"
+    assert heard() == [
+        f"{kernel}: triton, since {SEVERAL_POSITIONS}" for kernel in ("decode kernel", "store and gather kernels")
+    ]
+
+
+def test_the_choice_and_its_reason_are_logged_once(card, caplog, monkeypatch):
+    card((9, 0))
+    heard = log_of(caplog, monkeypatch)
     for layout in (SERVED, UNSERVED, SERVED, UNSERVED):
         choose(layout)
-    first, second = (record.getMessage() for record in caplog.records)
+    first, second = heard()
     assert first == "decode kernel: cuda"
     assert second.startswith("decode kernel: triton, since head_size 96 with 2-bit values")

@@ -158,23 +158,3 @@ def test_served_relatives_of_kinds_not_served():
 def test_models_with_attention_sinks_are_served(changes, expected):
     shape = shape_of(**changes)
     assert (shape.attention_sinks, shape.unsupported) == (expected, ())
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}},
-        {"rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24]}},
-        {"rope_parameters": {"full_attention": {"mrope_section": [16, 24, 24]}}},
-        {"text_config": {**LLAMA, "rope_scaling": {"xdrope_section": [16, 16, 16, 16]}}},
-    ],
-)
-def test_positions_of_several_numbers(changes):
-    shape = shape_of(**changes)
-    assert "positions are not one number per token (M-RoPE" in shape.offset_unsupported
-    assert shape.unsupported == ()
-
-
-def test_positions_of_one_number():
-    assert shape_of(rope_scaling={"rope_type": "llama3", "factor": 8.0}).offset_unsupported is None
-    assert shape_of(rope_parameters={"full_attention": {"rope_theta": 1e6}}).offset_unsupported is None

@@ -59,14 +59,6 @@ def test_wrong_pairs(spec, problem):
     assert caught.value.problems == (problem,)
 
 
-def test_a_pair_goes_without_an_offset_where_positions_are_not_one_number():
-    reason = "positions are not one number per token"
-    shape = ModelShape("toy", "ToyForCausalLM", SHAPE.layers, offset_unsupported=reason)
-    resolved = load_profile("K4V4").resolve(shape)
-    assert {layer.transforms.names for layer in resolved.layers} == {NO_DATA[1:]}
-    assert resolved.profile.left_out == (f"key_offset, since {reason}",)
-
-
 def test_a_pair_gives_windows_to_the_layers_of_the_commonest_shape():
     shape = ModelShape("toy", "ToyForCausalLM", (*SHAPE.layers, LayerShape(1, 128)))
     resolved = load_profile("K4V4").resolve(shape)
@@ -81,16 +73,6 @@ def test_an_offset_from_weights_in_a_file(tmp_path):
     )
     layers = load_profile(str(path)).resolve(SHAPE).layers
     assert [layer.transforms.key_offset for layer in layers] == [FROM_WEIGHTS, False, FROM_WEIGHTS, FROM_WEIGHTS]
-
-
-def test_a_file_is_refused_where_an_offset_from_weights_cannot_be(tmp_path):
-    path = tmp_path / "p.yaml"
-    path.write_text("version: 1\nlayers: K4V4\ntransforms: {key_offset: from_weights}\n")
-    shape = ModelShape("toy", "ToyForCausalLM", SHAPE.layers, offset_unsupported="positions are three numbers")
-    with pytest.raises(ProfileError) as caught:
-        load_profile(str(path)).resolve(shape)
-    rule = "must be false for toy, whose positions are three numbers"
-    assert caught.value.problems == (f"{path}: transforms.key_offset {rule}, but got from_weights for layers 0-3",)
 
 
 def test_from_weights_is_a_value_of_the_offset_alone(tmp_path):

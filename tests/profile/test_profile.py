@@ -441,19 +441,6 @@ def test_a_layer_with_kv_heads_has_a_head_size(write):
     assert line == f"{path}: model.head_size must be positive where a layer has KV heads, but got 0 for 2-3"
 
 
-def test_key_offset_needs_one_number_positions(write, tmp_path):
-    (tmp_path / "s.safetensors").touch()
-    text = "version: 1\nlayers: {0-2: K4V4, 3: K16V16}\ntransforms: {key_offset: true}\nstatics: s.safetensors\n"
-    profile = load_profile(write(text))
-    shape = ModelShape("toy", "T", SHAPE.layers, offset_unsupported="positions are not one number per token (M-RoPE)")
-    (line,) = problems_of(profile.resolve, shape)
-    assert line.endswith(
-        "transforms.key_offset must be false for toy, whose positions are not one number per token (M-RoPE),"
-        " but got true for layers 0-2"
-    )
-    profile.resolve(SHAPE)
-
-
 def test_layers_without_keys_and_values_are_left_out(write):
     shape = ModelShape(
         "toy", "ToyForCausalLM", (LayerShape(0, 0), LayerShape(2, 64), LayerShape(0, 0), LayerShape(1, 64))

@@ -77,7 +77,6 @@ def test_fused_biases(run_cli, make_model, tmp_path):
         (bias(0, "self_attn.qkv_proj", 512), {}, "must be fused as in models of the types chatglm"),
         (bias(0, "self_attn.qkv_proj", 200), {"model_type": "phi3"}, "but got [200]"),
         (bias(0) | {"model.layers.0.self_attn.k_norm.weight": torch.ones(64)}, {}, "must not normalize keys"),
-        (bias(0) | bias(1), {"rope_scaling": {"mrope_section": [8, 12, 12]}}, "positions are not one number per token"),
         (bias(0) | bias(1), {"kv_lora_rank": 512}, "MLA is not served"),
     ],
 )

@@ -244,14 +244,14 @@ def _install(worker: Any, job: CaptureJob) -> _Stage | None:
         if index is None or index in tap.layers:
             rule = "must have a number of its own in its name"
             raise RuntimeError(f"{job.shape.name}: attention layer {name} {rule}")
-        rotary, problem = None, job.shape.offset_unsupported
+        rotary, problem = None, None
         try:
             parent = modules[names[id(layer)].rpartition(".")[0]]
             table = layer_rotary(parent, config, index)
-            if problem is None and table is not None:
+            if table is not None:
                 rotary = _number(tap.tables, table)
         except ValueError as error:
-            problem = problem or str(error)
+            problem = str(error)
         copies = tap.copies[index] = kv_head_copies(layer.num_kv_heads, job.shape.layers[index].num_kv_heads)
         tap.layers[index] = CapturedLayer(
             index=index,

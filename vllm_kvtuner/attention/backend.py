@@ -25,6 +25,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner.attention import prefill_plan
+from vllm_kvtuner.attention.both_ways import both_ways
 from vllm_kvtuner.attention.impl import KVTunerImpl
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import PlanRules
@@ -65,12 +66,24 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> KVTunerMetadata:
         common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError("attention over packed pages must be causal, but vLLM asks for other attention")
         num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(
             common, decode_threshold=self.decode_query_len
         )
+        pictures = None
+        if num_prefills and common.mm_req_doc_ranges:
+            assert common.seq_lens_cpu_upper_bound is not None
+            pictures = both_ways(
+                common.mm_req_doc_ranges,
+                common.query_start_loc_cpu,
+                common.seq_lens_cpu_upper_bound,
+                common.num_reqs,
+                self.device,
+            )
         # One, or as many as there may be, however many there are: what kernels are compiled for when the engine starts.
         longest = 1 if common.max_query_len == 1 else self.decode_query_len
-        if num_prefills and self._takes_short_prefills:
+        if num_prefills and self._takes_short_prefills and pictures is None:
             assert common.seq_lens_cpu_upper_bound is not None
             lens = prefill_plan.short_prefills(
                 common.query_start_loc_cpu, common.seq_lens_cpu_upper_bound, num_decodes, num_prefills
@@ -100,6 +113,7 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             block_table=common.block_table_tensor,
             positions=common.positions,
             prefill=plan,
+            mm_prefix_range=pictures,
         )
 
 

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 
 from vllm_kvtuner import envs
-from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of
+from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of, step_positions
 from vllm_kvtuner.attention.prefill import (
     GpuPrefill,
     Prefill,
@@ -296,7 +296,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         assert not self.needs_model, "transforms are complete when the model is loaded"
         positions = None
         if self.transforms.key_offset is not None:
-            positions = metadata_of(layer.layer_name).positions
+            positions = step_positions(metadata_of(layer.layer_name), self.transforms)
         rows = None
         if (window := self.served.window) is not None:
             window.store(key, value, positions, self.transforms)
@@ -337,7 +337,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if attn_metadata.prefill is not None:
             if key is None or value is None:
                 key, value = self._stored(query, pages, attn_metadata)
-            self.served.prefill(Prefills(query, key, value, pages, attn_metadata), output)
+            clamped = getattr(layer, "mm_prefix_clamp_sliding_window", False)
+            self.served.prefill(Prefills(query, key, value, pages, attn_metadata, clamped), output)
         if self._late is not None and self._window_holds_step():
             name, packing, kernels = self._late
             if rows := packing.attended(name):

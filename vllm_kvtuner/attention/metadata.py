@@ -8,8 +8,10 @@ import torch
 from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata
 
+from vllm_kvtuner.attention.both_ways import BothWays
 from vllm_kvtuner.attention.prefill_plan import PrefillPlan
 from vllm_kvtuner.kernels.contract import Queries
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 
 @dataclass
@@ -24,8 +26,10 @@ class KVTunerMetadata(AttentionMetadata):
         query_start_loc: [num_reqs + 1] int32.
         seq_lens: [num_reqs] int32, tokens in the cache after this step.
         block_table: [num_reqs, max_blocks] int32.
-        positions: [num_tokens] int64 positions of the batch's tokens.
+        positions: [num_tokens] int64, places of the batch's tokens in their requests.
         prefill: how the other requests are served, or None if there are none.
+        mm_prefix_range: tokens of the prefills that attend in both directions, or None. The name is vLLM's, whose
+            Gemma 4 takes it away from layers that are causal all the same.
     """
 
     num_actual_tokens: int
@@ -37,6 +41,7 @@ class KVTunerMetadata(AttentionMetadata):
     block_table: torch.Tensor
     positions: torch.Tensor | None
     prefill: PrefillPlan | None
+    mm_prefix_range: BothWays | None = None
 
     @functools.cached_property
     def decodes(self) -> Queries:
@@ -45,6 +50,14 @@ class KVTunerMetadata(AttentionMetadata):
         reqs = self.num_decodes
         starts = self.query_start_loc[: reqs + 1]
         return Queries(self.block_table[:reqs], self.seq_lens[:reqs], starts, self.max_decode_query_len)
+
+
+def step_positions(metadata: KVTunerMetadata, transforms: LayerTransforms) -> torch.Tensor | None:
+    """Positions of the batch's tokens as a layer's store takes them; None without a key offset."""
+    if transforms.key_offset is None:
+        return None
+    several = transforms.positions
+    return metadata.positions if several is None else several.step
 
 
 def metadata_of(layer_name: str) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from vllm_kvtuner.attention.metadata import KVTunerMetadata
+from vllm_kvtuner.attention.both_ways import BothWays, Run, window_of_run
+from vllm_kvtuner.attention.metadata import KVTunerMetadata, step_positions
 from vllm_kvtuner.attention.prefill_plan import CacheSlice, PrefillPlan
 from vllm_kvtuner.attention.segments import count_sinks, merged
 from vllm_kvtuner.attention.window_kernels import LayerWindow
@@ -35,6 +36,7 @@ class Prefills(NamedTuple):
         value: as key.
         pages: of the layer.
         metadata: with the plan of its prefills.
+        clamp_pictures: the layer's sliding window holds within pictures too.
     """
 
     query: torch.Tensor
@@ -42,6 +44,7 @@ class Prefills(NamedTuple):
     value: torch.Tensor
     pages: Pages
     metadata: KVTunerMetadata
+    clamp_pictures: bool = False
 
     @property
     def block_table(self) -> torch.Tensor:
@@ -194,16 +197,28 @@ class GpuPrefill:
             first = part.first_token - plan.first_token
             rows = slice(first, first + part.num_query_tokens)
             result.output[rows] = segment.output
-            if plan.context or sinks is not None:
+            if plan.context or sinks is not None or batch.metadata.mm_prefix_range is not None:
                 result.lse[:, rows] = segment.lse
         for part in plan.context:
             context = self._attend_slice(batch, part, causal=False, window=None)
             result = merged(context, result)
+        if batch.metadata.mm_prefix_range is not None:
+            self._attend_ahead(batch, batch.metadata.mm_prefix_range, result)
         # At the end, once: FlashAttention's own sinks would count in every part, and not all of its versions have any.
         if sinks is not None:
             count_sinks(result, sinks, target)
         elif result.output is not target:
             target.copy_(result.output)
+
+    def _attend_ahead(self, batch: Prefills, pictures: BothWays, result: Segment) -> None:
+        """Merge into the prefills' attention that of pictures' tokens over later ones of their own."""
+        window = window_of_run(self.kernels.span.sliding_window, batch.clamp_pictures, pictures.longest)
+        lens, keys = Lengths(pictures.cu_lens, pictures.longest), pictures.key_rows
+        fresh = batch.key[keys], batch.value[keys]
+        ahead = self._attend(batch.query[pictures.query_rows], fresh, lens, lens, causal=True, window=window)
+        rows = pictures.query_rows - batch.plan.first_token
+        both = merged(Segment(result.output[rows], result.lse[:, rows].contiguous()), ahead)
+        result.output[rows], result.lse[:, rows] = both.output, both.lse
 
     def _whole_requests(self, batch: Prefills, part: CacheSlice, newest: CacheSlice | None) -> Segment:
         """Attention of a slice's requests over it, under the causal mask, and over what the recent window holds."""
@@ -310,7 +325,9 @@ class ReferencePrefill:
         if not self.attend_cached:
             keys[-prompt.num_queries :], values[-prompt.num_queries :] = fresh
         query, sinks = batch.query[prompt.rows], batch.pages.sinks
-        if self.window is None and sinks is None:
+        pictures = [] if batch.metadata.mm_prefix_range is None else batch.metadata.mm_prefix_range.runs
+        pictures = [run for run in pictures if run.request == prompt.request]
+        if self.window is None and sinks is None and not pictures:
             attention_ref(query, keys, values, shape, span, output)
             return
         if self.window is not None:
@@ -324,10 +341,23 @@ class ReferencePrefill:
             recent = Span(self.window.cache.window.tokens)
             attention_ref(query, keys, values, shape, recent, newest.output, newest.lse)
             attended = merged(attended, newest)
+        for run in pictures:
+            self._attend_ahead(batch, prompt, run, attended)
         if sinks is None:
             output.copy_(attended.output)
         else:
             count_sinks(attended, sinks, output)
+
+    def _attend_ahead(self, batch: Prefills, prompt: "_Prompt", run: Run, attended: Segment) -> None:
+        """As :meth:`GpuPrefill._attend_ahead`, of one picture of a prompt."""
+        window = window_of_run(self.kernels.span.sliding_window, batch.clamp_pictures, run.num_queries)
+        queries = torch.arange(run.last - 1, run.first - 1, -1)
+        query, key, value = batch.query[queries], batch.key[queries + 1], batch.value[queries + 1]
+        ahead = Segment.into(torch.empty(query.shape))
+        attention_ref(query, key, value, self.kernels.shape, Span(window), ahead.output, ahead.lse)
+        rows = queries - prompt.rows.start
+        both = merged(Segment(attended.output[rows], attended.lse[:, rows]), ahead)
+        attended.output[rows], attended.lse[:, rows] = both.output, both.lse
 
     def _put_sink_tokens(
         self,
@@ -357,8 +387,8 @@ class ReferencePrefill:
         assert self.window is not None
         window = self.window.cache.window
         if self.attend_cached and window.pair.is_quantized:
-            positions = batch.metadata.positions
-            positions = None if positions is None else positions[prompt.rows]
+            positions = step_positions(batch.metadata, batch.pages.transforms)
+            positions = None if positions is None else positions[..., prompt.rows]
             fresh = read_back_ref(fresh[0], fresh[1], positions, window.pair, batch.pages.transforms)
         context = prompt.length - prompt.num_queries
         begin = max(0, context - window.tokens + 1)

@@ -288,13 +288,13 @@ class _SliceMaker:
         """The ``counts[i]`` rows before row ``ends[i]``, for each i."""
         many = torch.tensor(counts)
         shift = ends - many.cumsum(0)
-        return _to_device(torch.arange(sum(counts)) + shift.repeat_interleave(many), self.device)
+        return to_device(torch.arange(sum(counts)) + shift.repeat_interleave(many), self.device)
 
     def _slice(self, first: int, queries: list[int], begins: list[int], lengths: list[int]) -> CacheSlice:
         return CacheSlice(
             first_request=self.first_request + first,
             cu_seq_lens=_cumulative(lengths, self.device),
-            seq_starts=_to_device(torch.tensor(begins, dtype=torch.int32), self.device),
+            seq_starts=to_device(torch.tensor(begins, dtype=torch.int32), self.device),
             num_tokens=sum(lengths),
             max_len=max(lengths),
             first_token=self.starts[first],
@@ -318,10 +318,11 @@ class _SliceMaker:
 
 
 def _cumulative(lengths: list[int], device: torch.device) -> torch.Tensor:
-    return _to_device(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
+    return to_device(torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32), device)
 
 
-def _to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A part of a plan, for the kernels to read."""
     if device.type == "cpu":
         return tensor
     # Pinned memory lets the copy run behind the host.

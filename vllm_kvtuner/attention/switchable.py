@@ -46,7 +46,7 @@ def switch(worker: Any, resolved: ResolvedProfile) -> None:
     for layer in worker.vllm_config.compilation_config.static_forward_context.values():
         if isinstance(impl := getattr(layer, "impl", None), SwitchableImpl):
             impl.configure(replace(impl.settings, precision=precisions[impl.settings.precision.index]))
-    bind_statics(worker.get_model(), worker.vllm_config, resolved)
+    bind_statics(worker, resolved)
 
 
 def _refusal(layer: LayerPrecision, built: LayerPrecision) -> str | None:

@@ -168,6 +168,6 @@ def bind_statics_after_loading() -> None:
 
     def bind(_: None, worker: Worker, **__: Any) -> None:
         if uses_kvtuner(worker.vllm_config):
-            bind_statics(worker.get_model(), worker.vllm_config)
+            bind_statics(worker)
 
     after(Worker, "load_model", bind)

@@ -128,7 +128,40 @@ _LAYERS = (
         attributes=("long_short_cos_sin_cache", "original_max_position_embeddings", "use_long_rope"),
     ),
     Seam(
-        "M-RoPE", _ROTARY + "mrope:MRotaryEmbedding", "engine.statics.rotary_table", attributes=("mrope_section",)
+        "M-RoPE", _ROTARY + "mrope:MRotaryEmbedding", "engine.statics.rotary_table",
+        attributes=("head_size", "mrope_section"),
+    ),
+    Seam(
+        "models of several positions", "vllm.config:ModelConfig", "engine.mrope.has_several_positions",
+        attributes=("supports_multimodal_inputs", "uses_mrope"),
+    ),
+    Seam(
+        "positions of a batch", "vllm.v1.worker.gpu_model_runner:GPUModelRunner", "engine.mrope.MRope",
+        attributes=("mrope_positions",),
+    ),
+    Seam(
+        "positions of a batch, as model runner V2 has them", "vllm.v1.worker.gpu.mm.rope:RopeState",
+        "engine.mrope.MRope", attributes=("positions",),
+    ),
+    Seam(
+        "a model's state in model runner V2", "vllm.v1.worker.gpu.model_states.default:DefaultModelState",
+        "engine.mrope.MRope", attributes=("rope_state",),
+    ),
+    Seam(
+        "what a batch's attention is", "vllm.v1.attention.backend:CommonAttentionMetadata",
+        "attention.backend.KVTunerMetadataBuilder", attributes=("causal", "mm_req_doc_ranges", "positions"),
+    ),
+    Seam(
+        "pictures in one step", "vllm.config:SchedulerConfig", "engine.checks.check_config",
+        attributes=("disable_chunked_mm_input",),
+    ),
+    Seam(
+        "what is not causal", "vllm.config:ModelConfig", "engine.causality.causality",
+        attributes=("is_mm_prefix_lm", "rswa_window"),
+    ),
+    Seam(
+        "batches that are not causal", "vllm.config:AttentionConfig", "engine.causality.causality",
+        attributes=("use_non_causal",),
     ),
     Seam(
         "CUDA graphs of a metadata builder", "vllm.v1.attention.backend:AttentionMetadataBuilder._cudagraph_support",

@@ -11,6 +11,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner import envs
+from vllm_kvtuner.engine.causality import causality, pictures_read_back
 from vllm_kvtuner.engine.config import (
     ATTEND_KEY,
     CALIBRATION_KEY,
@@ -23,6 +24,7 @@ from vllm_kvtuner.engine.config import (
     reads_others_tokens,
     resolved_profile,
 )
+from vllm_kvtuner.engine.mrope import unserved_positions
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.engine.profile_search import look_for, other_weights
 from vllm_kvtuner.engine.verdict import model_shape
@@ -69,12 +71,16 @@ def check_config(config: VllmConfig) -> None:
     resolved = _resolved(config)
     problems = other_weights(config, resolved.profile) + draft_model(config, resolved)
     problems += captured_stores(config, resolved) + shared_tokens(config, resolved)
+    problems += unserved_positions(config, resolved) + pictures_read_back(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
     _say_scheme(config, resolved)
+    if config.model_config.is_mm_prefix_lm:
+        # Pictures that attend in both directions are computed in one step. On a GPU vLLM says so itself.
+        config.scheduler_config.disable_chunked_mm_input = True
 
 
 def _say_scheme(config: VllmConfig, resolved: ResolvedProfile) -> None:
@@ -170,12 +176,7 @@ def settings(config: VllmConfig) -> tuple[str, ...]:
             f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph "
             f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
         )
-    problems += speculation(config) + mamba2_on_cpu(config)
-    if config.model_config.is_mm_prefix_lm:
-        problems.append(
-            "attention must be causal with --kv-cache-dtype kvtuner, but got a model whose image tokens attend to each "
-            "other in both directions; serve its text part alone (--language-model-only)"
-        )
+    problems += speculation(config) + mamba2_on_cpu(config) + causality(config)
     return tuple(problems)
 
 

@@ -11,6 +11,7 @@ import torch
 
 from vllm_kvtuner.engine.config import resolved_profile
 from vllm_kvtuner.engine.key_bias import key_bias, largest_pairs
+from vllm_kvtuner.engine.mrope import MRope
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
 from vllm_kvtuner.profile.problems import format_layers
@@ -26,21 +27,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.kvtuner")
 
 
-def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedProfile | None = None) -> None:
+def bind_statics(worker: Any, resolved: ResolvedProfile | None = None) -> None:
     """Complete the transforms of every layer that needs the model for them: statics, key bias, rotary table.
 
     Under tensor parallelism a rank takes the rows of its own KV heads.
 
     Args:
-        model: the loaded model.
-        config: of the engine.
-        resolved: what the layers were switched to in calibration mode; by default the profile of ``config``.
+        worker: of vLLM's, its model loaded.
+        resolved: what the layers were switched to in calibration mode; by default the engine's profile.
 
     Raises:
         ValueError: the statics file is missing, unreadable or does not fit, a layer's rotary embedding is of a kind
             whose table is not one row per position, or its k projection of a kind whose bias cannot be told. A profile
             that adapts goes without the offset there.
     """
+    config = worker.vllm_config
     layers = {
         name: layer
         for name, layer in config.compilation_config.static_forward_context.items()
@@ -50,6 +51,7 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
         return
     from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
+    model = worker.get_model()
     resolved = resolved or resolved_profile(config)
     path = resolved.profile.statics
     assert path is not None or not any(layer.transforms.needs_statics for layer in resolved.layers)
@@ -57,7 +59,7 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
     rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-    offsets = Offsets()
+    offsets, mrope = Offsets(), MRope.of(worker.model_runner, config)
     for layer in layers.values():
         precision = layer.impl.settings.precision
         device = next(model.parameters()).device
@@ -70,7 +72,7 @@ def bind_statics(model: torch.nn.Module, config: VllmConfig, resolved: ResolvedP
         if chosen.key_offset:
             parent = modules.get(names.get(id(layer), "").rpartition(".")[0], model)
             try:
-                rotary = layer_rotary(parent, config, precision.index)
+                rotary = layer_rotary(parent, config, precision.index, mrope)
                 if chosen.key_offset == FROM_WEIGHTS:
                     offset = offsets.of(layer, parent, rotary)
             except ValueError as error:
@@ -147,13 +149,16 @@ def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:
     return slice(first, first + local)
 
 
-def layer_rotary(parent: torch.nn.Module, config: VllmConfig, layer: int) -> RotaryTable | None:
+def layer_rotary(
+    parent: torch.nn.Module, config: VllmConfig, layer: int, mrope: MRope | None = None
+) -> RotaryTable | None:
     """The table of the rotary embedding beside an attention layer, None if the layer rotates nothing.
 
     Args:
         parent: the module that holds the attention layer.
         config: of the engine.
         layer: its index.
+        mrope: of an engine whose tokens have several positions; None where all of a token's are equal, as in text.
 
     Raises:
         ValueError: the model has RoPE, but keeps it elsewhere (Transformers' own modelling code does), or as
@@ -164,10 +169,12 @@ def layer_rotary(parent: torch.nn.Module, config: VllmConfig, layer: int) -> Rot
             f"layer {layer}: key_offset needs the rotary embedding beside the attention layer, but the model's "
             f"{type(parent).__name__} has none"
         )
-    return rotary_table(getattr(parent, "rotary_emb", None), config, layer)
+    return rotary_table(getattr(parent, "rotary_emb", None), config, layer, mrope)
 
 
-def rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int) -> RotaryTable | None:
+def rotary_table(
+    module: torch.nn.Module | None, config: VllmConfig, layer: int, mrope: MRope | None = None
+) -> RotaryTable | None:
     """The table of a model's rotary embedding, None if the layer has none."""
     if module is None:
         return None
@@ -175,8 +182,6 @@ def rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int)
     if hasattr(module, "long_short_cos_sin_cache"):  # Phi-3 keeps the tables of short and long contexts in one
         table, split = module.long_short_cos_sin_cache, module.original_max_position_embeddings
         table = table[split:] if module.use_long_rope else table[:split]
-    elif hasattr(module, "mrope_section"):
-        raise ValueError(f"layer {layer}: key_offset needs one position per token, but the model uses M-RoPE")
     else:
         table = getattr(module, "cos_sin_cache", None)
     if table is None or table.ndim != 2 or table.is_complex():
@@ -185,20 +190,31 @@ def rotary_table(module: torch.nn.Module | None, config: VllmConfig, layer: int)
             f"{type(module).__name__} has none"
         )
     is_neox = getattr(module, "is_neox_style", True)
+    # In the dtype the model rotates in, so that exactly what it added is subtracted.
+    rounded = RotaryTable(cos_sin=table.to(dtype), is_neox=is_neox)
+    if mrope is not None and getattr(module, "mrope_section", None):
+        try:
+            return mrope.table(module, rounded)
+        except ValueError as error:
+            raise ValueError(f"layer {layer}: key_offset needs {error}") from None
     # Phi-3 computes its tables from arguments, and has no cos_sin_cache.
     if hasattr(module, "cos_sin_cache") and hasattr(module, "_compute_cos_sin_cache"):
-        linear = _linear_rotary(module)
+        rows = table.shape[0]
+        if hasattr(module, "mrope_section"):  # whose table is longer than any request, for videos
+            longest = (config.model_config.hf_text_config.max_position_embeddings, config.model_config.max_model_len)
+            rows = min(rows, max(longest))
+        linear = _linear_rotary(module, rows)
         if linear is not None:
             return linear
-    # In the dtype the model rotates in, so that exactly what it added is subtracted.
-    return RotaryTable(cos_sin=table.to(dtype), is_neox=is_neox)
+    return rounded
 
 
 @functools.cache
-def _linear_rotary(module: torch.nn.Module) -> RotaryTable | None:
-    """Computed once for all layers that share the module, from its table before any rounding to the model's dtype."""
+def _linear_rotary(module: torch.nn.Module, rows: int) -> RotaryTable | None:
+    """Of the first ``rows`` positions. Computed once for all layers that share the module, from its table before any
+    rounding to the model's dtype."""
     with torch.device("cpu"):
         table = module._compute_cos_sin_cache().float().cpu()
     if table.shape != module.cos_sin_cache.shape:
         return None
-    return linear_rotary(table, getattr(module, "is_neox_style", True), module.cos_sin_cache.device)
+    return linear_rotary(table[:rows], getattr(module, "is_neox_style", True), module.cos_sin_cache.device)

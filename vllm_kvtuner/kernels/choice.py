@@ -24,6 +24,8 @@ CUDA = "cuda"
 TRITON = "triton"
 MIN_CAPABILITY = (8, 0)
 
+NO_TRANSFORMS = LayerTransforms()
+
 Failure = Callable[[], str | None]
 """Asks how the CUDA kernels failed on the card, None if they did not; asked only where they would serve otherwise."""
 
@@ -85,9 +87,14 @@ def choose_decode(
     return choice
 
 
-def choose_rows(layout: PageLayout, capability: tuple[int, int] | None, failure: Failure = lambda: None) -> Choice:
+def choose_rows(
+    layout: PageLayout,
+    capability: tuple[int, int] | None,
+    failure: Failure = lambda: None,
+    transforms: LayerTransforms = NO_TRANSFORMS,
+) -> Choice:
     """The store and gather kernels of a layer on cards of a compute capability; arguments as :func:`choose_decode`."""
-    return _choose(lambda: rows.unsupported(layout), capability, failure)
+    return _choose(lambda: rows.unsupported(layout, transforms), capability, failure)
 
 
 def may_take_cuda(layout: PageLayout, capability: tuple[int, int] | None) -> bool:
@@ -115,9 +122,11 @@ def decode_kernel(
     return choice.kernel
 
 
-def row_kernels(layout: PageLayout, device: torch.device, failure: Failure) -> str:
+def row_kernels(
+    layout: PageLayout, device: torch.device, failure: Failure, transforms: LayerTransforms = NO_TRANSFORMS
+) -> str:
     """``cuda`` or ``triton`` for a layer's store and gather; the choice and its reason are logged once."""
-    choice = choose_rows(layout, device_capability(device), failure)
+    choice = choose_rows(layout, device_capability(device), failure, transforms)
     _log(f"store and gather kernels: {choice}")
     return choice.kernel
 

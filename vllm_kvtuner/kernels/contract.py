@@ -98,6 +98,13 @@ class Pages(NamedTuple):
     def num_kv_heads(self) -> int:
         return self.kv_cache.shape[1]
 
+    @property
+    def positions(self) -> torch.Tensor | None:
+        """[num_slots, num_axes] int32, the positions of cached tokens by slot, which a store writes and a key offset is
+        given back by; None where a token has one position, its place in its request, or there is no offset."""
+        several = self.transforms.positions
+        return None if several is None else several.table(self.kv_cache.shape[0], self.layout.block_size)
+
     def check(self) -> None:
         """Kernels move 16 bytes at a time."""
         cache, layout = self.kv_cache, self.layout
@@ -237,7 +244,8 @@ class ReshapeAndCache(Protocol):
             value: as key.
             slot_mapping: [num_slots] int64, num_slots <= num_tokens; block * block_size + offset, or -1 for a token
                 that is not stored. Tokens beyond num_slots are padding.
-            positions: [>= num_slots] int64, the tokens' positions; needed with a key offset only.
+            positions: [>= num_slots] int64, the tokens' positions, or [num_axes, >= num_slots] where a token has
+                several, which then also go to the pages' table of them; needed with a key offset only.
             pages: where they are packed.
             window: where a recent window keeps them too, as they are.
         """
@@ -489,8 +497,10 @@ def _check_slots(slot_mapping: torch.Tensor, positions: torch.Tensor | None, pag
     pages.check()
     assert slot_mapping.is_contiguous() and slot_mapping.dtype == torch.int64
     if pages.transforms.key_offset is not None:
-        assert positions is not None and positions.shape[0] >= slot_mapping.shape[0], "a position of each slot"
-        assert positions.is_contiguous() and positions.dtype == torch.int64
+        assert positions is not None and positions.shape[-1] >= slot_mapping.shape[0], "a position of each slot"
+        assert positions.stride(-1) == 1 and positions.dtype == torch.int64
+        several = pages.transforms.positions
+        assert positions.shape[:-1] == (() if several is None else (several.num_axes,)), positions.shape
 
 
 def check_gather(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:

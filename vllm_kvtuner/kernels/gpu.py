@@ -113,7 +113,9 @@ class GpuKernels:
         layout = PageLayout(pair, self.shape.head_size, BLOCK_SIZE_MULTIPLE)
         # As what it is, a layer with a window, so that both parts are tested where nobody has asked before.
         case = self.test_case(layout, transform_names(transforms), BLOCK_SIZE_MULTIPLE)
-        kernels = self._given or choice.row_kernels(layout, self.device, lambda: prove([case], self.device).failure)
+        kernels = self._given or choice.row_kernels(
+            layout, self.device, lambda: prove([case], self.device).failure, transforms
+        )
         return _row_kernels(kernels).late
 
     def gather(self, pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, value_out: torch.Tensor) -> None:
@@ -202,6 +204,8 @@ class GpuKernels:
     ) -> None:
         """All at once, and in two parts where the layer may store so."""
         slots, positions = (self._integers(len(key), fill=fill, dtype=torch.int64) for fill in (-1, 0))
+        if (several := pages.transforms.positions) is not None:
+            positions = positions.expand(several.num_axes, -1)
         window = None if window_rows is None else WindowRows(window_rows, slots)
         self.store(key, value, slots, positions, pages, window)
         if window is not None and (late := self.late_packing(pages.layout.pair, pages.transforms)) is not None:
@@ -231,7 +235,8 @@ class GpuKernels:
     def _row_kernels(self, pages: Pages) -> "_RowKernels":
         if self._rows is None:
             failure = self._failure(pages.layout, transform_names(pages.transforms))
-            self._rows = _row_kernels(self._given or choice.row_kernels(pages.layout, self.device, failure))
+            kernels = self._given or choice.row_kernels(pages.layout, self.device, failure, pages.transforms)
+            self._rows = _row_kernels(kernels)
         return self._rows
 
     def _workspace(self, kernel: str) -> Any:

@@ -20,6 +20,7 @@ import torch
 
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.layout import FEEDBACK_BITS, PrecisionPair
+from vllm_kvtuner.pages.positions import TokenPositions
 
 KEY, VALUE = SIDES = ("key", "value")
 """What a token has in the cache, in the order of its page."""
@@ -39,12 +40,15 @@ class RotaryTable:
         frequencies: [rotary_dim / 2] fp64 on the CPU, radians per position, where every angle is that times the
             position; None for other rotations.
         amplitude: factor on all cosines and sines.
+        positions: where a token has several positions, which of them turns a pair and where they are kept; None where
+            it has one, its place in its request.
     """
 
     cos_sin: torch.Tensor
     is_neox: bool
     frequencies: torch.Tensor | None = None
     amplitude: float = 1.0
+    positions: TokenPositions | None = None
 
     @property
     def rotary_dim(self) -> int:
@@ -56,6 +60,16 @@ class RotaryTable:
         if self.is_neox:
             return index, index + self.rotary_dim // 2
         return 2 * index, 2 * index + 1
+
+    def angles_at(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, [num_tokens, rotary_dim / 2] fp32 each, of positions [num_tokens]; of [num_axes,
+        num_tokens] where a token has several."""
+        if self.positions is None:
+            cos, sin = self.cos_sin[positions].float().chunk(2, dim=-1)
+            return cos, sin
+        pair = torch.arange(self.rotary_dim // 2, device=self.cos_sin.device)
+        row = positions.long()[self.positions.axes.long()].T
+        return self.cos_sin[row, pair].float(), self.cos_sin[row, pair + self.rotary_dim // 2].float()
 
     @functools.cached_property
     def coarse_angles(self) -> torch.Tensor:
@@ -157,6 +171,11 @@ class LayerTransforms:
         bits_of_sides = zip(SIDES, (pair.k_bits, pair.v_bits), strict=True)
         return any(self.feedback(side, bits) is not None for side, bits in bits_of_sides)
 
+    @property
+    def positions(self) -> TokenPositions | None:
+        """Of a key offset that turns by several positions of a token; None where readers need no table of them."""
+        return None if self.key_offset is None or self.rotary is None else self.rotary.positions
+
     @functools.cached_property
     def offset_partner(self) -> torch.Tensor | None:
         """[num_kv_heads, head_size] fp32: what the sines multiply, so that R_t m = m cos + partner sin.
@@ -200,13 +219,18 @@ def hadamard(head_size: int, device: torch.device | str = "cpu", dtype: torch.dt
 
 
 def rotated_offset(transforms: LayerTransforms, positions: torch.Tensor) -> torch.Tensor:
-    """R_t m of every position: [num_tokens, num_kv_heads, head_size] fp32, for positions [num_tokens]."""
+    """R_t m of every token: [num_tokens, num_kv_heads, head_size] fp32.
+
+    Args:
+        transforms: with a key offset.
+        positions: [num_tokens]; [num_axes, num_tokens] where a token has several.
+    """
     offset, partner = transforms.key_offset, transforms.offset_partner
     assert offset is not None and partner is not None
-    cos = torch.ones(positions.shape[0], offset.shape[1], device=offset.device)
+    cos = torch.ones(positions.shape[-1], offset.shape[1], device=offset.device)
     sin = torch.zeros_like(cos)
     if transforms.rotary is not None:
-        row_cos, row_sin = transforms.rotary.cos_sin[positions].float().chunk(2, dim=-1)
+        row_cos, row_sin = transforms.rotary.angles_at(positions)
         for dims in transforms.rotary.pairs(offset.device):
             cos[:, dims] = row_cos
             sin[:, dims] = row_sin
@@ -214,7 +238,7 @@ def rotated_offset(transforms: LayerTransforms, positions: torch.Tensor) -> torc
 
 
 def transform_keys(key: torch.Tensor, positions: torch.Tensor | None, transforms: LayerTransforms) -> torch.Tensor:
-    """K'_t in fp32 for ``key`` [num_tokens, num_kv_heads, head_size] at ``positions`` [num_tokens]."""
+    """K'_t in fp32 for ``key`` [num_tokens, num_kv_heads, head_size] at ``positions``, as :func:`rotated_offset`'s."""
     key = key.float()
     if transforms.key_offset is not None:
         assert positions is not None

@@ -70,7 +70,6 @@ class ModelShape:
         layers: shape of each decoder layer, of a looped model for each pass over them in turn; may be empty for a kind
             that is not served.
         unsupported: why models of this kind are not served, each ``<rule>, but got <value>``; empty if they are.
-        offset_unsupported: why a key offset before RoPE cannot be used, or None.
         attention_sinks: whether some of its layers, or all, have a learned logit per query head in every softmax.
     """
 
@@ -78,7 +77,6 @@ class ModelShape:
     architecture: str
     layers: tuple[LayerShape, ...]
     unsupported: tuple[str, ...] = ()
-    offset_unsupported: str | None = None
     attention_sinks: bool = False
 
     @property
@@ -117,7 +115,6 @@ class ModelShape:
             architecture=architectures[0],
             layers=layers,
             unsupported=reasons,
-            offset_unsupported=_offset_unsupported(config, text),
             attention_sinks=_has_sinks(text),
         )
 
@@ -272,18 +269,4 @@ def _alibi(config: Any, text: Any) -> str | None:
         alibi = None if attn_config is None else _get(attn_config, "alibi")
         if alibi or (alibi is None and kind == "mpt"):
             return "attn_config.alibi=True"
-    return None
-
-
-def _offset_unsupported(config: Any, text: Any) -> str | None:
-    for owner in (config, text):
-        candidates = [owner]
-        for key in ("rope_parameters", "rope_scaling"):
-            rope = _get(owner, key)
-            if isinstance(rope, Mapping):
-                candidates += [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
-        for candidate in candidates:
-            section = _get(candidate, "mrope_section", "xdrope_section")
-            if section is not None:
-                return f"positions are not one number per token (M-RoPE, mrope_section={show(section)})"
     return None

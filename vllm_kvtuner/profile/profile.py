@@ -276,11 +276,6 @@ class Profile:
 
         quantized = [layer for layer, pair in pairs.items() if pair.is_quantized]
         _check_recent(problems, {layer: (self.recent_of(layer), shape.layers[layer]) for layer in quantized})
-        offset = [layer for layer in quantized if self.transforms_of(layer).key_offset]
-        if offset and shape.offset_unsupported:
-            rule = f"must be false for {shape.name}, whose {shape.offset_unsupported}"
-            given = "/".join(sorted({str(self.transforms_of(layer).key_offset).lower() for layer in offset}))
-            problems.add("transforms.key_offset", rule, f"{given} for layers {format_layers(offset)}")
 
 
 @dataclass(frozen=True)
@@ -341,10 +336,7 @@ class ResolvedProfile:
 
 
 def _adapted(profile: Profile, shape: ModelShape) -> Profile:
-    """A profile without the transforms and windows that the model does not allow; the same object if it allows all."""
-    if profile.transforms.key_offset and shape.offset_unsupported:
-        transforms = replace(profile.transforms, key_offset=False)
-        profile = profile.without(f"key_offset, since {shape.offset_unsupported}", transforms=transforms)
+    """A profile without the windows that the model does not allow; the same object if it allows all."""
     windows = [layer for layer in shape.attention_layers if profile.recent_of(layer) is not None]
     kinds = Counter(shape.layers[layer] for layer in windows)
     if len(kinds) > 1:  # a window serves layers of one shape: those that are most

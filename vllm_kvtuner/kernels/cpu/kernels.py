@@ -297,6 +297,8 @@ def serves(pages: Pages) -> bool:
     layout, transforms = pages.layout, pages.transforms
     if any(type(code_format(bits, layout.scale_bits)) not in KNOWN_FORMATS for bits in (layout.k_bits, layout.v_bits)):
         return False
+    if transforms.positions is not None:  # their table is read by the reference alone
+        return False
     names = (field.name for field in dataclasses.fields(transforms))
     return not any(getattr(transforms, name) for name in names if name not in KNOWN_TRANSFORMS)
 

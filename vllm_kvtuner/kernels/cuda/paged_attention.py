@@ -18,7 +18,7 @@ from vllm_kvtuner.kernels.cuda.paged_attention_config import (
     most_pass_rows,
     pass_rows,
 )
-from vllm_kvtuner.kernels.cuda.rows import byte_stride
+from vllm_kvtuner.kernels.cuda.rows import SEVERAL_POSITIONS, byte_stride
 from vllm_kvtuner.kernels.cuda.variant import ARGUMENTS, Variant, needs_of
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE, PageLayout
@@ -101,6 +101,8 @@ def unsupported(
     if transforms.key_offset is None:
         return None
     rotary = transforms.rotary
+    if transforms.positions is not None:
+        return SEVERAL_POSITIONS
     if rotary is not None and rotary.frequencies is None:
         return "the key offset's rotation is not proportional to the position"
     # Without these a softmax is the same, whatever all logits have in common.

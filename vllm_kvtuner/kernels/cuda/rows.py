@@ -11,6 +11,8 @@ from vllm_kvtuner.pages.layout import ALIGNMENT, MAX_HEAD_SIZE, PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 NUM_WARPS = 4
+SEVERAL_POSITIONS = "the key offset turns by several positions of a token (M-RoPE)"
+"""Why no CUDA kernel serves a layer whose pages have a table of positions."""
 NUMBER_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """Types of numbers in memory, as device/rows.cuh counts them."""
 STATIC_FIELDS = (
@@ -106,12 +108,14 @@ class StoreVariant(NamedTuple):
         return {**self.rows.macros(transforms), "RANGE_SEARCH": search, "WINDOW_BLOCK_SIZE": window}
 
 
-def unsupported(layout: PageLayout) -> str | None:
+def unsupported(layout: PageLayout, transforms: LayerTransforms) -> str | None:
     """Why the kernels do not serve a layer, or None if they do."""
     if layout.head_size > MAX_HEAD_SIZE:
         return f"head_size {layout.head_size} is above {MAX_HEAD_SIZE}"
     if layout.head_size % 32:
         return f"head_size {layout.head_size} is no multiple of 32"
+    if transforms.positions is not None:
+        return SEVERAL_POSITIONS
     return None
 
 

@@ -43,8 +43,13 @@ def paged_attention_ref(
         scores = scores.view(*padded.shape[:4], -1)
         if pages.transforms.key_offset is not None:
             raw = batch.pad(query[token].float() * shape.scale, shape)
-            offset = rotated_offset(pages.transforms, torch.arange(batch.max_len, device=query.device))
-            scores[..., : batch.max_len] += torch.einsum("rkgnd,tkd->rkgnt", raw, offset)
+            if pages.positions is None:
+                offset = rotated_offset(pages.transforms, torch.arange(batch.max_len, device=query.device))
+                scores[..., : batch.max_len] += torch.einsum("rkgnd,tkd->rkgnt", raw, offset)
+            else:
+                positions = batch.positions_of_tokens(pages.positions, pages.layout.block_size)
+                offset = rotated_offset(pages.transforms, positions.flatten(1)).unflatten(0, positions.shape[1:])
+                scores += torch.einsum("rkgnd,rtkd->rkgnt", raw, offset)
         visible = _visible(batch.positions, batch.tokens, span)
         probabilities, sums = _softmax(scores, visible[:, None, None], shape.logits_soft_cap)
         result = batch.unpad((probabilities.flatten(2, 3) @ values).view(padded.shape))
@@ -74,6 +79,11 @@ class _Batch:
         self.present = index < self.query_lens[:, None]
         self.query_tokens = (starts[:-1, None] + index)[self.present]
         self.positions = self.seq_lens[:, None].long() - self.query_lens[:, None] + index
+
+    def positions_of_tokens(self, table: torch.Tensor, block_size: int) -> torch.Tensor:
+        """[num_axes, requests, tokens] of a table by slot; of tokens that are not there, whatever it holds."""
+        slots = self.blocks[:, :, None] * block_size + torch.arange(block_size, device=table.device)
+        return table[slots.flatten(1)].permute(2, 0, 1)
 
     def dequantize(self, pages: Pages, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values, each [requests, num_kv_heads, tokens, head_size] fp32.

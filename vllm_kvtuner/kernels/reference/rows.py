@@ -31,7 +31,10 @@ def reshape_and_cache_ref(
     keep = (slot_mapping >= 0).nonzero().squeeze(1)
     slots, block_size = slot_mapping[keep], pages.layout.block_size
     block, offset = slots // block_size, slots % block_size
-    keys = transform_keys(key[keep], None if positions is None else positions[keep], pages.transforms)
+    keys = transform_keys(key[keep], None if positions is None else positions[..., keep], pages.transforms)
+    if pages.positions is not None:
+        assert positions is not None
+        pages.positions[slots] = positions[:, keep].T.int()
     values = rotate_values(value[keep], pages.transforms)
     sides = page_sides(pages.kv_cache, pages.layout)
     for name, rows, side in zip(SIDES, (keys, values), sides, strict=True):
@@ -50,6 +53,8 @@ def gather_cache_ref(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, 
         side.format.dequantize(side.codes[block, :, offset], side.meta[block, :, offset])
         for side in page_sides(pages.kv_cache, pages.layout)
     )
+    if pages.positions is not None:
+        position = pages.positions[block * pages.layout.block_size + offset].T
     key_out[: tokens.num_tokens] = restore_keys(keys, position, pages.transforms).to(key_out.dtype)
     value_out[: tokens.num_tokens] = rotate_values(values, pages.transforms).to(value_out.dtype)
 
@@ -86,7 +91,7 @@ def pack_rows_ref(layers: Sequence[StepRows]) -> None:
         assert (slots >= 0).all(), "the window holds all tokens of the step"
         block_size = kept.shape[2]
         key, value = kept[slots // block_size, :, slots % block_size].chunk(2, dim=-1)
-        positions = None if layer.positions is None else layer.positions[keep]
+        positions = None if layer.positions is None else layer.positions[..., keep]
         # Contiguous, as a store's own rows are, so that matrix products round alike.
         reshape_and_cache_ref(key.contiguous(), value.contiguous(), layer.slot_mapping[keep], positions, layer.pages)
 

@@ -111,6 +111,30 @@ def fp16_unit(x):
 
 
 @triton.jit
+def load_positions(row_ptr, axis_stride, keep, axis, AXES: tl.constexpr):
+    """Of several positions of a token the one that turns a column: [rows, columns], of the table's type.
+
+    Args:
+        row_ptr: pointers [rows] to each token's first position.
+        axis_stride: numbers from one of its positions to the next.
+        keep: bool [rows]; elsewhere positions are 0.
+        axis: int32 [columns], which position it is, less than AXES.
+    """
+    position = tl.load(row_ptr, mask=keep, other=0)[:, None]
+    for index in tl.static_range(1, AXES):
+        other = tl.load(row_ptr + index * axis_stride, mask=keep, other=0)
+        position = tl.where(axis[None, :] == index, other[:, None], position)
+    return position
+
+
+@triton.jit
+def axis_of(axes_ptr, dim, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr):
+    """Which of a token's positions turns each dimension ``dim`` [columns]; 0 for those that nothing turns."""
+    pair = dim % (ROTARY_DIM // 2) if IS_NEOX else dim // 2
+    return tl.load(axes_ptr + pair, mask=dim < ROTARY_DIM, other=0)
+
+
+@triton.jit
 def rotated_offset(
     offset_ptr,
     partner_ptr,
@@ -130,7 +154,7 @@ def rotated_offset(
         partner_ptr: as offset_ptr, what the sines multiply.
         cos_sin_ptr: [max_position, rotary_dim], unread if ROTARY_DIM is 0.
         head: int32 [rows].
-        position: int64 [rows].
+        position: int64 [rows, 1], or [rows, columns] where columns turn by different ones.
         dim: int32 [columns].
         valid: bool [rows, columns].
     """
@@ -139,7 +163,7 @@ def rotated_offset(
     if ROTARY_DIM > 0:
         HALF: tl.constexpr = ROTARY_DIM // 2
         pair = dim % HALF if IS_NEOX else dim // 2
-        row = cos_sin_ptr + position[:, None] * ROTARY_DIM + pair[None, :]
+        row = cos_sin_ptr + position * ROTARY_DIM + pair[None, :]
         rotated = valid & (dim < ROTARY_DIM)[None, :]
         cos = tl.load(row, mask=rotated, other=1.0).to(tl.float32)
         sin = tl.load(row + HALF, mask=rotated, other=0.0).to(tl.float32)
@@ -150,10 +174,10 @@ def rotated_offset(
 @triton.jit
 def load_rows_to_pack(
     rows_ptr, token_stride, token, head, present, slot, dim, in_row,
-    positions_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
+    positions_ptr, axis_stride, axes_ptr, table_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
     window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
-    HEAD_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, HADAMARD: tl.constexpr,
-    WINDOW_BLOCK_SIZE: tl.constexpr, WINDOW_BEGIN: tl.constexpr,
+    HEAD_SIZE: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, AXES: tl.constexpr,
+    HADAMARD: tl.constexpr, WINDOW_BLOCK_SIZE: tl.constexpr, WINDOW_BEGIN: tl.constexpr,
 ):  # fmt: skip
     """Rows of new keys or values after the layer's transforms, fp32 [rows, columns]; the recent window gets them as
     they are.
@@ -169,12 +193,15 @@ def load_rows_to_pack(
         slot: int64 [rows], in the packed pages, or -1.
         dim: int32 [columns], as codes.byte_columns has them.
         in_row: bool [columns], False for padding.
-        positions_ptr: int64 [num_tokens], unread without an offset.
+        positions_ptr: int64 [num_tokens], or AXES of these rows, axis_stride apart; unread without an offset.
+        axes_ptr: int32 [ROTARY_DIM / 2], which position turns a pair; unread if AXES is 0, as is the next.
+        table_ptr: int32 [num_slots, AXES], where each token's positions are kept.
         offset_ptr: as rotated_offset, like the two after it, or None.
         equalization_ptr: [num_kv_heads, head_size] fp32, or None.
         window_ptr: of the recent window's cache, or None.
         window_slots_ptr: int64 [num_tokens], the window's slots, unread without one.
         window_block_stride: numbers, as are the next two, between blocks, KV heads and tokens of the window's cache.
+        AXES: positions of a token, 0 where it has one.
         HADAMARD: whether rows are rotated.
         WINDOW_BLOCK_SIZE: tokens of a block of the window.
         WINDOW_BEGIN: number at which a token there has such a row: a value stands behind its key.
@@ -193,7 +220,16 @@ def load_rows_to_pack(
         )  # fmt: skip
     x = x.to(tl.float32)
     if offset_ptr is not None:
-        position = tl.load(positions_ptr + token, mask=slot >= 0, other=0)
+        keep = slot >= 0
+        if AXES > 0:
+            axis = axis_of(axes_ptr, dim, ROTARY_DIM, IS_NEOX)
+            position = load_positions(positions_ptr + token, axis_stride, keep, axis, AXES)
+            # All KV heads and layers write the same numbers; one head is enough.
+            for index in tl.static_range(AXES):
+                one = tl.load(positions_ptr + index * axis_stride + token, mask=keep, other=0).to(tl.int32)
+                tl.store(table_ptr + slot * AXES + index, one, mask=keep & (head == 0))
+        else:
+            position = tl.load(positions_ptr + token, mask=keep, other=0)[:, None]
         x -= rotated_offset(
             offset_ptr, partner_ptr, cos_sin_ptr, head, position, dim, valid, HEAD_SIZE, ROTARY_DIM, IS_NEOX
         )

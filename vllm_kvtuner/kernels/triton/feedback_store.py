@@ -46,11 +46,13 @@ def _round_rows(x, scale, minimum, dim, in_row, columns_ptr, HEAD_SIZE: tl.const
 
 @triton.jit(do_not_specialize=["num_slots"])
 def _feedback_store_kernel(
-    rows_ptr, kv_cache_ptr, slot_mapping_ptr, positions_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
-    columns_ptr, ranges_ptr, num_slots, token_stride, block_stride, head_stride,
+    rows_ptr, kv_cache_ptr, slot_mapping_ptr, positions_ptr, axis_stride, axes_ptr, table_ptr,
+    offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr, columns_ptr, ranges_ptr,
+    num_slots, token_stride, block_stride, head_stride,
     window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, ROW_BYTES: tl.constexpr,
-    CODES: tl.constexpr, META: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, HADAMARD: tl.constexpr,
+    CODES: tl.constexpr, META: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, AXES: tl.constexpr,
+    HADAMARD: tl.constexpr,
     SCALE_BITS: tl.constexpr, RANGES: tl.constexpr, WINDOW_BLOCK_SIZE: tl.constexpr, WINDOW_BEGIN: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -61,9 +63,9 @@ def _feedback_store_kernel(
     dim, in_row = byte_columns(HEAD_SIZE, BITS)
     x = load_rows_to_pack(
         rows_ptr, token_stride, token, head, present, slot, dim, in_row,
-        positions_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
+        positions_ptr, axis_stride, axes_ptr, table_ptr, offset_ptr, partner_ptr, cos_sin_ptr, equalization_ptr,
         window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
-        HEAD_SIZE, ROTARY_DIM, IS_NEOX, HADAMARD, WINDOW_BLOCK_SIZE, WINDOW_BEGIN,
+        HEAD_SIZE, ROTARY_DIM, IS_NEOX, AXES, HADAMARD, WINDOW_BLOCK_SIZE, WINDOW_BEGIN,
     )  # fmt: skip
 
     valid = in_row[None, :]
@@ -105,12 +107,15 @@ def store_side(
     assert feedback is not None
     offset = transforms.key_offset if keys else None
     rotary = transforms.rotary if offset is not None else None
+    several = transforms.positions if keys else None
     kept, kept_slots = (None, None) if window is None else window
     kept_strides = (0, 0, 0) if kept is None else kept.stride()
     block_stride, head_stride, _, _ = kv_cache.stride()
     num_slots, rows_per_program = slot_mapping.shape[0], program_rows(layout.head_size, ROWS)
     _feedback_store_kernel[(triton.cdiv(num_slots, rows_per_program), key.shape[1])](
         rows, kv_cache, slot_mapping, positions if offset is not None else None,
+        positions.stride()[0] if several and positions is not None else 0,
+        several and several.axes, several and pages.positions,
         offset, transforms.offset_partner if keys else None, rotary and rotary.cos_sin,
         transforms.key_equalization if keys else None, feedback.columns, feedback.range_factors[bits],
         num_slots, rows.stride()[0], block_stride, head_stride,
@@ -120,6 +125,7 @@ def store_side(
         CODES=layout.k_codes_offset if keys else layout.v_codes_offset,
         META=layout.k_meta_offset if keys else layout.v_meta_offset, SCALE_BITS=layout.scale_bits,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
+        AXES=several.num_axes if several else 0,
         HADAMARD=transforms.key_hadamard if keys else transforms.value_hadamard,
         RANGES=len(feedback.ranges[bits]), WINDOW_BLOCK_SIZE=0 if kept is None else kept.shape[2],
         WINDOW_BEGIN=0 if keys else layout.head_size, ROWS=rows_per_program,

@@ -31,7 +31,7 @@ from vllm_kvtuner.kernels.triton.codes import (
     slice_width,
     slice_words,
 )
-from vllm_kvtuner.kernels.triton.common import hadamard_rows, load_padded, program_rows, row_warps
+from vllm_kvtuner.kernels.triton.common import hadamard_rows, load_padded, load_positions, program_rows, row_warps
 from vllm_kvtuner.kernels.triton.fold_query import ROW_CONSTANTS, fold_query, folded_size
 from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config, num_multiprocessors
@@ -102,13 +102,13 @@ def _load_block(table_ptr, start, index, seq_len, BLOCK_SIZE: tl.constexpr, BLOC
 
 @triton.jit(do_not_specialize=["table_stride"])
 def _attend_kernel(
-    folded_ptr, constants_ptr, coefficients_ptr, cos_sin_ptr, kv_cache_ptr, block_table_ptr, seq_lens_ptr,
-    query_start_loc_ptr, partial_ptr, lse_ptr, block_stride, head_stride, table_stride,
+    folded_ptr, constants_ptr, coefficients_ptr, cos_sin_ptr, axes_ptr, positions_ptr, kv_cache_ptr, block_table_ptr,
+    seq_lens_ptr, query_start_loc_ptr, partial_ptr, lse_ptr, block_stride, head_stride, table_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr,
     K_META: tl.constexpr, V_META: tl.constexpr, SCALE_BITS: tl.constexpr,
-    FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, ROTARY_DIM: tl.constexpr, SPLIT_ANGLES: tl.constexpr,
-    ONE_QUERY: tl.constexpr,
+    FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, ROTARY_DIM: tl.constexpr, AXES: tl.constexpr,
+    SPLIT_ANGLES: tl.constexpr, ONE_QUERY: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr, SKIP_NEWEST: tl.constexpr, SKIP_FIRST: tl.constexpr, SOFT_CAP: tl.constexpr,
     ROW_TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -167,6 +167,8 @@ def _attend_kernel(
             tl.load(pointers, mask=within, other=0.0),
             tl.load(pointers + ROTARY_DIM, mask=within, other=0.0),
         )
+        if AXES > 0:
+            axis = tl.load(axes_ptr + entry % (ROTARY_DIM // 2))
 
     outputs = ()
     for _ in tl.static_range(V_SLICES):
@@ -192,7 +194,8 @@ def _attend_kernel(
             seen &= token > seq_len - num_queries - SLIDING_WINDOW
         if SKIP_FIRST > 0:
             seen &= token >= SKIP_FIRST
-        chunk = block.to(tl.int64) * block_stride + tl.zeros([BLOCK_N], tl.int64)
+        of_token = block.to(tl.int64) + tl.zeros([BLOCK_N], tl.int64)
+        chunk = of_token * block_stride
         # Loaded a tile ahead, so that the copies of a tile wait for nothing.
         block = _load_block(table, start + BLOCK_N, index, seen_len, BLOCK_SIZE, BLOCK_N)
         place = index % BLOCK_SIZE if BLOCK_N % BLOCK_SIZE == 0 else token % BLOCK_SIZE
@@ -216,8 +219,12 @@ def _attend_kernel(
             bias += constant[None, :]
         logits = logits * k_scale[:, None] + (k_minimum[:, None] * query_sum[None, :] + bias)
         if ROTARY_DIM > 0:
-            position = tl.minimum(token, seen_len - 1).to(tl.int64)
-            angles = cos_sin_ptr + position[:, None] * ROTARY_DIM + entry[None, :]
+            if AXES > 0:
+                row_ptr = positions_ptr + (of_token * BLOCK_SIZE + token % BLOCK_SIZE) * AXES
+                position = load_positions(row_ptr, 1, seen, axis, AXES).to(tl.int64)
+            else:
+                position = tl.minimum(token, seen_len - 1).to(tl.int64)[:, None]
+            angles = cos_sin_ptr + position * ROTARY_DIM + entry[None, :]
             angles = load_padded(angles, entry[None, :], ROTARY_DIM, ENTRIES != ROTARY_DIM)
             offset = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
             if SPLIT_ANGLES:
@@ -377,7 +384,7 @@ def paged_attention(
         config = decode_config(num_reqs, num_kv_heads, rows, layout, offset is not None, num_sms)
     num_splits = min(config.num_splits, workspace.lse.shape[0] // num_rows)
     rotary = transforms.rotary if offset is not None else None
-    rotary_dim = rotary.rotary_dim if rotary else 0
+    rotary_dim, several = rotary.rotary_dim if rotary else 0, transforms.positions
     # A bf16 table is multiplied as it is; any other is split into fp16 terms, and so is bf16 under Triton's
     # interpreter, which would multiply bf16's bit patterns.
     native = rotary is not None and rotary.cos_sin.dtype == torch.bfloat16 and query.is_cuda
@@ -386,7 +393,8 @@ def paged_attention(
     fold_query(query, shape, layout, transforms, workspace.query, workspace.constants, coefficients)
     row_tiles = triton.cdiv(group * max_query_len, config.block_m)
     _attend_kernel[(num_reqs, num_kv_heads * row_tiles, num_splits)](
-        workspace.query, workspace.constants, coefficients, rotary and rotary.cos_sin, kv_cache, queries.block_table,
+        workspace.query, workspace.constants, coefficients, rotary and rotary.cos_sin, several and several.axes,
+        pages.positions, kv_cache, queries.block_table,
         queries.seq_lens, queries.query_start_loc, workspace.output, workspace.lse,
         block_stride // 4, head_stride // 4, queries.block_table.stride()[0],
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
@@ -394,6 +402,7 @@ def paged_attention(
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         SCALE_BITS=layout.scale_bits,
         FOLDED_SIZE=workspace.query.shape[1], HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim,
+        AXES=several.num_axes if several else 0,
         SPLIT_ANGLES=rotary is not None and rotary.cos_sin.dtype != coefficients.dtype,
         ONE_QUERY=max_query_len == 1, SLIDING_WINDOW=span.sliding_window or 0, SKIP_NEWEST=span.skip_newest,
         SKIP_FIRST=span.skip_first, SOFT_CAP=shape.logits_soft_cap,

@@ -1,0 +1,85 @@
+"""Attention that is not causal is refused before weights load."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+from vllm_kvtuner.compat import layers
+from vllm_kvtuner.engine.causality import causality, pictures_read_back
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.plugin import register
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.profile import Profile
+
+RULE = "p: attend_cached_prefill must be false"
+
+
+def config(**changes):
+    model = {"model": "toy", "is_mm_prefix_lm": False, "rswa_window": None}
+    model |= {key: changes.pop(key) for key in list(changes) if key in model}
+    attention = SimpleNamespace(use_non_causal=changes.pop("use_non_causal", False))
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**model),
+        attention_config=attention,
+        diffusion_config=None,
+        speculative_config=changes.pop("speculative_config", None),
+    )
+
+
+def test_causal_models_pass():
+    assert causality(config()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "got"),
+    [
+        ({"use_non_causal": True}, "use_non_causal=True, which toy needs"),
+        ({"rswa_window": 512}, "rswa_window=512 of toy"),
+    ],
+    ids=["per request", "prompts that stay visible"],
+)
+def test_configurations_that_are_refused(changes, got):
+    (problem,) = causality(config(**changes))
+    assert " must " in problem and got in problem.partition(", but got ")[2]
+
+
+def test_pictures_that_attend_in_both_directions():
+    """Served, but not by verifications, which are decodes of several tokens, nor read back."""
+    pictures = config(is_mm_prefix_lm=True)
+    assert causality(pictures) == []
+    (problem,) = causality(config(is_mm_prefix_lm=True, speculative_config=SimpleNamespace(method="ngram")))
+    assert problem.endswith("but got toy with ngram")
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),))
+    for attend in (False, True):
+        resolved = Profile("p", None, PrecisionPair(8, 8), attend_cached_prefill=attend).resolve(shape)
+        assert [line[: len(RULE)] for line in pictures_read_back(pictures, resolved)] == [RULE] * attend
+        assert pictures_read_back(config(), resolved) == ()
+
+
+def test_diffusion_is_refused():
+    refused = config()
+    refused.diffusion_config = SimpleNamespace()
+    (problem,) = causality(refused)
+    assert "but got a diffusion_config" in problem and "toy" in problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "brings"),
+    [
+        pytest.param(Attention, {"attn_backend": CPUAttentionBackend}, "the backend CPUAttentionBackend", id="backend"),
+        pytest.param(RSWAAttention, {"rswa_window": 64}, "a cache of its own kind", id="cache"),
+    ],
+)
+def test_layers_that_attend_in_a_way_of_their_own_are_refused(kind, options, brings, monkeypatch):
+    """When the model is built; chunked local attention and prefix language models bring a backend and a cache."""
+    register()
+    monkeypatch.setattr(layers, "get_current_vllm_config", lambda: None)
+    monkeypatch.setattr(layers, "uses_kvtuner", lambda config: True)
+    monkeypatch.setattr(layers, "_builds_draft_model", lambda: False)
+    precision = SimpleNamespace(pair=PrecisionPair(8, 8))
+    monkeypatch.setattr(layers, "layer_precision", lambda config, name: precision)
+    with pytest.raises(ValueError, match=f"^layers.3.attn: .* but got {kind.__name__}, which brings {brings}$"):
+        kind(num_heads=2, head_size=64, scale=1.0, prefix="layers.3.attn", **options)
