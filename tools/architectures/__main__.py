@@ -1,6 +1,7 @@
 """Make the table of architectures, or go on with it.
 
     python -m kvtuner_tools.architectures                              # what the data file has not got yet
+    python -m kvtuner_tools.architectures --changed                    # and what is now refused in other words
     python -m kvtuner_tools.architectures --again LlamaForCausalLM     # these once more
     python -m kvtuner_tools.architectures --again                      # everything once more
 
@@ -16,7 +17,7 @@ from pathlib import Path
 from kvtuner_tools.architectures.configs import architectures
 from kvtuner_tools.architectures.data import DATA, Table
 from kvtuner_tools.architectures.processes import LimitedProcesses
-from kvtuner_tools.architectures.trial import make
+from kvtuner_tools.architectures.trial import changed, make
 from kvtuner_tools.arguments import parse_memory
 from kvtuner_tools.progress import track
 
@@ -31,8 +32,12 @@ def main() -> int:
         description="Run a tiny random model of every architecture beside vLLM's own cache.",
     )
     parser.add_argument("--data", type=Path, default=DATA, help="lines of JSON to go on with (default: %(default)s)")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--again", nargs="*", metavar="ARCHITECTURE", help="make these once more, or all where none is named"
+    )
+    which.add_argument(
+        "--changed", action="store_true", help="make those once more of which checks without an engine say other words"
     )
     parser.add_argument("--seconds", type=float, default=300, help="that one engine may take (default: %(default)s)")
     parser.add_argument(
@@ -51,6 +56,9 @@ def main() -> int:
         todo = args.again or list(known)
     table.write(args.data)
     processes = LimitedProcesses(args.seconds, args.memory, PRELOAD, args.log)
+    if args.changed:
+        rows = track(list(table.rows.values()), "checks", "model", total=len(table.rows))
+        todo += [row.architecture for row in rows if changed(row, processes.call)]
     for name in track(todo, "architectures", "model", total=len(todo)):
         table.add(make(name, processes.call), args.data)
     table.write(args.data, known)

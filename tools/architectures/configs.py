@@ -33,7 +33,10 @@ _SIZES: dict[str, Any] = {
     "swa_num_attention_heads": NUM_HEADS,
     **dict.fromkeys(("head_dim", "kv_channels", "swa_head_dim", "swa_v_head_dim", "v_head_dim"), HEAD_SIZE),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"), MAX_MODEL_LEN),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "max_sequence_length"),
+        MAX_MODEL_LEN,
+    ),
     **dict.fromkeys(("sliding_window", "sliding_window_size", "local_attention_window"), SLIDING_WINDOW),
     # Every token takes all experts: a random router's choice of some would turn small errors into leaps.
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 2),
@@ -112,9 +115,10 @@ def _shrunken(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 _M_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]}}
 """The three position numbers of pictures share the pairs of a head of 64; the classes have none by default."""
-_MAMBA_2 = {"num_heads": 8, "head_dim": 64}
 
+_HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
 _M3 = {
+    "hidden_act": "swigluoai",
     "moe_layer_freq": [0, 1, 1, 1],
     "rotary_dim": HEAD_SIZE // 2,
     "sparse_attention_config": {
@@ -133,6 +137,7 @@ _M3 = {
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "afmoe": {"score_func": "softmax", "route_norm": True, "n_group": 1, "topk_group": 1},
+    "bailing_hybrid": {"layer_group_size": 2},
     "chatglm": {
         "add_qkv_bias": True,
         "multi_query_attention": True,
@@ -143,47 +148,62 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "cosmos3_edge_text": _M_ROPE,
-    "glm5_next_text": {"num_key_value_heads": NUM_HEADS, "qk_rope_head_dim": 0},
     "glm4_moe": {"head_dim": HEAD_SIZE, "partial_rotary_factor": 0.5},
+    "glm4v_moe_text": {"head_dim": HEAD_SIZE, "partial_rotary_factor": 0.5},
+    "glm5_next_text": {"num_key_value_heads": NUM_HEADS, "qk_rope_head_dim": 0},
+    "gpt_bigcode": {"num_key_value_heads": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1},
+    "hunyuan_v1_dense": {"rope_parameters": _HUNYUAN_ROPE},
+    "hunyuan_v1_moe": {"rope_parameters": _HUNYUAN_ROPE},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    # vLLM reads sizes that the released models' files give and the config class has no field for.
     "lfm2": {
         "layer_types": ["conv", "full_attention"] * 2,
         "block_auto_adjust_ff_dim": False,
         **dict.fromkeys(("conv_dim", "block_dim", "block_ff_dim"), HIDDEN_SIZE),
     },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "conv_dim": HIDDEN_SIZE},
-    "mamba2": _MAMBA_2,
-    # Without experts, whose activation vLLM has no CPU kernel for.
-    "mimo_v2_flash": {"head_dim": 96, "v_head_dim": 64},
+    "mamba2": {"num_heads": 2 * HIDDEN_SIZE // 64, "head_dim": 64},
+    "mimo_v2_flash": {"head_dim": 96, "v_head_dim": 64},  # of unlike size, as the released models'
     # vLLM has no CPU kernel for the released models' routing.
     "minimax_m2": {"rotary_dim": HEAD_SIZE // 2, "scoring_func": "softmax", "use_routing_bias": False},
     "minimax_m3_text": _M3,
     "minimax_m3_vl_text": _M3,
     "minimax_m3_vl_vision": {"img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2}},
+    "nemotron": {"num_key_value_heads": NUM_KV_HEADS},
+    # Without experts, for whose activation vLLM has no CPU kernel.
     "nemotron_h": {"layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention"]},
     "paddleocr_vl_text": _M_ROPE,
     "qwen2_5_omni_text": _M_ROPE,
     "qwen2_5_vl_text": _M_ROPE,
     "qwen2_vl_text": _M_ROPE,
     "qwen3_omni_moe_text": _M_ROPE,
-    "qwen3_vl_moe_text": {**_M_ROPE, "norm_topk_prob": True},  # which the released models' files give
+    "qwen3_omni_moe_vision_encoder": {"image_size": 64},
+    "qwen3_vl_moe_text": {**_M_ROPE, "norm_topk_prob": True},
     "qwen3_vl_text": _M_ROPE,
-    "step3p5_vision": {"output_dim": 64},
+    "radio": {"video_temporal_patch_size": 2},
+    "step3_text": {"moe_layers_enum": "1,2,3"},
     "step3p5": {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": SLIDING_WINDOW},
+    "step3p5_vision": {
+        **dict.fromkeys(("output_dim", "width"), 64),
+        **dict.fromkeys(("layers", "heads"), 2),
+        **dict.fromkeys(("use_ln_pre", "use_ln_post", "use_abs_posemb", "use_rope2d"), True),
+        "use_cls_token": False,
+        "ls_init_value": 0.1,
+    },
     "zamba2": {
         "layer_types": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
         "attention_hidden_size": 2 * HIDDEN_SIZE,
         "attention_head_dim": 2 * HIDDEN_SIZE // NUM_HEADS,
         "num_key_value_heads": NUM_HEADS,
         "kv_channels": HEAD_SIZE,
         "num_query_groups": NUM_HEADS,
-        "hybrid_layer_ids": [1, 3],
     },
 }
-"""Further arguments by ``model_type``, over what the names of the sizes give."""
+"""Further arguments by ``model_type``, over what the names of the sizes give. Some are no arguments of the class, but
+names that vLLM reads, since the released models' files have them."""
 
 _LLAMA_NAMES = ("LLaMAForCausalLM", "InternLM3ForCausalLM", "IQuestCoderForCausalLM", "TeleChat3ForCausalLM")
 _VLLM_CONFIGS = "vllm.transformers_utils.configs"
@@ -192,6 +212,7 @@ _OWN_CONFIGS = {
     "BailingMoeV3TextConfig": "BailingMoeV3ForCausalLM",
     "BailingMoeV3VLConfig": "BailingMoeV3VLForConditionalGeneration",
     "ChatGLMConfig": "ChatGLMModel",
+    "DeepseekV4Config": "DeepseekV4ForCausalLM",
     "DeepseekVLV2Config": "DeepseekVLV2ForCausalLM",
     "Dots3NoteConfig": "Dots3NoteForCausalLM",
     "DotsOCRConfig": "DotsOCRForCausalLM",
@@ -259,4 +280,13 @@ def tiny_config(architecture: str) -> dict[str, Any] | None:
     config = kind(**_shrunken(kind(), _SIZES))
     config.architectures = [architecture]
     config.dtype = "float32"
-    return config.to_dict()
+    return _stored(config.to_dict())
+
+
+def _stored(values: dict[str, Any]) -> dict[str, Any]:
+    """Without what classes add to their values, inside others too, and some of them then refuse."""
+    return {
+        key: _stored(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if key not in ("_name_or_path", "output_attentions")
+    }

@@ -63,7 +63,8 @@ _MEANING = {
     WRONG: "text would be wrong, or layers would not be packed",
     FAILS: "the engine ends in another way, where vLLM's own cache serves",
     UNCLEAR: "right as far as is seen, but a broken cache does not lose enough more to be sure",
-    NOT_RUN: "vLLM's CPU build does not run the tiny model with its own cache either",
+    NOT_RUN: "vLLM's CPU build does not run the tiny model with its own cache either; some configuration classes lack "
+    "what vLLM reads",
     NOT_BUILT: "no configuration class, or none that a tiny model could be made of",
 }
 
@@ -72,11 +73,16 @@ _TAIL = """\
 
 ```bash
 python -m kvtuner_tools.architectures            # what models.jsonl has not got yet
-python -m kvtuner_tools.architectures --again    # everything, after changes of the plugin or of vLLM
+python -m kvtuner_tools.architectures --changed  # and what checks now say other words of: minutes
+python -m kvtuner_tools.architectures --again    # everything: half an hour on two idle cores
 python -m kvtuner_tools.architectures.page       # this page
 ```
 
-The first goes on where it was stopped. Models with pictures need torchvision's CPU build.
+The first goes on where it was stopped. Tests hold this page equal to the data. They also hold the
+data equal to what `kvtuner profile check` says of every architecture. For the most served, they ask
+the engine's own checks too.
+
+Models with pictures need torchvision's CPU build.
 These tables were made with {versions}.
 """
 

@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing import connection, forkserver
@@ -93,6 +94,7 @@ def _work(answer: Any, function: Callable[[Any], Any], argument: Any, log: Path)
         found = False, function(argument)
     except Exception as error:
         found = True, f"{type(error).__name__}: {error}"
+    sys.stdout.flush()
     answer.send(found)
     answer.close()
     os._exit(0)  # engines need no orderly end

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from kvtuner_tools.architectures.configs import FIRST_SPECIAL_TOKEN, takes_more_than_text, tiny_config
-from kvtuner_tools.architectures.data import FAILS, MIXED, NOT_RUN, PAIR, REFUSED, Row, judge
+from kvtuner_tools.architectures.data import FAILS, MIXED, NOT_BUILT, NOT_RUN, PAIR, REFUSED, Row, judge
 from kvtuner_tools.architectures.engine import FIRST_TOKEN, PROMPT_LENGTHS, Answer, Job, Run, run
 from kvtuner_tools.profile_commands import resolve
 from vllm_kvtuner.profile.problems import ProfileError
@@ -95,6 +95,25 @@ def make(architecture: str, call: InProcess) -> Row:
     return row
 
 
+def changed(row: Row, call: InProcess) -> bool:
+    """Whether the checks, which build no model, say something else of an architecture than its row has."""
+    if row.status == NOT_BUILT:
+        return False
+    with tempfile.TemporaryDirectory() as name:
+        tiny = call(prepare, (row.architecture, Path(name)))
+        if tiny is None or (tiny.problems, len(tiny.attention_layers)) != (row.check, row.attention_layers):
+            return True
+        found = call(run, Job(row.architecture, name, PAIR, row.dtype, only_config=True)).error
+        return (found and found.replace(name, row.architecture)) != refusal(row)
+
+
+def refusal(row: Row) -> str | None:
+    """What the engine's configuration was refused with, pictures allowed; None where it was not."""
+    if row.more_than_text:
+        return row.with_pictures
+    return row.words if row.status == REFUSED else None
+
+
 def _mixed(folder: Path, tiny: Tiny) -> Path:
     """A profile whose attention layers have unlike pairs; layers without a cache need an entry too."""
     pairs = dict.fromkeys(range(tiny.num_layers), "K16V16")
@@ -118,7 +137,7 @@ def _compare(row: Row, engine: Callable[..., Run], mixed: Path) -> None:
     # Without texts of ours to score, it still has to be seen whether vLLM runs the model.
     own = engine(scored=tuple(each.text for found in answers.values() for each in found))
     if own.error:
-        row.status, row.words = NOT_RUN, own.error
+        row.status, row.words = NOT_RUN, own.error.partition(". ")[0]
         return
     for name, each in ((PAIR, pair), ("mixed", unlike)):
         if each.error:

@@ -7,9 +7,9 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from kvtuner_tools.architectures.data import FAILS, NOT_BUILT, NOT_RUN, PAIR, REFUSED, SERVED, WRONG
+from kvtuner_tools.architectures.data import FAILS, NOT_BUILT, NOT_RUN, PAIR, REFUSED, SERVED, WRONG, Row
 from kvtuner_tools.architectures.engine import NEW_TOKENS, PROMPT_LENGTHS, Answer, Job, Run, prompts
-from kvtuner_tools.architectures.trial import Tiny, first_difference, make, mean_kl
+from kvtuner_tools.architectures.trial import Tiny, changed, first_difference, make, mean_kl
 from tests.helpers.engine import cpu_only, fork_server
 
 VOCABULARY = 128
@@ -77,6 +77,23 @@ def test_a_served_architecture():
 def test_an_architecture_that_is_not_served(engines, status, words):
     row = make("A", fake(**engines))
     assert row.status == status and words in row.words
+
+
+@pytest.mark.parametrize(
+    ("row", "checked", "engine", "expected"),
+    [
+        (Row("A", SERVED, attention_layers=2), TINY, Run(), False),
+        (Row("A", SERVED, attention_layers=2), TINY, Run("must be", refused=True), True),
+        (Row("A", REFUSED, "must be", attention_layers=2), TINY, Run("must be", refused=True), False),
+        (Row("A", REFUSED, "must be", attention_layers=2), TINY, Run(), True),
+        (Row("A", SERVED, attention_layers=3), TINY, Run(), True),
+        (Row("A", SERVED, more_than_text=True, with_pictures="no", attention_layers=2), TINY, Run("no"), False),
+        (Row("A", SERVED, more_than_text=True, attention_layers=2), TINY, Run("no"), True),
+        (Row("A", NOT_BUILT), None, Run(), False),
+    ],
+)
+def test_changed(row, checked, engine, expected):
+    assert changed(row, lambda function, argument: engine if isinstance(argument, Job) else checked) is expected
 
 
 def test_mean_kl():
