@@ -116,7 +116,6 @@ def _shrunken(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
 _M_ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]}}
 """The three position numbers of pictures share the pairs of a head of 64; the classes have none by default."""
 
-_HUNYUAN_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 1.0, "alpha": 1000.0}
 _M3 = {
     "hidden_act": "swigluoai",
     "moe_layer_freq": [0, 1, 1, 1],
@@ -148,15 +147,23 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "cosmos3_edge_text": _M_ROPE,
+    # vLLM's class has no values of its own.
+    "deepseek_v4": {
+        "compress_ratios": [4, 128] * 2,
+        "head_dim": HEAD_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "num_attention_heads": NUM_HEADS,
+        "num_hidden_layers": NUM_LAYERS,
+        "num_key_value_heads": 1,
+        "vocab_size": VOCABULARY,
+    },
     "glm4_moe": {"head_dim": HEAD_SIZE, "partial_rotary_factor": 0.5},
-    "glm4v_moe_text": {"head_dim": HEAD_SIZE, "partial_rotary_factor": 0.5},
+    "glm4v_moe_text": {"head_dim": HEAD_SIZE, "partial_rotary_factor": 0.5, "use_qk_norm": False},
     "glm5_next_text": {"num_key_value_heads": NUM_HEADS, "qk_rope_head_dim": 0},
     "gpt_bigcode": {"num_key_value_heads": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hrm_text": {"num_layers_per_stack": 2, "H_cycles": 1, "L_cycles": 1},
-    "hunyuan_v1_dense": {"rope_parameters": _HUNYUAN_ROPE},
-    "hunyuan_v1_moe": {"rope_parameters": _HUNYUAN_ROPE},
-    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64},
+    "hy_v3": {"first_k_dense_replace": 1, "expert_hidden_dim": 64, "route_norm": True},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {
         "layer_types": ["conv", "full_attention"] * 2,
@@ -179,19 +186,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": _M_ROPE,
     "qwen2_vl_text": _M_ROPE,
     "qwen3_omni_moe_text": _M_ROPE,
-    "qwen3_omni_moe_vision_encoder": {"image_size": 64},
     "qwen3_vl_moe_text": {**_M_ROPE, "norm_topk_prob": True},
     "qwen3_vl_text": _M_ROPE,
     "radio": {"video_temporal_patch_size": 2},
     "step3_text": {"moe_layers_enum": "1,2,3"},
     "step3p5": {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": SLIDING_WINDOW},
-    "step3p5_vision": {
-        **dict.fromkeys(("output_dim", "width"), 64),
-        **dict.fromkeys(("layers", "heads"), 2),
-        **dict.fromkeys(("use_ln_pre", "use_ln_post", "use_abs_posemb", "use_rope2d"), True),
-        "use_cls_token": False,
-        "ls_init_value": 0.1,
-    },
     "zamba2": {
         "layer_types": ["linear_attention", "hybrid"] * 2,
         "hybrid_layer_ids": [1, 3],
