@@ -103,7 +103,8 @@ def _results_alone_on_stdout() -> Iterator[None]:
     handlers = [each for each in logging.getLogger("vllm").handlers if isinstance(each, logging.StreamHandler)]
     before = [each.setStream(sys.stderr) for each in handlers]
     try:
-        yield
+        with contextlib.redirect_stdout(sys.stderr):  # what configures logging anew takes it for stdout
+            yield
     finally:
         for handler, stream in zip(handlers, before, strict=True):
             if stream is not None:
@@ -134,7 +135,9 @@ def _engine_keywords(model: str, source: ModelSource) -> dict[str, Any]:
         config = read_config(model, source)
         parts = (config, config.get("text_config") or {})
         if not any(part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
-            own["dtype"] = "float32"  # or vLLM looks for it in the weights, which the verdict does not depend on
+            # Or vLLM looks for it in the weights, which the verdict does not depend on.
+            overrides = source.arguments.get("hf_overrides") or {}
+            own["hf_overrides"] = {"dtype": "float32", **overrides} if isinstance(overrides, Mapping) else overrides
     return {**source.arguments, **given, **own}
 
 
