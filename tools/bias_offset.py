@@ -59,7 +59,7 @@ def key_offsets(model: str) -> dict[int, LayerStatics]:
     """
     shape = load_model_shape(model)
     if shape.unsupported:
-        raise ProfileError([f"{model}: model {reason}" for reason in shape.unsupported])
+        raise ProfileError(shape.refusals)
     if shape.offset_unsupported:
         raise ProfileError([f"{model}: key_offset must be false, since {shape.offset_unsupported}"])
     biases = {layer: bias for layer, bias in _key_biases(model, shape) if shape.layers[layer].num_kv_heads}

@@ -184,10 +184,9 @@ def check_max_model_len(words: EngineWords, least: int) -> None:
 
 def model_source(words: EngineWords) -> ModelSource:
     """Where arguments say that a model's config and tokenizer come from."""
-    if not words.keys() & vars(MODEL_AS_IT_IS).keys():
-        return MODEL_AS_IT_IS
-    given = parse_engine_words(words)
-    return ModelSource(**{name: value for name, value in given.items() if name in vars(MODEL_AS_IT_IS)})
+    given = {name: value for name, value in parse_engine_words(words).items() if name not in PLACEMENT}
+    own = {name: given.pop(name) for name in vars(MODEL_AS_IT_IS) if name in given}
+    return ModelSource(**own, arguments=given) if own or given else MODEL_AS_IT_IS
 
 
 def engine_keywords(words: EngineWords, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, refuse_old
-from kvtuner_tools.cache_setting import KVTUNER, CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, cache_bits, profile_sha256
 from kvtuner_tools.data_files import PROMISE_JSON, file_sha256
 from kvtuner_tools.engine_arguments import (
     NO_WORDS,
@@ -43,9 +43,9 @@ from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, wr
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.model_files import ModelFiles
+from vllm_kvtuner.profile.problems import ProfileError
 
 SCHEMA = "kvtuner-evaluation/1"
-AUTO = CacheSetting("auto")
 COLUMNS = {
     "setting": "label:",
     "nominal bits": "nominal_bits:.2f",
@@ -170,10 +170,13 @@ class _Passes:
         self._request = request
         self._recorded: ReferenceLogits | Path = logits
         source = model_source(request.words)
+        shape = load_model_shape(request.model, source)
+        if shape.unsupported:
+            raise ProfileError(shape.refusals)
         hf_config = load_config(request.model, source)
         width = 32 if request.dtype == "float32" else 16
         settings = (AUTO, *request.settings)
-        self._bits = {setting: cache_bits(setting, hf_config, request.model, width) for setting in settings}
+        self._bits = {setting: cache_bits(setting, shape, request.model, width) for setting in settings}
         tokenizer = load_tokenizer(request.model, source)
         windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
         self._windows = tuple(map(tuple, windows))

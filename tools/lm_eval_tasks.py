@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.cache_setting import CacheSetting
+from kvtuner_tools.cache_setting import AUTO, CacheSetting, unquantized_keywords
 from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
 from kvtuner_tools.engines.evaluate import cache_memory
-from kvtuner_tools.model_files import load_tokenizer, max_positions
+from kvtuner_tools.model_files import load_config, load_tokenizer, max_positions
 
 MAX_MODEL_LEN = 4096
 """Tokens of prompt and answer, or fewer if the model has fewer positions."""
@@ -66,6 +66,8 @@ def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None
         **cache_memory(job.kv_memory_bytes),
         "enforce_eager": True,
     }
+    if job.setting == AUTO:
+        arguments |= unquantized_keywords(load_config(job.model, source), job.dtype)
     results = lm_eval.simple_evaluate(
         model="vllm",
         model_args=engine_keywords(job.words, arguments),

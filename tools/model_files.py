@@ -1,12 +1,23 @@
 """Find a model's files and read its shape, without loading weights."""
 
+import contextlib
 import json
-from dataclasses import dataclass
+import logging
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_kvtuner.engine.config import KV_CACHE_DTYPE, PROFILE_KEY
+from vllm_kvtuner.engine.verdict import model_shape
+from vllm_kvtuner.pages.layout import UNQUANTIZED
+from vllm_kvtuner.plugin import register
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,6 +32,7 @@ class ModelSource:
         tokenizer: folder or id that has the tokenizer instead.
         tokenizer_revision: as ``revision``, of the tokenizer.
         download_dir: where a hub's files of the model are kept.
+        arguments: further engine arguments, by vLLM's names, which its verdict may depend on.
     """
 
     revision: str | None = None
@@ -30,6 +42,7 @@ class ModelSource:
     tokenizer: str | None = None
     tokenizer_revision: str | None = None
     download_dir: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 MODEL_AS_IT_IS = ModelSource()
@@ -59,11 +72,45 @@ def read_config(model: str, source: ModelSource = MODEL_AS_IT_IS) -> Any:
 
 
 def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelShape:
-    """The shape of a model folder or id.
+    """The shape of a model folder or id, with vLLM's reading of it and the engine's own verdict.
+
+    Returns:
+        The shape; its ``unsupported`` says why the engine would refuse any profile.
 
     Raises:
-        ProfileError: no such model, or its config does not give the shape.
+        ProfileError: no such model, vLLM does not read its configuration, or an engine with these arguments would not
+            serve it whatever the profile.
     """
+    name = source.hf_config_path or model
+    refuse_missing_folder(name)
+    if Path(name).is_dir():
+        read_config(model, source)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to what stdout is when it is imported
+            from vllm.engine import arg_utils
+    except ImportError as error:
+        logger.warning("vLLM cannot be imported (%s): %s is read and checked without it", error, model)
+        return _shape_without_vllm(model, source)
+    with _results_alone_on_stdout():
+        register()
+        return _shape_of_engine(model, source, arg_utils.EngineArgs(**_engine_keywords(model, source)))
+
+
+@contextlib.contextmanager
+def _results_alone_on_stdout() -> Iterator[None]:
+    """What vLLM logs goes to stderr, whatever stdout was when it was imported."""
+    handlers = [each for each in logging.getLogger("vllm").handlers if isinstance(each, logging.StreamHandler)]
+    before = [each.setStream(sys.stderr) for each in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in zip(handlers, before, strict=True):
+            if stream is not None:
+                handler.setStream(stream)
+
+
+def _shape_without_vllm(model: str, source: ModelSource) -> ModelShape:
     config = read_config(model, source)
     try:
         return ModelShape.from_hf_config(config, model)
@@ -72,6 +119,64 @@ def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelS
             raise
         # A config.json may leave out what the model's config class has as defaults.
         return ModelShape.from_hf_config(load_config(model, source), model)
+
+
+def _engine_keywords(model: str, source: ModelSource) -> dict[str, Any]:
+    """vLLM's EngineArgs of an engine with a profile that any served model takes."""
+    given = {name: value for name, value in vars(source).items() if name != "arguments" and value}
+    own = {
+        "model": model,
+        "skip_tokenizer_init": True,
+        "kv_cache_dtype": KV_CACHE_DTYPE,
+        "additional_config": {PROFILE_KEY: UNQUANTIZED.name},
+    }
+    if Path(source.hf_config_path or model).is_dir():
+        config = read_config(model, source)
+        parts = (config, config.get("text_config") or {})
+        if not any(part.get(key) for part in parts for key in ("dtype", "torch_dtype")):
+            own["dtype"] = "float32"  # or vLLM looks for it in the weights, which the verdict does not depend on
+    return {**source.arguments, **given, **own}
+
+
+def _shape_of_engine(model: str, source: ModelSource, arguments: Any) -> ModelShape:
+    """As the engine's own check has it."""
+    try:
+        shape = model_shape(arguments.create_model_config())
+    except ProfileError:
+        raise
+    except Exception as error:  # configurations that it does not read end in errors of many kinds
+        rule = "model must be one that vLLM reads"
+        problems = [f"{model}: {rule}, but got {_first_line(error)}"]
+        raise ProfileError([*problems, *_refusals_of_values(model, source)]) from None
+    if shape.unsupported:
+        return shape
+    try:
+        arguments.create_engine_config()
+    except ProfileError as error:
+        raise ProfileError(problem.removeprefix(f"{UNQUANTIZED.name}: ") for problem in error.problems) from None
+    except RuntimeError as error:  # a machine without a device that this vLLM serves
+        logger.warning("%s: what depends on the device was not checked: %s", model, _first_line(error))
+    except ValueError as error:
+        raise ProfileError(
+            [f"{model}: model must be one that vLLM serves here, but got {_first_line(error)}"]
+        ) from None
+    return shape
+
+
+def _refusals_of_values(model: str, source: ModelSource) -> tuple[str, ...]:
+    """Why a model that vLLM does not read here would not be served where it does, as far as its values say."""
+    try:
+        return _shape_without_vllm(model, source).refusals
+    except ProfileError:
+        return ()
+
+
+def _first_line(error: Exception) -> str:
+    """What an error says, without the frame that pydantic puts around it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = next((line for line in lines if "error, " in line), lines[0] if lines else "")
+    text = said.partition("error, ")[2] or said
+    return f"{type(error).__name__}: {text.partition(' [type=')[0]}"
 
 
 def max_positions(model: str, source: ModelSource = MODEL_AS_IT_IS) -> int:

@@ -64,7 +64,7 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
     """
     shape = load_model_shape(request.model, model_source(request.words))
     if shape.unsupported:
-        raise ProfileError([f"{request.model}: model {reason}" for reason in shape.unsupported])
+        raise ProfileError(shape.refusals)
     text = request.text
     context = max(map(len, text.windows))
     versions = provenance()["versions"]

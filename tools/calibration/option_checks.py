@@ -79,7 +79,7 @@ def check_options(options: CalibrationOptions, out: Path, stages: Collection[str
     layers_known = shape is not None and attempt(lambda: _check_layers(options, shape)) is not None
     filled, note = options, None
     if shape is not None:
-        problems += [f"{options.model}: model {reason}" for reason in shape.unsupported]
+        problems += shape.refusals
     if shape is not None and layers_known and not shape.unsupported:
         attempt(lambda: problems.extend(window_default.refuse(options, shape)))
         filled, note = attempt(lambda: window_default.fill(options, shape)) or (options, None)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtuner_tools.cache_setting import unquantized_keywords
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import (
     Capture,
@@ -29,8 +30,9 @@ from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_s
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
 from kvtuner_tools.engines.ranks import kv_head_copies, make_room_for_stage_before, num_ranks, whole_heads, writes
 from kvtuner_tools.engines.residual_readers import ResidualReaders
-from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.model_files import load_config, max_positions
 from kvtuner_tools.progress import track
+from vllm_kvtuner.engine.layer_names import layer_index
 from vllm_kvtuner.engine.statics import layer_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
 from vllm_kvtuner.profile.model_shape import ModelShape
@@ -143,15 +145,18 @@ def run_capture_engine(job: CaptureJob) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
 
+    source = model_source(job.words)
     own = {
         "model": job.shape.name,
         "dtype": job.dtype,
-        "max_model_len": max_model_len_for(job.context, max_positions(job.shape.name, model_source(job.words))),
+        "max_model_len": max_model_len_for(job.context, max_positions(job.shape.name, source)),
         "max_num_seqs": 1,
         "max_num_batched_tokens": job.context,
         **cache_memory(job.kv_memory_bytes),
         "enable_prefix_caching": False,
         "enforce_eager": True,  # compiled graphs do not call the layers' forward
+        # What layers see follows from what those before them read of the cache.
+        **unquantized_keywords(load_config(job.shape.name, source), job.dtype),
     }
     llm = LLM(**engine_keywords(job.words, own))
     params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
@@ -227,8 +232,6 @@ def _install(worker: Any, job: CaptureJob) -> _Stage | None:
     Returns:
         What the stage has, in the worker that writes for it; None in the others.
     """
-    from vllm.model_executor.models.utils import extract_layer_index
-
     config, model = worker.vllm_config, worker.model_runner.get_model()
     make_room_for_stage_before(worker.model_runner)
     tap = worker.model_runner.kvtuner_tap = _Tap(job.folder)
@@ -237,7 +240,10 @@ def _install(worker: Any, job: CaptureJob) -> _Stage | None:
     for name, layer in config.compilation_config.static_forward_context.items():
         if id(layer) not in names or not hasattr(layer, "num_kv_heads"):  # not an attention layer with a cache
             continue
-        index = extract_layer_index(name)
+        index = layer_index(config, name)
+        if index is None or index in tap.layers:
+            rule = "must have a number of its own in its name"
+            raise RuntimeError(f"{job.shape.name}: attention layer {name} {rule}")
         rotary, problem = None, job.shape.offset_unsupported
         try:
             parent = modules[names[id(layer)].rpartition(".")[0]]
@@ -294,12 +300,10 @@ def _sinks(layer: Any) -> tuple[float, ...] | None:
 
 def _watch(worker: Any) -> None:
     """Note what the next step runs through. Runs in the worker."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
     config, model = worker.vllm_config, worker.model_runner.get_model()
     known = {id(module) for module in model.modules()}
     attention = {
-        extract_layer_index(name): layer
+        layer_index(config, name): layer
         for name, layer in config.compilation_config.static_forward_context.items()
         if id(layer) in known and hasattr(layer, "num_kv_heads")
     }

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtuner_tools.cache_setting import CacheSetting
+from kvtuner_tools.cache_setting import AUTO, CacheSetting, unquantized_keywords
 from kvtuner_tools.divergence import TokenScores, compare
 from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
 from kvtuner_tools.engines.ranks import gives_logits, make_room_for_stage_before
-from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.model_files import load_config, max_positions
 from kvtuner_tools.progress import track
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
 from vllm_kvtuner.profile.profile import ResolvedProfile
@@ -255,6 +255,10 @@ class MeasuringEngine:
         from vllm import LLM
 
         self._options, self._reference = options, reference
+        source = model_source(options.words)
+        plain = {}
+        if options.setting == AUTO:
+            plain = unquantized_keywords(load_config(options.model, source), options.dtype)
         own = {
             "model": options.model,
             "dtype": options.dtype,
@@ -263,11 +267,11 @@ class MeasuringEngine:
                 attend_cached_prefill=True,
                 switchable=options.switchable,
                 # What a server of the model's own length stores, however short the texts are.
-                request_tokens=max_positions(options.model, model_source(options.words)),
+                request_tokens=max_positions(options.model, source),
             ),
             # Rounding the logits to bf16 alone is a KL of 0.0002 and 1.6% of top-1 (SmolLM2): as much as an 8-bit
             # cache.
-            "hf_overrides": {"head_dtype": "float32"},
+            "hf_overrides": {"head_dtype": "float32", **plain.pop("hf_overrides", {})},
             "max_model_len": options.max_model_len,
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": max(options.chunk, options.max_num_seqs),
@@ -276,6 +280,7 @@ class MeasuringEngine:
             "enable_prefix_caching": True,
             # Settings must differ in the cache alone, not in what the compiler fuses around it.
             "enforce_eager": True,
+            **plain,
         }
         self._llm = LLM(**engine_keywords(options.words, own))
         self._llm.collective_rpc(_install, args=(reference,))
