@@ -183,10 +183,14 @@ def check_max_model_len(words: EngineWords, least: int) -> None:
 
 
 def model_source(words: EngineWords) -> ModelSource:
-    """Where arguments say that a model's config and tokenizer come from."""
-    given = {name: value for name, value in parse_engine_words(words).items() if name not in PLACEMENT}
-    own = {name: given.pop(name) for name in vars(MODEL_AS_IT_IS) if name in given}
-    return ModelSource(**own, arguments=given) if own or given else MODEL_AS_IT_IS
+    """Where arguments say that a model's config and tokenizer come from, and what its verdict may depend on."""
+    fields = vars(MODEL_AS_IT_IS).keys()
+    wanted = [name for name in words if name in fields or not (name in PLACEMENT or name in REFUSED)]
+    if not wanted:
+        return MODEL_AS_IT_IS
+    values = parse_engine_words({name: words[name] for name in wanted})
+    own = {name: values.pop(name) for name in fields if name in values}
+    return ModelSource(**own, arguments=values)
 
 
 def engine_keywords(words: EngineWords, own: Mapping[str, Any]) -> dict[str, Any]:

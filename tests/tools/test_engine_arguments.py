@@ -138,6 +138,8 @@ def test_a_models_source_is_as_vllm_is_told() -> None:
     line = "M --revision main --trust-remote-code --tokenizer T --tensor-parallel-size 2"
     _, words = split_engine_words(line.split(), parser())
     assert model_source(words) == ModelSource(revision="main", trust_remote_code=True, tokenizer="T")
+    more = {**words, "quantization": ["-q", "fp8"], "download_dir": ["--download-dir", "D"], "model": ["--model", "X"]}
+    assert model_source(more) == replace(model_source(words), download_dir="D", arguments={"quantization": "fp8"})
     assert computed_by(words).keys() == {"revision", "trust_remote_code", "tokenizer"}
     assert placed_by(words) == {"tensor_parallel_size": ["--tensor-parallel-size", "2"]}
 

@@ -160,7 +160,9 @@ def open_storage(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, engine_kwargs=engine)
     except Exception as error:  # SQLAlchemy's, the driver's and the import's errors have no common base
-        got = f"{url!r}: {str(error).splitlines()[0]}".replace(url, hide_password(url))
+        missing = isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name
+        reason = f"its driver, the package {missing}, is not installed" if missing else str(error).splitlines()[0]
+        got = f"{url!r}: {reason}".replace(url, hide_password(url))
         raise ValueError(f"--storage must be a database that can be opened, but got {got}") from None
 
 
