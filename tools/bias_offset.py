@@ -58,7 +58,7 @@ def key_offsets(model: str) -> dict[int, LayerStatics]:
     """
     shape = load_model_shape(model)
     if shape.unsupported:
-        raise ProfileError([f"{model}: model {reason}" for reason in shape.unsupported])
+        raise ProfileError(shape.refusals)
     biases = {layer: bias for layer, bias in _key_biases(model, shape) if shape.layers[layer].num_kv_heads}
     if not biases:
         rule = "must have a k projection with a bias to make a key offset of"

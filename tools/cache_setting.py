@@ -1,14 +1,18 @@
 """One way to store the KV cache, as a measurement names it: a vLLM cache dtype, or ``kvtuner`` with a profile."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from typing import Any
 
 from vllm_kvtuner.engine.config import ATTEND_KEY, CALIBRATION_KEY, KV_CACHE_DTYPE, PROFILE_KEY, REQUEST_TOKENS_KEY
+from vllm_kvtuner.profile.checkpoint import checkpoint_scheme, without_scheme
 from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
 
 KVTUNER = KV_CACHE_DTYPE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,12 +81,35 @@ class CacheSetting:
         return config
 
 
+AUTO = CacheSetting("auto")
+"""The reference of every measurement: the unquantized cache."""
+
+
+def unquantized_keywords(hf_config: Any, dtype: str) -> dict[str, Any]:
+    """Keywords of vLLM's ``LLM`` with which ``auto`` is the model's dtype, whatever cache the checkpoint asks for.
+
+    Args:
+        hf_config: the model's configuration.
+        dtype: of the model, as ``LLM`` takes it.
+    """
+    scheme = checkpoint_scheme(hf_config)
+    if scheme is None:
+        return {}
+    logger.warning(
+        "the checkpoint asks for a quantized KV cache (%s); auto is the unquantized cache here, in the model's dtype",
+        scheme,
+    )
+    if scheme.has_scales_per_head and dtype in ("bfloat16", "float16"):
+        return {"kv_cache_dtype": dtype}  # without the scheme vLLM would look for one scale per layer
+    return {"hf_overrides": without_scheme(hf_config)}
+
+
 def cache_bits(setting: CacheSetting, hf_config: Any, model: str, unquantized_bits: int) -> tuple[float, float] | None:
     """Nominal and stored bits per cached number, or None for a dtype of vLLM whose scales it lays out itself.
 
     Args:
         setting: the KV cache dtype and profile.
-        hf_config: the model's transformers config.
+        hf_config: the model's transformers config, or its shape.
         model: its name for error messages.
         unquantized_bits: width of the model's dtype, which ``auto`` caches.
 
@@ -90,7 +117,8 @@ def cache_bits(setting: CacheSetting, hf_config: Any, model: str, unquantized_bi
         ProfileError: the profile cannot be read or does not fit the model.
     """
     if setting.profile is not None:
-        resolved = load_profile(setting.profile).resolve(ModelShape.from_hf_config(hf_config, model))
+        shape = hf_config if isinstance(hf_config, ModelShape) else ModelShape.from_hf_config(hf_config, model)
+        resolved = load_profile(setting.profile).resolve(shape)
         return resolved.nominal_bits, resolved.stored_bits
     if setting.kv_cache_dtype == "auto":
         return float(unquantized_bits), float(unquantized_bits)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kvtuner_tools.arguments import INTERRUPTED, USAGE_ERROR, set_example
+from kvtuner_tools.engine_arguments import split_engine_words, takes_engine_arguments
 from vllm_kvtuner import __version__
 
 
@@ -122,11 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     called = next((word for word in argv if not word.startswith("-")), None)
+    engine_words: dict[str, list[str]] = {}
     for entry in COMMANDS:
         subparser = subparsers.add_parser(entry.name, help=entry.help, description=description(entry))
         if entry.name == called:
             try:
                 subparser.set_defaults(run=configure(subparser, entry).run)
+                if takes_engine_arguments(subparser):
+                    behind = argv.index(entry.name) + 1
+                    argv[behind:], engine_words = split_engine_words(argv[behind:], subparser)
             except ModuleNotFoundError as error:
                 if entry.extra is None or (error.name or "").startswith(("kvtuner_tools", "vllm_kvtuner")):
                     raise
@@ -137,6 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # --json was the file's name once.
         parser.exit(USAGE_ERROR, "kvtuner evaluate: error: --json prints to stdout; a file is written by --out\n")
     args = parser.parse_args(argv)
+    if engine_words:
+        args.engine = engine_words
     try:
         return args.run(args)
     except (ValueError, OSError) as error:  # a ProfileError is a ValueError

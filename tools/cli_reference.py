@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvtuner_tools.arguments import example
 from kvtuner_tools.cli import COMMANDS, configure, description
+from kvtuner_tools.engine_arguments import REFUSED, takes_engine_arguments
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "reference" / "cli.md"
 WIDTH = 100
@@ -33,6 +34,18 @@ HEAD = """# Command line
 on stdout, with a field `schema`, and everything else on stderr. `--out` is always where a command
 writes its result. Memory has a unit, such as `20GiB` or `512MB`; `20G` is 20 GiB and `20g` 20 GB, as
 in vLLM.
+"""
+ENGINE_TITLE = "vLLM's engine arguments"
+ENGINE = f"""## {ENGINE_TITLE}
+
+Commands that start an engine take all arguments of vLLM's engine beside their own, under all their
+spellings. vLLM's parser reads them: `vllm serve --help=all` lists them. `kvtuner evaluate MODEL
+--data text.txt --profile K8V4 --tensor-parallel-size 2` is an example.
+
+What is no option of the command itself, and must be set by it, is refused before a model loads:
+
+| argument | why |
+| --- | --- |
 """
 
 
@@ -61,7 +74,16 @@ def page() -> str:
     tops = [(prog, parser) for prog, parser in parsers if prog.count(" ") == 1]
     index = "\n".join(f"| [`{prog}`](#{prog.replace(' ', '-')}) | {parser.description} |" for prog, parser in tops)
     parts = [HEAD, f"| command | what it does |\n| --- | --- |\n{index}\n"]
-    return "\n".join([*parts, *(_section(prog, parser) for prog, parser in parsers)])
+    return "\n".join([*parts, _engine(), *(_section(prog, parser) for prog, parser in parsers)])
+
+
+def _engine() -> str:
+    """What is said once of the arguments that commands take beside their own."""
+    names: dict[str, list[str]] = {}
+    for name, reason in {**REFUSED, "no_enforce_eager": REFUSED["compilation_config"]}.items():
+        names.setdefault(reason, []).append(f"`--{name.replace('_', '-')}`")
+    rows = [f"| {', '.join(sorted(options))} | {reason} |" for reason, options in names.items()]
+    return ENGINE + "\n".join(_inline(row) for row in rows) + "\n"
 
 
 def _section(prog: str, parser: argparse.ArgumentParser) -> str:
@@ -72,6 +94,8 @@ def _section(prog: str, parser: argparse.ArgumentParser) -> str:
         lines += ["```bash", *_continued(command), "```", ""]
     if rows:
         lines += ["| argument | value | meaning |", "| --- | --- | --- |", *rows, ""]
+    if takes_engine_arguments(parser):
+        lines += [f"[{ENGINE_TITLE}](#vllms-engine-arguments) are taken too.", ""]
     return "\n".join(lines)
 
 

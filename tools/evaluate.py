@@ -11,12 +11,21 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, refuse_old
-from kvtuner_tools.cache_setting import KVTUNER, CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.data_files import PROMISE_JSON, file_sha256
+from kvtuner_tools.engine_arguments import (
+    NO_WORDS,
+    EngineWords,
+    add_engine_arguments,
+    check_engine_words,
+    check_max_model_len,
+    model_source,
+)
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
     EngineJob,
@@ -26,17 +35,17 @@ from kvtuner_tools.engines.evaluate import (
     max_model_len_for,
     run_engine,
 )
-from kvtuner_tools.heldout import file_sha256, load_windows
+from kvtuner_tools.heldout import load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
-from kvtuner_tools.model_files import load_model_shape, refuse_missing_folder
+from kvtuner_tools.model_files import ModelSource, load_config, load_model_shape, load_tokenizer
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.model_files import ModelFiles
+from vllm_kvtuner.profile.problems import ProfileError
 
 SCHEMA = "kvtuner-evaluation/1"
-AUTO = CacheSetting("auto")
 COLUMNS = {
     "setting": "label:",
     "nominal bits": "nominal_bits:.2f",
@@ -49,8 +58,6 @@ COLUMNS = {
     "KV tokens": "kv_tokens:,",
     "x auto": "kv_tokens_ratio:.3f",
 }
-TASK_SUFFIX = ".jsonl"
-"""Of tasks with questions and answers of their own; the others are lm-eval's."""
 TASK_COLUMNS = {
     "accuracy": "task_accuracy:.3f",
     "± stderr ": "task_stderr:.3f",
@@ -68,19 +75,20 @@ class EvaluationRequest:
     Attributes:
         model: folder or model id.
         settings: what to compare with ``auto``, in order.
-        data: plain text, or .jsonl with question and answer per line.
+        data: plain text, or rows of JSON with texts or conversations.
         tokens: text tokens to run, at least.
         context: tokens of a window at most.
         chunk: prompt tokens per engine step; below ``context``, later chunks attend to the earlier ones in the cache.
-        kv_memory_bytes: KV cache memory of every engine.
+        kv_memory_bytes: KV cache memory of every engine, on each rank.
         dtype: bfloat16, float16 or float32, of the model and of the ``auto`` cache.
         noise_floor: also compare ``auto`` with itself, prefilled in two chunks so that it rounds differently.
-        task: .jsonl with question and answer per line, to be answered by every setting and ``auto``.
+        task: rows of JSON with question and answer, to be answered by every setting and ``auto``.
         task_limit: questions of it, and of each lm-eval task, at most.
-        num_fewshot: worked examples before each question: first lines of ``task``, which are not asked (by default
+        num_fewshot: worked examples before each question: first rows of ``task``, which are not asked (by default
             none), and what lm-eval takes as such (by default as its tasks say).
         task_tokens: tokens an answer may have.
         lm_eval: names of lm-eval tasks, or YAML files of such.
+        words: vLLM's engine arguments.
     """
 
     model: str
@@ -97,6 +105,7 @@ class EvaluationRequest:
     num_fewshot: int | None = None
     task_tokens: int = DEFAULT_MAX_TOKENS
     lm_eval: tuple[str, ...] = ()
+    words: EngineWords = field(default_factory=dict)
 
 
 def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[str, Any]:
@@ -158,21 +167,24 @@ class _Passes:
     """
 
     def __init__(self, request: EvaluationRequest, logits: Path) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
         self._request = request
         self._recorded: ReferenceLogits | Path = logits
-        refuse_missing_folder(request.model)
-        hf_config = AutoConfig.from_pretrained(request.model)
+        source = model_source(request.words)
+        shape = load_model_shape(request.model, source)
+        if shape.unsupported:
+            raise ProfileError(shape.refusals)
+        hf_config = load_config(request.model, source)
         width = 32 if request.dtype == "float32" else 16
         settings = (AUTO, *request.settings)
-        self._bits = {setting: cache_bits(setting, hf_config, request.model, width) for setting in settings}
-        tokenizer = AutoTokenizer.from_pretrained(request.model)
+        self._bits = {setting: cache_bits(setting, shape, request.model, width) for setting in settings}
+        tokenizer = load_tokenizer(request.model, source)
         windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
         self._windows = tuple(map(tuple, windows))
-        self._task = _load_task(request, tokenizer)
+        positions = hf_config.get_text_config().max_position_embeddings
+        self._task = _load_task(request, tokenizer, positions)
         longest = max(request.context, 0 if self._task is None else self._task.max_model_len)
-        self._max_model_len = max_model_len_for(longest, hf_config.get_text_config().max_position_embeddings)
+        check_max_model_len(request.words, longest + 1)
+        self._max_model_len = max_model_len_for(longest, positions)
         self._chunk = request.chunk or request.context
 
     def head(self) -> dict[str, Any]:
@@ -189,6 +201,7 @@ class _Passes:
             "windows": len(self._windows),
             "predicted_tokens": sum(len(window) - 1 for window in self._windows),
             "kv_memory_bytes": request.kv_memory_bytes,
+            "engine": {name: list(words) for name, words in request.words.items()},
             "task": None if self._task is None else self._task.description(),
             "lm_eval": {
                 "tasks": list(request.lm_eval),
@@ -233,6 +246,7 @@ class _Passes:
             chunk=each.chunk,
             kv_memory_bytes=self._request.kv_memory_bytes,
             max_num_seqs=1 if each.task is None else TASK_MAX_NUM_SEQS,
+            words=self._request.words,
         )
         return in_own_process(run_engine, EngineJob(options, self._windows, self._recorded, each.task))
 
@@ -267,11 +281,12 @@ class _Passes:
             dtype=request.dtype,
             setting=setting,
             kv_memory_bytes=request.kv_memory_bytes,
+            words=request.words,
         )
         return {"lm_eval": in_own_process(run_lm_eval, job)}
 
 
-def _load_task(request: EvaluationRequest, tokenizer: Any) -> Task | None:
+def _load_task(request: EvaluationRequest, tokenizer: Any, positions: int) -> Task | None:
     if request.task is None:
         return None
     return load_task(
@@ -280,6 +295,7 @@ def _load_task(request: EvaluationRequest, tokenizer: Any) -> Task | None:
         limit=request.task_limit,
         shots=request.num_fewshot or 0,
         max_tokens=request.task_tokens,
+        positions=positions,
     )
 
 
@@ -355,7 +371,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help=f"held-out text, or {TASK_SUFFIX} with question and answer",
+        help="held-out text: plain text, or rows of JSON with texts or conversations",
     )
     text.add_argument("--tokens", type=int, default=4096, help="tokens of it to run (default: %(default)s)")
     text.add_argument(
@@ -370,7 +386,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=lambda words: tuple(filter(None, words.split(","))),
         default=(),
         metavar="TASK,...",
-        help=f"names of lm-eval's tasks or their YAML files, and a {TASK_SUFFIX} file with question and answer, ending "
+        help="names of lm-eval's tasks or their YAML files, and a file of JSON rows with question and answer, ending "
         "in '#### number'",
     )
     tasks.add_argument("--limit", type=int, metavar="QUESTIONS", help="of each task at most (default: all)")
@@ -378,14 +394,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-fewshot",
         type=int,
         metavar="EXAMPLES",
-        help=f"worked examples before each question (default: as lm-eval's task says; none of a {TASK_SUFFIX} file, "
-        "whose first lines they are)",
+        help="worked examples before each question (default: as lm-eval's task says; none of a file of questions, "
+        "whose first rows they are)",
     )
     tasks.add_argument(
         "--max-tokens",
         type=int,
         default=DEFAULT_MAX_TOKENS,
-        help=f"of an answer to a {TASK_SUFFIX} file (default: %(default)s)",
+        help="of an answer to a file of questions (default: %(default)s)",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -399,8 +415,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=parse_memory,
         default="1GiB",
         metavar="MEMORY",
-        help="of each engine's KV cache (default: %(default)s)",
+        help="KV cache memory of every engine, on each rank (default: %(default)s)",
     )
+    add_engine_arguments(parser)
     result = parser.add_argument_group("result")
     result.add_argument(
         "--out",
@@ -425,12 +442,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
-    settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model) for profile in args.profile])
+    words = getattr(args, "engine", NO_WORDS)
+    check_engine_words(words)
+    source = model_source(words)
+    settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
     if not (settings or args.noise_floor or args.tasks):
         raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
-    files = [task for task in args.tasks if task.endswith(TASK_SUFFIX)]
+    files = [task for task in args.tasks if _has_questions(task)]
     if len(files) > 1:
-        raise ValueError(f"--tasks must have at most one {TASK_SUFFIX} file, but got {', '.join(files)}")
+        raise ValueError(f"--tasks must have at most one file of questions, but got {', '.join(files)}")
     request = EvaluationRequest(
         model=args.model,
         settings=settings,
@@ -446,6 +466,7 @@ def run(args: argparse.Namespace) -> int:
         num_fewshot=args.num_fewshot,
         task_tokens=args.max_tokens,
         lm_eval=tuple(task for task in args.tasks if task not in files),
+        words=words,
     )
     with stdout_to_stderr(args.json):
         evaluation = evaluate(request, args.out and args.out.with_name(f"{args.out.name}.partial"))
@@ -466,11 +487,18 @@ def text(evaluation: dict[str, Any]) -> str:
     return "\n".join([*lines, table(evaluation)])
 
 
-def _found(spec: str, model: str) -> str:
+def _has_questions(task: str) -> bool:
+    """Whether a task is a file of questions and answers; the others are lm-eval's, by name or as YAML."""
+    suffix = Path(task).suffix.lower()
+    return suffix in PROMISE_JSON or (suffix not in (".yaml", ".yml") and Path(task).is_file())
+
+
+def _found(spec: str, model: str, source: ModelSource) -> str:
     """The profile that a spec means for the model, with a line on what auto is."""
     if not is_auto(spec):
         return spec
-    found = resolve_auto(spec, ModelFiles(model), load_model_shape(model)).chosen
+    files = ModelFiles(model, source.revision, source.download_dir)
+    found = resolve_auto(spec, files, load_model_shape(model, source)).chosen
     print(f"{spec} -> {found.spec} ({found.source})", file=sys.stderr)
     return found.spec
 

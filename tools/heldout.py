@@ -1,67 +1,54 @@
 """Held-out text as token windows for teacher-forced evaluation."""
 
-import hashlib
-import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from kvtuner_tools.data_files import DocumentTokens, read_documents, token_documents
+
+logger = logging.getLogger("kvtuner")
 
 
 def load_windows(path: Path, tokenizer: Any, *, tokens: int, context: int) -> list[list[int]]:
     """Token windows of at most ``context`` tokens, as many as hold ``tokens`` tokens together, in file order.
 
-    Plain text becomes contiguous windows of exactly ``context`` tokens, each beginning with the BOS token where the
-    tokenizer adds one. A ``.jsonl`` file has ``question`` and ``answer`` per line: each line is one chat in the
-    model's chat template and one window, cut at ``context``.
+    A text, which is the file or a row of JSON in it, becomes contiguous windows of ``context`` tokens and a shorter one
+    at its end, each beginning with the BOS token where the tokenizer adds one. A conversation is one window in the
+    model's chat template. It is logged how many of them are cut at ``context``, and how many windows are left out since
+    they are too short to predict anything.
 
     Raises:
-        ValueError: a window too short to predict anything, too little text, a line without the two fields, or chats
-            for a tokenizer without a chat template.
+        ProfileError: the file cannot be read, or every row in it that cannot be used, with file and line.
+        ValueError: a window too short to predict anything, or too little text.
     """
     if context < 2:
         raise ValueError(f"context must be at least 2 tokens, but got {context}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, but got {tokens}")
-    source = _chats(path, tokenizer) if path.suffix == ".jsonl" else _text(path, tokenizer, context)
     windows: list[list[int]] = []
-    total = 0
-    for window in source:
-        windows.append(window[:context])
-        total += len(windows[-1])
+    total = cut = short = 0
+    for document in token_documents(path, read_documents(path), tokenizer):
+        cut += document.is_conversation and len(document.prefix) + len(document.ids) > context
+        for window in _windows(document, context):
+            if len(window) < 2:
+                short += 1
+            elif total < tokens:
+                windows.append(window)
+                total += len(window)
         if total >= tokens:
-            return windows
-    raise ValueError(f"{path}: must hold {tokens} tokens in windows of {context}, but got {total}")
+            break
+    if cut:
+        logger.warning("%s: of %d windows, %d are conversations cut at %d tokens", path, len(windows), cut, context)
+    if short:
+        logger.warning("%s: %d windows of one token, which predict nothing, were left out", path, short)
+    if total < tokens:
+        raise ValueError(f"{path}: must hold {tokens} tokens in windows of {context}, but got {total}")
+    return windows
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _text(path: Path, tokenizer: Any, context: int) -> Iterator[list[int]]:
-    ids = tokenizer(path.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    prefix = [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
-    step = context - len(prefix)
-    for start in range(0, len(ids) - step + 1, step):
-        yield prefix + ids[start : start + step]
-
-
-def _chats(path: Path, tokenizer: Any) -> Iterator[list[int]]:
-    if not tokenizer.chat_template:
-        raise ValueError(f"{path}: chats need a tokenizer with a chat template, but {tokenizer.name_or_path} has none")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        record = json.loads(line)
-        if not isinstance(record, dict) or not {"question", "answer"} <= record.keys():
-            raise ValueError(f"{path}:{number}: each line must be an object with question and answer, but got {line!r}")
-        chat = [
-            {"role": "user", "content": record["question"]},
-            {"role": "assistant", "content": record["answer"]},
-        ]
-        # The template writes the special tokens itself, so the tokenizer must not add them again.
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        yield tokenizer(text, add_special_tokens=False)["input_ids"]
+def _windows(document: DocumentTokens, context: int) -> Iterator[list[int]]:
+    step = context - len(document.prefix)
+    count = 1 if document.is_conversation else len(document.ids)
+    for start in range(0, count, step):
+        yield [*document.prefix, *document.ids[start : start + step]]

@@ -2,13 +2,14 @@
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.cache_setting import CacheSetting
+from kvtuner_tools.cache_setting import AUTO, CacheSetting, unquantized_keywords
+from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
 from kvtuner_tools.engines.evaluate import cache_memory
-from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.model_files import load_config, load_tokenizer, max_positions
 
 MAX_MODEL_LEN = 4096
 """Tokens of prompt and answer, or fewer if the model has fewer positions."""
@@ -24,7 +25,8 @@ class LmEvalJob:
         tasks: names that lm-eval knows, or YAML files that define a task.
         limit: questions per task at most.
         num_fewshot: worked examples; None for the task's own number.
-        kv_memory_bytes: memory of the KV cache.
+        kv_memory_bytes: memory of the KV cache on each rank.
+        words: vLLM's engine arguments.
     """
 
     tasks: tuple[str, ...]
@@ -34,6 +36,7 @@ class LmEvalJob:
     dtype: str
     setting: CacheSetting
     kv_memory_bytes: int
+    words: EngineWords = field(default_factory=dict)
 
 
 def check_lm_eval() -> None:
@@ -51,9 +54,9 @@ def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     import lm_eval
-    from transformers import AutoTokenizer
 
-    positions = max_positions(job.model)
+    source = model_source(job.words)
+    positions = max_positions(job.model, source)
     arguments = {
         "pretrained": job.model,
         "dtype": job.dtype,
@@ -63,16 +66,18 @@ def run_lm_eval(job: LmEvalJob) -> dict[str, dict[str, tuple[float, float | None
         **cache_memory(job.kv_memory_bytes),
         "enforce_eager": True,
     }
+    if job.setting == AUTO:
+        arguments |= unquantized_keywords(load_config(job.model, source), job.dtype)
     results = lm_eval.simple_evaluate(
         model="vllm",
-        model_args=arguments,
+        model_args=engine_keywords(job.words, arguments),
         tasks=[str(Path(task).absolute()) if task.endswith(".yaml") else task for task in job.tasks],
         batch_size="auto",
         limit=job.limit,
         num_fewshot=job.num_fewshot,
         log_samples=False,
         bootstrap_iters=BOOTSTRAPS,
-        apply_chat_template=bool(AutoTokenizer.from_pretrained(job.model).chat_template),
+        apply_chat_template=bool(load_tokenizer(job.model, source).chat_template),
     )
     return {task: _metrics(values) for task, values in results["results"].items()}
 

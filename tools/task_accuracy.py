@@ -1,6 +1,5 @@
 """Accuracy on word problems with a number as the answer (GSM8K's format): greedy chat, exact match of the number."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +7,8 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.heldout import file_sha256
+from kvtuner_tools.data_files import file_sha256, read_data, refuse_rows, usable_text
+from vllm_kvtuner.profile.problems import show
 
 INSTRUCTION = "Solve the problem step by step. Put the final number in \\boxed{}."
 DEFAULT_MAX_TOKENS = 512
@@ -18,6 +18,7 @@ _BOXED = re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}")
 _CALCULATION = re.compile(r"<<[^>]*>>")
 _MARK = "####"
 """Stands before the final number in GSM8K's answers."""
+_FORM = f"question and answer, the answer ending in '{_MARK} number'"
 
 
 @dataclass(frozen=True)
@@ -145,19 +146,27 @@ class Task:
 
 
 def load_task(
-    path: Path, tokenizer: Any, *, limit: int | None = None, shots: int = 0, max_tokens: int = DEFAULT_MAX_TOKENS
+    path: Path,
+    tokenizer: Any,
+    *,
+    limit: int | None = None,
+    shots: int = 0,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
+    positions: int | None = None,
 ) -> Task:
-    """Read a ``.jsonl`` file with ``question`` and ``answer`` per line, the answer ending in ``#### number``.
+    """Read a file of JSON rows with ``question`` and ``answer``, the answer ending in ``#### number``.
 
     Args:
         path: the file.
         tokenizer: of the model, with a chat template.
         limit: questions to ask at most.
-        shots: lines from the beginning that become worked examples and are not asked.
+        shots: rows from the beginning that become worked examples and are not asked.
         max_tokens: tokens an answer may have.
+        positions: that the model has for a question, the examples before it and its answer; None for any number.
 
     Raises:
-        ValueError: a line of another form, too few lines, a count below its least, or no chat template.
+        ProfileError: the file cannot be read, or every row in it that cannot be used, with file and line.
+        ValueError: too few rows, a count below its least, or no chat template.
     """
     for name, value, least in (("limit", limit, 1), ("shots", shots, 0), ("max_tokens", max_tokens, 1)):
         if value is not None and value < least:
@@ -166,27 +175,32 @@ def load_task(
         raise ValueError(
             f"{path}: a task needs a tokenizer with a chat template, but {tokenizer.name_or_path} has none"
         )
-    lines = path.read_text(encoding="utf-8").splitlines()
-    records = [_read_line(path, number, line) for number, line in enumerate(lines, 1)]
-    examples, asked = records[:shots], records[shots:][:limit]
+    rows = read_data(path, _question)
+    if isinstance(rows, str):
+        raise ValueError(f"{path}: the file must hold JSON rows of {_FORM}, but got text")
+    examples, asked = rows[:shots], rows[shots:][:limit]
     if not asked:
         raise ValueError(
-            f"{path}: must hold more than {shots} questions, those of the worked examples, but got {len(records)}"
+            f"{path}: must hold more than {shots} questions, those of the worked examples, but got {len(rows)}"
         )
-    head = [message for question, rationale, answer in examples for message in _exchange(question, rationale, answer)]
-    prompts = []
-    for question, _, _ in asked:
+    head = [message for _, row in examples for message in _exchange(*row)]
+    prompts, problems = [], []
+    for line, (question, _, _) in asked:
         chat = [*head, _user(question)]
         text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         # The template writes the special tokens itself, so the tokenizer must not add them again.
         prompts.append(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]))
+        if positions is not None and (needed := len(prompts[-1]) + max_tokens) >= positions:
+            rule = f"a question and its answer must take fewer tokens than the model's {positions:,} positions"
+            problems.append(f"{path}:{line}: {rule}, but got {needed:,}")
+    refuse_rows(path, problems)
     return Task(
         source=path.name,
         sha256=file_sha256(path),
         shots=shots,
         max_tokens=max_tokens,
         prompts=tuple(prompts),
-        answers=tuple(answer for _, _, answer in asked),
+        answers=tuple(answer for _, (_, _, answer) in asked),
     )
 
 
@@ -205,21 +219,15 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(numbers[-1].replace(",", "")) if numbers else None
 
 
-def _read_line(path: Path, number: int, line: str) -> tuple[str, str, Decimal]:
-    """Question, rationale and final number of one line."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        record = None
-    if isinstance(record, dict) and all(isinstance(record.get(key), str) for key in ("question", "answer")):
-        rationale, mark, answer = record["answer"].rpartition(_MARK)
+def _question(record: Any) -> tuple[str, str, Decimal]:
+    """Question, rationale and final number of one row."""
+    if isinstance(record, dict) and {"question", "answer"} <= record.keys():
+        question, text = (usable_text(key, record[key]) for key in ("question", "answer"))
+        rationale, mark, answer = text.rpartition(_MARK)
         found = final_number(answer)
         if mark and found is not None:
-            return record["question"], _CALCULATION.sub("", rationale).strip(), found
-    raise ValueError(
-        f"{path}:{number}: each line must be an object with question and answer, the answer ending in '#### number', "
-        f"but got {line!r}"
-    )
+            return question, _CALCULATION.sub("", rationale).strip(), found
+    raise ValueError(f"each line must be an object with {_FORM}, but got {show(record)}")
 
 
 def _user(question: str) -> dict[str, str]:

@@ -1,12 +1,21 @@
 """Who attends over a prompt's keys and values on a GPU: FlashAttention, or for heads too large for it Triton."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.helpers.flash_attention import flash_attention
 from tests.helpers.paged_cache import starts_of
-from vllm_kvtuner.attention.prefill import Flash, PortableAttention, attention_of_prompts
-from vllm_kvtuner.kernels.contract import AttentionShape
+from vllm_kvtuner.attention import prefill
+from vllm_kvtuner.attention.prefill import (
+    Flash,
+    GpuPrefill,
+    PortableAttention,
+    WorkspaceShape,
+    attention_of_prompts,
+)
+from vllm_kvtuner.kernels.contract import AttentionShape, Span
 
 
 @pytest.mark.parametrize(
@@ -18,6 +27,32 @@ from vllm_kvtuner.kernels.contract import AttentionShape
 )
 def test_flash_attention_up_to_what_its_version_takes(head_size, version, kind):
     assert type(attention_of_prompts(AttentionShape(4, 2, head_size, 1.0), version)) is kind
+
+
+@pytest.mark.parametrize(
+    ("sliding_window", "recent", "masks"),
+    [
+        (None, None, {(True, -1), (False, -1)}),
+        (100, None, {(True, 99)}),
+        (None, 24, {(True, -1), (False, -1), (True, 23)}),
+        (100, 24, {(True, 99), (True, 75), (True, 23)}),
+    ],
+)
+def test_every_mask_is_compiled_at_start(sliding_window, recent, masks, monkeypatch):
+    """Of what plans ask for: whole requests, context, and a recent window beside a sliding one."""
+    seen = set()
+    monkeypatch.setattr(
+        prefill, "flash_attention_in_triton", lambda _, given: seen.add((given["causal"], given["window_size"][0]))
+    )
+    shape = AttentionShape(4, 2, 512, 1.0)
+    window = recent and SimpleNamespace(cache=SimpleNamespace(window=SimpleNamespace(tokens=recent)))
+    layer = SimpleNamespace(shape=shape, span=Span(sliding_window))
+    room = WorkspaceShape(8, torch.float16, torch.device("cpu"))
+    GpuPrefill(layer, PortableAttention(shape), room, window).warm_up()
+    assert seen == masks
+    seen.clear()
+    GpuPrefill(layer, Flash(1.0, 0.0, 3), room, window).warm_up()
+    assert not seen, "compiled already"
 
 
 def test_the_portable_one_takes_the_same_arguments(device):

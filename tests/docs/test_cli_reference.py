@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_tools import cli_reference
+from kvtuner_tools.engine_arguments import REFUSED, split_engine_words, takes_engine_arguments
 from tests.helpers import markdown
 
 PARSERS = dict(cli_reference.commands())
@@ -37,9 +38,15 @@ def problem(command: str) -> str | None:
     known = [prog for prog in PARSERS if f"{command} ".startswith(f"{prog} ")]
     if not known:
         return "no such subcommand"
-    actions = PARSERS[max(known, key=len)]._actions
-    options = {option for action in actions if action.help != argparse.SUPPRESS for option in action.option_strings}
-    unknown = [word for word in command.split() if word.startswith("--") and word.partition("=")[0] not in options]
+    parser = PARSERS[max(known, key=len)]
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    options = {option for action in shown for option in action.option_strings}
+    words = command.split()
+    if takes_engine_arguments(parser):
+        words, engine = split_engine_words(words, parser)
+        if not engine.keys().isdisjoint(REFUSED):
+            return f"{', '.join(engine)} cannot all be given"
+    unknown = [word for word in words if word.startswith("--") and word.partition("=")[0] not in options]
     return f"no option {', '.join(unknown)}" if unknown else None
 
 
@@ -56,6 +63,8 @@ def test_commands_of_pages_exist(page: Path):
         ("kvtuner profile list --memory 1GiB", "no option --memory"),
         ("kvtuner profiles", "no such subcommand"),
         ("kvtuner evaluate MODEL --lm-eval gsm8k", "no option --lm-eval"),
+        ("kvtuner evaluate MODEL --data X -tp 2 --trust-remote-code", None),
+        ("kvtuner evaluate MODEL --max-num-seqs 2", "max_num_seqs cannot all be given"),
     ],
 )
 def test_wrong_commands_are_found(command, expected):

@@ -105,6 +105,16 @@ def test_a_need_of_longer_requests_than_are_served(make_config):
     assert problem.endswith("requests must be of at most max_model_len (8,192) tokens, but got 32,768")
 
 
+@pytest.mark.parametrize(
+    ("spec", "better"), [("auto", "auto:calibrate"), ("auto:3.5", "auto:3.5,calibrate"), ("auto:8.5", None)]
+)
+def test_a_pair_comes_with_the_advice_to_calibrate(spec, better, make_config, caplog):
+    caplog.set_level("INFO", logger="vllm.kvtuner")
+    look(make_config(spec))
+    lines = [record.getMessage().rpartition(" ")[2] for record in caplog.records]
+    assert lines == ([] if better is None else [better])
+
+
 def test_a_profile_of_other_weights_is_refused(make_config, tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text(f"version: 1\nlayers: K4V4\n{MODEL % repr('0' * 16)}\n")

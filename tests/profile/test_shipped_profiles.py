@@ -31,6 +31,8 @@ CALIBRATED = (
     "qwen25_coder_0.5b_3.50bit",
     "qwen25_coder_0.5b_4.25bit",
     "qwen25_coder_0.5b_5.25bit",
+    "qwen25_coder_0.5b_feedback_3.00bit",
+    "qwen25_coder_0.5b_feedback_3.50bit",
     "qwen25_coder_1.5b_3.50bit",
     "qwen25_coder_1.5b_4.25bit",
     "qwen25_coder_1.5b_5.25bit",
@@ -40,6 +42,9 @@ CALIBRATED = (
     "smollm2_135m_3.50bit",
     "smollm2_135m_4.23bit",
     "smollm2_135m_5.23bit",
+    "smollm2_135m_feedback_2.50bit",
+    "smollm2_135m_feedback_3.00bit",
+    "smollm2_135m_feedback_3.50bit",
     "smollm2_135m_window_3.50bit",
     "smollm2_135m_window_4.50bit",
     "smollm2_135m_window_5.50bit",
@@ -115,13 +120,14 @@ def test_calibrated_profiles_hold_what_they_promise(name):
     resolved = profile.resolve(profile.model)
     assert ours["stored_bits"] == round(resolved.stored_bits, 4)
     uniform = [score for origin, score in scores.items() if origin.startswith("uniform")]
-    assert len(uniform) == len(QUANTIZED_PAIRS)
+    # Those with round feedback are compared with the best uniform one within the budget, and the next above it.
+    assert len(uniform) == len(QUANTIZED_PAIRS) or "_feedback_" in name
     assert all(ours["kl_mean"] <= score["kl_mean"] for score in uniform if score["stored_bits"] <= ours["stored_bits"])
     transforms = {layer: profile.transform_overrides.get(layer, profile.transforms) for layer in profile.pairs}
-    readers = {layer for layer, chosen in transforms.items() if chosen.key_offset or chosen.key_equalization}
+    readers = {layer for layer, chosen in transforms.items() if chosen.needs_statics}
     assert set(load_statics(profile.statics, resolved)) == readers
-    assert profile.recent_window == (64 if "_window_" in name else 0)
-    assert profile.sink_tokens == (4 if name.startswith("smollm2_135m_window_") else 0)
+    assert profile.recent_window == (64 if "_window_" in name or "_feedback_" in name else 0)
+    assert profile.sink_tokens == (4 if name.startswith("smollm2_135m_window_") or "_feedback_" in name else 0)
 
 
 def test_the_profile_with_a_window_is_the_calibrated_one_otherwise():

@@ -54,7 +54,9 @@ def test_how_tensors_are_spread_over_files_does_not_matter(tmp_path):
     assert weights_digest(tmp_path / "two") != weights_digest(tmp_path / "one")
     (tmp_path / "two" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     assert weights_digest(tmp_path / "two") == weights_digest(tmp_path / "one")
-    assert weights_bytes(tmp_path / "two") == sum((tmp_path / "two" / name).stat().st_size for name in places.values())
+    assert weights_bytes(tmp_path / "two") == sum(
+        (tmp_path / "two" / name).stat().st_size for name in set(places.values())
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut", "no header", "long header", "missing file", "bad index", "none"])

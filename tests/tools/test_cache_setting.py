@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvtuner_tools.cache_setting import CacheSetting, cache_bits
+from kvtuner_tools.cache_setting import CacheSetting, cache_bits, unquantized_keywords
 
 VOCABULARY = 37
 
@@ -42,3 +42,20 @@ def test_bits() -> None:
     assert cache_bits(CacheSetting("auto"), config, "m", 32) == (32.0, 32.0)
     assert cache_bits(CacheSetting("fp8"), config, "m", 16) == (8.0, 8.0)
     assert cache_bits(CacheSetting("int4_per_token_head"), config, "m", 16) is None
+
+
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor"}
+
+
+def test_auto_is_unquantized_whatever_the_checkpoint_asks_for(caplog):
+    asked = {"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": SCHEME}}
+    keywords = unquantized_keywords(asked, "float32")
+    assert keywords["hf_overrides"]["quantization_config"]["kv_cache_scheme"] is None
+    assert "the checkpoint asks for a quantized KV cache (kv_cache_scheme=" in caplog.text
+    assert unquantized_keywords({}, "float32") == {}
+
+
+def test_scales_of_heads_are_loaded_as_the_scheme_lays_them_out():
+    scheme = {**SCHEME, "strategy": "attn_head"}
+    asked = {"quantization_config": {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}}
+    assert unquantized_keywords(asked, "bfloat16") == {"kv_cache_dtype": "bfloat16"}

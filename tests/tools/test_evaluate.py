@@ -155,7 +155,7 @@ def test_tasks_are_lm_evals_and_one_file(monkeypatch: pytest.MonkeyPatch) -> Non
     (request,) = asked
     assert (request.lm_eval, request.task) == (("hellaswag", "mine.yaml"), Path("gsm8k.jsonl"))
     assert (request.task_limit, request.num_fewshot) == (3, 5)
-    with pytest.raises(ValueError, match=r"at most one .jsonl file, but got a.jsonl, b.jsonl"):
+    with pytest.raises(ValueError, match=r"at most one file of questions, but got a.jsonl, b.jsonl"):
         evaluate.run(options_of("model", "--data=text.txt", "--tasks=a.jsonl,b.jsonl"))
 
 

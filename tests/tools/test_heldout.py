@@ -54,8 +54,12 @@ def test_chat_windows_follow_the_chat_template_and_are_cut(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("short.txt", "abc", r"short\.txt: must hold 100 tokens in windows of 10, but got 0"),
-        ("c.jsonl", '{"question": "q"}\n', r"c\.jsonl:1: each line must be an object with question and answer"),
+        ("short.txt", "abc", r"short\.txt: must hold 100 tokens in windows of 10, but got 4"),
+        (
+            "c.jsonl",
+            '{"question": "q"}\n',
+            r"c\.jsonl:1: the line must be an object of the form .*, but got \{'question': 'q'\}",
+        ),
     ],
 )
 def test_unusable_data_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:

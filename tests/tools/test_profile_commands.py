@@ -152,7 +152,7 @@ def test_check_reads_the_statics(run_cli, make_model, tmp_path):
 
 @pytest.mark.parametrize("model", ["/nonexistent", "./models/llama", "a/b/c", "models/"])
 def test_a_folder_that_is_not_there_is_not_asked_of_the_hub(run_cli, monkeypatch, model):
-    monkeypatch.setattr("kvtuner_tools.model_files._auto_config", lambda model: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("kvtuner_tools.model_files.load_config", lambda *_: pytest.fail("the hub was asked"))
     status, _, err = run_cli("profile", "check", "K8V4", "--model", model)
     assert (status, err.count("\n")) == (1, 1)
     assert err.endswith("or the id of a model, but got no such folder\n")

@@ -1,17 +1,13 @@
-"""Calibration text as token windows: the bundled set, plain text, or jsonl with one conversation or text per line."""
+"""Calibration text as token windows: the bundled set, plain text, or rows of JSON with a conversation or text each."""
 
 import hashlib
-import json
-import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
-from vllm_kvtuner.profile.problems import ProfileError, show
+from kvtuner_tools.data_files import DocumentTokens, read_documents, token_documents
 
 BUNDLED = "bundled"
 """Source of the set that ships with this package."""
@@ -19,15 +15,6 @@ MIN_WINDOW = 32
 """Tokens below which a window is none."""
 
 BUNDLED_FILES = ("prose.txt", "conversations.jsonl", "novel.txt", "python_reference.jsonl", "python_code.jsonl")
-_FORMS = '{"messages": [...]}, {"prompt", "response"}, {"question", "answer"} or {"text"}'
-_TURNS = (("prompt", "response"), ("question", "answer"))
-
-logger = logging.getLogger("kvtuner")
-
-Document = str | list[dict[str, str]]
-"""Plain text, or the messages of a conversation."""
-Documents = list[tuple[int, Document]]
-"""Documents with the lines at which they begin, from 1."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +71,7 @@ def draw_texts(
 ) -> list[CalibrationText]:
     """Texts of one source, drawn at random; no part of the source is in two windows, and none depends on a later one.
 
-    A plain text file is one document, a line of a ``.jsonl`` file another: a conversation in the model's chat template
+    A plain text file is one document, a row of JSON another: a conversation in the model's chat template
     (its contents one below the other where the tokenizer has none, which is logged) or a text. Longer documents are cut
     into windows, and shorter ones joined until they fill one. Files of the bundled set give equal shares, as long as
     they last.
@@ -106,7 +93,7 @@ def draw_texts(
             raise ValueError(f"tokens must be at least 1, but got {request.tokens}")
     folder = Path(__file__).parent / "data"
     paths = [data] if data is not None else [folder / name for name in BUNDLED_FILES]
-    files = [_File(path, list(_documents(path, read_documents(path), tokenizer)), seed) for path in paths]
+    files = [_File(path, list(token_documents(path, read_documents(path), tokenizer)), seed) for path in paths]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
     source = BUNDLED if data is None else str(data)
     drawn = [_draw(files, request) for request in requests]
@@ -152,7 +139,7 @@ def _draw(files: "Sequence[_File]", request: TextRequest) -> Windows:
 class _File:
     """Documents of a file as tokens, from which windows are taken."""
 
-    def __init__(self, path: Path, documents: "list[_Tokens]", seed: int) -> None:
+    def __init__(self, path: Path, documents: list[DocumentTokens], seed: int) -> None:
         self._random = random.Random(f"{seed} {path.name}")
         self._random.shuffle(documents)
         self._pieces = documents
@@ -180,7 +167,7 @@ class _File:
             window += more.ids[:room]
         return tuple(window) if len(window) >= MIN_WINDOW else None
 
-    def _cut(self, context: int, *, only_whole: bool) -> "_Tokens | None":
+    def _cut(self, context: int, *, only_whole: bool) -> DocumentTokens | None:
         """A full window of one document, at a random place, each as likely as any other.
 
         Returns:
@@ -199,114 +186,9 @@ class _File:
         self._pieces += [replace(piece, ids=ids) for ids in rest if ids]
         return replace(piece, ids=piece.ids[start : start + step])
 
-    def _next_short(self, context: int) -> "_Tokens | None":
+    def _next_short(self, context: int) -> DocumentTokens | None:
         """Remove the first document that does not fill a window."""
         for index, piece in enumerate(self._pieces):
             if len(piece.ids) < context - len(piece.prefix):
                 return self._pieces.pop(index)
         return None
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """A document, or a part of one.
-
-    Args:
-        prefix: what a window that begins with it begins with.
-        ids: token ids.
-    """
-
-    prefix: tuple[int, ...]
-    ids: tuple[int, ...]
-
-
-def read_documents(path: Path) -> Documents:
-    """All documents of a file with their lines, in order; empty lines of a ``.jsonl`` file are skipped.
-
-    Raises:
-        ProfileError: everything that is wrong with the file, with line numbers.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ProfileError([f"{path}: the file must be readable, but got {error.strerror}"]) from None
-    except UnicodeDecodeError as error:
-        got = f"byte {error.object[error.start]:#x} at offset {error.start}"
-        raise ProfileError([f"{path}: the file must be UTF-8 text, but got {got}"]) from None
-    if path.suffix != ".jsonl":
-        if not text.strip():
-            raise ProfileError([f"{path}: the file must hold text, but got none"])
-        return [(1, text)]
-    documents: Documents = []
-    problems = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            documents.append((number, _document(line)))
-        except ValueError as error:
-            problems.append(f"{path}:{number}: {error}")
-    if problems:
-        raise ProfileError(problems)
-    if not documents:
-        raise ProfileError([f"{path}: the file must hold a line of {_FORMS}, but got none"])
-    return documents
-
-
-def _document(line: str) -> Document:
-    """One line of a jsonl file; ValueError says ``<rule>, but got <value>``."""
-    try:
-        record = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"the line must be JSON, but got {error}") from None
-    if isinstance(record, Mapping):
-        if "messages" in record:
-            return _messages(record["messages"])
-        for keys in _TURNS:
-            if all(key in record for key in keys):
-                turns = zip(("user", "assistant"), keys, strict=True)
-                return [{"role": role, "content": _text(key, record[key])} for role, key in turns]
-        if "text" in record:
-            return _text("text", record["text"])
-    raise ValueError(f"the line must be an object of the form {_FORMS}, but got {show(record)}")
-
-
-def _messages(value: Any) -> list[dict[str, str]]:
-    if not isinstance(value, list) or not value:
-        raise ValueError(f"messages must be a list of at least one message, but got {show(value)}")
-    for index, message in enumerate(value):
-        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise ValueError(f"messages[{index}] must have role and content as text, but got {show(message)}")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{key} must be text, but got {show(value)}")
-    return value
-
-
-def _documents(path: Path, documents: Documents, tokenizer: Any) -> Iterator[_Tokens]:
-    bos = tokenizer.bos_token_id
-    prefix = (bos,) if bos is not None and tokenizer("a")["input_ids"][0] == bos else ()
-    if not tokenizer.chat_template and any(isinstance(document, list) for _, document in documents):
-        logger.warning("%s: the tokenizer has no chat template; conversations are run as plain text", path)
-    problems = []
-    for line, document in documents:
-        begin = prefix
-        if isinstance(document, str):
-            text = document
-        elif not tokenizer.chat_template:
-            text = "\n\n".join(message["content"] for message in document)
-        else:
-            try:
-                text = tokenizer.apply_chat_template(document, tokenize=False)
-            except jinja2.TemplateError as error:
-                problems.append(f"{path}:{line}: the conversation must fit the model's chat template, but got {error}")
-                continue
-            begin = ()  # the template writes the special tokens itself
-        if ids := tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]):
-            # Within a window, where documents are joined, the token that begins texts would draw attention.
-            yield _Tokens((bos,), ids[1:]) if ids[0] == bos else _Tokens(begin, ids)
-    if problems:
-        raise ProfileError(problems)

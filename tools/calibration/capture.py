@@ -10,12 +10,13 @@ lacks a layer ends with the files of an undisturbed one.
 """
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvtuner_tools.calibration.artifacts import digest
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import CAPTURE_SCHEMA, Capture, model_identity
+from kvtuner_tools.engine_arguments import EngineWords, computed_by, model_source
 from kvtuner_tools.engines.capture import CaptureJob, run_capture_engine
 from kvtuner_tools.model_files import load_model_shape
 from kvtuner_tools.processes import in_own_process
@@ -36,6 +37,8 @@ class CaptureRequest:
         queries: query rows per window that errors are measured on.
         seed: of the drawing of rows.
         dtype: the model's dtype as vLLM takes it.
+        kv_memory_bytes: memory of the engine's KV cache on each rank.
+        words: vLLM's engine arguments.
     """
 
     model: str
@@ -43,6 +46,8 @@ class CaptureRequest:
     queries: int = 64
     seed: int = 0
     dtype: str = "auto"
+    kv_memory_bytes: int = 1 << 30
+    words: EngineWords = field(default_factory=dict)
 
 
 def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
@@ -57,9 +62,9 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
     Raises:
         ValueError: the model is not served.
     """
-    shape = load_model_shape(request.model)
+    shape = load_model_shape(request.model, model_source(request.words))
     if shape.unsupported:
-        raise ProfileError([f"{request.model}: model {reason}" for reason in shape.unsupported])
+        raise ProfileError(shape.refusals)
     text = request.text
     context = max(map(len, text.windows))
     versions = provenance()["versions"]
@@ -73,6 +78,7 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
             "seed": request.seed,
             "dtype": request.dtype,
             "versions": versions,
+            **({"engine": computed} if (computed := computed_by(request.words)) else {}),
         }
     )
     folder = out_dir / CAPTURE_FOLDER
@@ -92,6 +98,8 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
         inputs=inputs,
         versions=versions,
         folder=folder,
+        kv_memory_bytes=request.kv_memory_bytes,
+        words=request.words,
     )
     in_own_process(run_capture_engine, job)
     return Capture.read(folder)

@@ -29,6 +29,7 @@ from kvtuner_tools.calibration.options import (
     given_options,
     merge,
 )
+from kvtuner_tools.engine_arguments import NO_WORDS, check_engine_words, refuse_computed
 from kvtuner_tools.processes import STDERR, output_to
 from vllm_kvtuner.profile.hub import FOLDER
 from vllm_kvtuner.profile.problems import ProfileError
@@ -193,8 +194,11 @@ def _search(args: argparse.Namespace) -> int:
                 ["kvtuner search must be given DIR, or --join with an optional --study, but got neither"]
             )
         return STAGE_COMMANDS["search"].run(args)
+    words = given.pop("engine", NO_WORDS)
     if args.out is not None or given:
         raise ProfileError(["--join takes the search as it was made: it must stand alone or with --study"])
+    check_engine_words(words)
+    refuse_computed(words)
     folder = Path(args.join)
     is_folder = "://" not in args.join
     if is_folder:
@@ -204,7 +208,7 @@ def _search(args: argparse.Namespace) -> int:
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with _interruptible(), output_to(folder / ENGINE_LOG if is_folder and not args.verbose else STDERR):
-        join(storage, args.study)
+        join(storage, args.study, words)
     return 0
 
 

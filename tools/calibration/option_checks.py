@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.calibration import window_default
-from kvtuner_tools.calibration.calibration_text import MIN_WINDOW, read_documents
+from kvtuner_tools.calibration.calibration_text import MIN_WINDOW
 from kvtuner_tools.calibration.options import DEFAULT_WINDOW, GROUPS, CalibrationOptions, Texts, flag, load_texts
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.space import bf16_bytes, check_budget
 from kvtuner_tools.calibration.study import open_storage
+from kvtuner_tools.data_files import read_documents
+from kvtuner_tools.engine_arguments import check_engine_words, check_max_model_len, ranks
 from kvtuner_tools.model_files import (
     load_model_shape,
     load_tokenizer,
@@ -71,12 +73,13 @@ def check_options(options: CalibrationOptions, out: Path, stages: Collection[str
         return None
 
     problems += _numbers(options)
+    attempt(lambda: check_engine_words(options.engine))
     attempt(lambda: refuse_model_folder(options.model, out))
-    shape: ModelShape | None = attempt(lambda: load_model_shape(options.model))
+    shape: ModelShape | None = attempt(lambda: load_model_shape(options.model, options.source))
     layers_known = shape is not None and attempt(lambda: _check_layers(options, shape)) is not None
     filled, note = options, None
     if shape is not None:
-        problems += [f"{options.model}: model {reason}" for reason in shape.unsupported]
+        problems += shape.refusals
     if shape is not None and layers_known and not shape.unsupported:
         attempt(lambda: problems.extend(window_default.refuse(options, shape)))
         filled, note = attempt(lambda: window_default.fill(options, shape)) or (options, None)
@@ -103,7 +106,7 @@ def _check_texts(
     """The three texts, if they can be drawn; what keeps them from it goes to ``attempt``."""
     files = [Path(name) for name in (options.data, options.heldout) if name is not None]
     readable = [attempt(lambda path=path: read_documents(path)) for path in files]  # type: ignore[misc]
-    tokenizer = attempt(lambda: load_tokenizer(options.model))
+    tokenizer = attempt(lambda: load_tokenizer(options.model, options.source))
     sizes = (options.capture_tokens, options.search_tokens, options.heldout_tokens)
     if options.window is None or options.window < MIN_WINDOW or min(sizes) < 1:
         return None
@@ -112,13 +115,15 @@ def _check_texts(
         return None
     texts: Texts | None = attempt(lambda: load_texts(options, tokenizer))
     if texts is not None:
+        longest = max(text.identity["longest"] for text in (texts.capture, texts.search, texts.heldout))
+        attempt(lambda: check_max_model_len(options.engine, longest + 1))
         attempt(lambda: _check_memory(options, shape, texts))
         attempt(lambda: _check_disk(options, texts))
     return texts
 
 
 def _check_positions(options: CalibrationOptions) -> None:
-    limit = max_positions(options.model)
+    limit = max_positions(options.model, options.source)
     assert options.window is not None
     if options.window >= limit:
         raise ValueError(
@@ -127,18 +132,21 @@ def _check_positions(options: CalibrationOptions) -> None:
 
 
 def _check_memory(options: CalibrationOptions, shape: ModelShape, texts: Texts) -> None:
-    """The reference engine holds one window at a time, unquantized, in whole blocks."""
-    longest = max(text.identity["longest"] for text in (texts.search, texts.heldout))
+    """An unquantized engine holds one window at a time, in whole blocks, on each rank that of its heads and layers."""
+    longest = max(text.identity["longest"] for text in (texts.capture, texts.search, texts.heldout))
     width = 2 if options.dtype == "float32" else 1
-    least = bf16_bytes(shapes_of(shape)) * width * (longest + MAX_BLOCK_SIZE)
+    tensor, stages = ranks(options.engine)
+    shapes = {layer: (max(1, heads // tensor), size) for layer, (heads, size) in shapes_of(shape).items()}
+    of_stage = -(-bf16_bytes(shapes) // stages)
+    least = of_stage * width * (longest + MAX_BLOCK_SIZE)
     if options.kv_memory < least:
-        rule = f"must hold the longest window, of {longest:,} tokens, which takes {least:,} bytes"
+        rule = f"must hold the longest window, of {longest:,} tokens, which takes {least:,} bytes on a rank"
         raise ValueError(f"{flag('kv_memory')} {rule}, but got {options.kv_memory:,}")
 
 
 def _check_disk(options: CalibrationOptions, texts: Texts) -> None:
     """The reference's logits, fp32 of every predicted token, lie in a temporary file while an engine is compared."""
-    vocab_size = text_value(options.model, "vocab_size")
+    vocab_size = text_value(options.model, "vocab_size", options.source)
     folder = tempfile.gettempdir()
     if not isinstance(vocab_size, int):
         return

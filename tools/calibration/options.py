@@ -2,8 +2,8 @@
 
 import argparse
 import shlex
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from kvtuner_tools.calibration.cluster import DEFAULT_FACTOR
 from kvtuner_tools.calibration.sampling import SAMPLERS
 from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory
 from kvtuner_tools.calibration.study import sqlite_url
-from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.engine_arguments import add_engine_arguments, model_source, takes_engine_arguments
+from kvtuner_tools.model_files import ModelSource, max_positions
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.layout import (
     BLOCK_SIZE_MULTIPLE,
@@ -25,7 +26,7 @@ from vllm_kvtuner.pages.layout import (
 from vllm_kvtuner.profile.problems import parse_layers
 from vllm_kvtuner.profile.profile import RecentWindow
 
-OPTIONS_SCHEMA = "kvtuner-calibration/3"
+OPTIONS_SCHEMA = "kvtuner-calibration/4"
 OPTIONS_FILE = "calibration.json"
 DEFAULT_WINDOW = 2048
 DEFAULT_RECENT_WINDOW = 64
@@ -59,7 +60,8 @@ class CalibrationOptions:
         capture_tokens: tokens that transforms, round feedback and sensitivity are measured on.
         search_tokens: tokens that a setting is scored on in the search.
         heldout_tokens: tokens that final scores rest on.
-        kv_memory: bytes of the measuring engine's KV cache.
+        kv_memory: bytes of the KV cache of every engine, on each rank.
+        engine: vLLM's engine arguments: its names, and the words that give them.
         transforms: ``choose`` them by measured error, or ``none``.
         round_feedback: ``choose`` it for layers that have less error with it, or ``none``.
         recent_window: newest tokens of each request that every quantized layer also keeps unquantized; 0 for none. None
@@ -91,6 +93,7 @@ class CalibrationOptions:
     search_tokens: int = 4096
     heldout_tokens: int = 16384
     kv_memory: int = 1 << 30
+    engine: Mapping[str, Sequence[str]] = field(default_factory=dict)
     transforms: str = "choose"
     round_feedback: str = "choose"
     recent_window: int | None = None
@@ -126,12 +129,19 @@ class CalibrationOptions:
             return None
         return RecentWindow(self.recent_window, self.recent_window_bits, self.sink_tokens)
 
+    @property
+    def source(self) -> ModelSource:
+        """Where the model's config and tokenizer come from."""
+        return model_source(self.engine)
+
     def command(self, out: Path) -> str:
         """The command line that gives these options, those of a default left out."""
         words = ["kvtuner", "calibrate", self.model, "--out", str(out)]
         presets = asdict(CalibrationOptions()) | (QUICK if self.quick else {})
         for name, value in asdict(self).items():
-            if name != "model" and value != presets[name]:
+            if name == "engine":
+                words += [word for group in value.values() for word in group]
+            elif name != "model" and value != presets[name]:
                 if isinstance(value, bool):
                     words.append(flag(name) if value else flag(name).replace("--", "--no-", 1))
                 else:
@@ -168,7 +178,7 @@ class CalibrationOptions:
         Raises:
             ValueError: none there, or a file of another schema.
         """
-        return cls(**read_artifact(out / OPTIONS_FILE, OPTIONS_SCHEMA, tuple(field.name for field in fields(cls))))
+        return cls(**read_artifact(out / OPTIONS_FILE, OPTIONS_SCHEMA, tuple(each.name for each in fields(cls))))
 
 
 def recent_bytes(options: CalibrationOptions, shapes: Mapping[int, tuple[int, int]]) -> int:
@@ -197,6 +207,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "capture_tokens",
         "search_tokens",
         "heldout_tokens",
+        "kv_memory",
     ),
     "transforms": ("transforms", "recent_window", "recent_window_bits", "sink_tokens"),
     "feedback": ("round_feedback",),
@@ -213,15 +224,17 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "storage",
         "kv_memory",
     ),
-    "export": ("full_report",),
+    "export": ("full_report", "kv_memory"),
     "report": (),
 }
 """Options of each stage's command; those of the stages before it stay as the output folder has them."""
 STAGES = tuple(GROUPS)
 """In the order they run."""
+ENGINE_STAGES = ("capture", "search", "export")
+"""Those that start engines."""
 
 _HELP: dict[str, tuple[str, dict[str, Any]]] = {
-    "data": ("calibration text: plain text or .jsonl (default: the bundled set)", {"metavar": "FILE"}),
+    "data": ("calibration text: plain text or rows of JSON (default: the bundled set)", {"metavar": "FILE"}),
     "heldout": (
         "text for the final scores (default: windows of the calibration text not used before)",
         {"metavar": "FILE"},
@@ -240,7 +253,7 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "capture_tokens": ("tokens that transforms, round feedback and sensitivity are measured on", {"type": int}),
     "search_tokens": ("tokens that each setting is scored on in the search", {"type": int}),
     "heldout_tokens": ("tokens that the final scores rest on", {"type": int}),
-    "kv_memory": ("KV cache memory of the measuring engine", {"type": parse_memory}),
+    "kv_memory": ("KV cache memory of every engine, on each rank", {"type": parse_memory}),
     "transforms": ("choose each layer's transforms by measured error, or use none", {"choices": ("choose", "none")}),
     "round_feedback": (
         "round with feedback in layers that have less error with it, or in none; without transforms in none",
@@ -323,11 +336,14 @@ def flag(name: str) -> str:
 
 
 def add_options(parser: argparse.ArgumentParser, stages: Iterable[str]) -> None:
-    """Add the options of these stages; what is not given is absent from the parsed arguments."""
+    """Add the options of these stages, each once; what is not given is absent from the parsed arguments."""
     for stage in stages:
-        for name in GROUPS[stage]:
+        names = [name for name in GROUPS[stage] if flag(name) not in parser._option_string_actions]
+        for name in names:
             add_option(_group(parser, _OTHER_TITLES.get(name, _TITLES[stage])), name)
-        refuse_old(parser, dict(_EARLIER[name] for name in GROUPS[stage] if name in _EARLIER))
+        refuse_old(parser, dict(_EARLIER[name] for name in names if name in _EARLIER))
+        if stage in ENGINE_STAGES and not takes_engine_arguments(parser):
+            add_engine_arguments(parser)
 
 
 def add_option(parser: argparse._ActionsContainer, name: str) -> None:
@@ -349,7 +365,7 @@ def _group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGro
 
 def given_options(args: argparse.Namespace) -> dict[str, Any]:
     """The options that were given, by name; a budget of one kind replaces one of the other."""
-    names = {field.name for field in fields(CalibrationOptions)}
+    names = {each.name for each in fields(CalibrationOptions)}
     given = {name: value for name, value in vars(args).items() if name in names}
     if "quick" in given:
         presets = QUICK if given["quick"] else {name: getattr(CalibrationOptions(), name) for name in QUICK}
@@ -362,6 +378,9 @@ def given_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def merge(options: CalibrationOptions, given: dict[str, Any]) -> CalibrationOptions:
+    """The options with those that were given; each of vLLM's engine arguments replaces that of its name alone."""
+    if "engine" in given:
+        given = {**given, "engine": {**options.engine, **given["engine"]}}
     return replace(options, **given)
 
 
@@ -391,7 +410,9 @@ def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
     assert options.window is not None, "window_default.fill comes first"
     data = None if options.data is None else Path(options.data)
     # A multiple of the others, so that both add up to what is asked.
-    longest = min(options.long_window, max_positions(options.model) - 1) // options.window * options.window
+    longest = (
+        min(options.long_window, max_positions(options.model, options.source) - 1) // options.window * options.window
+    )
     heldout = TextRequest(options.heldout_tokens, options.window, longest, name="--heldout-tokens")
     requests = [
         TextRequest(options.capture_tokens, options.window, name="--capture-tokens"),

@@ -51,8 +51,9 @@ from kvtuner_tools.calibration.space import SearchSpace, check_budget
 from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
 from kvtuner_tools.calibration.summary import summarize
 from kvtuner_tools.calibration.transform_choice import TransformChoice, choose_transforms
+from kvtuner_tools.data_files import file_sha256
+from kvtuner_tools.engine_arguments import NO_WORDS, EngineWords
 from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
-from kvtuner_tools.heldout import file_sha256
 from kvtuner_tools.results import write_bytes, write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.profile.model_files import ModelFiles
@@ -106,7 +107,14 @@ class Calibration:
 
     def capture(self) -> str:
         options = self.options
-        request = CaptureRequest(options.model, self.texts.capture, seed=options.seed, dtype=options.dtype)
+        request = CaptureRequest(
+            options.model,
+            self.texts.capture,
+            seed=options.seed,
+            dtype=options.dtype,
+            kv_memory_bytes=options.kv_memory,
+            words=options.engine,
+        )
         capture = run_capture(request, self.out)
         asked = {"capture": options.capture_tokens, "search": options.search_tokens, "held-out": options.heldout_tokens}
         texts = (self.texts.capture, self.texts.search, self.texts.heldout)
@@ -178,7 +186,8 @@ class Calibration:
         heldout = self._score_heldout()
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         result = SearchResult.read(self.out)
-        weights = ModelFiles(self.options.model).weights
+        source = self.options.source
+        weights = ModelFiles(self.options.model, source.revision, source.download_dir).weights
         write_profiles(self.out, table, self._statics, result, heldout, self.options.recent, weights)
         return f"{len(heldout.settings)} settings on {heldout.chosen.quality.num_tokens:,} held-out tokens"
 
@@ -257,6 +266,7 @@ class Calibration:
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
             recent_window=self.options.recent,
+            words=self.options.engine,
         )
 
     def _score_heldout(self) -> Heldout:
@@ -266,14 +276,15 @@ class Calibration:
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         error = additive_errors(plan.space, {layer.index: layer.output_error for layer in table.layers})
         wanted = wanted_settings(result, plan, error, full=self.options.full_report)
-        request = HeldoutRequest(digest(engine.to_plain()), self.texts.heldout.identity, wanted)
+        request = HeldoutRequest(digest(engine.identity), self.texts.heldout.identity, wanted)
         return score_heldout(request, lambda: start_engine(engine), self.out)
 
     def _add_cost(self, stage: str, seconds: float) -> None:
         """Add to what earlier runs with the same options took."""
         options = asdict(self.options)
         names = [name for each in STAGES[: STAGES.index(stage) + 1] for name in GROUPS[each] if name != "trials"]
-        inputs = digest({"model": self.options.model, **{name: options[name] for name in names}})
+        words = {name: list(each) for name, each in self.options.engine.items()}
+        inputs = digest({"model": self.options.model, "engine": words, **{name: options[name] for name in names}})
         costs = read_costs(self.out)
         before = costs.get(stage, {})
         total = seconds + (before["seconds"] if before.get("inputs") == inputs else 0.0)
@@ -310,9 +321,9 @@ class _EngineEvaluator:
             spec.model,
             spec.windows,
             transforms=ModelTransforms(overrides=spec.transforms, statics=statics),
-            room=CacheRoom(spec.unquantized, spec.recent_window),
-            kv_memory_bytes=spec.kv_memory_bytes,
+            room=CacheRoom(spec.unquantized, spec.recent_window, spec.kv_memory_bytes),
             dtype=spec.dtype,
+            words=spec.words,
         )
 
     def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
@@ -331,12 +342,13 @@ def start_engine(spec: EvaluatorSpec) -> Evaluator:
     return _EngineEvaluator(spec)
 
 
-def join(storage: str, study_name: str | None) -> None:
+def join(storage: str, study_name: str | None, words: EngineWords = NO_WORDS) -> None:
     """Work on a search that another process made, until it is done.
 
     Args:
         storage: URL of the Optuna storage.
         study_name: the study; None takes the one made last.
+        words: vLLM's engine arguments that say where this worker's engine runs; by default those of the search.
 
     Raises:
         ValueError: no such storage or study.
@@ -344,4 +356,4 @@ def join(storage: str, study_name: str | None) -> None:
     opened = open_storage(storage)
     plan = find_plan(opened, storage, study_name)
     study = create_study(opened, plan, make_sampler(plan.sampler, plan.seed))
-    run_search(study, plan, lambda: start_engine(plan.engine))
+    run_search(study, plan, lambda: start_engine(plan.engine.placed(words)))

@@ -13,7 +13,7 @@ import uuid
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from optuna.trial import TrialState
 from kvtuner_tools.calibration.artifacts import digest, plain_window, read_window
 from kvtuner_tools.calibration.cluster import Cluster
 from kvtuner_tools.calibration.space import SearchSpace
+from kvtuner_tools.engine_arguments import EngineWords, computed_by, placed_by
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
 
 PLAN = "plan"
@@ -52,8 +53,9 @@ class EvaluatorSpec:
         transforms: of every layer that caches keys and values.
         statics: bytes of the statics file, or None.
         unquantized: layers that stay with vLLM's own cache.
-        kv_memory_bytes: memory of the KV cache.
+        kv_memory_bytes: memory of the KV cache on each rank.
         recent_window: that of every quantized layer, if any.
+        words: vLLM's engine arguments.
     """
 
     model: str
@@ -64,6 +66,16 @@ class EvaluatorSpec:
     unquantized: tuple[int, ...]
     kv_memory_bytes: int
     recent_window: RecentWindow | None = None
+    words: EngineWords = field(default_factory=dict)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What scores follow from, as JSON's types: all but where the engine runs."""
+        return {**self.to_plain(), "words": computed_by(self.words)}
+
+    def placed(self, words: EngineWords) -> "EvaluatorSpec":
+        """The same engine on another machine: arguments that say where it runs, instead of those that it has."""
+        return replace(self, words={**computed_by(self.words), **(words or placed_by(self.words))})
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON's types; :meth:`from_plain` reads it back."""
@@ -74,6 +86,7 @@ class EvaluatorSpec:
             "windows": [list(window) for window in self.windows],
             "transforms": transforms,
             "statics": statics,
+            "words": {name: list(words) for name, words in self.words.items()},
             **plain_window(self.recent_window),
         }
 
@@ -91,6 +104,7 @@ class EvaluatorSpec:
             unquantized=tuple(plain["unquantized"]),
             kv_memory_bytes=plain["kv_memory_bytes"],
             recent_window=read_window(plain),
+            words=plain["words"],
         )
 
 
@@ -114,7 +128,7 @@ class SearchPlan:
 
     @property
     def study_name(self) -> str:
-        return f"kvtuner-{digest(self.to_plain())[:16]}"
+        return f"kvtuner-{digest({**self.to_plain(), 'engine': self.engine.identity})[:16]}"
 
     def to_plain(self) -> dict[str, Any]:
         """As JSON's types; :meth:`from_plain` reads it back."""
@@ -146,7 +160,9 @@ def open_storage(url: str) -> RDBStorage:
     try:
         return RDBStorage(url, engine_kwargs=engine)
     except Exception as error:  # SQLAlchemy's, the driver's and the import's errors have no common base
-        got = f"{url!r}: {str(error).splitlines()[0]}".replace(url, hide_password(url))
+        missing = isinstance(error.__cause__, ModuleNotFoundError) and error.__cause__.name
+        reason = f"its driver, the package {missing}, is not installed" if missing else str(error).splitlines()[0]
+        got = f"{url!r}: {reason}".replace(url, hide_password(url))
         raise ValueError(f"--storage must be a database that can be opened, but got {got}") from None
 
 

@@ -39,7 +39,7 @@ def fill(options: CalibrationOptions, shape: ModelShape) -> tuple[CalibrationOpt
         sink_tokens = DEFAULT_SINK_TOKENS if window else 0
     text = options.window
     if text is None:
-        text = min(DEFAULT_WINDOW, max_positions(options.model) - 1)
+        text = min(DEFAULT_WINDOW, max_positions(options.model, options.source) - 1)
     return replace(options, window=text, recent_window=window, sink_tokens=sink_tokens), left_out
 
 
@@ -71,7 +71,7 @@ def _broken_rules(options: CalibrationOptions, shape: ModelShape, tokens: int) -
     if len(layers) > 1:
         where = ", ".join(map(format_layers, layers.values()))
         yield f"must only be given to layers of one shape, but got layers of {len(layers)} shapes ({where})"
-    sliding = text_value(options.model, "sliding_window")
+    sliding = text_value(options.model, "sliding_window", options.source)
     if isinstance(sliding, int) and sliding <= tokens:
         yield f"must be less than the layers' own sliding window of {sliding} tokens, but got {tokens}"
 

@@ -20,6 +20,7 @@ import yaml
 from kvtuner_tools.cache_setting import KVTUNER, CacheSetting
 from kvtuner_tools.calibration.artifacts import Quality, plain_window
 from kvtuner_tools.divergence import TokenScores
+from kvtuner_tools.engine_arguments import NO_WORDS, EngineWords, model_source
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
     EngineJob,
@@ -70,10 +71,12 @@ class CacheRoom:
     Args:
         unquantized_layers: layers left to vLLM's own cache (K16V16); the others' pages have room for ``ROOM``.
         recent_window: that of every quantized layer, if any.
+        kv_memory_bytes: memory of the KV cache on each rank.
     """
 
     unquantized_layers: Collection[int] = ()
     recent_window: RecentWindow | None = None
+    kv_memory_bytes: int = 1 << 30
 
 
 NO_TRANSFORMS = ModelTransforms()
@@ -90,8 +93,8 @@ class CalibrationEngine:
         room: what the cache is laid out for.
         task: questions for :meth:`score_task`.
         chunk: prompt tokens per engine step; by default the longest window, at most ``CHUNK``.
-        kv_memory_bytes: memory of the KV cache.
         dtype: of the model.
+        words: vLLM's engine arguments.
 
     Attributes:
         start_seconds: what the reference's pass and the calibration engine's start took together.
@@ -110,11 +113,12 @@ class CalibrationEngine:
         room: CacheRoom = PAGES_ALONE,
         task: Task | None = None,
         chunk: int | None = None,
-        kv_memory_bytes: int = 1 << 30,
         dtype: str = "bfloat16",
+        words: EngineWords = NO_WORDS,
     ) -> None:
         self.start_seconds = self.trial_seconds = 0.0
-        self._shape = load_model_shape(model)
+        source = model_source(words)
+        self._shape = load_model_shape(model, source)
         self._windows = tuple(tuple(window) for window in windows)
         self._recent_window = room.recent_window
         self._task = task
@@ -133,10 +137,11 @@ class CalibrationEngine:
             model=model,
             dtype=dtype,
             setting=CacheSetting("auto"),
-            max_model_len=max_model_len_for(longest_request, max_positions(model)),
+            max_model_len=max_model_len_for(longest_request, max_positions(model, source)),
             chunk=chunk or min(longest, CHUNK),
-            kv_memory_bytes=kv_memory_bytes,
+            kv_memory_bytes=room.kv_memory_bytes,
             max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
+            words=words,
         )
         started = time.monotonic()
         self._folder = Path(tempfile.mkdtemp(prefix="kvtuner-calibration-"))

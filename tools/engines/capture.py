@@ -1,8 +1,11 @@
 """The engine that captures: taps the attention layers inside vLLM and writes what they see.
 
-Works with both model runners: a layer's ``forward`` is tapped, which eager execution calls in either.
+Works with both model runners: a layer's ``forward`` is tapped, which eager execution calls in either. Every rank of an
+engine has a tap, in its worker; the heads of a layer come together, and one rank of its pipeline stage writes them. All
+nodes of an engine must see the capture's folder.
 """
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kvtuner_tools.cache_setting import unquantized_keywords
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import (
     Capture,
@@ -22,16 +26,16 @@ from kvtuner_tools.calibration.captured import (
     save_rotary,
     save_tensors,
 )
+from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
 from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
+from kvtuner_tools.engines.ranks import kv_head_copies, make_room_for_stage_before, num_ranks, whole_heads, writes
 from kvtuner_tools.engines.residual_readers import ResidualReaders
-from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.model_files import load_config, max_positions
 from kvtuner_tools.progress import track
+from vllm_kvtuner.engine.layer_names import layer_index
 from vllm_kvtuner.engine.statics import layer_rotary
 from vllm_kvtuner.pages.transforms import RotaryTable
 from vllm_kvtuner.profile.model_shape import ModelShape
-
-KV_CACHE_BYTES = 1 << 30
-"""KV cache memory of the engine, which runs one window at a time."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class CaptureJob:
         inputs: digest of everything the capture follows from.
         versions: package -> version.
         folder: the capture's.
+        kv_memory_bytes: memory of the KV cache on each rank; the engine runs one window at a time.
+        words: vLLM's engine arguments.
     """
 
     shape: ModelShape
@@ -59,6 +65,23 @@ class CaptureJob:
     inputs: str
     versions: Mapping[str, str]
     folder: Path
+    kv_memory_bytes: int = 1 << 30
+    words: EngineWords = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """What a pipeline stage has of a model.
+
+    Args:
+        dtype: the model's.
+        layers: of the stage, in order; their rotary tables are numbered within the stage.
+        tables: digests of its rotary tables.
+    """
+
+    dtype: str
+    layers: tuple[CapturedLayer, ...]
+    tables: tuple[str, ...]
 
 
 @dataclass
@@ -67,6 +90,10 @@ class _Tap:
 
     Args:
         folder: the capture's.
+        layers: of this rank's stage, of all ranks' heads.
+        copies: of each layer, the ranks that have the same KV head.
+        tables: rotary tables of the stage.
+        readers: what the layers' outputs are read by.
         window: the window.
         num_tokens: its tokens.
         rows: [num_queries] int64, the sample of query rows, ascending.
@@ -74,20 +101,19 @@ class _Tap:
     """
 
     folder: Path
+    layers: dict[int, CapturedLayer] = field(default_factory=dict)
+    copies: dict[int, int] = field(default_factory=dict)
+    tables: list[RotaryTable] = field(default_factory=list)
+    readers: ResidualReaders = field(default_factory=ResidualReaders)
     window: int = 0
     num_tokens: int = 0
     rows: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     pending: set[int] = field(default_factory=set)
 
-    def begin(self, window: int, num_tokens: int, layers: tuple[CapturedLayer, ...], job: CaptureJob) -> None:
+    def begin(self, window: int, num_tokens: int, rows: torch.Tensor) -> None:
         """Expect every layer once, over the tokens of a window."""
-        folder = layer_file(self.folder, window, 0).parent
-        shutil.rmtree(folder, ignore_errors=True)  # part of a window, where a run was killed
-        folder.mkdir()
-        # The first token attends to itself alone: its output has no error of the scores.
-        drawn = np.random.default_rng([job.seed, window]).permutation(num_tokens - 1)[: job.queries] + 1
-        self.window, self.num_tokens, self.rows = window, num_tokens, torch.from_numpy(np.sort(drawn))
-        self.pending = {layer.index for layer in layers}
+        self.window, self.num_tokens, self.rows = window, num_tokens, rows
+        self.pending = set(self.layers)
 
     def take(self, layer: Any, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write one layer's tensors, [num_tokens, heads * head_size] each or with heads apart."""
@@ -97,38 +123,53 @@ class _Tap:
         if query.shape[0] < self.num_tokens:
             rule = f"a window of {self.num_tokens} tokens must run in one step"
             raise RuntimeError(f"layer {index}: {rule}, but got a step of {query.shape[0]}")
+        copies = self.copies[index]
         seen = {
-            "query": (query, layer.num_heads),
-            "key": (key, layer.num_kv_heads),
-            "value": (value, layer.num_kv_heads),
+            "query": (query, layer.num_heads, 1),
+            "key": (key, layer.num_kv_heads, copies),
+            "value": (value, layer.num_kv_heads, copies),
         }
-        tensors = {
-            name: rows.view(-1, heads, layer.head_size)[: self.num_tokens].cpu().clone()
-            for name, (rows, heads) in seen.items()
+        whole = {
+            name: whole_heads(rows.view(-1, heads, layer.head_size)[: self.num_tokens], times)
+            for name, (rows, heads, times) in seen.items()
         }
-        save_tensors(layer_file(self.folder, self.window, index), {**tensors, "query_position": self.rows})
+        if writes():
+            tensors = {name: rows.cpu().clone(memory_format=torch.contiguous_format) for name, rows in whole.items()}
+            save_tensors(layer_file(self.folder, self.window, index), {**tensors, "query_position": self.rows})
 
 
 def run_capture_engine(job: CaptureJob) -> None:
     """Build the engine in this process and run the windows that are missing. Meant for a process of its own."""
-    # In-process, so that the tap needs no pickling and the memory is this process's; read when vLLM is imported.
+    # In-process: the memory of an engine of one rank is this process's. Read when vLLM is imported.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     from vllm import LLM, SamplingParams
 
-    llm = LLM(
-        model=job.shape.name,
-        dtype=job.dtype,
-        max_model_len=max_model_len_for(job.context, max_positions(job.shape.name)),
-        max_num_seqs=1,
-        max_num_batched_tokens=job.context,
-        **cache_memory(KV_CACHE_BYTES),
-        enable_prefix_caching=False,
-        enforce_eager=True,  # compiled graphs do not call the layers' forward
-    )
+    source = model_source(job.words)
+    own = {
+        "model": job.shape.name,
+        "dtype": job.dtype,
+        "max_model_len": max_model_len_for(job.context, max_positions(job.shape.name, source)),
+        "max_num_seqs": 1,
+        "max_num_batched_tokens": job.context,
+        **cache_memory(job.kv_memory_bytes),
+        "enable_prefix_caching": False,
+        "enforce_eager": True,  # compiled graphs do not call the layers' forward
+        # What layers see follows from what those before them read of the cache.
+        **unquantized_keywords(load_config(job.shape.name, source), job.dtype),
+    }
+    llm = LLM(**engine_keywords(job.words, own))
+    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+
+    def run(window: int) -> None:
+        llm.generate([{"prompt_token_ids": list(job.text.windows[window])}], params, use_tqdm=False)
+
     try:
-        tap = _Tap(job.folder)
-        dtype, layers = llm.collective_rpc(_install, args=(tap, job))[0]
+        dtype, layers, numbers = _joined(llm.collective_rpc(_install, args=(job,)), job.shape)
+        llm.collective_rpc(_write_tables, args=(numbers, job.context))
+        llm.collective_rpc(_watch)
+        run(0)
+        problem = llm.collective_rpc(_write_grams, args=(layers,))[0]
         capture = Capture(
             folder=job.folder,
             inputs=job.inputs,
@@ -139,54 +180,83 @@ def run_capture_engine(job: CaptureJob) -> None:
             dtype=dtype,
             windows=tuple(map(len, job.text.windows)),
             layers=layers,
+            gram_unsupported=problem,
         )
-        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-        readers = ResidualReaders()
-        llm.collective_rpc(_watch, args=(readers,))
-        llm.generate([{"prompt_token_ids": list(job.text.windows[0])}], params, use_tqdm=False)
-        problem = llm.collective_rpc(_write_grams, args=(readers, layers, job.folder))[0]
-        capture = replace(capture, gram_unsupported=problem)
         capture.write()
         missing = capture.missing_windows()
         total = len(capture.windows)
         for window in track(missing, "capture", "window", total=total, done=total - len(missing)):
-            tap.begin(window, capture.windows[window], layers, job)
-            llm.generate([{"prompt_token_ids": list(job.text.windows[window])}], params, use_tqdm=False)
-            if tap.pending:
-                raise RuntimeError(f"every layer must run once per step, but layers {sorted(tap.pending)} did not")
+            folder = layer_file(job.folder, window, 0).parent
+            shutil.rmtree(folder, ignore_errors=True)  # part of a window, where a run was killed
+            folder.mkdir()
+            num_tokens = capture.windows[window]
+            llm.collective_rpc(_begin, args=(window, num_tokens, _sample(job, window, num_tokens)))
+            run(window)
+            if pending := set().union(*llm.collective_rpc(_pending)):
+                raise RuntimeError(f"every layer must run once per step, but layers {sorted(pending)} did not")
     finally:
         llm.llm_engine.engine_core.shutdown()
 
 
-def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[CapturedLayer, ...]]:
-    """Tap every attention layer and write the rotary tables. Runs in the worker.
+def _sample(job: CaptureJob, window: int, num_tokens: int) -> torch.Tensor:
+    """Query rows of a window's sample, [num_queries] int64, ascending."""
+    # The first token attends to itself alone: its output has no error of the scores.
+    drawn = np.random.default_rng([job.seed, window]).permutation(num_tokens - 1)[: job.queries] + 1
+    return torch.from_numpy(np.sort(drawn))
+
+
+def _joined(stages: list[_Stage | None], shape: ModelShape) -> tuple[str, tuple[CapturedLayer, ...], dict[str, int]]:
+    """The model's dtype, its layers, and the numbers of its rotary tables by their digests.
+
+    Raises:
+        RuntimeError: layers that the model should not have, or lacks.
+    """
+    numbers: dict[str, int] = {}
+    layers: dict[int, CapturedLayer] = {}
+    found = [stage for stage in stages if stage is not None]
+    for stage in found:
+        for table in stage.tables:
+            numbers.setdefault(table, len(numbers))
+        for layer in stage.layers:
+            rotary = None if layer.rotary is None else numbers[stage.tables[layer.rotary]]
+            layers[layer.index] = replace(layer, rotary=rotary)
+    if set(layers) != set(shape.attention_layers):
+        rule = f"layers {list(shape.attention_layers)} must have attention"
+        raise RuntimeError(f"{shape.name}: {rule}, but got {sorted(layers)}")
+    return found[0].dtype, tuple(layers[index] for index in sorted(layers)), numbers
+
+
+def _install(worker: Any, job: CaptureJob) -> _Stage | None:
+    """Tap every attention layer. Runs in the worker.
 
     Returns:
-        The model's dtype and the layers, in order.
+        What the stage has, in the worker that writes for it; None in the others.
     """
-    from vllm.model_executor.models.utils import extract_layer_index
-
     config, model = worker.vllm_config, worker.model_runner.get_model()
+    make_room_for_stage_before(worker.model_runner)
+    tap = worker.model_runner.kvtuner_tap = _Tap(job.folder)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
-    tables: list[RotaryTable] = []
-    layers: dict[int, CapturedLayer] = {}
     for name, layer in config.compilation_config.static_forward_context.items():
         if id(layer) not in names or not hasattr(layer, "num_kv_heads"):  # not an attention layer with a cache
             continue
-        index = extract_layer_index(name)
+        index = layer_index(config, name)
+        if index is None or index in tap.layers:
+            rule = "must have a number of its own in its name"
+            raise RuntimeError(f"{job.shape.name}: attention layer {name} {rule}")
         rotary, problem = None, None
         try:
             parent = modules[names[id(layer)].rpartition(".")[0]]
             table = layer_rotary(parent, config, index)
             if table is not None:
-                rotary = _number(tables, table)
+                rotary = _number(tap.tables, table)
         except ValueError as error:
             problem = str(error)
-        layers[index] = CapturedLayer(
+        copies = tap.copies[index] = kv_head_copies(layer.num_kv_heads, job.shape.layers[index].num_kv_heads)
+        tap.layers[index] = CapturedLayer(
             index=index,
-            num_heads=layer.num_heads,
-            num_kv_heads=layer.num_kv_heads,
+            num_heads=layer.num_heads * num_ranks(),
+            num_kv_heads=layer.num_kv_heads * num_ranks() // copies,
             head_size=layer.head_size,
             scale=float(layer.impl.scale),
             sliding_window=layer.sliding_window,
@@ -196,40 +266,55 @@ def _install(worker: Any, tap: _Tap, job: CaptureJob) -> tuple[str, tuple[Captur
             sinks=_sinks(layer),
         )
         _tap_forward(layer, index, tap)
-    if set(layers) != set(job.shape.attention_layers):
-        rule = f"layers {list(job.shape.attention_layers)} must have attention"
-        raise RuntimeError(f"{job.shape.name}: {rule}, but got {sorted(layers)}")
-    for number, table in enumerate(tables):
-        save_rotary(job.folder, number, table, job.context)
-    return str(config.model_config.dtype).removeprefix("torch."), tuple(layers[index] for index in sorted(layers))
+    if not writes():
+        return None
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    layers = tuple(tap.layers[index] for index in sorted(tap.layers))
+    return _Stage(dtype, layers, tuple(map(_digest, tap.tables)))
+
+
+def _write_tables(worker: Any, numbers: Mapping[str, int], context: int) -> None:
+    """Write the stage's rotary tables under their numbers in the model. Runs in the worker."""
+    tap = worker.model_runner.kvtuner_tap
+    if writes():
+        for table in tap.tables:
+            save_rotary(tap.folder, numbers[_digest(table)], table, context)
+
+
+def _begin(worker: Any, window: int, num_tokens: int, rows: torch.Tensor) -> None:
+    worker.model_runner.kvtuner_tap.begin(window, num_tokens, rows)
+
+
+def _pending(worker: Any) -> set[int]:
+    return worker.model_runner.kvtuner_tap.pending
 
 
 def _sinks(layer: Any) -> tuple[float, ...] | None:
-    """A layer's attention sinks, which vLLM's backends keep under one name."""
+    """A layer's attention sinks of all ranks' heads, which vLLM's backends keep under one name."""
     if not layer.has_sink:
         return None
     # -inf, as a head that only pads a rank's has, is no number of JSON; this one has no weight either.
-    return tuple(layer.impl.sinks.float().clamp(min=torch.finfo(torch.float32).min).tolist())
+    sinks = layer.impl.sinks.float().clamp(min=torch.finfo(torch.float32).min)
+    return tuple(whole_heads(sinks.view(1, -1, 1)).flatten().tolist())
 
 
-def _watch(worker: Any, readers: ResidualReaders) -> None:
+def _watch(worker: Any) -> None:
     """Note what the next step runs through. Runs in the worker."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
     config, model = worker.vllm_config, worker.model_runner.get_model()
     known = {id(module) for module in model.modules()}
     attention = {
-        extract_layer_index(name): layer
+        layer_index(config, name): layer
         for name, layer in config.compilation_config.static_forward_context.items()
         if id(layer) in known and hasattr(layer, "num_kv_heads")
     }
-    readers.watch(model, config.model_config.get_hidden_size(), attention)
+    worker.model_runner.kvtuner_tap.readers.watch(model, config.model_config.get_hidden_size(), attention)
 
 
-def _write_grams(worker: Any, readers: ResidualReaders, layers: tuple[CapturedLayer, ...], folder: Path) -> str | None:
+def _write_grams(worker: Any, layers: tuple[CapturedLayer, ...]) -> str | None:
     """Why the Grams of the attention outputs cannot be had, or None. Runs in the worker."""
+    tap = worker.model_runner.kvtuner_tap
     with torch.inference_mode():
-        return readers.write(worker.model_runner.get_model(), layers, folder)
+        return tap.readers.write(worker.model_runner.get_model(), layers, tap.folder)
 
 
 def _tap_forward(layer: Any, index: int, tap: _Tap) -> None:
@@ -249,3 +334,8 @@ def _number(tables: list[RotaryTable], table: RotaryTable) -> int:
             return number
     tables.append(table)
     return len(tables) - 1
+
+
+def _digest(table: RotaryTable) -> str:
+    numbers = table.cos_sin.float().cpu().contiguous().numpy()
+    return hashlib.sha256(numbers.tobytes() + bytes([table.is_neox])).hexdigest()

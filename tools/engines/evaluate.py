@@ -1,8 +1,8 @@
 """An engine that measurements run: teacher-forced passes that see the full logits of every prompt position, and tasks.
 
 In a pass, prompts run one at a time with ``prompt_logprobs``, for which both model runners compute the logits of every
-prompt position. While they do, ``compute_logits`` is tapped in the worker. With one request, its rows come in prompt
-order however prefill is chunked, so the next row caught is always the next position.
+prompt position. While they do, ``compute_logits`` is tapped in the worker of the rank that gives logits. With one
+request, its rows come in prompt order however prefill is chunked, so the next row caught is always the next position.
 """
 
 import os
@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtuner_tools.cache_setting import CacheSetting
+from kvtuner_tools.cache_setting import AUTO, CacheSetting, unquantized_keywords
 from kvtuner_tools.divergence import TokenScores, compare
-from kvtuner_tools.model_files import max_positions
+from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
+from kvtuner_tools.engines.ranks import gives_logits, make_room_for_stage_before
+from kvtuner_tools.model_files import load_config, max_positions
 from kvtuner_tools.progress import track
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
 from vllm_kvtuner.profile.profile import ResolvedProfile
@@ -80,9 +82,10 @@ class EngineOptions:
         label: what progress bars call it.
         max_model_len: tokens the longest prompt and its answer need.
         chunk: most prompt tokens per step (``max_num_batched_tokens``).
-        kv_memory_bytes: memory of the KV cache.
+        kv_memory_bytes: memory of the KV cache on each rank.
         max_num_seqs: requests of a task that run together.
         switchable: calibration mode (``kvtuner`` settings only).
+        words: vLLM's engine arguments.
     """
 
     label: str
@@ -94,6 +97,7 @@ class EngineOptions:
     kv_memory_bytes: int
     max_num_seqs: int = 1
     switchable: bool = False
+    words: EngineWords = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -174,6 +178,10 @@ def _install(worker: Any, reference: ReferenceLogits | Path) -> None:
     of these calls compute_logits serves sampling, whose rows are not wanted.
     """
     runner = worker.model_runner
+    make_room_for_stage_before(runner)
+    runner.kvtuner_tap = None
+    if not gives_logits():
+        return
     tap = runner.kvtuner_tap = _Tap(reference)
     owner, name = (
         (runner.prompt_logprobs_worker, "compute_prompt_logprobs")
@@ -207,21 +215,27 @@ def _load_reference(worker: Any) -> None:
     """Keep the reference on the worker's GPU, if it takes no more than half of what is free there: passes that repeat
     would wait for the file longer than for the model."""
     tap = worker.model_runner.kvtuner_tap
+    if tap is None:
+        return
     device = next(worker.model_runner.get_model().parameters()).device
     if device.type == "cuda" and 2 * tap.reference.num_bytes <= torch.cuda.mem_get_info(device)[0]:
         tap.loaded = tap.reference.load(device)
 
 
 def _begin(worker: Any, start: int, window: tuple[int, ...]) -> None:
-    worker.model_runner.kvtuner_tap.begin(start, window)
+    if (tap := worker.model_runner.kvtuner_tap) is not None:
+        tap.begin(start, window)
 
 
 def _end(worker: Any) -> None:
-    worker.model_runner.kvtuner_tap.end()
+    if (tap := worker.model_runner.kvtuner_tap) is not None:
+        tap.end()
 
 
-def _collect(worker: Any) -> tuple[list[TokenScores], str, int]:
-    tap = worker.model_runner.kvtuner_tap
+def _collect(worker: Any) -> tuple[list[TokenScores], str, int] | None:
+    """What the tap has; None in the workers that have none."""
+    if (tap := worker.model_runner.kvtuner_tap) is None:
+        return None
     scores, tap.scores = tap.scores, []
     return scores, tap.dtype, tap.vocab_size
 
@@ -235,34 +249,40 @@ class MeasuringEngine:
     """
 
     def __init__(self, options: EngineOptions, reference: ReferenceLogits | Path) -> None:
-        # In-process, so that the tap needs no pickling and the memory is this process's; read when vLLM is imported.
+        # In-process: the memory of an engine of one rank is this process's. Read when vLLM is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         from vllm import LLM
 
         self._options, self._reference = options, reference
-        self._llm = LLM(
-            model=options.model,
-            dtype=options.dtype,
-            kv_cache_dtype=options.setting.kv_cache_dtype,
-            additional_config=options.setting.additional_config(
+        source = model_source(options.words)
+        plain = {}
+        if options.setting == AUTO:
+            plain = unquantized_keywords(load_config(options.model, source), options.dtype)
+        own = {
+            "model": options.model,
+            "dtype": options.dtype,
+            "kv_cache_dtype": options.setting.kv_cache_dtype,
+            "additional_config": options.setting.additional_config(
                 attend_cached_prefill=True,
                 switchable=options.switchable,
                 # What a server of the model's own length stores, however short the texts are.
-                request_tokens=max_positions(options.model),
+                request_tokens=max_positions(options.model, source),
             ),
             # Rounding the logits to bf16 alone is a KL of 0.0002 and 1.6% of top-1 (SmolLM2): as much as an 8-bit
             # cache.
-            hf_overrides={"head_dtype": "float32"},
-            max_model_len=options.max_model_len,
-            max_num_seqs=options.max_num_seqs,
-            max_num_batched_tokens=max(options.chunk, options.max_num_seqs),
+            "hf_overrides": {"head_dtype": "float32", **plain.pop("hf_overrides", {})},
+            "max_model_len": options.max_model_len,
+            "max_num_seqs": options.max_num_seqs,
+            "max_num_batched_tokens": max(options.chunk, options.max_num_seqs),
             **cache_memory(options.kv_memory_bytes),
             # Prompts whose log-probabilities are wanted do not read the prefix cache; questions share their shots.
-            enable_prefix_caching=True,
+            "enable_prefix_caching": True,
             # Settings must differ in the cache alone, not in what the compiler fuses around it.
-            enforce_eager=True,
-        )
+            "enforce_eager": True,
+            **plain,
+        }
+        self._llm = LLM(**engine_keywords(options.words, own))
         self._llm.collective_rpc(_install, args=(reference,))
         if options.switchable:
             self._llm.collective_rpc(_load_reference)
@@ -288,7 +308,7 @@ class MeasuringEngine:
             self._llm.generate([{"prompt_token_ids": list(window)}], params, use_tqdm=False)
             self._llm.collective_rpc(_end)
             start += len(window) - 1
-        scores, dtype, vocab_size = self._llm.collective_rpc(_collect)[0]
+        ((scores, dtype, vocab_size),) = filter(None, self._llm.collective_rpc(_collect))
         reference = self._reference
         if isinstance(reference, Path):
             reference = ReferenceLogits(reference, dtype, vocab_size, start)

@@ -32,6 +32,7 @@ from vllm_kvtuner.engine.config import recent_block_size
 from vllm_kvtuner.kernels.contract import (
     AttentionShape,
     BatchLimits,
+    CachedTokens,
     KernelSet,
     LatePacking,
     Pages,
@@ -262,6 +263,7 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         workspace = prefill.workspace()
         rows = None if window is None or window.cache.is_packed else window.cache.kv_cache
         kernels.warm_up(self.pages(kv_cache), workspace, rows)
+        prefill.warm_up()
         if window is not None:
             window.warm_up(self.transforms, workspace)
 
@@ -314,15 +316,18 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self,
         layer: torch.nn.Module,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor,
         attn_metadata: KVTunerMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of query [num_tokens, num_heads, head_size] into output, of the same shape."""
+        """Attention of query [num_tokens, num_heads, head_size] into output, of the same shape.
+
+        Key and value are None where the step's tokens are in the cache already, from another pass or layer.
+        """
         assert output_scale is None and output_block_scale is None, "fused output quantization is not advertised"
         if attn_metadata is None:  # profiling and warm-up
             return output.fill_(0)
@@ -330,6 +335,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if attn_metadata.num_decodes:
             self._decode(query, pages, attn_metadata, output)
         if attn_metadata.prefill is not None:
+            if key is None or value is None:
+                key, value = self._stored(query, pages, attn_metadata)
             clamped = getattr(layer, "mm_prefix_clamp_sliding_window", False)
             self.served.prefill(Prefills(query, key, value, pages, attn_metadata, clamped), output)
         if self._late is not None and self._window_holds_step():
@@ -337,6 +344,21 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
             if rows := packing.attended(name):
                 kernels.pack_rows(rows)
         return output
+
+    def _stored(
+        self, query: torch.Tensor, pages: Pages, metadata: KVTunerMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [num_tokens, num_kv_heads, head_size] of the prefills' new tokens, read back."""
+        assert metadata.prefill is not None
+        keys, values = (query.new_empty(query.shape[0], self.num_kv_heads, self.head_size) for _ in range(2))
+        plan, first = metadata.prefill, metadata.num_decodes
+        rows = slice(plan.first_token, plan.first_token + plan.num_tokens)
+        lengths = plan.cu_query_lens.diff()
+        starts = metadata.seq_lens[first : first + len(lengths)] - lengths
+        blocks = metadata.block_table[first : first + len(lengths)]
+        tokens = CachedTokens(blocks, plan.cu_query_lens, starts.to(torch.int32), plan.num_tokens)
+        self.served.kernels.gather(pages, tokens, keys[rows], values[rows])
+        return keys, values
 
     def _window_holds_step(self) -> bool:
         """Whether the layer's window holds all tokens of the batch in flight, so that they may be packed at its end."""

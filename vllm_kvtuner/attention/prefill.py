@@ -62,6 +62,9 @@ class Prefill(Protocol):
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the scratch, so that it is counted before the cache is sized."""
 
+    def warm_up(self) -> None:
+        """Compile what would be compiled at the first prompt."""
+
     def __call__(self, batch: Prefills, output: torch.Tensor) -> None:
         """Attention of the prefills' tokens into their rows of output [num_tokens, num_heads, head_size]."""
 
@@ -158,6 +161,25 @@ class GpuPrefill:
         """Two of [workspace_tokens, num_kv_heads, head_size], shared by layers of one shape."""
         shape = self.kernels.shape
         return _workspace(self.workspace_shape, shape.num_kv_heads, shape.head_size)
+
+    def warm_up(self) -> None:
+        """Attention under every mask that plans ask for, where it is compiled when it is first called."""
+        if not (
+            isinstance(self.flash, PortableAttention) or (isinstance(self.flash, Flash) and self.flash.version == 4)
+        ):
+            return
+        shape, (keys, values) = self.kernels.shape, self.workspace()
+        query = keys.new_zeros(1, shape.num_heads, shape.head_size)
+        lens = Lengths(torch.tensor([0, 1], dtype=torch.int32, device=keys.device), 1)
+        sliding_window = self.kernels.span.sliding_window
+        masks: set[tuple[bool, int | None]] = {(True, sliding_window)}
+        if sliding_window is None:
+            masks.add((False, None))
+        if self.window is not None:
+            recent = self.window.cache.window.tokens
+            masks |= {(True, recent), (True, sliding_window and sliding_window - recent)}
+        for causal, window in masks:
+            self._attend(query, (keys[:1], values[:1]), lens, lens, causal, window)
 
     def __call__(self, batch: Prefills, output: torch.Tensor) -> None:
         """Attention of the prefills' tokens into their rows of output [num_tokens, num_heads, head_size]."""
@@ -277,6 +299,9 @@ class ReferencePrefill:
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Nothing is shared between calls."""
         return torch.empty(0), torch.empty(0)
+
+    def warm_up(self) -> None:
+        """Nothing is compiled."""
 
     def __call__(self, batch: Prefills, output: torch.Tensor) -> None:
         """As :class:`GpuPrefill`."""

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm.config import VllmConfig
-from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, MambaSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
 
-from vllm_kvtuner.engine.config import AUTO_KEY, DRAFT_PREFIXES, RECENT_SUFFIX, resolved_profile
+from vllm_kvtuner.engine.config import AUTO_KEY, DRAFT_PREFIXES, RECENT_SUFFIX, layer_precision, resolved_profile
 from vllm_kvtuner.engine.profile_search import asked_need
 from vllm_kvtuner.pages.layout import UNQUANTIZED, content_bytes
 from vllm_kvtuner.profile.auto_request import Need
+from vllm_kvtuner.profile.problems import format_layers
 from vllm_kvtuner.profile.profile import Profile, ResolvedProfile
 
 logger = logging.getLogger("vllm.kvtuner")
@@ -70,7 +70,7 @@ def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
     found = _against_bf16(config, kv_cache_config)
     logger.info(
         "kvtuner profile %s: %.3f nominal bits, %.3f stored bits, %s bytes per token%s%s%s; %s KV tokens fit, %.2f "
-        "times as many as bf16%s",
+        "times as many as bf16; %d of %d attention layers packed%s",
         _named(resolved.profile, config.additional_config.get(AUTO_KEY)),
         resolved.nominal_bits,
         resolved.stored_bits,
@@ -83,6 +83,7 @@ def log_capacity(config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         f" and {found.padding:.1%} padding between unequal pages" if found.padding > 0.001 else "",
         f"{config.cache_config.kv_cache_size_tokens or 0:,}",
         found.times,
+        *packed_layers(config, kv_cache_config),
         f"; without {' and without '.join(resolved.profile.left_out)}" if resolved.profile.left_out else "",
     )
 
@@ -94,6 +95,47 @@ def _named(profile: Profile, auto: Sequence[str] | None) -> str:
         asked, _, source = auto
         name = f"{asked} -> {name} ({source})"
     return f"{name} with {profile.transforms.described}" if profile.adapts else name
+
+
+def packed_layers(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[int, int]:
+    """How many attention layers of the target model have packed pages, and how many there are, as vLLM allocates them.
+
+    Raises:
+        ValueError: pages of another size than the profile's pair has, or layers that have none, with all names.
+    """
+    ranks, pages = config.parallel_config.tensor_parallel_size, _page_bytes(kv_cache_config)
+    packed, found, wrong = 0, set(), []
+    for group in kv_cache_config.kv_cache_groups:
+        for name in filter(_is_of_target, group.layer_names):
+            layer = layer_precision(config, name)
+            if layer is None or not isinstance(group.kv_cache_spec, AttentionSpec):
+                continue
+            found.add(layer.index)
+            if not layer.pair.is_quantized:
+                continue
+            packed += 1
+            heads = max(1, layer.shape.num_kv_heads // ranks)
+            expected = group.kv_cache_spec.block_size * heads * content_bytes(layer.pair, layer.shape.head_size)
+            if pages[name] != expected:
+                rule = f"pages must have {expected:,} bytes at {layer.pair}"
+                wrong.append(f"{name}: {rule}, but vLLM allocates {pages[name]:,}")
+    missing = sorted({layer.index for layer in resolved_profile(config).layers} - found)
+    if missing and config.parallel_config.pipeline_parallel_size == 1:
+        wrong.append(f"layers {format_layers(missing)} must have pages, but vLLM allocates none")
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return packed, len(found)
+
+
+def _page_bytes(kv_cache_config: KVCacheConfig) -> dict[str, int]:
+    """Of each layer by its name: one of the two strides is a page, and the other holds many of them."""
+    tensors = kv_cache_config.kv_cache_tensors
+    return {name: min(tensor.layer_stride, tensor.block_stride) for tensor in tensors for name in tensor.layers}
+
+
+def _is_of_target(name: str) -> bool:
+    """Whether a cache is that of one of the target model's layers: no recent window, and no draft model's."""
+    return not name.startswith(DRAFT_PREFIXES) and not name.endswith(RECENT_SUFFIX)
 
 
 def _windows(resolved: ResolvedProfile) -> str:
@@ -124,11 +166,8 @@ def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> _Capaci
 
     Cache groups overlay each other in the pool's blocks, so the largest group of bf16 pages sets what bf16 would take.
     """
-    layers = {layer.index: layer for layer in resolved_profile(config).layers}
     ranks = config.parallel_config.tensor_parallel_size
-    # One of the two strides is a page, and the other holds many of them.
-    tensors = kv_cache_config.kv_cache_tensors
-    pages = {name: min(tensor.layer_stride, tensor.block_stride) for tensor in tensors for name in tensor.layers}
+    pages = _page_bytes(kv_cache_config)
     bf16 = stored = windows = state_blocks = states = 0
     packed, state_groups = [], []
     for group in kv_cache_config.kv_cache_groups:
@@ -145,7 +184,7 @@ def _against_bf16(config: VllmConfig, kv_cache_config: KVCacheConfig) -> _Capaci
         packed.append(group)
         group_bf16 = group_stored = 0
         for name in group.layer_names:
-            layer = None if name.startswith(DRAFT_PREFIXES) else layers.get(extract_layer_index(name))
+            layer = None if name.startswith(DRAFT_PREFIXES) else layer_precision(config, name)
             if layer is None:
                 group_bf16 += pages[name]
                 group_stored += pages[name]

@@ -22,6 +22,7 @@ def apply() -> None:
     settings.add_profile_argument()
     settings.check_engine_config()
     layers.give_layers_their_backend()
+    layers.check_layers_are_met()
     layers.bind_statics_after_loading()
     worker.warm_kernels_up()
     blocks.size_blocks_by_the_mean_page()

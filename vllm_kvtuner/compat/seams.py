@@ -78,7 +78,16 @@ _LAYERS = (
     ),
     Seam(
         "an attention layer's parts", _ATTENTION + "Attention", "compat.layers.give_layers_their_backend",
-        attributes=("impl", "kv_cache", "layer_name", "num_kv_heads"),
+        attributes=("head_size", "head_size_v", "impl", "kv_cache", "layer_name", "num_kv_heads"),
+    ),
+    Seam(
+        "construction of a model", "vllm.model_executor.model_loader.base_loader:BaseModelLoader.create_model",
+        "compat.layers.check_layers_are_met", ("vllm_config", "model_config", "prefix"), exact=True,
+    ),
+    Seam(
+        "KV cache scheme of a checkpoint",
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors:CompressedTensorsConfig",
+        "compat.layers.give_layers_their_backend", attributes=("get_quant_method", "kv_cache_scheme"),
     ),
     Seam(
         "tag of the model that is being built", "vllm.compilation.backends:model_tag",

@@ -63,7 +63,7 @@ def calibrate_once(config: VllmConfig, spec: str, budget: Budget, known: Callabl
     with _locked(work.with_suffix(".lock")):
         if (found := known()) is not None:  # another process has made it meanwhile
             return found
-        logger.info("kvtuner profile %s: no profile of this model yet; calibrating in %s", spec, work)
+        logger.info("kvtuner: %s finds no profile of this model yet; calibrating in %s", spec, work)
         _run(spec, [*arguments, "--out", str(work)])
         if (found := known()) is None:
             rule = "calibration must end in a profile within the budget"

@@ -50,24 +50,3 @@ def pictures_read_back(config: VllmConfig, resolved: ResolvedProfile) -> tuple[s
         f"{source}: attend_cached_prefill must be false or the engine serve text alone (--language-model-only) where "
         f"pictures attend in both directions, but got true for {config.model_config.model}",
     )
-
-
-def own_way_of_attending(layer: str, kind: str, backend: str | None, own_spec: bool) -> str | None:
-    """Why a layer that a profile quantizes cannot be served, or None: its kind attends or caches in a way of its own.
-
-    Chunked local attention, prefix language models and layers with learned sink tokens hand vLLM a backend made for
-    them; what takes its place would attend causally to all tokens, and say nothing.
-
-    Args:
-        layer: its name.
-        kind: name of its class.
-        backend: name of the class of the backend that it brings, None where vLLM is to choose.
-        own_spec: the class says itself how its tokens are cached.
-    """
-    if backend is None and not own_spec:
-        return None
-    got = f"the backend {backend}" if backend is not None else "a cache of its own kind"
-    return (
-        f"{layer}: a layer of --kv-cache-dtype kvtuner must leave masks and cache to its backend, but got {kind}, "
-        f"which brings {got}"
-    )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from typing import TYPE_CHECKING
 
 from vllm_kvtuner import envs
@@ -20,23 +21,28 @@ from vllm_kvtuner.engine.config import (
     PROFILE_KEY,
     is_calibration,
     needs_packed_blocks,
+    reads_others_tokens,
     resolved_profile,
 )
 from vllm_kvtuner.engine.mrope import unserved_positions
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.engine.profile_search import look_for, other_weights
+from vllm_kvtuner.engine.verdict import model_shape
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
+from vllm_kvtuner.profile.checkpoint import checkpoint_scheme
 from vllm_kvtuner.profile.fitting import advice
 from vllm_kvtuner.profile.load import AUTO, load_profile
 from vllm_kvtuner.profile.model_shape import ModelShape
-from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError
+from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError, format_layers
 from vllm_kvtuner.profile.statics import load_statics
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_kvtuner.profile.profile import ResolvedProfile
+
+logger = logging.getLogger("vllm.kvtuner")
 
 
 def check_config(config: VllmConfig) -> None:
@@ -63,17 +69,34 @@ def check_config(config: VllmConfig) -> None:
         raise ProfileError(problems)
     look_for(config, _shape(config))
     resolved = _resolved(config)
-    problems = other_weights(config, resolved.profile)
-    problems += draft_model(config, resolved) + captured_stores(config, resolved)
+    problems = other_weights(config, resolved.profile) + draft_model(config, resolved)
+    problems += captured_stores(config, resolved) + shared_tokens(config, resolved)
     problems += unserved_positions(config, resolved) + pictures_read_back(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
     if problems:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(resolved)
+    _say_scheme(config, resolved)
     if config.model_config.is_mm_prefix_lm:
         # Pictures that attend in both directions are computed in one step. On a GPU vLLM says so itself.
         config.scheduler_config.disable_chunked_mm_input = True
+
+
+def _say_scheme(config: VllmConfig, resolved: ResolvedProfile) -> None:
+    """Say what becomes of the cache that the checkpoint asks for, which is not what it gets."""
+    scheme = checkpoint_scheme(config.model_config.hf_config)
+    if scheme is None:
+        return
+    plain = [layer.index for layer in resolved.layers if not layer.pair.is_quantized]
+    dtype = str(config.model_config.dtype).removeprefix("torch.")
+    kept = f"; layers {format_layers(plain)} at {UNQUANTIZED} stay in {dtype}" if plain else ""
+    logger.info(
+        "kvtuner: the KV cache scheme of the checkpoint (%s) and its scales are not used; layers store what the "
+        "profile says%s",
+        scheme,
+        kept,
+    )
 
 
 def _resolved(config: VllmConfig) -> ResolvedProfile:
@@ -86,7 +109,7 @@ def _resolved(config: VllmConfig) -> ResolvedProfile:
 
 
 def _shape(config: VllmConfig) -> ModelShape:
-    return ModelShape.from_hf_config(config.model_config.hf_config, config.model_config.model)
+    return model_shape(config.model_config)
 
 
 def adapt(config: VllmConfig) -> None:
@@ -99,7 +122,7 @@ def adapt(config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
     def problems(resolved: ResolvedProfile) -> tuple[str, ...]:
-        return (*recent_windows(config, resolved), *draft_model(config, resolved))
+        return (*recent_windows(config, resolved), *draft_model(config, resolved), *shared_tokens(config, resolved))
 
     shape = _shape(config)
     if shape.unsupported:  # refused by resolving
@@ -246,6 +269,15 @@ def captured_stores(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str,
         f"{source}: piecewise CUDA graphs must leave stores out with a recent_window or a key_offset "
         f"(cudagraph_mode FULL_DECODE_ONLY does too), but got {got}",
     )
+
+
+def shared_tokens(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """Attention that is handed no keys reads a step's tokens back from the pages, where a window's are not."""
+    if not resolved.recent_windows or not reads_others_tokens(config):
+        return ()
+    windows = "/".join(str(window.tokens) for window in resolved.recent_windows)
+    rule = "must be 0 for a model whose layers also read what another pass or layer has stored in the same step"
+    return (f"{resolved.profile.source or resolved.profile.name}: recent_window {rule}, but got {windows}",)
 
 
 def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:

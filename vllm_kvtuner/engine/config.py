@@ -7,13 +7,15 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from vllm_kvtuner.engine.layer_names import layer_index, sliding_layers
+from vllm_kvtuner.engine.verdict import model_shape
 from vllm_kvtuner.pages import layout
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 from vllm_kvtuner.profile.load import load_profile
-from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.model_shape import num_loops
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
     from vllm_kvtuner.profile.profile import LayerPrecision, Profile, RecentWindow, ResolvedProfile
 
@@ -47,9 +49,7 @@ def resolved_profile(config: VllmConfig) -> ResolvedProfile:
     """The profile of a checked configuration, resolved against its model."""
     additional = config.additional_config
     attend, window = additional.get(ATTEND_KEY), tuple(additional.get(PAIR_WINDOW_KEY) or ())
-    return _resolve(
-        additional[PROFILE_KEY], config.model_config.model, attend, window, _HfConfig(config.model_config.hf_config)
-    )
+    return _resolve(additional[PROFILE_KEY], config.model_config.model, attend, window, _Model(config.model_config))
 
 
 def uses_kvtuner(config: VllmConfig) -> bool:
@@ -63,10 +63,8 @@ def is_calibration(config: VllmConfig) -> bool:
 
 
 def layer_precision(config: VllmConfig, layer_name: str) -> LayerPrecision | None:
-    """What the profile says of a decoder attention layer, or None for one that it does not know (an EAGLE head's)."""
-    from vllm.model_executor.models.utils import extract_layer_index
-
-    index = extract_layer_index(layer_name)
+    """What the profile says of an attention layer of the target model, or None for one that it does not know."""
+    index = layer_index(config, layer_name)
     for layer in resolved_profile(config).layers:
         if layer.index == index:
             return layer
@@ -75,7 +73,14 @@ def layer_precision(config: VllmConfig, layer_name: str) -> LayerPrecision | Non
 
 def mixes_attention_kinds(config: VllmConfig) -> bool:
     """Whether the model has sliding-window layers beside full ones, whose pages cannot share one group."""
-    return len(set(getattr(config.model_config.hf_text_config, "layer_types", None) or ())) > 1
+    text = config.model_config.hf_text_config
+    return len(set(getattr(text, "layer_types", None) or ())) > 1 or num_loops(text) > 1
+
+
+def reads_others_tokens(config: VllmConfig) -> bool:
+    """Whether some layers attend to keys and values that another layer, or pass over the layers, has just stored."""
+    text = config.model_config.hf_text_config
+    return num_loops(text) > 1 or bool(getattr(text, "num_kv_shared_layers", 0))
 
 
 def needs_packed_blocks(config: VllmConfig, resolved: ResolvedProfile) -> bool:
@@ -109,31 +114,29 @@ def recent_block_size(config: VllmConfig, window: RecentWindow) -> int:
 
 def window_bytes(config: VllmConfig, resolved: ResolvedProfile, window: RecentWindow) -> tuple[int, int]:
     """Bytes of one token on a rank: in the packed pages that make a block, and in all layers' windows of this kind."""
-    model = config.model_config
     ranks = config.parallel_config.tensor_parallel_size
-    kinds = getattr(model.hf_text_config, "layer_types", None) or ()
-    sliding = [mixes_attention_kinds(config) and kinds[layer.index] == "sliding_attention" for layer in resolved.layers]
+    sliding = sliding_layers(config, resolved)
     pool = windows = 0
-    for layer, is_sliding in zip(resolved.layers, sliding, strict=True):
+    for layer in resolved.layers:
         # Groups of sliding-window layers share the blocks that the full layers' pages make.
-        pool += 0 if is_sliding else _token_bytes(config, layer)
+        pool += 0 if layer.index in sliding else _token_bytes(config, layer)
         if layer.recent == window:
             heads = max(1, layer.shape.num_kv_heads // ranks)
             windows += heads * layer.recent_content_bytes * _widen(config, window.pair)
     return pool, windows
 
 
-class _HfConfig:
-    """A model's configuration as part of a cache key: compared by identity."""
+class _Model:
+    """vLLM's configuration of a model as part of a cache key: those of one Hugging Face configuration are equal."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.config = config
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _HfConfig) and self.config is other.config
+        return isinstance(other, _Model) and self.config.hf_config is other.config.hf_config
 
     def __hash__(self) -> int:
-        return id(self.config)
+        return id(self.config.hf_config)
 
 
 def with_pair_window(profile: Profile, chosen: Sequence[Any]) -> Profile:
@@ -145,11 +148,11 @@ def with_pair_window(profile: Profile, chosen: Sequence[Any]) -> Profile:
 
 @functools.lru_cache(maxsize=8)
 def _resolve(
-    spec: str, model: str, attend_cached_prefill: bool | None, pair_window: tuple[Any, ...], config: _HfConfig
+    spec: str, model: str, attend_cached_prefill: bool | None, pair_window: tuple[Any, ...], config: _Model
 ) -> ResolvedProfile:
     profile = load_profile(spec)
     if pair_window:
         profile = with_pair_window(profile, pair_window)
     if attend_cached_prefill is not None:
         profile = dataclasses.replace(profile, attend_cached_prefill=bool(attend_cached_prefill))
-    return profile.resolve(ModelShape.from_hf_config(config.config, model))
+    return profile.resolve(model_shape(config.config))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from vllm_kvtuner.engine.config import REQUEST_TOKENS_KEY, window_bytes, with_pair_window
 from vllm_kvtuner.pages.layout import recent_block_size, recent_blocks
-from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.model_shape import ModelShape, num_loops
 from vllm_kvtuner.profile.pair import RECENT_WINDOW, SINK_TOKENS
 from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile
@@ -81,7 +81,7 @@ def _said(refused: Sequence[str], window: RecentWindow | None) -> str:
 def _too_long(config: VllmConfig, window: RecentWindow) -> list[str]:
     """A window must be shorter than the sliding window of layers that have one."""
     text = config.model_config.hf_text_config
-    sliding = getattr(text, "sliding_window", None)
+    sliding = getattr(text, "loop_window_size", 64) if num_loops(text) > 1 else getattr(text, "sliding_window", None)
     kinds = getattr(text, "layer_types", None)
     if not sliding or sliding > window.tokens or (kinds and "sliding_attention" not in kinds):
         return []

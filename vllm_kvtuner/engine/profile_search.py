@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from vllm_kvtuner.engine.cache_memory import memory_of_keys_and_values
 from vllm_kvtuner.engine.calibrate_once import calibrate_once
 from vllm_kvtuner.engine.config import AUTO_KEY, PROFILE_KEY, REQUEST_TOKENS_KEY
+from vllm_kvtuner.pages.layout import PrecisionPair
 from vllm_kvtuner.profile.auto import best_pair, find_calibrated, is_auto, make_budget, resolve_auto
-from vllm_kvtuner.profile.auto_request import Need, parse_request
+from vllm_kvtuner.profile.auto_request import CALIBRATE, Need, parse_request
 from vllm_kvtuner.profile.hub import fetch_profile, is_hub_spec
 from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.model_shape import ModelShape
+from vllm_kvtuner.profile.places import WEIGHTS
 from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.shipped import shipped_profiles
 
@@ -60,7 +62,7 @@ def _resolve(config: VllmConfig, spec: str, shape: ModelShape) -> Candidate:
             raise ProfileError([f"{spec}: {rule}, but got {request.need.context:,}"])
         memory = memory_of_keys_and_values(config, model_files(config), spec, shape)
         how = "as given" if config.cache_config.kv_cache_memory_bytes else "estimated"
-        logger.info("kvtuner profile %s: %s bytes for keys and values over all ranks, %s", spec, f"{memory:,}", how)
+        logger.info("kvtuner: %s: %s bytes for keys and values over all ranks, %s", spec, f"{memory:,}", how)
         # A pair's window is chosen for requests of this length.
         config.additional_config.setdefault(REQUEST_TOKENS_KEY, request.need.context)
     if request.calibrate:
@@ -71,7 +73,16 @@ def _resolve(config: VllmConfig, spec: str, shape: ModelShape) -> Candidate:
             return find_calibrated(model_files(config), shape, budget, pair).chosen
 
         return known() or calibrate_once(config, spec, budget, known)
-    return resolve_auto(spec, model_files(config), shape, memory).chosen
+    chosen = resolve_auto(spec, model_files(config), shape, memory).chosen
+    if chosen.source == WEIGHTS and PrecisionPair.parse(chosen.spec).nominal_bits < 8:
+        better = f"{spec}{',' if ':' in spec else ':'}{CALIBRATE}"
+        logger.info(
+            "kvtuner: %s finds no profile of this model, so a pair is served; calibration loses less at the "
+            "same bits: --kvtuner-profile %s",
+            spec,
+            better,
+        )
+    return chosen
 
 
 def model_files(config: VllmConfig) -> ModelFiles:

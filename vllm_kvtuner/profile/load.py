@@ -28,6 +28,7 @@ A profile file::
     provenance: {}              # how it was made: any plain values
 
 A pair alone (``K8V4``) is a uniform profile with the treatment of profile/pair.py, ``K8V4:plain`` one without.
+A checkpoint's ``config.json`` or ``hf_quant_config.json`` is the cache that it asks for, in pairs (checkpoint.py).
 ``{0: {nbits_key: 8, nbits_value: 4}, ...}``, the preset format of KVTuner's reference implementation, is read as it is.
 """
 
@@ -45,6 +46,7 @@ from vllm_kvtuner.pages.layout import (
     UNQUANTIZED,
     PrecisionPair,
 )
+from vllm_kvtuner.profile.checkpoint import CHECKPOINT_FILES, checkpoint_profile
 from vllm_kvtuner.profile.hub import FORM, fetch_profile, is_hub_spec
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.pair import is_pair, pair_profile
@@ -134,6 +136,8 @@ def load_profile(spec: str) -> Profile:
             got = "a folder" if os.path.isdir(path) else "no such file" + suggest(path.stem, names)
             raise UnknownProfileError([f"{spec}: profile {rule}, but got {got}"])
         path = shipped
+    if path.name in CHECKPOINT_FILES:
+        return checkpoint_profile(spec, path)
     document = read_yaml(path, spec)
     problems = Problems(spec)
     is_preset = document and all(re.fullmatch("[0-9]+", str(key)) for key in document)

@@ -26,6 +26,16 @@ _SINK_KEYS = (
     "add_swa_attention_sink_bias",
     "add_full_attention_sink_bias",
 )
+_LOOPED = {"IQuestLoopCoderForCausalLM": 2}
+"""Architectures that run through their layers several times, and how often where the config does not say."""
+_VALUE_SIZES = {"v_head_dim": "head_dim", "v_channels": "head_dim", "swa_v_head_dim": "swa_head_dim"}
+"""Keys of the values' head size, and of the keys' head size beside them."""
+_OWN_WAYS = {
+    "sparse_attention_config": "attention to blocks that an indexer chooses",
+    "rswa_window": "a window that slides behind a prompt which stays visible",
+    "dual_chunk_attention_config": "dual chunk attention",
+}
+"""Keys of ways of attending that need masks or caches of their own."""
 _ALIBI = {"bloom", "step1"}
 _DERIVED_BY_TRANSFORMERS = (
     "attn_layer_period",
@@ -57,7 +67,8 @@ class ModelShape:
     Args:
         name: model name or folder.
         architecture: first of the config's ``architectures``.
-        layers: shape of each decoder layer; may be empty for a kind that is not served.
+        layers: shape of each decoder layer, of a looped model for each pass over them in turn; may be empty for a kind
+            that is not served.
         unsupported: why models of this kind are not served, each ``<rule>, but got <value>``; empty if they are.
         attention_sinks: whether some of its layers, or all, have a learned logit per query head in every softmax.
     """
@@ -67,6 +78,11 @@ class ModelShape:
     layers: tuple[LayerShape, ...]
     unsupported: tuple[str, ...] = ()
     attention_sinks: bool = False
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why the model is not served, in the words of every command and of the engine; empty if it is."""
+        return tuple(f"model {self.name} {reason}" for reason in self.unsupported)
 
     @property
     def attention_layers(self) -> tuple[int, ...]:
@@ -101,6 +117,19 @@ class ModelShape:
             unsupported=reasons,
             attention_sinks=_has_sinks(text),
         )
+
+
+def num_loops(text: Any) -> int:
+    """How often a model runs through its layers, each time with keys and values of their own.
+
+    Args:
+        text: a model's (text) configuration, object or mapping.
+    """
+    default = _LOOPED.get((_get(text, "architectures") or ("",))[0])
+    if default is None:
+        return 1
+    given = _get(text, "loop_num")
+    return default if given is None else int(given)
 
 
 def _get(config: Any, *names: str) -> Any:
@@ -142,7 +171,7 @@ def _layer_shapes(text: Any, model: str) -> Iterator[LayerShape]:
     per_layer = _get(text, "per_layer_config")
     if isinstance(per_layer, Mapping) or (per_layer is None and _get(text, "global_head_dim") is not None):
         raise ProfileError([f"{model}: config must give the shape of every layer, but got one with exceptions"])
-    for index in range(num_layers):
+    for index in [*range(num_layers)] * num_loops(text):
         if types is not None and types[index] in CACHELESS_TYPES:
             yield LayerShape(0, 0)
             continue
@@ -163,6 +192,8 @@ def _num_kv_heads(text: Any, model: str) -> Any:
         return 1
     if kind == "chatglm" and not _get(text, "multi_query_attention"):
         return _require(text, model, *_NUM_HEADS)
+    if kind == "zamba2":  # whose num_key_value_heads vLLM does not read
+        return _require(text, model, *_NUM_HEADS)
     attn_config = _get(text, "attn_config")
     nested = None if attn_config is None else _get(attn_config, "kv_n_heads")
     return nested or _require(text, model, *_NUM_KV_HEADS, *_NUM_HEADS)
@@ -173,6 +204,11 @@ def _head_size(text: Any, model: str) -> Any:
     if explicit:
         return explicit
     return _require(text, model, *_HIDDEN_SIZE) // _require(text, model, *_NUM_HEADS)
+
+
+def _head_size_or_none(text: Any) -> Any:
+    hidden, heads = _get(text, *_HIDDEN_SIZE), _get(text, *_NUM_HEADS)
+    return _get(text, *_HEAD_SIZE) or (hidden // heads if hidden and heads else None)
 
 
 def _unsupported(config: Any, text: Any) -> Iterator[str]:
@@ -186,9 +222,14 @@ def _unsupported(config: Any, text: Any) -> Iterator[str]:
             yield f"must cache keys and values per head (MLA is not served), but got {key}={show(value)}"
             break
     else:
-        value_size = _get(text, "v_head_dim")
-        if value_size is not None and value_size != _get(text, "head_dim"):
-            yield f"must have keys and values of one head size, but got v_head_dim={value_size}"
+        for key, size in _VALUE_SIZES.items():
+            value = _get(text, key)
+            if value is not None and value != (_get(text, size) or _head_size_or_none(text)):
+                yield f"must have keys and values of one head size, but got {key}={show(value)}"
+    for key, what in _OWN_WAYS.items():
+        if value := _get(text, key) or _get(config, key):
+            rule = f"must attend to all tokens or to a sliding window ({what} is not served)"
+            yield f"{rule}, but got {key}={show(value)}"
     if (tokens := _get(text, "param_sink_number")) not in (None, 0):
         yield f"must have no learned sink tokens (not served), but got param_sink_number={show(tokens)}"
     if reason := _alibi(config, text):

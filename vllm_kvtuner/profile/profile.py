@@ -171,6 +171,7 @@ class Profile:
         statics: safetensors file with the static tensors, if given.
         provenance: how the profile was made; plain values.
         adapts: what a model or an engine does not serve of the transforms and windows is left out, not refused.
+        others: the pair of layers that ``pairs`` does not name; None where it must name all.
         left_out: of a profile that adapts, what was left out and why, each in a few words.
     """
 
@@ -190,6 +191,7 @@ class Profile:
     statics: Path | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
     adapts: bool = False
+    others: PrecisionPair | None = None
     left_out: tuple[str, ...] = ()
 
     def weights_problem(self, weights: str | None) -> str | None:
@@ -205,7 +207,7 @@ class Profile:
         return float(sum(pair.nominal_bits for pair in pairs) / len(pairs))
 
     def pair_of(self, layer: int) -> PrecisionPair | None:
-        return self.pairs if isinstance(self.pairs, PrecisionPair) else self.pairs.get(layer)
+        return self.pairs if isinstance(self.pairs, PrecisionPair) else self.pairs.get(layer, self.others)
 
     def transforms_of(self, layer: int) -> TransformSettings:
         return self.transform_overrides.get(layer, self.transforms)
@@ -232,8 +234,7 @@ class Profile:
         if self.adapts and (profile := _adapted(self, shape)) is not self:
             return profile.resolve(shape)
         problems = Problems(str(self.source or self.name))
-        for reason in shape.unsupported:
-            problems.lines.append(f"{problems.source}: model {shape.name} {reason}")
+        problems.lines += [f"{problems.source}: {refusal}" for refusal in shape.refusals]
         if self.model is not None:
             _check_identity(problems, self.model, shape)
         if shape.layers and (self.model is None or len(self.model.layers) == len(shape.layers)):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvtuner_tools.cache_setting import CacheSetting
-from kvtuner_tools.engines.calibration import CalibrationEngine, ModelTransforms
+from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
 from kvtuner_tools.evaluate import EvaluationRequest, evaluate
 from kvtuner_tools.heldout import load_windows
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
@@ -30,12 +30,14 @@ def test_a_trial_equals_the_served_profile(tmp_path, monkeypatch, architecture):
     layers = ", ".join(f"{layer}: {pair}" for layer, pair in enumerate(PAIRS))
     switches = ", ".join(f"{name}: true" for name in ROTATED.names)
     profile.write_text(f"version: 1\nlayers: {{{layers}}}\ntransforms: {{{switches}}}\n")
-    options = {"kv_memory_bytes": 64 << 20, "chunk": 128}
+    memory = 64 << 20
     settings = (CacheSetting("kvtuner", "K8V8:plain"), CacheSetting("kvtuner", str(profile)))
-    served = evaluate(EvaluationRequest(model, settings, data, tokens=1200, context=400, **options))["settings"]
+    served = evaluate(
+        EvaluationRequest(model, settings, data, tokens=1200, context=400, kv_memory_bytes=memory, chunk=128)
+    )["settings"]
     windows = load_windows(data, make_tokenizer(), tokens=1200, context=400)
 
-    with CalibrationEngine(model, windows, **options) as engine:
+    with CalibrationEngine(model, windows, room=CacheRoom(kv_memory_bytes=memory), chunk=128) as engine:
         plain = engine.score(dict.fromkeys(range(4), PrecisionPair(8, 8)))
         engine.set_transforms(ModelTransforms(ROTATED))
         mixed = engine.score({layer: PrecisionPair.parse(pair) for layer, pair in enumerate(PAIRS)})
@@ -60,8 +62,8 @@ def test_two_engines_share_the_gpu(tmp_path, monkeypatch):
     held = torch.empty(max(0, free - total // 4), dtype=torch.uint8, device="cuda")
 
     with (
-        CalibrationEngine(model, windows, kv_memory_bytes=64 << 20) as one,
-        CalibrationEngine(model, windows, kv_memory_bytes=64 << 20) as other,
+        CalibrationEngine(model, windows, room=CacheRoom(kv_memory_bytes=64 << 20)) as one,
+        CalibrationEngine(model, windows, room=CacheRoom(kv_memory_bytes=64 << 20)) as other,
     ):
         assert one.score(pairs).kl_mean == pytest.approx(other.score(pairs).kl_mean, rel=1e-6)
     assert held.numel() > 0

@@ -12,8 +12,8 @@ from kvtuner_tools.calibration.calibration_text import (
     TextRequest,
     draw_texts,
     load_text,
-    read_documents,
 )
+from kvtuner_tools.data_files import read_documents
 from tests.helpers.tiny_model import make_tokenizer
 from vllm_kvtuner.profile.problems import ProfileError
 

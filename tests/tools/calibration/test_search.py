@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -345,3 +346,9 @@ def test_moead_without_optunahub_is_a_clear_error(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "optunahub", None)
     with pytest.raises(ValueError, match=r"--sampler moead must be able to load samplers/moead from OptunaHub"):
         make_sampler("moead", 0)
+
+
+def test_a_storage_whose_driver_is_missing_names_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "psycopg", None)  # as if it were not installed
+    with pytest.raises(ValueError, match="its driver, the package psycopg, is not installed"):
+        open_storage("postgresql+psycopg://me:secret@host/db")

@@ -48,7 +48,7 @@ def test_trials(model, windows, tmp_path, monkeypatch):
     task = load_task(path, make_tokenizer(), max_tokens=4)
 
     with CalibrationEngine(
-        model, windows, room=CacheRoom([2]), task=task, kv_memory_bytes=1 << 24, dtype="float32"
+        model, windows, room=CacheRoom([2], kv_memory_bytes=1 << 24), task=task, dtype="float32"
     ) as engine:
         high, low = engine.score(uniform("K8V8", _2="K16V16")), engine.score(uniform("K2V2", _2="K16V16"))
         assert engine.trial_seconds < engine.start_seconds / 4
