@@ -273,9 +273,12 @@ def _choices(group: Group, device: "torch.device", verdict: "Verdict | None") ->
 
     has_sinks = group.attention_sinks
     decode = str(choice.choose_decode(case.layout, transforms, 0.0, capability, failure=failure, has_sinks=has_sinks))
-    if group.transforms.key_offset and decode.startswith(choice.CUDA):
-        decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position)"
     rows = str(choice.choose_rows(case.layout, capability, failure))
+    if group.transforms.key_offset and decode.startswith(choice.CUDA):
+        decode += f" ({choice.TRITON} for a model whose rotation is not proportional to the position, or that takes "
+        decode += "pictures under M-RoPE)"
+        if rows.startswith(choice.CUDA):
+            rows += f" ({choice.TRITON} for a model that takes pictures under M-RoPE)"
     return {**found, "decode": decode, "store and gather": rows}
 
 

@@ -3,14 +3,9 @@
 from types import SimpleNamespace
 
 import pytest
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.rswa_attention import RSWAAttention
-from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
-from vllm_kvtuner.compat import layers
 from vllm_kvtuner.engine.causality import causality, pictures_read_back
 from vllm_kvtuner.pages.layout import PrecisionPair
-from vllm_kvtuner.plugin import register
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.profile import Profile
 
@@ -64,22 +59,3 @@ def test_diffusion_is_refused():
     refused.diffusion_config = SimpleNamespace()
     (problem,) = causality(refused)
     assert "but got a diffusion_config" in problem and "toy" in problem
-
-
-@pytest.mark.parametrize(
-    ("kind", "options", "brings"),
-    [
-        pytest.param(Attention, {"attn_backend": CPUAttentionBackend}, "the backend CPUAttentionBackend", id="backend"),
-        pytest.param(RSWAAttention, {"rswa_window": 64}, "a cache of its own kind", id="cache"),
-    ],
-)
-def test_layers_that_attend_in_a_way_of_their_own_are_refused(kind, options, brings, monkeypatch):
-    """When the model is built; chunked local attention and prefix language models bring a backend and a cache."""
-    register()
-    monkeypatch.setattr(layers, "get_current_vllm_config", lambda: None)
-    monkeypatch.setattr(layers, "uses_kvtuner", lambda config: True)
-    monkeypatch.setattr(layers, "_builds_draft_model", lambda: False)
-    precision = SimpleNamespace(pair=PrecisionPair(8, 8))
-    monkeypatch.setattr(layers, "layer_precision", lambda config, name: precision)
-    with pytest.raises(ValueError, match=f"^layers.3.attn: .* but got {kind.__name__}, which brings {brings}$"):
-        kind(num_heads=2, head_size=64, scale=1.0, prefix="layers.3.attn", **options)

@@ -1,7 +1,7 @@
 """Refuse attention that is not causal in a way that packed pages do not serve, before any weight is loaded.
 
-Packed pages are attended to causally, within a sliding window where the layer has one. Some of a model's configuration
-says that it attends otherwise, and some only the kind of its layers does.
+Packed pages are attended to causally, within a sliding window where the layer has one. What only a layer tells of
+itself, compat/layers.py refuses once the model is built.
 """
 
 from __future__ import annotations
