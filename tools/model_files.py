@@ -98,14 +98,17 @@ def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelS
 @contextlib.contextmanager
 def _results_alone_on_stdout() -> Iterator[None]:
     """What vLLM logs goes to stderr, whatever stdout was when it was imported."""
-    handlers = [each for each in logging.getLogger("vllm").handlers if isinstance(each, logging.StreamHandler)]
-    before = [each.stream for each in handlers]
+    vllm_logger = logging.getLogger("vllm")
+    handlers = [each for each in vllm_logger.handlers if isinstance(each, logging.StreamHandler)]
+    before, level = [each.stream for each in handlers], vllm_logger.level
+    vllm_logger.setLevel(logging.ERROR)  # the engine that is not started has nothing to say
     try:
         for handler in handlers:
             handler.stream = sys.stderr  # setStream would flush the one before, which may be closed
         with contextlib.redirect_stdout(sys.stderr):  # what configures logging anew takes it for stdout
             yield
     finally:
+        vllm_logger.setLevel(level)
         for handler, stream in zip(handlers, before, strict=True):
             handler.stream = stream
 
