@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kvtuner_tools.model_files import load_model_shape, read_config, refuse_model_folder
+from kvtuner_tools.model_files import read_config, refuse_model_folder, shape_of_values
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
 from vllm_kvtuner.profile.statics import LayerStatics, save_statics
@@ -56,7 +56,7 @@ def key_offsets(model: str) -> dict[int, LayerStatics]:
     Raises:
         ProfileError: no weights in safetensors, no k bias, or a bias that is no offset before RoPE.
     """
-    shape = load_model_shape(model)
+    shape = shape_of_values(model)
     if shape.unsupported:
         raise ProfileError(shape.refusals)
     biases = {layer: bias for layer, bias in _key_biases(model, shape) if shape.layers[layer].num_kv_heads}

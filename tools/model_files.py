@@ -91,7 +91,7 @@ def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelS
             from vllm.engine import arg_utils
     except ImportError as error:
         logger.warning("vLLM cannot be imported (%s): %s is read and checked without it", error, model)
-        return _shape_without_vllm(model, source)
+        return shape_of_values(model, source)
     with _results_alone_on_stdout():
         register()
         return _shape_of_engine(model, source, arg_utils.EngineArgs(**_engine_keywords(model, source)))
@@ -100,18 +100,18 @@ def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelS
 @contextlib.contextmanager
 def _results_alone_on_stdout() -> Iterator[None]:
     """What vLLM logs goes to stderr, whatever stdout was when it was imported."""
-    handlers = [each for each in logging.getLogger("vllm").handlers if isinstance(each, logging.StreamHandler)]
-    before = [each.setStream(sys.stderr) for each in handlers]
+    disabled = logging.root.manager.disable
+    # The engine that is not started has nothing to warn of; whatever else is logged is no result.
+    logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # what configures logging anew takes it for stdout
+        with contextlib.redirect_stdout(sys.stderr):
             yield
     finally:
-        for handler, stream in zip(handlers, before, strict=True):
-            if stream is not None:
-                handler.setStream(stream)
+        logging.disable(disabled)
 
 
-def _shape_without_vllm(model: str, source: ModelSource) -> ModelShape:
+def shape_of_values(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelShape:
+    """The shape as the configuration's values alone say it, for what starts no engine."""
     config = read_config(model, source)
     try:
         return ModelShape.from_hf_config(config, model)
@@ -169,7 +169,7 @@ def _shape_of_engine(model: str, source: ModelSource, arguments: Any) -> ModelSh
 def _refusals_of_values(model: str, source: ModelSource) -> tuple[str, ...]:
     """Why a model that vLLM does not read here would not be served where it does, as far as its values say."""
     try:
-        return _shape_without_vllm(model, source).refusals
+        return shape_of_values(model, source).refusals
     except ProfileError:
         return ()
 

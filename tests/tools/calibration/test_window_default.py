@@ -1,12 +1,13 @@
 """The recent window that a calibration has without being told one, and what is refused of one that it is told."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from kvtuner_tools.calibration import window_default
 from kvtuner_tools.calibration.options import CalibrationOptions
-from kvtuner_tools.model_files import load_model_shape
+from vllm_kvtuner.profile.model_shape import ModelShape
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -31,8 +32,13 @@ def model(tmp_path):
     return make
 
 
+def shape_of(model):
+    """By the configuration's values: vLLM does not read a Llama whose layers differ."""
+    return ModelShape.from_hf_config(json.loads((Path(model) / "config.json").read_text()), model)
+
+
 def fill(model, **options):
-    return window_default.fill(CalibrationOptions(model=model, **options), load_model_shape(model))
+    return window_default.fill(CalibrationOptions(model=model, **options), shape_of(model))
 
 
 @pytest.mark.parametrize(
@@ -71,16 +77,16 @@ def test_layers_that_stay_unquantized_have_no_window(model):
 @pytest.mark.parametrize("config", [OTHER_SHAPES, NARROW])
 def test_a_window_that_was_asked_for_is_refused_there(model, config):
     options = CalibrationOptions(model=model(**config), recent_window=64)
-    (problem,) = window_default.refuse(options, load_model_shape(options.model))
+    (problem,) = window_default.refuse(options, shape_of(options.model))
     assert problem.startswith("--recent-window must ")
-    assert not list(window_default.refuse(CalibrationOptions(model=options.model), load_model_shape(options.model)))
+    assert not list(window_default.refuse(CalibrationOptions(model=options.model), shape_of(options.model)))
 
 
 @pytest.mark.parametrize(("on_gpu", "problems"), [(False, 0), (True, 1)])
 def test_a_window_of_8_bits_is_refused_on_a_gpu(model, monkeypatch, on_gpu, problems):
     monkeypatch.setattr(window_default, "_is_on_gpu", lambda: on_gpu)
     options = CalibrationOptions(model=model(), recent_window_bits=8)
-    found = list(window_default.refuse(options, load_model_shape(options.model)))
+    found = list(window_default.refuse(options, shape_of(options.model)))
     assert len(found) == problems and all(each.endswith("but got 8") for each in found)
 
 
