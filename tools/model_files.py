@@ -101,13 +101,15 @@ def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelS
 def _results_alone_on_stdout() -> Iterator[None]:
     """What vLLM logs goes to stderr, whatever stdout was when it was imported."""
     handlers = [each for each in logging.getLogger("vllm").handlers if isinstance(each, logging.StreamHandler)]
-    before = [each.setStream(sys.stderr) for each in handlers]
+    before = [each.stream for each in handlers]
+    # Not by setStream, which writes to the stream before: where tests took stdout for a while, that one is closed.
+    for handler in handlers:
+        handler.stream = sys.stderr
     try:
         yield
     finally:
         for handler, stream in zip(handlers, before, strict=True):
-            if stream is not None:
-                handler.setStream(stream)
+            handler.stream = stream
 
 
 def _shape_without_vllm(model: str, source: ModelSource) -> ModelShape:
