@@ -17,6 +17,9 @@ MIXED = ("K8V4", "K4V8", "K16V16")
 SERVED, REFUSED, WRONG, FAILS, UNCLEAR = "served", "refused", "wrong", "fails", "unclear"
 NOT_RUN, NOT_BUILT = "not run", "not built"
 
+UNSCALED, UNSCALED_TIMES = "gemma4", 4
+"""Kinds of models whose logits are not divided by the root of the head size, and how much larger a KL they may have:
+an error of their keys weighs that root more."""
 MAX_KL = {PAIR: 5e-3, "mixed": 0.3}
 """Nats per token, mean of a text: more is wrong. A layer that reads another's pages gives more than either."""
 MAX_NOISE = 3.0
@@ -85,6 +88,7 @@ def judge(row: Row) -> tuple[str, str]:
         )
     own = max(row.kl["own"])
     for name, most in MAX_KL.items():
+        most *= UNSCALED_TIMES if row.model_type.startswith(UNSCALED) else 1
         if not max(row.kl[name]) <= max(most, MAX_NOISE * own):
             wrong.append(f"KL of {name} must be at most {most}, but is {max(row.kl[name]):.2g}")
     if wrong:

@@ -25,6 +25,8 @@ NEW_TOKENS = 16
 CHUNK = 64
 """Prompt tokens of a step at most, so that most of the prompts' tokens read others back from the cache."""
 KV_CACHE_BYTES = 32 << 20
+ENGINE_ARGUMENTS = {"enable_prefix_caching": False}
+"""What checks without an engine are told too: vLLM's CPU kernels keep no states of Mamba-2 for a prefix cache."""
 BROKEN_STEP = 8
 """Of so many slots, a broken cache has one wrong."""
 
@@ -137,8 +139,7 @@ def _options(job: Job) -> dict[str, Any]:
         "max_num_batched_tokens": CHUNK,
         "max_logprobs": -1,
         "enforce_eager": True,
-        # vLLM's CPU kernels keep no states of Mamba-2 that a prefix cache could have.
-        "enable_prefix_caching": False,
+        **ENGINE_ARGUMENTS,
         "kv_cache_memory_bytes": KV_CACHE_BYTES,
     }
 

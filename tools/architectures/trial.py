@@ -11,8 +11,9 @@ import numpy as np
 
 from kvtuner_tools.architectures.configs import FIRST_SPECIAL_TOKEN, takes_more_than_text, tiny_config
 from kvtuner_tools.architectures.data import FAILS, MIXED, NOT_BUILT, NOT_RUN, PAIR, REFUSED, Row, judge
-from kvtuner_tools.architectures.engine import FIRST_TOKEN, PROMPT_LENGTHS, Answer, Job, Run, run
-from kvtuner_tools.profile_commands import resolve
+from kvtuner_tools.architectures.engine import ENGINE_ARGUMENTS, FIRST_TOKEN, PROMPT_LENGTHS, Answer, Job, Run, run
+from kvtuner_tools.model_files import ModelSource, load_model_shape
+from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.problems import ProfileError
 
 Argument = TypeVar("Argument")
@@ -53,11 +54,12 @@ def prepare(argument: tuple[str, Path]) -> Tiny | None:
     (folder / "config.json").write_text(json.dumps(config, default=str))
     tiny = Tiny(config.get("model_type", ""), takes_more_than_text(architecture))
     try:
-        _, shape, _ = resolve(PAIR, str(folder))
+        # As the engines of the table run: on a CPU, Mamba-2 layers are refused beside the prefix cache.
+        shape = load_model_shape(str(folder), ModelSource(arguments=ENGINE_ARGUMENTS))
+        load_profile(PAIR).resolve(shape)
     except ProfileError as error:
         problems = tuple(problem.replace(str(folder), architecture) for problem in error.problems)
         return replace(tiny, problems=problems)
-    assert shape is not None, "a model was given"
     return replace(tiny, num_layers=len(shape.layers), attention_layers=shape.attention_layers)
 
 
