@@ -10,7 +10,7 @@ from kvtuner_tools.architectures.processes import LimitedProcesses
 
 if __name__ == "__main__":
     log = Path(sys.argv[1])
-    processes = LimitedProcesses(1.0, 200 << 20, "psutil", log)
+    processes = LimitedProcesses(5.0, 200 << 20, "psutil", log)
     name = "VLLM_LOGGING_LEVEL"
     print(processes.call(abs, -3), os.environ.get(name), processes.call(os.getenv, name))
     for function, argument in ((time.sleep, 60), (bytearray, 400 << 20), (os._exit, 3), (int, "x")):
@@ -32,7 +32,7 @@ def test_limits(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines() == [
         "3 None ERROR",
-        "TimeoutError no answer within 1 s",
+        "TimeoutError no answer within 5 s",
         "MemoryError more than 209,715,200 bytes of memory",
         "ChildProcessError the process ended with status 3",
         "RuntimeError ValueError: invalid literal for int() with base 10: 'x'",
