@@ -108,7 +108,9 @@ def packed_layers(config: VllmConfig, kv_cache_config: KVCacheConfig) -> tuple[i
     for group in kv_cache_config.kv_cache_groups:
         for name in filter(_is_of_target, group.layer_names):
             layer = layer_precision(config, name)
-            if layer is None or not isinstance(group.kv_cache_spec, AttentionSpec):
+            # Groups of one type of specs hold one for each of their layers.
+            spec = getattr(group.kv_cache_spec, "kv_cache_specs", {}).get(name, group.kv_cache_spec)
+            if layer is None or not isinstance(spec, AttentionSpec):
                 continue
             found.add(layer.index)
             if not layer.pair.is_quantized:
