@@ -1,13 +1,15 @@
-"""The two pictures of the documentation, each with the hashes of the data that it shows.
+"""The pictures of the documentation, each with the hashes of the data that it shows.
 
 A picture is drawn again when those hashes no longer match, not by its bytes, which depend on matplotlib's version.
 """
 
+import functools
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import front
 from .published import AUTO, FP8, KVTUNER, Published, fixed
 from .speed import PAIRS
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 PICTURES = {
     "serve_throughput.png": ("serve_steps_h200", "serve_throughput_h200"),
     "kernel_bandwidth.png": ("kernel_h200",),
+    "quality_front.png": (front.SOURCE,),
 }
 """Files in ``docs/benchmarks`` and the results that they show."""
 KEYWORD = "Data"
@@ -41,7 +44,12 @@ def draw(path: Path, published: Published) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(layout="constrained")
-    {"serve_throughput.png": _serve, "kernel_bandwidth.png": _kernels}[path.name](figure, published)
+    drawn: dict[str, Callable[[Any, Published], None]] = {
+        "serve_throughput.png": _serve,
+        "kernel_bandwidth.png": _kernels,
+        "quality_front.png": functools.partial(front.draw, font=FONT),
+    }
+    drawn[path.name](figure, published)
     # A background of its own, so that it can be read on dark pages too.
     figure.set_facecolor("white")
     figure.savefig(path, dpi=DPI, metadata={KEYWORD: _hashes(published, PICTURES[path.name])})
