@@ -10,6 +10,7 @@ from vllm_kvtuner.kernels.cuda.build import compile_cubin
 from vllm_kvtuner.kernels.cuda.rows import RowVariant, StoreVariant, row_lanes, unsupported, wide_lanes
 from vllm_kvtuner.kernels.reference.rows import reshape_and_cache_ref
 from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE, QUANTIZED_BITS
+from vllm_kvtuner.pages.transforms import LayerTransforms
 
 CPU = torch.device("cpu")
 seed = portable.seed
@@ -90,7 +91,7 @@ def test_variants_compile(pair, head_size, rotary_dim, is_neox, dtype, many_rows
 
 @pytest.mark.parametrize("head_size", range(32, MAX_HEAD_SIZE + 1, 32))
 def test_every_served_head_size_has_lanes(head_size):
-    assert unsupported(make_layout("K8V8", head_size)) is None
+    assert unsupported(make_layout("K8V8", head_size), LayerTransforms()) is None
     for bits in QUANTIZED_BITS:
         for most in (wide_lanes(head_size), 32):
             lanes = row_lanes(head_size, bits, most)
@@ -100,5 +101,5 @@ def test_every_served_head_size_has_lanes(head_size):
 
 
 def test_other_head_sizes_are_left_to_triton():
-    assert "head_size 80 is no multiple of 32" in unsupported(make_layout("K8V8", 80))
-    assert "head_size 512 is above 256" in unsupported(make_layout("K8V8", 512))
+    assert "head_size 80 is no multiple of 32" in unsupported(make_layout("K8V8", 80), LayerTransforms())
+    assert "head_size 512 is above 256" in unsupported(make_layout("K8V8", 512), LayerTransforms())
