@@ -13,7 +13,7 @@ RULE = "p: attend_cached_prefill must be false"
 
 
 def config(**changes):
-    model = {"model": "toy", "is_mm_prefix_lm": False, "rswa_window": None}
+    model = {"model": "toy", "is_mm_prefix_lm": False}
     model |= {key: changes.pop(key) for key in list(changes) if key in model}
     attention = SimpleNamespace(use_non_causal=changes.pop("use_non_causal", False))
     return SimpleNamespace(
@@ -32,9 +32,8 @@ def test_causal_models_pass():
     ("changes", "got"),
     [
         ({"use_non_causal": True}, "use_non_causal=True, which toy needs"),
-        ({"rswa_window": 512}, "rswa_window=512 of toy"),
     ],
-    ids=["per request", "prompts that stay visible"],
+    ids=["per request"],
 )
 def test_configurations_that_are_refused(changes, got):
     (problem,) = causality(config(**changes))

@@ -157,7 +157,7 @@ _LAYERS = (
     ),
     Seam(
         "what is not causal", "vllm.config:ModelConfig", "engine.causality.causality",
-        attributes=("is_mm_prefix_lm", "rswa_window"),
+        attributes=("is_mm_prefix_lm",),
     ),
     Seam(
         "batches that are not causal", "vllm.config:AttentionConfig", "engine.causality.causality",

@@ -33,11 +33,6 @@ def causality(config: VllmConfig) -> list[str]:
             "tokens must be generated one after the other with --kv-cache-dtype kvtuner, but got a diffusion_config, "
             f"under which {model.model} attends causally in one step and in both directions in another"
         )
-    if model.rswa_window is not None:
-        problems.append(
-            "a sliding window must slide over prompts too with --kv-cache-dtype kvtuner, but got "
-            f"rswa_window={model.rswa_window} of {model.model}, whose prompts stay visible"
-        )
     return problems
 
 

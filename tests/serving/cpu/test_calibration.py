@@ -245,7 +245,7 @@ def test_cuda_graphs_are_refused(mode, refused):
         additional_config={"kvtuner_calibration": True},
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         cache_config=SimpleNamespace(user_specified_block_size=False, kv_cache_dtype_skip_layers=[]),
-        model_config=SimpleNamespace(is_mm_prefix_lm=False, rswa_window=None, hf_text_config=SimpleNamespace()),
+        model_config=SimpleNamespace(is_mm_prefix_lm=False, hf_text_config=SimpleNamespace()),
         attention_config=SimpleNamespace(use_non_causal=False),
         diffusion_config=None,
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),

@@ -19,9 +19,9 @@ from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.statics import LayerStatics, load_statics, save_statics
 
-CONFIG = {"architectures": ["ToyForCausalLM"], "model_type": "toy", "num_hidden_layers": 2, "num_attention_heads": 4}
-CONFIG |= {"num_key_value_heads": 2, "hidden_size": 256}
-MODEL = "model: {name: toy, architecture: ToyForCausalLM, num_layers: 2, num_kv_heads: 2, head_size: 64, weights: %s}"
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 256}
+CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512, "vocab_size": 128}
+MODEL = "model: {name: toy, architecture: LlamaForCausalLM, num_layers: 2, num_kv_heads: 2, head_size: 64, weights: %s}"
 
 
 @pytest.fixture
