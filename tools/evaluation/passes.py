@@ -21,7 +21,7 @@ from kvtuner_tools.engines.evaluate import (
     run_engine,
 )
 from kvtuner_tools.evaluation.question_sets import answered, asked, followed, paired_rows, question_sets
-from kvtuner_tools.evaluation.request import EvaluationRequest
+from kvtuner_tools.evaluation.request import SCHEMA, EvaluationRequest
 from kvtuner_tools.heldout import load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, run_lm_eval
 from kvtuner_tools.model_files import load_config, load_model_shape, load_tokenizer
@@ -29,7 +29,6 @@ from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import provenance
 from vllm_kvtuner.profile.problems import ProfileError
 
-SCHEMA = "kvtuner-evaluation/2"
 NOISE_FLOOR = "auto (noise floor)"
 FOLLOWED = "followed"
 """Of the reference's row while the evaluation runs: its answers that the others are measured along."""

@@ -9,6 +9,8 @@ from kvtuner_tools.evaluation.needles import NeedleRequest
 from kvtuner_tools.evaluation.quotes import QuoteRequest
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS
 
+SCHEMA = "kvtuner-evaluation/2"
+"""Of a result."""
 DEFAULT_ANSWER_TOKENS = 16384
 
 
