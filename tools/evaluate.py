@@ -221,7 +221,10 @@ def run(args: argparse.Namespace) -> int:
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
     asks = bool(args.tasks or args.generate or args.needles or args.quotes is not None)
     if not (settings or args.noise_floor or asks):
-        raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
+        raise ValueError(
+            "evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, --generate, --needles or "
+            "--quotes, but got none"
+        )
     if args.data is None and not asks:
         raise ValueError("evaluate needs --data, --generate, --needles, --quotes or --tasks, but got none")
     files = [task for task in args.tasks if _has_questions(task)]

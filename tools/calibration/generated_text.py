@@ -14,7 +14,7 @@ from kvtuner_tools.cache_setting import AUTO
 from kvtuner_tools.calibration.artifacts import digest, read_artifact
 from kvtuner_tools.calibration.calibration_text import GENERATED_FILE, read_generated
 from kvtuner_tools.calibration.captured import model_identity
-from kvtuner_tools.calibration.options import CalibrationOptions
+from kvtuner_tools.calibration.options import ANSWER_TOKENS, CalibrationOptions
 from kvtuner_tools.data_files import file_sha256, read_data, usable_text
 from kvtuner_tools.engine_arguments import computed_by
 from kvtuner_tools.engines.evaluate import EngineOptions, max_model_len_for
@@ -27,8 +27,6 @@ from kvtuner_tools.results import provenance, write_bytes, write_json
 GENERATED_KEY_FILE = "generated.key.json"
 GENERATED_SCHEMA = "kvtuner-generated-text/1"
 PROMPTS = Path(__file__).parent / "data" / "generation_prompts.jsonl"
-MAX_TOKENS = 512
-"""Of an answer."""
 TEMPERATURE = 0.7
 MAX_NUM_SEQS = 64
 
@@ -52,7 +50,7 @@ def generate_text(options: CalibrationOptions, out: Path) -> str:
             "schema": GENERATED_SCHEMA,
             "model": model_identity(shape),
             "prompts": file_sha256(PROMPTS),
-            "sampling": [TEMPERATURE, MAX_TOKENS, options.seed],
+            "sampling": [TEMPERATURE, ANSWER_TOKENS, options.seed],
             "tokens": options.generated_tokens,
             "dtype": options.dtype,
             "versions": provenance("-")["versions"],
@@ -79,7 +77,7 @@ def _write(options: CalibrationOptions) -> list[dict[str, Any]]:
     assert not isinstance(questions, str) and options.generated_tokens is not None
     prompts = tuple(prompt_ids(tokenizer, question) for _, question in questions)
     positions = max_positions(options.model, options.source)
-    max_tokens = min(MAX_TOKENS, positions - 1 - max(map(len, prompts)))
+    max_tokens = min(ANSWER_TOKENS, positions - 1 - max(map(len, prompts)))
     if max_tokens < 1:
         raise ValueError(f"--generated-tokens must be 0 for a model of {positions} positions, which hold no answer")
     longest = max(map(len, prompts)) + max_tokens

@@ -36,6 +36,8 @@ DEFAULT_SINK_TOKENS = 4
 """Together they lower the KL several times (docs/notes/windows-and-first-tokens.md) for 3 to 4% of a decode step."""
 
 
+ANSWER_TOKENS = 512
+"""Of an answer that the model writes as text of its own, at most."""
 QUICK: dict[str, Any] = {
     "window": 1024,
     "long_window": 0,

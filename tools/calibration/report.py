@@ -74,6 +74,7 @@ def build_report(inputs: ReportInputs) -> str:
         f"<p>{heldout.chosen.quality.num_tokens:,} predicted tokens that nothing was chosen by. The difference is that "
         "of each token's KL to the profile's, with its own standard error.</p>",
         _scores_table(heldout, serve=verdict.serve),
+        *_kinds(heldout),
         plots.heldout_figure(heldout, result.max_bits),
         "<h2>Allocation over layers</h2>",
         plots.allocation_figure(table, result),
@@ -213,6 +214,19 @@ def _scores_table(heldout: Heldout, serve: Scored) -> str:
     rows += [_score_row(each, heldout, serve) for each in ordered]
     marked = [None, *("chosen" if each is serve else None for each in ordered)]
     return _html_table(header, rows, marked, style="scores")
+
+
+def _kinds(heldout: Heldout) -> list[str]:
+    """KL of each setting by kind of text; nothing where texts are of one kind."""
+    kinds = heldout.kinds.get(heldout.chosen.origin, {})
+    if len(kinds) < 2:
+        return []
+    rows = [
+        [label(each.origin), *(f"{heldout.kinds[each.origin][kind]['kl_mean']:.5f}" for kind in kinds)]
+        for each in heldout.settings
+    ]
+    tokens = ", ".join(f"{kind} {each['tokens']:,}" for kind, each in kinds.items())
+    return [f"<h3>KL by kind of text</h3><p>Tokens: {escape(tokens)}.</p>", _html_table(("setting", *kinds), rows)]
 
 
 def _score_row(each: Scored, heldout: Heldout, serve: Scored) -> list[str]:

@@ -7,8 +7,8 @@ import pytest
 
 from kvtuner_tools.calibration import generated_text
 from kvtuner_tools.calibration.calibration_text import GENERATED_FILE, TextRequest, draw_texts, read_generated
-from kvtuner_tools.calibration.generated_text import MAX_TOKENS, generate_text
-from kvtuner_tools.calibration.options import CalibrationOptions
+from kvtuner_tools.calibration.generated_text import generate_text
+from kvtuner_tools.calibration.options import ANSWER_TOKENS, CalibrationOptions
 from kvtuner_tools.engines.generation import MAX_ROUNDS, GenerationJob, collect
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
@@ -69,7 +69,7 @@ def test_text_is_written_once_and_again_for_other_options(written):
         assert "generated tokens" in generate_text(options, out)
     rows = [json.loads(line) for line in (out / GENERATED_FILE).read_text().splitlines()]
     assert len(runs) == 1
-    assert runs[0].options.max_model_len > max(map(len, runs[0].prompts)) + MAX_TOKENS
+    assert runs[0].options.max_model_len > max(map(len, runs[0].prompts)) + ANSWER_TOKENS
     assert rows[0]["ids"][-200:] == [WRITTEN] * 200 and rows[0]["question"].startswith("A baker sells 45 rolls")
     assert sum(len(each.ids) for each in read_generated(out).documents) >= 2000
 

@@ -52,6 +52,9 @@ def test_report_holds_the_data_and_needs_nothing_else(finished):
         assert re.search(
             f"<td>{name}</td><td>[^<]*</td><td>{each.stored_bits:.3f}</td><td>{each.nominal_bits:.3f}", html
         )
+    assert "<h3>KL by kind of text</h3><p>Tokens: generated 3, prose 997.</p>" in html
+    assert "<th>setting</th><th>generated</th><th>prose</th>" in html
+    assert "<td>accuracy</td><td>not measured</td>" in html
     assert "Optuna: " in html
     assert "2 of 10 layers round keys with feedback, where their error is 0.25 times" in html
     assert "0 of 10 layers round values with feedback. " in html
