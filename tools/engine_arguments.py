@@ -7,11 +7,11 @@ vLLM's name of the argument: JSON holds them, and each process that starts an en
 
 import argparse
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtuner_tools.model_files import MODEL_AS_IT_IS, ModelSource
+from kvtuner_tools.vllm_logs import importing_vllm
 from vllm_kvtuner.profile.problems import ProfileError, show
 
 EngineWords = Mapping[str, Sequence[str]]
@@ -256,9 +256,9 @@ def _num_values(action: argparse.Action, rest: Sequence[str]) -> int:
 @functools.cache
 def _parser() -> argparse.ArgumentParser:
     """vLLM's, without defaults, so that it gives what was given alone."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    with importing_vllm():
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(prog="kvtuner", usage="kvtuner COMMAND ...", add_help=False, allow_abbrev=False)
     EngineArgs.add_cli_args(parser)
