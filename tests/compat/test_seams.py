@@ -20,6 +20,7 @@ WAKE_UP = Seam(
 )
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("seam", seams_of(installed), ids=lambda seam: seam.target)
 def test_the_installed_vllm_has(seam):
     problem = seam.problem()

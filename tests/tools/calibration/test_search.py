@@ -164,6 +164,7 @@ def test_a_small_space_ends_before_its_trials():
     assert len(evaluator.scored) <= 9
 
 
+@pytest.mark.slow
 def test_unquantized_layers_stay():
     plan = make_plan(7.0, unquantized=(0,))
     _, evaluator = searched(plan)
