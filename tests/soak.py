@@ -4,8 +4,9 @@ Prompts of 1 token to the whole context, shared prefixes, sampling parameters of
 samples, cancellations, and a cache so small that requests are preempted. Each round checks that greedy text is what an
 engine of its own gives for the request alone, that every block is free again, that no log-probability is NaN, and that
 a fixed prompt still gets its first answer (on a GPU, its answer alone); the end, that neither the process's memory nor
-what tensors hold on a GPU has grown. Prints one line of JSON; the exit status is 1 if anything was wrong, and each
-failure says its round, which ``--first`` runs again.
+what tensors hold on a GPU has grown. With ``--model``, weights that know a language, each round also asks for a needle
+and a quote, which must be found as often among the others as alone. Prints one line of JSON; the exit status is 1 if
+anything was wrong, and each failure says its round, which ``--first`` runs again.
 """
 
 import argparse
@@ -21,22 +22,28 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from kvtuner_tools.model_files import load_model_shape
+from kvtuner_tools.evaluation.needles import NeedleRequest, needle_set
+from kvtuner_tools.evaluation.questions import Grade, QuestionSet
+from kvtuner_tools.evaluation.quotes import QuoteRequest, quote_set
+from kvtuner_tools.evaluation.statistics import paired_mean
+from kvtuner_tools.model_files import load_model_shape, load_tokenizer
 from tests.helpers.engine import SERVER_ENVIRONMENT, fork_server
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
 from vllm_kvtuner.profile.load import load_profile
 
 CONTEXT = 512
+PROBE_CONTEXT = 2048
+"""The whole context where needles and quotes are asked for: a sentence 700 words back has some 1,100 tokens."""
 BLOCK_SIZE = 32
-BLOCKS = 24
-"""One and a half whole contexts."""
+CONTEXTS = 1.5
+"""Whole contexts that the cache holds."""
 WINDOWS = 16
 """Recent windows, where the profile has one; a prompt's chunks hold several."""
 KV_HEADS, HEAD_SIZE, LAYERS = 2, 64, 4
@@ -71,9 +78,32 @@ STRUCTURES: tuple[tuple[dict[str, Any], str], ...] = (
     ),
 )
 """Structured outputs, and what the text must match."""
-TOKENIZER = make_tokenizer()
+LOST = 3.0
+"""Standard errors by which needles or quotes may be found less often among other requests than alone."""
+TINY_TOKENIZER = make_tokenizer()
 
 _engine: Any = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The engine under test.
+
+    Args:
+        model: folder.
+        profile: file or pair.
+        speculative: whether tokens are drafted.
+        context: tokens of a request at most.
+        probes: questions with a right answer, of which each round asks one of each set.
+        tokenizer: of the model.
+    """
+
+    model: str
+    profile: str
+    speculative: bool
+    context: int = CONTEXT
+    probes: tuple[QuestionSet, ...] = ()
+    tokenizer: Any = field(default=TINY_TOKENIZER, compare=False)
 
 
 @dataclass
@@ -87,6 +117,7 @@ class Request:
         cancelled_at: step at which it is cancelled, if it still runs; None if never.
         pattern: what its text must match.
         output: what the engine gave last.
+        probe: name and worth of its answer, of a request that asks for a needle or a quote.
     """
 
     prompt: list[int]
@@ -95,24 +126,26 @@ class Request:
     cancelled_at: int | None
     pattern: str | None = None
     output: Any = None
+    probe: tuple[str, Grade] | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.sampling.get("temperature") == 0 and self.pattern is None and len(self.sampling) == 4
 
 
-def make_engine(model: str, profile: str, speculative: bool) -> Any:
+def make_engine(settings: Settings) -> Any:
     """An engine whose cache holds one and a half contexts."""
     from vllm import LLM
 
-    resolved = load_profile(profile).resolve(load_model_shape(model))
-    memory = BLOCKS * BLOCK_SIZE * resolved.bytes_per_token + WINDOWS * resolved.recent_bytes_per_request
+    resolved = load_profile(settings.profile).resolve(load_model_shape(settings.model))
+    tokens = math.ceil(CONTEXTS * settings.context / BLOCK_SIZE) * BLOCK_SIZE
+    memory = tokens * resolved.bytes_per_token + WINDOWS * resolved.recent_bytes_per_request
     return LLM(
-        model,
+        settings.model,
         kv_cache_dtype="kvtuner",
-        additional_config={"kvtuner_profile": profile, "kvtuner_attend_cached_prefill": True},
+        additional_config={"kvtuner_profile": settings.profile, "kvtuner_attend_cached_prefill": True},
         dtype="bfloat16" if torch.cuda.is_available() else "float32",
-        max_model_len=CONTEXT,
+        max_model_len=settings.context,
         max_num_seqs=8,
         max_num_batched_tokens=256,
         block_size=BLOCK_SIZE,
@@ -120,14 +153,14 @@ def make_engine(model: str, profile: str, speculative: bool) -> Any:
         gpu_memory_utilization=0.2,
         enforce_eager=not torch.cuda.is_available(),
         disable_log_stats=False,
-        speculative_config=N_GRAM if speculative else None,
+        speculative_config=N_GRAM if settings.speculative else None,
     )
 
 
-def start_reference(*arguments: Any) -> None:
+def start_reference(settings: Settings) -> None:
     global _engine
     os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
-    _engine = make_engine(*arguments)
+    _engine = make_engine(settings)
 
 
 def alone(prompts: Sequence[list[int]], max_tokens: Sequence[int]) -> list[tuple[list[int], list[dict[int, float]]]]:
@@ -221,7 +254,9 @@ def run_round(engine: Any, number: int, requests: Sequence[Request], counts: col
         engine.step()
 
 
-def check_outputs(number: int, requests: Sequence[Request], counts: collections.Counter[str]) -> None:
+def check_outputs(
+    number: int, requests: Sequence[Request], counts: collections.Counter[str], tokenizer: Any = TINY_TOKENIZER
+) -> None:
     """What holds of every answer by itself."""
     for index, request in enumerate(requests):
         if request.output is None:
@@ -243,12 +278,55 @@ def check_outputs(number: int, requests: Sequence[Request], counts: collections.
             if request.pattern is not None and sample.finish_reason == "stop":
                 counts["structured"] += 1
                 # Not the engine's text, which begins with the prompt where random bytes are no UTF-8.
-                text = TOKENIZER.decode(sample.token_ids, skip_special_tokens=True)
+                text = tokenizer.decode(sample.token_ids, skip_special_tokens=True)
                 assert re.fullmatch(request.pattern, text), f"{where}: {text!r}"
 
 
+class Probes:
+    """What needles and quotes were worth, among other requests and alone.
+
+    Args:
+        tokenizer: of the model.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._worth: dict[str, list[tuple[float, float]]] = collections.defaultdict(list)
+
+    def add(self, request: Request, got: Sequence[int], alone: Sequence[int]) -> None:
+        """Note the tokens of an answer, and those of the same request alone."""
+        if request.probe is not None:
+            name, grade = request.probe
+            texts = [self._tokenizer.decode(ids, skip_special_tokens=True) for ids in (got, alone)]
+            self._worth[name].append((grade(texts[0]), grade(texts[1])))
+
+    def report(self) -> dict[str, Any]:
+        """For each kind how many were asked, and the mean worth of the answers; {} where none was asked."""
+        return {
+            name: {
+                "asked": len(pairs),
+                "among others": sum(mixed for mixed, _ in pairs) / len(pairs),
+                "alone": sum(alone for _, alone in pairs) / len(pairs),
+            }
+            for name, pairs in self._worth.items()
+        }
+
+    def failures(self) -> list[str]:
+        """Kinds that are found less often among other requests, by more than chance."""
+        found = []
+        for name, pairs in self._worth.items():
+            difference, stderr = paired_mean(*zip(*pairs, strict=True))
+            if difference < 0 and -difference > LOST * stderr:
+                found.append(f"{name}: worth {-difference:.3f} ± {stderr:.3f} less among other requests than alone")
+        return found
+
+
 def check_text(
-    number: int, requests: Sequence[Request], reference: ProcessPoolExecutor, counts: collections.Counter[str]
+    number: int,
+    requests: Sequence[Request],
+    reference: ProcessPoolExecutor,
+    counts: collections.Counter[str],
+    probes: Probes,
 ) -> None:
     """Greedy answers against the reference's; texts may part at a near tie."""
     greedy = [each for each in reversed(requests) if each.is_greedy and each.output is not None][:COMPARED]
@@ -256,6 +334,7 @@ def check_text(
     for request, (expected, best) in zip(greedy, reference.submit(alone, prompts, limits).result(), strict=True):
         got = list(request.output.outputs[0].token_ids)
         counts["compared"] += 1
+        probes.add(request, got, expected)
         for mine, truth, row in zip(got, expected, best, strict=True):
             if mine != truth:
                 gap = row[truth] - row.get(mine, -math.inf)
@@ -265,8 +344,9 @@ def check_text(
                 break
 
 
-def make_round(number: int, speculative: bool) -> list[Request]:
+def make_round(number: int, settings: Settings) -> list[Request]:
     """The requests of a round, always the same for its number; the last is the same in all."""
+    speculative = settings.speculative
     rng = random.Random(number)
     prefixes = [[rng.randrange(10, 250) for _ in range(size)] for size in (33, 64, 130, 300)]
     greedy = {"max_tokens": 16, "temperature": 0, "logprobs": 1, "ignore_eos": True}
@@ -277,34 +357,53 @@ def make_round(number: int, speculative: bool) -> list[Request]:
     if speculative and not torch.cuda.is_available():
         for request in requests:
             request.sampling |= {} if request.is_greedy else GREEDY_ALONE
-    return [*requests, Request(list(range(20, 120)), greedy, 30, None)]
+    return [*requests, *probe_requests(number, settings.probes), Request(list(range(20, 120)), greedy, 30, None)]
 
 
-def soak(first: int, rounds: int, seconds: float, settings: tuple[str, str, bool]) -> dict[str, Any]:
+def probe_requests(number: int, probes: Sequence[QuestionSet]) -> list[Request]:
+    """One question of each set, in turn over the rounds."""
+    requests = []
+    for arrival, each in enumerate(probes):
+        index = number % len(each.prompts)
+        sampling = {"max_tokens": each.max_tokens, "temperature": 0, "logprobs": 1, "ignore_eos": True}
+        grade = each.grades[index]
+        assert grade is not None, f"{each.name} has right answers"
+        requests.append(Request(list(each.prompts[index]), sampling, 10 * arrival, None, probe=(each.name, grade)))
+    return requests
+
+
+def make_probes(tokenizer: Any, context: int) -> tuple[QuestionSet, ...]:
+    """Needles of as much text as the context has room for, and quotes."""
+    needles = needle_set(NeedleRequest((context - 64,)), tokenizer)
+    return needles, quote_set(QuoteRequest(), tokenizer)
+
+
+def soak(first: int, rounds: int, seconds: float, settings: Settings) -> dict[str, Any]:
     """Rounds from ``first`` on, until there are enough or the time is over; what happened, failures included."""
     counts: collections.Counter[str] = collections.Counter()
     failures, memory, device_memory, first_answer = [], [], [], None
+    probes = Probes(settings.tokenizer)
     begin = time.monotonic()
     on_gpu = torch.cuda.is_available()
     # A process that has imported vLLM may not be fit to be forked into one that uses a GPU.
     context = multiprocessing.get_context("spawn") if on_gpu else fork_server()
-    with ProcessPoolExecutor(1, context, start_reference, settings) as reference:
-        llm = make_engine(*settings)
+    with ProcessPoolExecutor(1, context, start_reference, (replace(settings, probes=(), tokenizer=None),)) as reference:
+        llm = make_engine(settings)
         engine = llm.llm_engine
         pool = engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
         free = pool.get_num_free_blocks()
         for number in range(first, first + rounds):
             if time.monotonic() - begin > seconds:
                 break
-            requests = make_round(number, settings[2])
+            requests = make_round(number, settings)
             counts["rounds"] += 1
             counts["requests"] += len(requests)
             try:
                 run_round(engine, number, requests, counts)
-                check_outputs(number, requests, counts)
+                check_outputs(number, requests, counts, settings.tokenizer)
                 left = pool.get_num_free_blocks()
                 assert left == free, f"round {number}: {free - left} blocks were not freed"
-                check_text(number, requests, reference, counts)
+                check_text(number, requests, reference, counts, probes)
                 answer = requests[-1].output.outputs[0].token_ids
                 first_answer = first_answer or answer
                 # On a GPU the text may part at a near tie, which check_text judges.
@@ -315,7 +414,8 @@ def soak(first: int, rounds: int, seconds: float, settings: tuple[str, str, bool
             device_memory.append(torch.cuda.memory_allocated() if on_gpu else 0)
         counts["preemptions"] = sum(m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions")
     settled = min(max(SETTLED, len(memory) // 2), len(memory) - 1)
-    report: dict[str, Any] = {"seconds": round(time.monotonic() - begin), **counts}
+    report: dict[str, Any] = {"seconds": round(time.monotonic() - begin), **counts, **probes.report()}
+    failures += probes.failures()
     for name, sizes, limit in (
         ("memory", memory, MEMORY_GROWTH),
         ("device memory", device_memory, DEVICE_MEMORY_GROWTH),
@@ -335,11 +435,19 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=math.inf)
     parser.add_argument("--profile", default="K8V8:plain", help="pair of all layers, or a profile for the tiny model")
     parser.add_argument("--speculative", action="store_true", help="draft tokens by n-gram")
+    parser.add_argument("--model", help="folder of a model that needles and quotes are asked of (default: random)")
+    parser.add_argument("--context", type=int, default=PROBE_CONTEXT, help="with --model, tokens of its requests")
     args = parser.parse_args()
     os.environ.update(SERVER_ENVIRONMENT, VLLM_LOGGING_LEVEL="ERROR")
     with tempfile.TemporaryDirectory() as folder:
-        model = make_tiny_model(Path(folder) / "llama", num_layers=LAYERS, num_kv_heads=KV_HEADS, head_size=HEAD_SIZE)
-        report = soak(args.first, args.rounds, args.seconds, (str(model), args.profile, args.speculative))
+        if args.model is None:
+            sizes = {"num_layers": LAYERS, "num_kv_heads": KV_HEADS, "head_size": HEAD_SIZE}
+            settings = Settings(str(make_tiny_model(Path(folder) / "llama", **sizes)), args.profile, args.speculative)
+        else:
+            tokenizer = load_tokenizer(args.model)
+            probes = make_probes(tokenizer, args.context)
+            settings = Settings(args.model, args.profile, args.speculative, args.context, probes, tokenizer)
+        report = soak(args.first, args.rounds, args.seconds, settings)
     print(json.dumps(report))
     return 1 if report["failures"] else 0
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from kvtuner_tools.calibration.calibration_text import BUNDLED_FILES
+from kvtuner_tools.calibration.generated_text import PROMPTS
+from kvtuner_tools.evaluation.generate import QUESTIONS
 from vllm_kvtuner import __version__
 
 pytestmark = pytest.mark.slow
@@ -65,13 +67,15 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
         for folder, suffix in (("shapes", "json"), ("profiles", "yaml"))
         for path in (ROOT / "tools" / "bench" / folder).rglob(f"*.{suffix}")
     }
+    shapes.add("kvtuner_tools/bench/step_times.json")
     assert "vllm_kvtuner/precision_profiles/published/llama31_3.25bit.yaml" in profiles
     assert profiles | shapes == {name for name in wheel.namelist() if name.endswith((".yaml", ".safetensors", ".json"))}
 
 
-def test_wheel_holds_the_calibration_text(wheel):
-    names = {*BUNDLED_FILES, "README.md", "LICENSE.python.txt"}
+def test_wheel_holds_the_calibration_text_and_the_questions(wheel):
+    names = {*BUNDLED_FILES, "README.md", "LICENSE.python.txt", PROMPTS.name}
     assert {f"kvtuner_tools/calibration/data/{name}" for name in names} <= set(wheel.namelist())
+    assert f"kvtuner_tools/evaluation/data/{QUESTIONS.name}" in wheel.namelist()
 
 
 def test_profiles_are_found_in_an_installed_wheel(wheel, tmp_path):

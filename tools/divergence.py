@@ -30,6 +30,10 @@ class TokenScores:
     def join(cls, parts: "list[TokenScores]") -> "TokenScores":
         return cls(**{each.name: np.concatenate([getattr(part, each.name) for part in parts]) for each in fields(cls)})
 
+    def part(self, start: int, stop: int) -> "TokenScores":
+        """Scores of positions start to stop."""
+        return TokenScores(**{each.name: getattr(self, each.name)[start:stop] for each in fields(self)})
+
     def summary(self) -> dict[str, float]:
         """Mean, standard error of the mean and 99th percentile of the KL (nats per token), top-1 agreement (a share),
         and the perplexities. The standard error takes tokens as independent, which neighbours are not quite."""

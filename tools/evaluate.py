@@ -1,8 +1,8 @@
-"""``kvtuner evaluate``: KL divergence from ``auto``, perplexity and task accuracy of KV cache settings, side by side.
+"""``kvtuner evaluate``: KL divergence from ``auto``, generation, needles, quotes and tasks of KV cache settings.
 
-Held-out text runs teacher-forced through vLLM itself, once per setting, each in an engine and a process of its own. The
-reference's logits go to a temporary file; every other pass is compared with it position by position on the fly. Tasks
-are answered in the same engines.
+Text runs teacher-forced through vLLM itself, once per setting, each in an engine and a process of its own. The
+reference's logits go to a temporary file; every other pass is compared with it position by position on the fly.
+Questions are answered in the same engines, and the reference's answers are text too, which others run along.
 """
 
 import argparse
@@ -10,102 +10,27 @@ import functools
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, refuse_old
-from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, cache_bits, profile_sha256
-from kvtuner_tools.data_files import PROMISE_JSON, file_sha256
-from kvtuner_tools.engine_arguments import (
-    NO_WORDS,
-    EngineWords,
-    add_engine_arguments,
-    check_engine_words,
-    check_max_model_len,
-    model_source,
-)
-from kvtuner_tools.engines.evaluate import (
-    TASK_MAX_NUM_SEQS,
-    EngineJob,
-    EngineOptions,
-    EngineResult,
-    ReferenceLogits,
-    max_model_len_for,
-    run_engine,
-)
-from kvtuner_tools.heldout import load_windows
-from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
-from kvtuner_tools.model_files import ModelSource, load_config, load_model_shape, load_tokenizer
-from kvtuner_tools.processes import in_own_process
-from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
-from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
+from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, profile_sha256
+from kvtuner_tools.data_files import PROMISE_JSON
+from kvtuner_tools.engine_arguments import NO_WORDS, add_engine_arguments, check_engine_words, model_source
+from kvtuner_tools.evaluation.needles import DEFAULT_DEPTHS, DEFAULT_TEXTS, LONGEST, MAX_TOKENS, NeedleRequest
+from kvtuner_tools.evaluation.partial import Done
+from kvtuner_tools.evaluation.passes import FOLLOWED, Passes
+from kvtuner_tools.evaluation.question_sets import paired_settings
+from kvtuner_tools.evaluation.quotes import DEFAULT_DISTANCE, DEFAULT_QUOTES, QuoteRequest
+from kvtuner_tools.evaluation.request import DEFAULT_ANSWER_TOKENS, EvaluationRequest
+from kvtuner_tools.evaluation.tables import text
+from kvtuner_tools.lm_eval_tasks import check_lm_eval
+from kvtuner_tools.model_files import ModelSource, load_model_shape, max_positions
+from kvtuner_tools.results import stdout_to_stderr, write_json
+from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.model_files import ModelFiles
-from vllm_kvtuner.profile.problems import ProfileError
-
-SCHEMA = "kvtuner-evaluation/1"
-COLUMNS = {
-    "setting": "label:",
-    "nominal bits": "nominal_bits:.2f",
-    "stored bits": "stored_bits:.2f",
-    "KL mean": "kl_mean:.5f",
-    "± stderr": "kl_stderr:.5f",
-    "KL p99": "kl_p99:.4f",
-    "top-1": "top1_agreement:.4f",
-    "perplexity": "perplexity:.3f",
-    "KV tokens": "kv_tokens:,",
-    "x auto": "kv_tokens_ratio:.3f",
-}
-TASK_COLUMNS = {
-    "accuracy": "task_accuracy:.3f",
-    "± stderr ": "task_stderr:.3f",
-    "to auto": "task_difference:+.3f",
-    "± paired": "task_difference_stderr:.3f",
-    "finished": "task_finished:,",
-    "tokens": "task_tokens_mean:.0f",
-}
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """What to evaluate.
-
-    Attributes:
-        model: folder or model id.
-        settings: what to compare with ``auto``, in order.
-        data: plain text, or rows of JSON with texts or conversations.
-        tokens: text tokens to run, at least.
-        context: tokens of a window at most.
-        chunk: prompt tokens per engine step; below ``context``, later chunks attend to the earlier ones in the cache.
-        kv_memory_bytes: KV cache memory of every engine, on each rank.
-        dtype: bfloat16, float16 or float32, of the model and of the ``auto`` cache.
-        noise_floor: also compare ``auto`` with itself, prefilled in two chunks so that it rounds differently.
-        task: rows of JSON with question and answer, to be answered by every setting and ``auto``.
-        task_limit: questions of it, and of each lm-eval task, at most.
-        num_fewshot: worked examples before each question: first rows of ``task``, which are not asked (by default
-            none), and what lm-eval takes as such (by default as its tasks say).
-        task_tokens: tokens an answer may have.
-        lm_eval: names of lm-eval tasks, or YAML files of such.
-        words: vLLM's engine arguments.
-    """
-
-    model: str
-    settings: tuple[CacheSetting, ...]
-    data: Path
-    tokens: int = 4096
-    context: int = 1024
-    chunk: int | None = None
-    kv_memory_bytes: int = 1 << 30
-    dtype: str = "bfloat16"
-    noise_floor: bool = False
-    task: Path | None = None
-    task_limit: int | None = None
-    num_fewshot: int | None = None
-    task_tokens: int = DEFAULT_MAX_TOKENS
-    lm_eval: tuple[str, ...] = ()
-    words: EngineWords = field(default_factory=dict)
 
 
 def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[str, Any]:
@@ -120,231 +45,23 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
             settings are not run again if it is of the same request, files, versions and device.
 
     Raises:
-        ValueError: too little data, a context or a task beyond the model, a profile that does not fit it, or lm-eval
+        ValueError: too little data, a context or questions beyond the model, a profile that does not fit it, or lm-eval
             tasks without lm-eval.
     """
     if request.lm_eval:
         check_lm_eval()
     with tempfile.TemporaryDirectory(prefix="kvtuner-evaluate-") as folder:
-        passes = _Passes(request, Path(folder) / "logits")
+        passes = Passes(request, Path(folder) / "logits")
         head = passes.head()
-        done = _Done(partial, head)
+        done = Done(partial, head)
         reference = done.row(AUTO.label, None, passes.measure_auto)
         rows = [
             done.row(each.label, profile_sha256(each.setting), functools.partial(passes.measure, each, reference))
             for each in passes.planned()
         ]
     done.delete()
-    return {**head, "reference": reference, "settings": rows}
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """One engine to run.
-
-    Args:
-        label: of its row.
-        setting: what it stores the cache as.
-        chunk: prompt tokens per engine step.
-        task: questions to answer, if any.
-    """
-
-    label: str
-    setting: CacheSetting
-    chunk: int
-    task: Task | None
-
-
-class _Passes:
-    """The engines of one evaluation.
-
-    Args:
-        request: what to evaluate.
-        logits: file for those of the reference, which the first pass of ``auto`` records.
-
-    Raises:
-        ValueError: as :func:`evaluate`.
-    """
-
-    def __init__(self, request: EvaluationRequest, logits: Path) -> None:
-        self._request = request
-        self._recorded: ReferenceLogits | Path = logits
-        source = model_source(request.words)
-        shape = load_model_shape(request.model, source)
-        if shape.unsupported:
-            raise ProfileError(shape.refusals)
-        hf_config = load_config(request.model, source)
-        width = 32 if request.dtype == "float32" else 16
-        settings = (AUTO, *request.settings)
-        self._bits = {setting: cache_bits(setting, shape, request.model, width) for setting in settings}
-        tokenizer = load_tokenizer(request.model, source)
-        windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
-        self._windows = tuple(map(tuple, windows))
-        positions = hf_config.get_text_config().max_position_embeddings
-        self._task = _load_task(request, tokenizer, positions)
-        longest = max(request.context, 0 if self._task is None else self._task.max_model_len)
-        check_max_model_len(request.words, longest + 1)
-        self._max_model_len = max_model_len_for(longest, positions)
-        self._chunk = request.chunk or request.context
-
-    def head(self) -> dict[str, Any]:
-        """What all rows rest on, as JSON."""
-        request = self._request
-        return {
-            "schema": SCHEMA,
-            **provenance(),
-            "model": request.model,
-            "dtype": request.dtype,
-            "data": {"file": request.data.name, "sha256": file_sha256(request.data)},
-            "context": request.context,
-            "chunk": self._chunk,
-            "windows": len(self._windows),
-            "predicted_tokens": sum(len(window) - 1 for window in self._windows),
-            "kv_memory_bytes": request.kv_memory_bytes,
-            "engine": {name: list(words) for name, words in request.words.items()},
-            "task": None if self._task is None else self._task.description(),
-            "lm_eval": {
-                "tasks": list(request.lm_eval),
-                "limit": request.task_limit,
-                "num_fewshot": request.num_fewshot,
-            },
-        }
-
-    def planned(self) -> list[_Pass]:
-        """All but that of the reference, in order."""
-        passes = [_Pass(setting.label, setting, self._chunk, self._task) for setting in self._request.settings]
-        if self._request.noise_floor:
-            half = -(-min(self._chunk, self._request.context) // 2)
-            passes.insert(0, _Pass("auto (noise floor)", AUTO, half, None))
-        return passes
-
-    def measure_auto(self) -> dict[str, Any]:
-        """The reference's row; its logits are what later passes are compared with."""
-        result = self._record(self._task)
-        return {**self._row(AUTO.label, AUTO, result), "logits_dtype": result.reference.dtype}
-
-    def measure(self, each: _Pass, reference: Mapping[str, Any]) -> dict[str, Any]:
-        """The row of a pass, beside the reference's."""
-        if isinstance(self._recorded, Path):  # auto's row was done before, its logits are gone
-            self._record(None)
-        row = self._row(each.label, each.setting, self._run(each))
-        answers = {} if each.task is None else paired(row, reference)
-        return {**row, **answers, "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
-
-    def _record(self, task: Task | None) -> EngineResult:
-        result = self._run(_Pass("auto (reference)", AUTO, self._chunk, task))
-        self._recorded = result.reference
-        return result
-
-    def _run(self, each: _Pass) -> EngineResult:
-        options = EngineOptions(
-            label=each.label,
-            model=self._request.model,
-            dtype=self._request.dtype,
-            setting=each.setting,
-            max_model_len=self._max_model_len,
-            chunk=each.chunk,
-            kv_memory_bytes=self._request.kv_memory_bytes,
-            max_num_seqs=1 if each.task is None else TASK_MAX_NUM_SEQS,
-            words=self._request.words,
-        )
-        return in_own_process(run_engine, EngineJob(options, self._windows, self._recorded, each.task))
-
-    def _row(self, label: str, setting: CacheSetting, result: EngineResult) -> dict[str, Any]:
-        nominal, stored = self._bits[setting] or (None, None)
-        return {
-            "label": label,
-            "kv_cache_dtype": setting.kv_cache_dtype,
-            "profile": setting.profile,
-            "profile_sha256": profile_sha256(setting),
-            "nominal_bits": nominal,
-            "stored_bits": stored,
-            **result.scores.summary(),
-            "kl_windows": result.scores.window_means([len(window) - 1 for window in self._windows]),
-            "kv_tokens": result.kv_tokens,
-            "block_size": result.block_size,
-            **({} if result.task is None else result.task.summary()),
-            **self._lm_eval(setting),
-            "seconds": round(result.seconds, 1),
-        }
-
-    def _lm_eval(self, setting: CacheSetting) -> dict[str, Any]:
-        """Scores of the lm-eval tasks, run in another process; {} without any."""
-        request = self._request
-        if not request.lm_eval:
-            return {}
-        job = LmEvalJob(
-            tasks=request.lm_eval,
-            limit=request.task_limit,
-            num_fewshot=request.num_fewshot,
-            model=request.model,
-            dtype=request.dtype,
-            setting=setting,
-            kv_memory_bytes=request.kv_memory_bytes,
-            words=request.words,
-        )
-        return {"lm_eval": in_own_process(run_lm_eval, job)}
-
-
-def _load_task(request: EvaluationRequest, tokenizer: Any, positions: int) -> Task | None:
-    if request.task is None:
-        return None
-    return load_task(
-        request.task,
-        tokenizer,
-        limit=request.task_limit,
-        shots=request.num_fewshot or 0,
-        max_tokens=request.task_tokens,
-        positions=positions,
-    )
-
-
-class _Done:
-    """The rows that are done, in a file if there is one, so that a killed run can go on.
-
-    Args:
-        path: the file, or None.
-        head: what the rows rest on; rows of a file with another head do not count.
-    """
-
-    def __init__(self, path: Path | None, head: dict[str, Any]) -> None:
-        self._path = path
-        self._head = {key: value for key, value in head.items() if key != "created"}
-        self._rows: list[dict[str, Any]] = []
-        if path is not None and path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if found["head"] == self._head:
-                self._rows = found["rows"]
-
-    def row(self, label: str, sha256: str | None, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The row of a setting, from the file or measured now."""
-        for row in self._rows:
-            if row["label"] == label and row["profile_sha256"] == sha256:
-                return row
-        self._rows.append(measure())
-        if self._path is not None:
-            write_json(self._path, {"head": self._head, "rows": self._rows})
-        return self._rows[-1]
-
-    def delete(self) -> None:
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-
-
-def table(evaluation: dict[str, Any]) -> str:
-    """``auto`` and the evaluation's settings as a Markdown table."""
-    columns = dict(COLUMNS)
-    rows = [{**evaluation["reference"], "kv_tokens_ratio": 1.0}, *evaluation["settings"]]
-    if evaluation["task"] is not None:
-        columns |= TASK_COLUMNS
-    for task, metrics in evaluation["reference"].get("lm_eval", {}).items():
-        for metric in metrics:
-            columns |= {f"{task} {metric}": f"{task}/{metric}:.3f", f"± {task} {metric}": f"{task}/{metric}/stderr:.3f"}
-    for row in rows:
-        for task, metrics in row.get("lm_eval", {}).items():
-            for metric, (value, stderr) in metrics.items():
-                row |= {f"{task}/{metric}": value, f"{task}/{metric}/stderr": stderr}
-    return format_table(columns, rows)
+    kept = {name: value for name, value in reference.items() if name != FOLLOWED}
+    return {**head, "reference": kept, "settings": rows, "paired": paired_settings([kept, *rows])}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -369,7 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--data",
         type=Path,
-        required=True,
         metavar="FILE",
         help="held-out text: plain text, or rows of JSON with texts or conversations",
     )
@@ -380,6 +96,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--chunk", type=int, metavar="TOKENS", help="of a prompt per engine step (default: --sequence-length)"
     )
+    generation = parser.add_argument_group("generation")
+    generation.add_argument(
+        "--generate",
+        action="store_true",
+        help="answer bundled questions: KL along auto's answers to them and to a file of --tasks, lengths of each "
+        "setting's own answers, how many end, and how many are right",
+    )
+    generation.add_argument(
+        "--answer-tokens",
+        type=int,
+        default=DEFAULT_ANSWER_TOKENS,
+        metavar="TOKENS",
+        help="of auto's answers that KL is measured along, at most; whole answers alone (default: %(default)s)",
+    )
+    generation.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of answers to bundled questions and those of a file; 0 takes the most likely token (default: 0)",
+    )
+    probes = parser.add_argument_group("needles and quotes")
+    probes.add_argument(
+        "--needles",
+        type=lambda words: tuple(filter(None, words.split(","))),
+        default=(),
+        metavar="TOKENS,...",
+        help="find one of several facts in texts of so many tokens; 'max' is what the model has positions for",
+    )
+    probes.add_argument(
+        "--needle-depths",
+        type=lambda words: tuple(float(word) for word in words.split(",")),
+        default=DEFAULT_DEPTHS,
+        metavar="SHARE,...",
+        help="where the facts of each text stand, from 0 to 1; each is asked once "
+        f"(default: {','.join(f'{depth:g}' for depth in DEFAULT_DEPTHS)})",
+    )
+    probes.add_argument(
+        "--needle-texts", type=int, default=DEFAULT_TEXTS, metavar="TEXTS", help="of each length (default: %(default)s)"
+    )
+    probes.add_argument(
+        "--quotes",
+        type=int,
+        nargs="?",
+        const=DEFAULT_QUOTES,
+        metavar="SENTENCES",
+        help=f"repeat sentences from some hundred words back, word for word (default: {DEFAULT_QUOTES} of them)",
+    )
+    probes.add_argument(
+        "--quote-distance",
+        type=int,
+        default=DEFAULT_DISTANCE,
+        metavar="WORDS",
+        help="between a sentence and its question (default: %(default)s)",
+    )
+    probes.add_argument("--seed", type=int, default=0, help="of texts, facts and sentences (default: %(default)s)")
     tasks = parser.add_argument_group("tasks")
     tasks.add_argument(
         "--tasks",
@@ -389,7 +160,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of lm-eval's tasks or their YAML files, and a file of JSON rows with question and answer, ending "
         "in '#### number'",
     )
-    tasks.add_argument("--limit", type=int, metavar="QUESTIONS", help="of each task at most (default: all)")
+    tasks.add_argument(
+        "--limit", type=int, metavar="QUESTIONS", help="of each task and the bundled ones at most (default: all)"
+    )
     tasks.add_argument(
         "--num-fewshot",
         type=int,
@@ -401,7 +174,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens",
         type=int,
         default=DEFAULT_MAX_TOKENS,
-        help="of an answer to a file of questions (default: %(default)s)",
+        help="of an answer to bundled questions and those of a file (default: %(default)s)",
     )
     engine = parser.add_argument_group("engine")
     engine.add_argument(
@@ -446,8 +219,11 @@ def run(args: argparse.Namespace) -> int:
     check_engine_words(words)
     source = model_source(words)
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
-    if not (settings or args.noise_floor or args.tasks):
+    asks = bool(args.tasks or args.generate or args.needles or args.quotes is not None)
+    if not (settings or args.noise_floor or asks):
         raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
+    if args.data is None and not asks:
+        raise ValueError("evaluate needs --data, --generate, --needles, --quotes or --tasks, but got none")
     files = [task for task in args.tasks if _has_questions(task)]
     if len(files) > 1:
         raise ValueError(f"--tasks must have at most one file of questions, but got {', '.join(files)}")
@@ -461,6 +237,11 @@ def run(args: argparse.Namespace) -> int:
         kv_memory_bytes=args.kv_cache_memory_bytes,
         dtype=args.dtype,
         noise_floor=args.noise_floor,
+        generate=args.generate,
+        answer_tokens=args.answer_tokens,
+        temperature=args.temperature,
+        needles=_needles(args, source),
+        quotes=None if args.quotes is None else QuoteRequest(args.quotes, args.quote_distance, args.seed),
         task=Path(files[0]) if files else None,
         task_limit=args.limit,
         num_fewshot=args.num_fewshot,
@@ -476,15 +257,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def text(evaluation: dict[str, Any]) -> str:
-    """What ``kvtuner evaluate`` prints."""
-    lines = [
-        f"{evaluation['model']} ({evaluation['dtype']}), {evaluation['predicted_tokens']} tokens of "
-        f"{evaluation['data']['file']}, KL against auto in nats per token"
-    ]
-    if task := evaluation["task"]:
-        lines.append(f"Accuracy on {task['questions']} questions of {task['file']}, {task['shots']} worked examples")
-    return "\n".join([*lines, table(evaluation)])
+def _needles(args: argparse.Namespace, source: ModelSource) -> NeedleRequest | None:
+    """The needles of ``--needles``; None without."""
+    if not args.needles:
+        return None
+    unknown = [word for word in args.needles if word != LONGEST and not word.isdecimal()]
+    if unknown:
+        raise ValueError(f"--needles must be numbers of tokens, or {LONGEST}, but got {', '.join(unknown)}")
+    # One position less, since an engine generates one token more than a prompt and its answer have.
+    longest = max_positions(args.model, source) - MAX_TOKENS - 1 if LONGEST in args.needles else 0
+    lengths = tuple(longest if word == LONGEST else int(word) for word in args.needles)
+    return NeedleRequest(tuple(dict.fromkeys(lengths)), args.needle_depths, args.needle_texts, args.seed)
 
 
 def _has_questions(task: str) -> bool:

@@ -29,11 +29,13 @@ class Completion:
         text: the answer.
         finished: whether it ended by itself, within the tokens allowed.
         num_tokens: of the answer.
+        token_ids: of the answer, what ended it included.
     """
 
     text: str
     finished: bool
     num_tokens: int
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from kvtuner_tools.bench import step_times
 from kvtuner_tools.bench.tables import markdown, pictures, rows
 from kvtuner_tools.bench.tables.claims import CLAIMS
 from kvtuner_tools.bench.tables.published import Published, accuracy, fixed, loss, table
+from kvtuner_tools.bench.tables.steps import measured_steps
 
 ROOT = Path(__file__).parent.parent.parent
 PAGES = markdown.pages(ROOT)
@@ -45,6 +47,10 @@ def test_readme_has_its_table_and_a_picture():
 
 def test_pictures_show_the_data(published):
     assert list(pictures.outdated(ROOT, published)) == [], "run make tables, and look at what changed"
+
+
+def test_step_times_of_the_wheel_are_the_datas(published):
+    assert step_times.render(measured_steps(published)) == step_times.TABLE.read_text(), "run make tables"
 
 
 def test_every_file_is_behind_a_claim(published, monkeypatch):

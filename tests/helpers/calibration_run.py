@@ -33,7 +33,7 @@ OFFSETS = {
 
 
 def texts():
-    return Texts(*(CalibrationText("bundled", "ab" * 32, ((1, 2, 3, number),)) for number in range(3)))
+    return Texts(*(CalibrationText("bundled", "ab" * 32, ((1, 2, 3, number),), ("prose",)) for number in range(3)))
 
 
 def calibration(out, table, evaluators, monkeypatch, **options):

@@ -12,7 +12,11 @@ import torch
 from kvtuner_tools import evaluate, heldout
 from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.divergence import TokenScores
-from kvtuner_tools.engines.evaluate import EngineJob, EngineResult, ReferenceLogits
+from kvtuner_tools.engines.evaluate import EngineJob, EngineResult, ReferenceLogits, answer_windows
+from kvtuner_tools.evaluation import passes
+from kvtuner_tools.evaluation.needles import NeedleRequest
+from kvtuner_tools.evaluation.quotes import QuoteRequest
+from kvtuner_tools.evaluation.tables import text
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model
 
@@ -49,7 +53,8 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
         "--noise-floor",
         "--profile=K4V4:plain",
     ]
-    arguments += [f"--tasks={task}", "--limit=2", "--num-fewshot=1", "--max-tokens=5"]
+    arguments += [f"--tasks={task}", "--limit=2", "--num-fewshot=1", "--max-tokens=5", "--generate"]
+    arguments += ["--needles=1024", "--needle-depths=0,1", "--needle-texts=1", "--quotes=1", "--quote-distance=60"]
 
     status = evaluate.run(parser.parse_args([str(model), f"--data={data}", f"--out={output}", *arguments]))
 
@@ -77,6 +82,20 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert (profile["task_difference"], profile["task_tokens_ratio"]) == (0, 1)
     assert np.mean(profile["kl_windows"]) == pytest.approx(profile["kl_mean"], rel=1e-3)
     assert "task_accuracy" not in floor
+    # Two questions of each set, whole answers of five tokens each; the noise floor runs along them too.
+    for row in (floor, profile):
+        assert {name: each["kl_tokens"] for name, each in row["along"].items()} == {"generate": 10, "task": 10}
+    assert profile["along"]["generate"]["kl_mean"] > 10 * floor["along"]["generate"]["kl_mean"] >= 0
+    assert auto["along"]["generate"]["kl_mean"] == 0
+    assert {name: each["questions"] for name, each in auto["answers"].items()} == {
+        "generate": 2,
+        "task": 2,
+        "needles": 2,
+        "quotes": 1,
+    }
+    assert auto["answers"]["needles"]["score"] == profile["paired"]["needles"]["difference"] == 0
+    assert [(each["setting"], each["other"]) for each in result["paired"]] == [("kvtuner:K4V4:plain", "auto")]
+    assert "followed" not in auto
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json", "task.jsonl", "text.txt"]
 
 
@@ -85,6 +104,7 @@ class Engines:
 
     def __init__(self, killed_at: int | None = None) -> None:
         self.labels: list[str] = []
+        self.jobs: list[EngineJob] = []
         self.killed_at = killed_at
 
     def __call__(self, function: object, job: Any) -> Any:
@@ -92,13 +112,20 @@ class Engines:
             raise KeyboardInterrupt
         assert isinstance(job, EngineJob)
         self.labels.append(job.options.setting.label)
-        positions = sum(len(window) - 1 for window in job.windows)
+        self.jobs.append(job)
+        answer = Completion("2", True, 2, (3, len(self.labels)))
+        answers = tuple((answer,) * len(asked.prompts) for asked in job.asked)
+        windows = job.windows
+        if job.follow is not None:
+            windows += answer_windows(job.asked, answers, job.follow)
+        positions = sum(window.positions for window in windows)
         one = np.ones(positions, np.float32)
         recorded = isinstance(job.reference, Path)
         return EngineResult(
             reference=ReferenceLogits(job.reference, "float32", 512, positions) if recorded else job.reference,
             scores=TokenScores(kl=one * len(self.labels), nll_reference=one, nll=one, agree=one > 0),
-            task=None if job.task is None else job.task.score([Completion("2", True, 1)] * len(job.task.answers)),
+            windows=windows,
+            answers=answers,
             kv_tokens=100,
             block_size=16,
             seconds=1.0,
@@ -113,8 +140,8 @@ def request_of(tmp_path: Path):
 
     def make(**changes: Any) -> evaluate.EvaluationRequest:
         settings = tuple(map(CacheSetting.parse, ("kvtuner:K8V8", f"kvtuner:{profile}", "kvtuner:K2V2")))
-        values = {"settings": settings, "tokens": 60, "context": 30, "task": task, **changes}
-        return evaluate.EvaluationRequest(model=str(model), data=data, **values)
+        values = {"settings": settings, "data": data, "tokens": 60, "context": 30, "task": task, **changes}
+        return evaluate.EvaluationRequest(model=str(model), **values)
 
     return make
 
@@ -129,15 +156,15 @@ def test_json_is_the_result_and_alone_on_stdout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     model, data, task = make_inputs(tmp_path)
-    monkeypatch.setattr(evaluate, "in_own_process", Engines())
-    monkeypatch.setattr(evaluate, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
+    monkeypatch.setattr(passes, "in_own_process", Engines())
+    monkeypatch.setattr(passes, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
     capfd.readouterr()
     options = ("--profile=K8V8", "--tokens=60", "--sequence-length=30", f"--tasks={task}", "--num-fewshot=1")
     out = tmp_path / "out.json"
     assert evaluate.run(options_of(str(model), f"--data={data}", *options, "--json", f"--out={out}")) == 0
     result = json.loads(capfd.readouterr().out)
     assert result == json.loads(out.read_text())
-    assert (result["schema"], result["context"], result["kv_memory_bytes"]) == (evaluate.SCHEMA, 30, 1 << 30)
+    assert (result["schema"], result["context"], result["kv_memory_bytes"]) == (passes.SCHEMA, 30, 1 << 30)
     assert result["task"] | {"file": task.name, "shots": 1, "questions": 2} == result["task"]
 
 
@@ -162,12 +189,12 @@ def test_tasks_are_lm_evals_and_one_file(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of) -> None:
     partial = tmp_path / "result.json.partial"
     profile = f"kvtuner:{tmp_path / 'profile.yaml'}"
-    monkeypatch.setattr(evaluate, "in_own_process", Engines(killed_at=3))
+    monkeypatch.setattr(passes, "in_own_process", Engines(killed_at=3))
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(request_of(), partial)
 
     again = Engines()
-    monkeypatch.setattr(evaluate, "in_own_process", again)
+    monkeypatch.setattr(passes, "in_own_process", again)
     result = evaluate.evaluate(request_of(), partial)
 
     assert again.labels == ["auto", "kvtuner:K2V2"], "auto once more, for its logits, and what was missing"
@@ -177,12 +204,82 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, r
     assert not partial.exists()
 
 
+def test_a_killed_run_goes_on_along_the_same_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of
+) -> None:
+    """An engine that rounds otherwise would answer otherwise."""
+    partial = tmp_path / "result.json.partial"
+    killed, again = Engines(killed_at=2), Engines()
+    monkeypatch.setattr(passes, "in_own_process", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(request_of(generate=True, task_limit=2), partial)
+    followed = killed.jobs[1].windows[2:]
+    assert len(followed) == 4 and {window.ids[-2:] for window in followed} == {(3, 1)}
+
+    monkeypatch.setattr(passes, "in_own_process", again)
+    result = evaluate.evaluate(request_of(generate=True, task_limit=2), partial)
+
+    assert [job.follow for job in again.jobs] == [None] * 3
+    assert {job.windows[2:] for job in again.jobs} == {followed}
+    assert [bool(job.asked) for job in again.jobs] == [False, True, True]
+    row = result["settings"][0]
+    assert row["along"]["generate"] | {"kl_mean": 2, "kl_stderr": 0, "kl_tokens": 4} == row["along"]["generate"]
+    assert row["paired"]["generate"]["tokens_ratio"] == 1
+
+
+def test_answers_need_no_text(monkeypatch: pytest.MonkeyPatch, request_of) -> None:
+    monkeypatch.setattr(passes, "in_own_process", Engines())
+    probes = {"needles": NeedleRequest((1024,), (0.0, 0.5), 1), "quotes": QuoteRequest(2, 300)}
+    result = evaluate.evaluate(request_of(data=None, task=None, **probes))
+
+    assert set(result["questions"]) == {"needles", "quotes"}
+    assert "kl_mean" not in result["reference"]
+    printed = text(result)
+    assert "Needles: 2 questions, prompts of 1,024 tokens, 2 facts of one form in each text, one asked" in printed
+    assert "Quotes: 2 sentences to repeat from 300 words back" in printed
+    assert "KL mean" not in printed
+    assert "| 1024 tokens | depth 0 | depth 0.5 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "rule"),
+    [
+        (["--profile=K8V8"], "evaluate needs --data, --generate, --needles, --quotes or --tasks"),
+        (["--needles=4k"], "--needles must be numbers of tokens, or max, but got 4k"),
+        (["--needles=100"], "--needles must be at least 256 tokens, but got 100"),
+        (["--needles=4095"], r"needles: a question .* fewer tokens than the model's 4,096 positions, but got 4,1"),
+        (["--needles=512", "--needle-depths=0,2"], "--needle-depths must be from 0 to 1, but got 0.0, 2.0"),
+        (["--needles=512", "--needle-texts=0"], "--needle-texts must be at least 1, but got 0"),
+        (["--quotes=0"], "--quotes must be at least 1, but got 0"),
+        (["--quotes=9999"], "--quotes must be at most"),
+        (["--generate", "--temperature=-1"], "--temperature must be at least 0, but got -1"),
+        (["--generate", "--answer-tokens=0"], "--answer-tokens must be at least 1, but got 0"),
+    ],
+)
+def test_impossible_measures_are_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], rule: str
+) -> None:
+    engines = Engines()
+    monkeypatch.setattr(passes, "in_own_process", engines)
+    with pytest.raises(ValueError, match=rule):
+        evaluate.run(options_of(str(make_tiny_model(tmp_path / "model")), *words))
+    assert not engines.labels
+
+
+def test_the_longest_needles_fit_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines()
+    monkeypatch.setattr(passes, "in_own_process", engines)
+    words = ["--needles=max", "--needle-depths=0.5", "--needle-texts=1"]
+    assert evaluate.run(options_of(str(make_tiny_model(tmp_path / "model")), *words)) == 0
+    assert engines.jobs[0].options.max_model_len == 4096
+
+
 @pytest.mark.parametrize("change", ["profile", "data", "request"])
 def test_rows_that_rest_on_something_else_are_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of, change: str
 ) -> None:
     partial = tmp_path / "result.json.partial"
-    monkeypatch.setattr(evaluate, "in_own_process", Engines(killed_at=3))
+    monkeypatch.setattr(passes, "in_own_process", Engines(killed_at=3))
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(request_of(), partial)
     changed = request_of(task_tokens=7) if change == "request" else request_of()
@@ -192,7 +289,7 @@ def test_rows_that_rest_on_something_else_are_measured_again(
         (tmp_path / "text.txt").write_text("Another text. " * 20)
 
     again = Engines()
-    monkeypatch.setattr(evaluate, "in_own_process", again)
+    monkeypatch.setattr(passes, "in_own_process", again)
     evaluate.evaluate(changed, partial)
 
     profile = f"kvtuner:{tmp_path / 'profile.yaml'}"

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_tools import evaluate, lm_eval_tasks
+from kvtuner_tools.evaluation.tables import table
 
 
 def test_metrics_are_paired_with_their_standard_errors() -> None:
@@ -33,7 +34,7 @@ def test_without_lm_eval_the_option_is_refused(tmp_path: Path, monkeypatch: pyte
 def test_table_shows_each_metric() -> None:
     row = {"label": "auto", "kv_tokens": 10, "lm_eval": {"gsm8k": {"exact_match,none": (0.25, 0.125)}}}
 
-    text = evaluate.table({"reference": row, "settings": [], "task": None})
+    text = table({"reference": row, "settings": [], "task": None})
 
     heading, _, line = text.splitlines()
     assert "gsm8k exact_match,none | ± gsm8k exact_match,none |" in heading

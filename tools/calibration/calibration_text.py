@@ -7,14 +7,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.data_files import DocumentTokens, read_documents, token_documents
+from kvtuner_tools.data_files import DocumentTokens, read_data, read_documents, token_documents
+from vllm_kvtuner.profile.problems import ProfileError, show
 
 BUNDLED = "bundled"
 """Source of the set that ships with this package."""
 MIN_WINDOW = 32
 """Tokens below which a window is none."""
 
-BUNDLED_FILES = ("prose.txt", "conversations.jsonl", "novel.txt", "python_reference.jsonl", "python_code.jsonl")
+BUNDLED_KINDS = {
+    "conversations.jsonl": "chat",
+    "prose.txt": "prose",
+    "novel.txt": "novel",
+    "python_reference.jsonl": "reference",
+    "python_code.jsonl": "code",
+}
+"""What each file of the bundled set holds; a text with few windows has them of the first ones."""
+BUNDLED_FILES = tuple(BUNDLED_KINDS)
+GENERATED = "generated"
+"""Kind of what the model wrote itself, which comes before all others."""
+GENERATED_FILE = "generated.jsonl"
+"""Its name in an output folder."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +38,13 @@ class CalibrationText:
         source: the file, or ``bundled``.
         sha256: digest of all bytes of the source.
         windows: token ids, one window each.
+        kinds: of the windows: what the bundled file holds, ``generated``, or the name of the user's file.
     """
 
     source: str
     sha256: str
     windows: tuple[tuple[int, ...], ...]
+    kinds: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -61,26 +76,60 @@ class TextRequest:
     name: str = "tokens"
 
 
+@dataclass(frozen=True)
+class OwnText:
+    """What the model wrote itself.
+
+    Args:
+        path: of the file that it is kept in.
+        documents: token ids.
+    """
+
+    path: Path
+    documents: tuple[DocumentTokens, ...]
+
+
+def read_generated(out: Path) -> OwnText | None:
+    """The text of an output folder; None where there is none.
+
+    Raises:
+        ProfileError: a row that cannot be used.
+    """
+    path = out / GENERATED_FILE
+    if not path.exists():
+        return None
+    rows = read_data(path, _row)
+    if isinstance(rows, str) or not rows:
+        raise ProfileError([f"{path}: the file must hold rows of JSON with ids, but got none"])
+    return OwnText(path, tuple(DocumentTokens((), ids, True) for _, ids in rows))
+
+
 def load_text(data: Path | None, tokenizer: Any, *, tokens: int, context: int, seed: int) -> CalibrationText:
     """One text; see :func:`draw_texts`."""
     return draw_texts(data, tokenizer, [TextRequest(tokens, context)], seed=seed)[0]
 
 
 def draw_texts(
-    data: Path | None, tokenizer: Any, requests: Sequence[TextRequest], *, seed: int
+    data: Path | None,
+    tokenizer: Any,
+    requests: Sequence[TextRequest],
+    *,
+    seed: int,
+    generated: OwnText | None = None,
 ) -> list[CalibrationText]:
     """Texts of one source, drawn at random; no part of the source is in two windows, and none depends on a later one.
 
     A plain text file is one document, a row of JSON another: a conversation in the model's chat template
     (its contents one below the other where the tokenizer has none, which is logged) or a text. Longer documents are cut
-    into windows, and shorter ones joined until they fill one. Files of the bundled set give equal shares, as long as
-    they last.
+    into windows, and shorter ones joined until they fill one. Files of the bundled set and generated text give equal
+    shares, as long as they last.
 
     Args:
         data: the file; None takes the bundled set.
         tokenizer: transformers tokenizer of the model.
         requests: in order of what they take first.
         seed: of the drawing.
+        generated: what the model wrote itself, one file more.
 
     Raises:
         ProfileError: the file cannot be read, or every line in it that is of no known form, with file and line.
@@ -93,15 +142,32 @@ def draw_texts(
             raise ValueError(f"tokens must be at least 1, but got {request.tokens}")
     folder = Path(__file__).parent / "data"
     paths = [data] if data is not None else [folder / name for name in BUNDLED_FILES]
-    files = [_File(path, list(token_documents(path, read_documents(path), tokenizer)), seed) for path in paths]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    documents = {path: list(token_documents(path, read_documents(path), tokenizer)) for path in paths}
+    kinds = {path: BUNDLED_KINDS[path.name] if data is None else path.name for path in paths}
     source = BUNDLED if data is None else str(data)
-    drawn = [_draw(files, request) for request in requests]
+    if generated is not None:
+        documents = {generated.path: list(generated.documents), **documents}
+        kinds[generated.path] = GENERATED
+        source = f"{source} and {GENERATED}"
+    files = [_File(path, each, seed, kinds[path]) for path, each in documents.items()]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in documents)).hexdigest()
+    found = [_draw(files, request) for request in requests]
+    drawn = [tuple(window for _, window in each) for each in found]
     if any(_tokens(windows) < request.tokens for windows, request in zip(drawn, requests, strict=True)):
         held, wanted = sum(map(_tokens, drawn)), sum(request.tokens for request in requests)
         names = " + ".join(request.name for request in requests)
         raise ValueError(f"{source}: {names} must be at most the {held:,} that the text holds, but got {wanted:,}")
-    return [CalibrationText(source, digest, windows) for windows in drawn]
+    return [
+        CalibrationText(source, digest, windows, tuple(kind for kind, _ in each))
+        for windows, each in zip(drawn, found, strict=True)
+    ]
+
+
+def _row(record: Any) -> tuple[int, ...]:
+    ids = record.get("ids") if isinstance(record, dict) else None
+    if not isinstance(ids, list) or not ids or not all(isinstance(each, int) for each in ids):
+        raise ValueError(f"each line must be an object with ids, a list of token ids, but got {show(record)}")
+    return tuple(ids)
 
 
 Windows = tuple[tuple[int, ...], ...]
@@ -111,9 +177,9 @@ def _tokens(windows: Windows) -> int:
     return sum(map(len, windows))
 
 
-def _draw(files: "Sequence[_File]", request: TextRequest) -> Windows:
-    """Windows of a request, from each file as many tokens as from the others while it has any; fewer in the end."""
-    windows: list[tuple[int, ...]] = []
+def _draw(files: "Sequence[_File]", request: TextRequest) -> list[tuple[str, tuple[int, ...]]]:
+    """Windows of a request and their kinds, from each file as many tokens as from the others while it has any."""
+    windows: list[tuple[str, tuple[int, ...]]] = []
     taken = dict.fromkeys(files, 0)
 
     def take(context: int, tokens: int, *, only_whole: bool) -> None:
@@ -125,21 +191,22 @@ def _draw(files: "Sequence[_File]", request: TextRequest) -> Windows:
             if window is None:
                 left.remove(file)
                 continue
-            windows.append(window)
+            windows.append((file.kind, window))
             taken[file] += len(window)
             total += len(window)
 
     if request.long_context > request.context:
         count = request.tokens // 2 // request.long_context
         take(request.long_context, count * request.long_context, only_whole=True)
-    take(request.context, request.tokens - _tokens(tuple(windows)), only_whole=False)
-    return tuple(windows)
+    take(request.context, request.tokens - sum(taken.values()), only_whole=False)
+    return windows
 
 
 class _File:
     """Documents of a file as tokens, from which windows are taken."""
 
-    def __init__(self, path: Path, documents: list[DocumentTokens], seed: int) -> None:
+    def __init__(self, path: Path, documents: list[DocumentTokens], seed: int, kind: str) -> None:
+        self.kind = kind
         self._random = random.Random(f"{seed} {path.name}")
         self._random.shuffle(documents)
         self._pieces = documents

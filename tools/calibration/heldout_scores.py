@@ -41,11 +41,13 @@ class HeldoutRequest:
         inputs: digest of what the engine is built from.
         data: identity of the text.
         settings: first the profile's; none has the pairs of another.
+        windows: kind of text and predicted positions of each window.
     """
 
     inputs: str
     data: Mapping[str, Any]
     settings: Sequence[Setting]
+    windows: Sequence[tuple[str, int]] = ()
 
 
 def wanted_settings(
@@ -113,11 +115,31 @@ def _keep(request: HeldoutRequest, known: Mapping[str, tuple[Quality, np.ndarray
     scored = [Scored(**vars(setting), quality=quality) for setting, (quality, _) in found]
     ours = found[0][1][1]
     differences = {each.origin: paired_difference(kl, ours) for each, (_, kl) in found[1:]}
-    heldout = Heldout(request.inputs, request.data, tuple(scored), differences)
+    kinds = {each.origin: by_kind(kl, request.windows) for each, (_, kl) in found}
+    heldout = Heldout(request.inputs, request.data, tuple(scored), differences, kinds)
     tokens = {format_pairs(each.pairs): np.asarray(kl, dtype=np.float32) for each, (_, kl) in found}
     write_bytes(out / TOKENS_FILE, safetensors.numpy.save(tokens, {"inputs": request.inputs}))
     heldout.write(out)
     return heldout
+
+
+def by_kind(kl: np.ndarray, windows: Sequence[tuple[str, int]]) -> dict[str, dict[str, float]]:
+    """Mean KL of each kind of text, its standard error, which takes tokens as independent, and its tokens.
+
+    Args:
+        kl: [tokens] of all windows, one after the other.
+        windows: kind of text and predicted positions of each.
+    """
+    parts = np.split(kl.astype(np.float64), np.cumsum([count for _, count in windows])[:-1]) if windows else []
+    found = {}
+    for kind in dict.fromkeys(kind for kind, _ in windows):
+        rows = np.concatenate([part for part, (of, _) in zip(parts, windows, strict=True) if of == kind])
+        found[kind] = {
+            "kl_mean": float(rows.mean()),
+            "kl_stderr": float(rows.std() / len(rows) ** 0.5),
+            "tokens": len(rows),
+        }
+    return found
 
 
 def _found(out: Path, inputs: str) -> dict[str, tuple[Quality, np.ndarray]]:

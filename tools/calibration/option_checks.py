@@ -5,13 +5,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.calibration import window_default
-from kvtuner_tools.calibration.calibration_text import MIN_WINDOW
-from kvtuner_tools.calibration.options import DEFAULT_WINDOW, GROUPS, CalibrationOptions, Texts, flag, load_texts
+from kvtuner_tools.calibration.calibration_text import MIN_WINDOW, OwnText, read_generated
+from kvtuner_tools.calibration.options import (
+    DEFAULT_GENERATED_TOKENS,
+    DEFAULT_WINDOW,
+    GROUPS,
+    QUICK_GENERATED_TOKENS,
+    CalibrationOptions,
+    Texts,
+    flag,
+    load_texts,
+)
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.space import bf16_bytes, check_budget
 from kvtuner_tools.calibration.study import open_storage
@@ -83,6 +92,9 @@ def check_options(options: CalibrationOptions, out: Path, stages: Collection[str
     if shape is not None and layers_known and not shape.unsupported:
         attempt(lambda: problems.extend(window_default.refuse(options, shape)))
         filled, note = attempt(lambda: window_default.fill(options, shape)) or (options, None)
+    if filled.generated_tokens is None:
+        default = QUICK_GENERATED_TOKENS if filled.quick else DEFAULT_GENERATED_TOKENS
+        filled = replace(filled, generated_tokens=0 if filled.data else default)
     problems += _folder(out)
     if "search" in stages and (wrong := _budget_kind(options)):
         problems.append(wrong)
@@ -94,14 +106,18 @@ def check_options(options: CalibrationOptions, out: Path, stages: Collection[str
         attempt(lambda: open_storage(options.storage_url(out)))
     texts = None
     if shape is not None and READS_TEXT & set(stages):
-        texts = _check_texts(filled, shape, attempt)
+        generated = attempt(lambda: read_generated(out)) if filled.generated_tokens else None
+        texts = _check_texts(filled, shape, generated, attempt)
     if problems:
         raise ProfileError(problems)
     return Checked(filled, note, texts)
 
 
 def _check_texts(
-    options: CalibrationOptions, shape: ModelShape, attempt: Callable[[Callable[[], Any]], Any]
+    options: CalibrationOptions,
+    shape: ModelShape,
+    generated: OwnText | None,
+    attempt: Callable[[Callable[[], Any]], Any],
 ) -> Texts | None:
     """The three texts, if they can be drawn; what keeps them from it goes to ``attempt``."""
     files = [Path(name) for name in (options.data, options.heldout) if name is not None]
@@ -113,7 +129,7 @@ def _check_texts(
     attempt(lambda: _check_positions(options))
     if tokenizer is None or None in readable:
         return None
-    texts: Texts | None = attempt(lambda: load_texts(options, tokenizer))
+    texts: Texts | None = attempt(lambda: load_texts(options, tokenizer, generated))
     if texts is not None:
         longest = max(text.identity["longest"] for text in (texts.capture, texts.search, texts.heldout))
         attempt(lambda: check_max_model_len(options.engine, longest + 1))
@@ -181,6 +197,7 @@ def _numbers(options: CalibrationOptions) -> list[str]:
         "concurrency": 1,
         "trials": 1,
         "long_window": 0,
+        "generated_tokens": 0,
     }
     problems = []
     for name, minimum in least.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 from kvtuner_tools.arguments import memory_text, parse_memory, refuse_old
 from kvtuner_tools.calibration.artifacts import read_artifact
-from kvtuner_tools.calibration.calibration_text import CalibrationText, TextRequest, draw_texts
+from kvtuner_tools.calibration.calibration_text import CalibrationText, OwnText, TextRequest, draw_texts
 from kvtuner_tools.calibration.cluster import DEFAULT_FACTOR
 from kvtuner_tools.calibration.sampling import SAMPLERS
 from kvtuner_tools.calibration.space import bytes_for_bits, bytes_for_memory
@@ -26,9 +26,11 @@ from vllm_kvtuner.pages.layout import (
 from vllm_kvtuner.profile.problems import parse_layers
 from vllm_kvtuner.profile.profile import RecentWindow
 
-OPTIONS_SCHEMA = "kvtuner-calibration/4"
+OPTIONS_SCHEMA = "kvtuner-calibration/5"
 OPTIONS_FILE = "calibration.json"
 DEFAULT_WINDOW = 2048
+DEFAULT_GENERATED_TOKENS, QUICK_GENERATED_TOKENS = 8192, 3072
+"""Each of the texts has one window of them, of a third or half as many tokens; the others are what is left over."""
 DEFAULT_RECENT_WINDOW = 64
 DEFAULT_SINK_TOKENS = 4
 """Together they lower the KL several times (docs/notes/windows-and-first-tokens.md) for 3 to 4% of a decode step."""
@@ -52,6 +54,8 @@ class CalibrationOptions:
         model: folder or id.
         data: calibration text; the bundled set by default.
         heldout: text for the final scores; by default windows of ``data`` that nothing else uses.
+        generated_tokens: tokens that the model itself writes, which become one part more of the text; None takes the
+            default beside the bundled set, and 0 beside ``data``.
         dtype: of the model.
         seed: of everything that is drawn.
         window: tokens of a window at most; None takes what the model has positions for, up to a default.
@@ -85,12 +89,13 @@ class CalibrationOptions:
     model: str = ""
     data: str | None = None
     heldout: str | None = None
+    generated_tokens: int | None = None
     dtype: str = "bfloat16"
     seed: int = 0
     window: int | None = None
     long_window: int = 8192
     capture_tokens: int = 8192
-    search_tokens: int = 4096
+    search_tokens: int = 6144
     heldout_tokens: int = 16384
     kv_memory: int = 1 << 30
     engine: Mapping[str, Sequence[str]] = field(default_factory=dict)
@@ -200,6 +205,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "capture": (
         "data",
         "heldout",
+        "generated_tokens",
         "dtype",
         "seed",
         "window",
@@ -238,6 +244,11 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "heldout": (
         "text for the final scores (default: windows of the calibration text not used before)",
         {"metavar": "FILE"},
+    ),
+    "generated_tokens": (
+        "tokens that the model itself writes, of which each text has a share as of each bundled file (default: "
+        f"{DEFAULT_GENERATED_TOKENS}, with --quick {QUICK_GENERATED_TOKENS}, and with --data 0)",
+        {"type": int, "metavar": "TOKENS"},
     ),
     "dtype": ("dtype of the model", {"choices": ("bfloat16", "float16", "float32")}),
     "seed": ("seed of everything that is drawn", {"type": int}),
@@ -399,10 +410,15 @@ class Texts:
     heldout: CalibrationText
 
 
-def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
+def load_texts(options: CalibrationOptions, tokenizer: Any, generated: OwnText | None = None) -> Texts:
     """Draw the windows.
 
     The held-out text is drawn first, so calibrations that differ in the sizes of the others are scored on the same.
+
+    Args:
+        options: filled in.
+        tokenizer: of the model.
+        generated: what the model wrote itself, if it has.
 
     Raises:
         ValueError: files that cannot be used or that hold too little text.
@@ -419,8 +435,8 @@ def load_texts(options: CalibrationOptions, tokenizer: Any) -> Texts:
         TextRequest(options.search_tokens, options.window, name="--search-tokens"),
     ]
     if options.heldout is None:
-        drawn = draw_texts(data, tokenizer, [heldout, *requests], seed=options.seed)
+        drawn = draw_texts(data, tokenizer, [heldout, *requests], seed=options.seed, generated=generated)
     else:
         drawn = draw_texts(Path(options.heldout), tokenizer, [heldout], seed=options.seed)
-        drawn += draw_texts(data, tokenizer, requests, seed=options.seed)
+        drawn += draw_texts(data, tokenizer, requests, seed=options.seed, generated=generated)
     return Texts(heldout=drawn[0], capture=drawn[1], search=drawn[2])

@@ -14,7 +14,7 @@ from vllm_kvtuner.profile.problems import format_layers
 
 SEARCH_SCHEMA = "kvtuner-search/2"
 SEARCH_FILE = "search.json"
-HELDOUT_SCHEMA = "kvtuner-heldout/2"
+HELDOUT_SCHEMA = "kvtuner-heldout/3"
 HELDOUT_FILE = "heldout.json"
 PROFILE_FILE = "profile.yaml"
 REPORT_FILE = "report.html"
@@ -147,12 +147,14 @@ class Heldout:
         settings: first the profile's, then others, none of which has its pairs; fewer while it is made.
         differences: origin of each other setting -> its KL less the profile's on the same tokens, the mean and its
             standard error.
+        kinds: origin of each setting -> kind of text -> ``kl_mean``, ``kl_stderr`` and ``tokens``.
     """
 
     inputs: str
     data: Mapping[str, Any]
     settings: tuple[Scored, ...]
     differences: Mapping[str, tuple[float, float]]
+    kinds: Mapping[str, Mapping[str, Mapping[str, float]]]
 
     @property
     def chosen(self) -> Scored:

@@ -26,14 +26,15 @@ from kvtuner_tools.calibration.artifacts import (
     read_statics,
     unquantized_tokens,
 )
-from kvtuner_tools.calibration.calibration_text import CalibrationText
+from kvtuner_tools.calibration.calibration_text import CalibrationText, read_generated
 from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
 from kvtuner_tools.calibration.export import write_profiles
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
+from kvtuner_tools.calibration.generated_text import generate_text
 from kvtuner_tools.calibration.heldout_scores import HeldoutRequest, additive_errors, score_heldout, wanted_settings
-from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts
+from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
 from kvtuner_tools.calibration.outcome import (
     REPORT_FILE,
     Heldout,
@@ -54,7 +55,8 @@ from kvtuner_tools.calibration.transform_choice import TransformChoice, choose_t
 from kvtuner_tools.data_files import file_sha256
 from kvtuner_tools.engine_arguments import NO_WORDS, EngineWords
 from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
-from kvtuner_tools.results import write_bytes, write_json
+from kvtuner_tools.model_files import load_tokenizer
+from kvtuner_tools.results import device_name, write_bytes, write_json
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
@@ -107,6 +109,10 @@ class Calibration:
 
     def capture(self) -> str:
         options = self.options
+        generated = generate_text(options, self.out)
+        if options.generated_tokens:
+            tokenizer = load_tokenizer(options.model, options.source)
+            self._texts = load_texts(options, tokenizer, read_generated(self.out))
         request = CaptureRequest(
             options.model,
             self.texts.capture,
@@ -119,7 +125,7 @@ class Calibration:
         asked = {"capture": options.capture_tokens, "search": options.search_tokens, "held-out": options.heldout_tokens}
         texts = (self.texts.capture, self.texts.search, self.texts.heldout)
         got = [f"{name} {each.tokens:,} of {asked[name]:,} asked" for name, each in zip(asked, texts, strict=True)]
-        return f"{len(capture.layers)} layers; tokens: {', '.join(got)}"
+        return f"{len(capture.layers)} layers; {generated}; tokens: {', '.join(got)}"
 
     def transforms(self) -> str:
         if self.options.transforms != "choose":
@@ -210,6 +216,7 @@ class Calibration:
             feedback=FeedbackChoice.read(self.out) if self.options.has_feedback else None,
             study_figures={} if self.options.quick else read_study_figures(self.out / FIGURES_FILE),
             costs=costs,
+            device=device_name(),
         )
 
     def summary(self) -> list[tuple[str, str]]:
@@ -276,7 +283,9 @@ class Calibration:
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         error = additive_errors(plan.space, {layer.index: layer.output_error for layer in table.layers})
         wanted = wanted_settings(result, plan, error, full=self.options.full_report)
-        request = HeldoutRequest(digest(engine.identity), self.texts.heldout.identity, wanted)
+        text = self.texts.heldout
+        positions = tuple((kind, len(window) - 1) for kind, window in zip(text.kinds, text.windows, strict=True))
+        request = HeldoutRequest(digest(engine.identity), text.identity, wanted, positions)
         return score_heldout(request, lambda: start_engine(engine), self.out)
 
     def _add_cost(self, stage: str, seconds: float) -> None:

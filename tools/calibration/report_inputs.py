@@ -32,6 +32,7 @@ class ReportInputs:
         feedback: round feedback of all layers; None where it was not asked for.
         study_figures: title -> figure of Optuna's; empty where no study was made.
         costs: stage -> seconds.
+        device: the card or CPU of this machine.
     """
 
     out: Path
@@ -45,6 +46,7 @@ class ReportInputs:
     feedback: FeedbackChoice | None
     study_figures: Mapping[str, go.Figure]
     costs: Mapping[str, float]
+    device: str
 
     @property
     def verdict(self) -> Verdict:

@@ -4,6 +4,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable
 
+from kvtuner_tools.calibration.expectation import expectation
 from kvtuner_tools.calibration.options import recent_bytes
 from kvtuner_tools.calibration.outcome import REPORT_FILE, Scored, bits_text
 from kvtuner_tools.calibration.report_inputs import ReportInputs
@@ -23,7 +24,7 @@ def summarize(inputs: ReportInputs) -> list[tuple[str, str]]:
     """Names and texts, the verdict first and the command to serve last."""
     verdict = inputs.verdict
     serve = verdict.serve
-    rows = [("verdict", verdict.text), ("fits", _capacity(inputs, serve)), ("expect", _expectation(serve))]
+    rows = [("verdict", verdict.text), ("fits", _capacity(inputs, serve)), *expectation(inputs)]
     if serve.quality.num_tokens < FEW_TOKENS:
         rows.append(("few tokens", f"The scores rest on {serve.quality.num_tokens:,} tokens: take them as a hint."))
     path = shlex.quote(str(inputs.out / verdict.file))
@@ -31,7 +32,7 @@ def summarize(inputs: ReportInputs) -> list[tuple[str, str]]:
     rows += [
         ("transforms", count_transforms(inputs.table.layers[index].transforms for index in _quantized(inputs, serve))),
         ("report", str(inputs.out / REPORT_FILE)),
-        ("your task", f"kvtuner evaluate {model} --profile {path} --data FILE --task FILE"),
+        ("your task", f"kvtuner evaluate {model} --profile {path} --data FILE --tasks FILE --generate"),
         ("serve", f"vllm serve {model} --kv-cache-dtype kvtuner --kvtuner-profile {path}"),
     ]
     return rows
@@ -61,13 +62,3 @@ def _capacity(inputs: ReportInputs, serve: Scored) -> str:
     tokens = options.context or REQUEST_TOKENS
     share = recent_bytes(options, shapes) / (tokens * per_token)
     return f"{text}; the recent window of {options.recent} adds {share:.1%} to a request of {tokens:,} tokens"
-
-
-def _expectation(serve: Scored) -> str:
-    quality = serve.quality
-    return (
-        f"KL {quality.kl_mean:.5f} ± {quality.kl_stderr:.5f} nats a token on held-out text, which is how far the next "
-        f"token's distribution is from that with an unquantized cache (0: not at all); the most likely token is the "
-        f"same at {quality.top1_agreement:.1%} of positions; perplexity {quality.perplexity:.3f}, unquantized "
-        f"{quality.perplexity_reference:.3f}"
-    )

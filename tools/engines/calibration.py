@@ -23,16 +23,18 @@ from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engine_arguments import NO_WORDS, EngineWords, model_source
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
+    Asked,
     EngineJob,
     EngineOptions,
     MeasuringEngine,
     ReferenceLogits,
+    Window,
     max_model_len_for,
     run_engine,
 )
 from kvtuner_tools.model_files import load_model_shape, max_positions
 from kvtuner_tools.processes import OwnProcess, in_own_process
-from kvtuner_tools.task_accuracy import Task, TaskScore
+from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
 from vllm_kvtuner.pages.layout import UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.profile.profile import Profile, RecentWindow, ResolvedProfile, TransformSettings
 from vllm_kvtuner.profile.statics import load_statics
@@ -119,7 +121,7 @@ class CalibrationEngine:
         self.start_seconds = self.trial_seconds = 0.0
         source = model_source(words)
         self._shape = load_model_shape(model, source)
-        self._windows = tuple(tuple(window) for window in windows)
+        self._windows = tuple(Window(tuple(window)) for window in windows)
         self._recent_window = room.recent_window
         self._task = task
         self._base = {
@@ -130,7 +132,7 @@ class CalibrationEngine:
                 f"unquantized_layers must be layers of {model} that cache keys and values, but got {unknown}"
             )
         self._profile = self._checked(transforms)
-        longest = max(map(len, self._windows))
+        longest = max(len(window.ids) for window in self._windows)
         longest_request = longest if task is None else max(longest, task.max_model_len)
         options = EngineOptions(
             label="reference",
@@ -149,6 +151,7 @@ class CalibrationEngine:
         try:
             job = EngineJob(options, self._windows, self._folder / "logits")
             reference = in_own_process(run_engine, job).reference
+            assert reference is not None, "a job with windows has a reference"
             setting = CacheSetting(KVTUNER, str(self._write_room()))
             self._process = OwnProcess()
             self._process.run(
@@ -177,7 +180,8 @@ class CalibrationEngine:
     def score_task(self, pairs: Mapping[int, PrecisionPair]) -> TaskScore:
         """Accuracy on ``task`` with these pairs. Raises as :meth:`score`."""
         assert self._task is not None, "score_task needs a task"
-        return self._trial(pairs, _answer, self._task)
+        answers = self._trial(pairs, _answer, Asked(self._task.prompts, self._task.max_tokens))
+        return self._task.score(answers)
 
     def set_transforms(self, transforms: ModelTransforms) -> None:
         """Transforms of the scores from now on; the statics file is read at every score.
@@ -257,11 +261,11 @@ def _build(options: EngineOptions, reference: ReferenceLogits) -> None:
     _engine = MeasuringEngine(options, reference)
 
 
-def _score(resolved: ResolvedProfile, windows: tuple[tuple[int, ...], ...]) -> TokenScores:
+def _score(resolved: ResolvedProfile, windows: tuple[Window, ...]) -> TokenScores:
     _engine.switch(resolved)
     return _engine.run_windows(windows, progress=False)[0]
 
 
-def _answer(resolved: ResolvedProfile, task: Task) -> TaskScore:
+def _answer(resolved: ResolvedProfile, asked: Asked) -> tuple[Completion, ...]:
     _engine.switch(resolved)
-    return _engine.answer(task, progress=False)
+    return _engine.answer(asked, progress=False)

@@ -1,4 +1,4 @@
-"""An engine that measurements run: teacher-forced passes that see the full logits of every prompt position, and tasks.
+"""An engine that measurements run: teacher-forced passes that see the full logits of prompt positions, and answers.
 
 In a pass, prompts run one at a time with ``prompt_logprobs``, for which both model runners compute the logits of every
 prompt position. While they do, ``compute_logits`` is tapped in the worker of the rank that gives logits. With one
@@ -21,7 +21,7 @@ from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_s
 from kvtuner_tools.engines.ranks import gives_logits, make_room_for_stage_before
 from kvtuner_tools.model_files import load_config, max_positions
 from kvtuner_tools.progress import track
-from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
+from kvtuner_tools.task_accuracy import Completion
 from vllm_kvtuner.profile.profile import ResolvedProfile
 
 _LEN_MULTIPLE = 256
@@ -83,7 +83,7 @@ class EngineOptions:
         max_model_len: tokens the longest prompt and its answer need.
         chunk: most prompt tokens per step (``max_num_batched_tokens``).
         kv_memory_bytes: memory of the KV cache on each rank.
-        max_num_seqs: requests of a task that run together.
+        max_num_seqs: questions that are answered together.
         switchable: calibration mode (``kvtuner`` settings only).
         words: vLLM's engine arguments.
     """
@@ -101,28 +101,73 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Token ids to run teacher-forced.
+
+    Attributes:
+        start: the first that is predicted; those before it are given.
+    """
+
+    ids: tuple[int, ...]
+    start: int = 1
+
+    @property
+    def positions(self) -> int:
+        """Predicted tokens."""
+        return len(self.ids) - self.start
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions to answer.
+
+    Attributes:
+        prompts: token ids of each.
+        max_tokens: tokens an answer may have.
+        temperature: of sampling; 0 takes the most likely token.
+        is_followed: whether answers become windows where the job asks for it.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    max_tokens: int
+    temperature: float = 0.0
+    is_followed: bool = False
+
+
+@dataclass(frozen=True)
 class EngineJob:
     """One engine to build and what to run in it.
 
     Attributes:
-        windows: token ids; each window gives one prediction fewer than it has tokens.
+        windows: what to run teacher-forced.
         reference: logits to compare with, or a path to record this engine's own to.
-        task: questions to answer after that.
+        asked: sets of questions to answer before that.
+        follow: tokens of this engine's own answers, together, that become windows behind the others: whole answers of
+            the sets that are followed, the first ones; None where windows are complete.
     """
 
     options: EngineOptions
-    windows: tuple[tuple[int, ...], ...]
+    windows: tuple["Window", ...]
     reference: ReferenceLogits | Path
-    task: Task | None = None
+    asked: tuple["Asked", ...] = ()
+    follow: int | None = None
 
 
 @dataclass(frozen=True)
 class EngineResult:
-    """What one job gave; where it recorded the reference, ``scores`` compare that with itself."""
+    """What one job gave; where it recorded the reference, ``scores`` compare that with itself.
 
-    reference: ReferenceLogits
-    scores: TokenScores
-    task: TaskScore | None
+    Attributes:
+        reference: None where there was no window.
+        scores: of all windows one after the other; None where there was none.
+        windows: the job's, and those that the answers became.
+        answers: of each set, in the order of its questions.
+    """
+
+    reference: ReferenceLogits | None
+    scores: TokenScores | None
+    windows: tuple[Window, ...]
+    answers: tuple[tuple[Completion, ...], ...]
     kv_tokens: int
     block_size: int
     seconds: float
@@ -135,20 +180,27 @@ class _Tap:
     reference: ReferenceLogits | Path
     loaded: torch.Tensor | None = None
     targets: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    given: int = 0
     start: int = 0
     position: int = 0
     scores: list[TokenScores] = field(default_factory=list)
     dtype: str = ""
     vocab_size: int = 0
 
-    def begin(self, start: int, window: tuple[int, ...]) -> None:
+    def begin(self, start: int, window: Window) -> None:
         """Expect a window whose first prediction is row ``start`` of the reference."""
         self.start, self.position = start, 0
-        self.targets = torch.tensor(window[1:])
+        self.given = window.start - 1
+        self.targets = torch.tensor(window.ids[window.start :])
 
     def take(self, logits: torch.Tensor) -> None:
-        """The next rows of the window, [n, vocabulary]; the last position predicts nothing known and is dropped."""
-        logits = logits[: len(self.targets) - self.position]
+        """The next rows of the window, [n, vocabulary].
+
+        Rows that predict tokens that are given are dropped, and the last, which predicts nothing known.
+        """
+        given = min(self.given, len(logits))
+        self.given -= given
+        logits = logits[given:][: len(self.targets) - self.position]
         if not len(logits):
             return
         first, self.position = self.position, self.position + len(logits)
@@ -222,7 +274,7 @@ def _load_reference(worker: Any) -> None:
         tap.loaded = tap.reference.load(device)
 
 
-def _begin(worker: Any, start: int, window: tuple[int, ...]) -> None:
+def _begin(worker: Any, start: int, window: Window) -> None:
     if (tap := worker.model_runner.kvtuner_tap) is not None:
         tap.begin(start, window)
 
@@ -295,7 +347,7 @@ class MeasuringEngine:
     def block_size(self) -> int:
         return self._llm.llm_engine.vllm_config.cache_config.block_size
 
-    def run_windows(self, windows: Sequence[Sequence[int]], *, progress: bool) -> tuple[TokenScores, ReferenceLogits]:
+    def run_windows(self, windows: Sequence[Window], *, progress: bool) -> tuple[TokenScores, ReferenceLogits]:
         """Run the windows and compare their logits with the reference's, or record them; the reference either way."""
         from vllm import SamplingParams
 
@@ -304,25 +356,28 @@ class MeasuringEngine:
         start = 0
         shown = track(windows, self._options.label, "window", total=len(windows)) if progress else windows
         for window in shown:
-            self._llm.collective_rpc(_begin, args=(start, tuple(window)))
-            self._llm.generate([{"prompt_token_ids": list(window)}], params, use_tqdm=False)
+            self._llm.collective_rpc(_begin, args=(start, window))
+            self._llm.generate([{"prompt_token_ids": list(window.ids)}], params, use_tqdm=False)
             self._llm.collective_rpc(_end)
-            start += len(window) - 1
+            start += window.positions
         ((scores, dtype, vocab_size),) = filter(None, self._llm.collective_rpc(_collect))
         reference = self._reference
         if isinstance(reference, Path):
             reference = ReferenceLogits(reference, dtype, vocab_size, start)
         return TokenScores.join(scores), reference
 
-    def answer(self, task: Task, *, progress: bool) -> TaskScore:
-        """Answer all questions, greedily."""
+    def answer(self, asked: Asked, *, progress: bool) -> tuple[Completion, ...]:
+        """Answers to all questions, in their order."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=task.max_tokens, temperature=0.0)
-        prompts = [{"prompt_token_ids": list(prompt)} for prompt in task.prompts]
+        # Without a seed of its own, which the CPU build does not take for prompts in several steps, a request draws
+        # from the engine's, which is the same for every setting.
+        params = SamplingParams(max_tokens=asked.max_tokens, temperature=asked.temperature)
+        prompts = [{"prompt_token_ids": list(prompt)} for prompt in asked.prompts]
         outputs = [output.outputs[0] for output in self._llm.generate(prompts, params, use_tqdm=progress)]
-        return task.score(
-            [Completion(each.text, each.finish_reason == "stop", len(each.token_ids)) for each in outputs]
+        return tuple(
+            Completion(each.text, each.finish_reason == "stop", len(each.token_ids), tuple(each.token_ids))
+            for each in outputs
         )
 
     def switch(self, resolved: ResolvedProfile) -> None:
@@ -355,17 +410,43 @@ def run_engine(job: EngineJob) -> EngineResult:
     started = time.monotonic()
     engine = MeasuringEngine(job.options, job.reference)
     try:
-        scores, reference = engine.run_windows(job.windows, progress=True)
+        answers = tuple(engine.answer(asked, progress=True) for asked in job.asked)
+        windows = job.windows
+        if job.follow is not None:
+            windows += answer_windows(job.asked, answers, job.follow)
+        scores, reference = engine.run_windows(windows, progress=True) if windows else (None, None)
         return EngineResult(
             reference=reference,
             scores=scores,
-            task=None if job.task is None else engine.answer(job.task, progress=True),
+            windows=windows,
+            answers=answers,
             kv_tokens=engine.kv_tokens,
             block_size=engine.block_size,
             seconds=time.monotonic() - started,
         )
     finally:
         engine.close()
+
+
+def answer_windows(asked: Sequence[Asked], answers: Sequence[Sequence[Completion]], tokens: int) -> tuple[Window, ...]:
+    """The first answers of each set that is followed, prompts before them.
+
+    Sets get equal shares of the tokens; what one leaves, the later ones have. Each gives at least one answer, and whole
+    answers alone.
+    """
+    followed = [index for index, each in enumerate(asked) if each.is_followed]
+    windows: list[Window] = []
+    left = tokens
+    for place, index in enumerate(followed):
+        room = left // (len(followed) - place)
+        for number, (prompt, answer) in enumerate(zip(asked[index].prompts, answers[index], strict=True)):
+            count = len(answer.token_ids)
+            if number and count > room:
+                break
+            windows.append(Window((*prompt, *answer.token_ids), len(prompt)))
+            room -= count
+            left -= count
+    return tuple(windows)
 
 
 def max_model_len_for(context: int, model_limit: int) -> int:

@@ -17,7 +17,7 @@ from kvtuner_tools.calibration.artifacts import Quality
 from kvtuner_tools.calibration.options import CalibrationOptions, load_texts
 from kvtuner_tools.calibration.outcome import Heldout
 from kvtuner_tools.divergence import TokenScores
-from kvtuner_tools.engines.evaluate import EngineOptions, MeasuringEngine, ReferenceLogits
+from kvtuner_tools.engines.evaluate import Asked, EngineOptions, MeasuringEngine, ReferenceLogits, Window
 from kvtuner_tools.model_files import load_model_shape
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.engine import KV_CACHE_BYTES, cpu_only, fork_server
@@ -60,15 +60,8 @@ NUMBERS = random.Random(0)
 WINDOWS = tuple(tuple(NUMBERS.randrange(10, 250) for _ in range(length)) for length in (300, 90))
 
 
-@dataclass(frozen=True)
-class Continue:
-    """A task whose score is what was answered; its prompt begins as a window does, so the prefix cache may have it."""
-
-    prompts = (WINDOWS[0][:280],)
-    max_tokens = 12
-
-    def score(self, completions: list[Completion]) -> list[Completion]:
-        return completions
+CONTINUE = Asked((WINDOWS[0][:280],), max_tokens=12)
+"""A prompt that begins as a window does, so the prefix cache may have it."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,7 @@ class Measured:
     """What one setting gave."""
 
     scores: TokenScores
-    answers: list[Completion]
+    answers: tuple[Completion, ...]
 
     def equals(self, other: "Measured") -> bool:
         return self.answers == other.answers and all(
@@ -117,8 +110,8 @@ def live(options, reference, switches, windows):
         for switch in [None] if switches is None else switches:
             if switch is not None:
                 engine.switch(load_profile(str(switch)).resolve(load_model_shape(options.model)))
-            scores, reference = engine.run_windows(windows, progress=False)
-            measured.append(Measured(scores, engine.answer(Continue(), progress=False)))
+            scores, reference = engine.run_windows([Window(window) for window in windows], progress=False)
+            measured.append(Measured(scores, engine.answer(CONTINUE, progress=False)))
         return measured, reference
     finally:
         engine.close()

@@ -88,7 +88,7 @@ def model(tmp_path):
         ),
         (
             ["--max-bits", "4", "--capture-tokens", "9000000", "--kv-cache-memory-bytes", "1MiB"],
-            ["bundled: --heldout-tokens + --capture-tokens + --search-tokens must be at most the ", "9,020,480"],
+            ["bundled: --heldout-tokens + --capture-tokens + --search-tokens must be at most the ", "9,022,528"],
         ),
         (
             ["--max-bits", "4", "--kv-cache-memory-bytes", "1MiB"],
@@ -156,12 +156,27 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert ran[2][1].memory == 1 << 20
     asked = CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
     assert CalibrationOptions.read(out) == asked
-    assert ran[3][1] == replace(asked, window=2047, recent_window=64, sink_tokens=4)
+    assert ran[3][1] == replace(asked, window=2047, recent_window=64, sink_tokens=4, generated_tokens=8192)
     assert cli.main(["calibrate", model, "--out", str(out), "--no-keep-all-pairs", "--no-save"]) == 0
     assert [stage for stage, _ in ran[4:]] == list(STAGES)
     assert ran[-1][1] == replace(ran[3][1], keep_all_pairs=False)
     assert cli.main(["report", str(tmp_path)]) == 1
     assert "must be the output folder of kvtuner capture or kvtuner calibrate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [([], 8192), (["--quick"], 3072), (["--data", "TEXT"], 0), (["--data", "TEXT", "--generated-tokens", "500"], 500)],
+)
+def test_the_model_writes_text_of_its_own_beside_the_bundled_set(model, tmp_path, monkeypatch, words, tokens):
+    ran = []
+    monkeypatch.setattr(Calibration, "run", lambda self, stage: ran.append(self.options.generated_tokens))
+    monkeypatch.setattr(Calibration, "summary", lambda _: [])
+    text = tmp_path / "text.txt"
+    text.write_text("Every word is a word of text. " * 3000)
+    given = [str(text) if word == "TEXT" else word for word in words]
+    assert cli.main(["calibrate", model, "--out", str(tmp_path / "out"), "--max-bits", "4", "--no-save", *given]) == 0
+    assert set(ran) == {tokens}
 
 
 def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):

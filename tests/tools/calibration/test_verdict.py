@@ -23,7 +23,9 @@ def heldout(kl, difference, stderr, pairs=MIXED):
     uniform = scored("uniform K4V2", dict.fromkeys((0, 1), "K4V2"), kl + difference, 3.5)
     above = scored("uniform K8V8", dict.fromkeys((0, 1), "K8V8"), 0.0, 8.5)
     ours = scored("this profile", pairs, kl, 4.0)
-    return Heldout("", {}, (ours, uniform, above), {"uniform K4V2": (difference, stderr), "uniform K8V8": (-kl, 0.01)})
+    return Heldout(
+        "", {}, (ours, uniform, above), {"uniform K4V2": (difference, stderr), "uniform K8V8": (-kl, 0.01)}, {}
+    )
 
 
 @pytest.mark.parametrize(

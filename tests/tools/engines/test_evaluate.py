@@ -13,7 +13,15 @@ from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engines import evaluate as evaluate_engine
 from kvtuner_tools.engines.capture import run_capture_engine
-from kvtuner_tools.engines.evaluate import EngineOptions, ReferenceLogits, max_model_len_for
+from kvtuner_tools.engines.evaluate import (
+    Asked,
+    EngineOptions,
+    ReferenceLogits,
+    Window,
+    answer_windows,
+    max_model_len_for,
+)
+from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model
 
 VOCABULARY = 37
@@ -105,7 +113,7 @@ def run_taps(
     runner.kvtuner_tap.loaded = loaded
     start = 0
     for length, offset in ((8, 0), (5, 7)):
-        evaluate_engine._begin(worker, start, tuple(range(length)))
+        evaluate_engine._begin(worker, start, Window(tuple(range(length))))
         parts = torch.arange(offset, offset + length).split([*chunks, length - sum(chunks)])
         for index, part in enumerate(parts):
             runner.step(part, last=index == len(parts) - 1)
@@ -135,11 +143,48 @@ def test_tap_aligns_positions_however_prefill_is_chunked(tmp_path: Path, kind, c
     assert np.array_equal(TokenScores.join(loaded).kl, kl)
 
 
+@pytest.mark.parametrize("kind", [V1Runner, V2Runner])
+@pytest.mark.parametrize("chunks", [[], [2], [4], [1, 4]])
+def test_positions_of_what_is_given_are_left_out(tmp_path: Path, kind, chunks) -> None:
+    """Of 8 tokens the last 4 are predicted, by rows 3 to 6."""
+    table = torch.randn(8, VOCABULARY)
+    runner = kind(table)
+    worker = SimpleNamespace(model_runner=runner)
+    path = tmp_path / "logits"
+    evaluate_engine._install(worker, path)
+    evaluate_engine._begin(worker, 0, Window(tuple(range(8)), 4))
+    parts = torch.arange(8).split([*chunks, 8 - sum(chunks)])
+    for index, part in enumerate(parts):
+        runner.step(part, last=index == len(parts) - 1)
+    evaluate_engine._end(worker)
+
+    scores, name, vocab_size = evaluate_engine._collect(worker)
+    assert torch.equal(ReferenceLogits(path, name, vocab_size, 4).read(0, 4), table[3:7])
+    nll = -table[3:7].log_softmax(-1)[torch.arange(4), torch.arange(4, 8)]
+    assert TokenScores.join(scores).nll == pytest.approx(nll.numpy(), rel=1e-5)
+
+
+def test_first_answers_become_windows() -> None:
+    """As many whole answers as there is room for, of each set its share, and one at least."""
+    long, short = Completion("", True, 3, (7, 8, 9)), Completion("", True, 2, (5, 6))
+    sets = [Asked(((1,), (2, 2), (3,)), 9, is_followed=followed) for followed in (True, False, True)]
+    answers = [[long, short, long], [long] * 3, [short, short, long]]
+
+    assert answer_windows(sets, answers, 11) == (
+        Window((1, 7, 8, 9), 1),
+        Window((2, 2, 5, 6), 2),
+        Window((1, 5, 6), 1),
+        Window((2, 2, 5, 6), 2),
+    )
+    assert answer_windows(sets, answers, 1) == (Window((1, 7, 8, 9), 1), Window((1, 5, 6), 1))
+    assert len(answer_windows(sets, answers, 99)) == 6
+
+
 def test_tap_refuses_missing_positions(tmp_path: Path) -> None:
     runner = V1Runner(torch.randn(12, VOCABULARY))
     worker = SimpleNamespace(model_runner=runner)
     evaluate_engine._install(worker, tmp_path / "logits")
-    evaluate_engine._begin(worker, 0, tuple(range(8)))
+    evaluate_engine._begin(worker, 0, Window(tuple(range(8))))
     runner.step(torch.arange(4), last=True)
 
     with pytest.raises(RuntimeError, match="all 7 predicted positions of a prompt, but gave 3"):

@@ -4,8 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
+from kvtuner_tools.bench import step_times
+
 from . import markdown, pictures
 from .published import Published
+from .steps import measured_steps
 
 
 def main() -> int:
@@ -26,6 +29,12 @@ def main() -> int:
         changed.append(path)
         if not arguments.check:
             pictures.draw(path, published)
+    steps = step_times.render(measured_steps(published))
+    table = root / "tools" / "bench" / step_times.TABLE.name
+    if not table.exists() or table.read_text() != steps:
+        changed.append(table)
+        if not arguments.check:
+            table.write_text(steps)
     for path in changed:
         print(path.relative_to(root))
     return int(arguments.check and bool(changed))

@@ -1,0 +1,220 @@
+"""The engines of one evaluation, one after the other, and the row of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtuner_tools.cache_setting import AUTO, CacheSetting, cache_bits, profile_sha256
+from kvtuner_tools.data_files import file_sha256
+from kvtuner_tools.engine_arguments import check_max_model_len, model_source
+from kvtuner_tools.engines.evaluate import (
+    TASK_MAX_NUM_SEQS,
+    EngineJob,
+    EngineOptions,
+    EngineResult,
+    ReferenceLogits,
+    Window,
+    max_model_len_for,
+    run_engine,
+)
+from kvtuner_tools.evaluation.question_sets import answered, asked, followed, paired_rows, question_sets
+from kvtuner_tools.evaluation.request import SCHEMA, EvaluationRequest
+from kvtuner_tools.heldout import load_windows
+from kvtuner_tools.lm_eval_tasks import LmEvalJob, run_lm_eval
+from kvtuner_tools.model_files import load_config, load_model_shape, load_tokenizer
+from kvtuner_tools.processes import in_own_process
+from kvtuner_tools.results import provenance
+from vllm_kvtuner.profile.problems import ProfileError
+
+NOISE_FLOOR = "auto (noise floor)"
+FOLLOWED = "followed"
+"""Of the reference's row while the evaluation runs: its answers that the others are measured along."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One engine to run.
+
+    Args:
+        label: of its row.
+        setting: what it stores the cache as.
+        chunk: prompt tokens per engine step.
+        answers: whether it answers the questions.
+    """
+
+    label: str
+    setting: CacheSetting
+    chunk: int
+    answers: bool = True
+
+
+class Passes:
+    """The engines of one evaluation.
+
+    Args:
+        request: what to evaluate.
+        logits: file for those of the reference, which the first pass of ``auto`` records.
+
+    Raises:
+        ValueError: as ``kvtuner_tools.evaluate.evaluate``.
+    """
+
+    def __init__(self, request: EvaluationRequest, logits: Path) -> None:
+        self._request = request
+        self._recorded: ReferenceLogits | Path = logits
+        source = model_source(request.words)
+        shape = load_model_shape(request.model, source)
+        if shape.unsupported:
+            raise ProfileError(shape.refusals)
+        hf_config = load_config(request.model, source)
+        width = 32 if request.dtype == "float32" else 16
+        settings = (AUTO, *request.settings)
+        self._bits = {setting: cache_bits(setting, shape, request.model, width) for setting in settings}
+        tokenizer = load_tokenizer(request.model, source)
+        windows = []
+        if request.data is not None:
+            windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
+        self._text = tuple(Window(tuple(window)) for window in windows)
+        positions = hf_config.get_text_config().max_position_embeddings
+        self._sets = question_sets(request, tokenizer, positions)
+        self._followed: tuple[Window, ...] | None = None
+        longest = max(request.context if windows else 0, *(each.max_model_len for each in self._sets), 1)
+        check_max_model_len(request.words, longest + 1)
+        self._max_model_len = max_model_len_for(longest, positions)
+        self._chunk = request.chunk or request.context
+
+    @property
+    def _follows(self) -> bool:
+        return any(each.is_followed for each in self._sets)
+
+    @property
+    def _is_forced(self) -> bool:
+        """Whether anything runs teacher-forced."""
+        return bool(self._text) or self._follows
+
+    def head(self) -> dict[str, Any]:
+        """What all rows rest on, as JSON."""
+        request = self._request
+        data = request.data and {"file": request.data.name, "sha256": file_sha256(request.data)}
+        tasks = [each.task for each in self._sets if each.task is not None]
+        return {
+            "schema": SCHEMA,
+            **provenance(),
+            "model": request.model,
+            "dtype": request.dtype,
+            "data": data,
+            "context": request.context,
+            "chunk": self._chunk,
+            "windows": len(self._text),
+            "predicted_tokens": sum(window.positions for window in self._text),
+            "kv_memory_bytes": request.kv_memory_bytes,
+            "engine": {name: list(words) for name, words in request.words.items()},
+            "task": tasks[0].description() if tasks else None,
+            "questions": {each.name: each.description() for each in self._sets},
+            "sampling": {"temperature": request.temperature},
+            "answer_tokens": request.answer_tokens if self._follows else None,
+            "lm_eval": {
+                "tasks": list(request.lm_eval),
+                "limit": request.task_limit,
+                "num_fewshot": request.num_fewshot,
+            },
+        }
+
+    def planned(self) -> list[Pass]:
+        """All but that of the reference, in order."""
+        passes = [Pass(setting.label, setting, self._chunk) for setting in self._request.settings]
+        if self._request.noise_floor:
+            half = -(-min(self._chunk, self._request.context) // 2)
+            passes.insert(0, Pass(NOISE_FLOOR, AUTO, half, answers=False))
+        return passes
+
+    def measure_auto(self) -> dict[str, Any]:
+        """The reference's row; its logits and answers are what later passes are compared with."""
+        result = self._record(answers=True)
+        row = self._row(AUTO.label, AUTO, result)
+        if result.reference is not None:
+            row["logits_dtype"] = result.reference.dtype
+        assert self._followed is not None
+        return {**row, FOLLOWED: [[list(window.ids), window.start] for window in self._followed]}
+
+    def measure(self, each: Pass, reference: Mapping[str, Any]) -> dict[str, Any]:
+        """The row of a pass, beside the reference's."""
+        if self._followed is None:  # auto's row was done before
+            self._followed = tuple(Window(tuple(ids), start) for ids, start in reference[FOLLOWED])
+        if self._is_forced and isinstance(self._recorded, Path):  # and its logits are gone
+            self._record(answers=False)
+        row = self._row(each.label, each.setting, self._run(each))
+        return {**row, **paired_rows(row, reference), "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
+
+    def _record(self, *, answers: bool) -> EngineResult:
+        result = self._run(Pass("auto (reference)", AUTO, self._chunk, answers))
+        if result.reference is not None:
+            self._recorded = result.reference
+        self._followed = result.windows[len(self._text) :]
+        return result
+
+    def _run(self, each: Pass) -> EngineResult:
+        questions = asked(self._sets, self._request.temperature) if each.answers else ()
+        options = EngineOptions(
+            label=each.label,
+            model=self._request.model,
+            dtype=self._request.dtype,
+            setting=each.setting,
+            max_model_len=self._max_model_len,
+            chunk=each.chunk,
+            kv_memory_bytes=self._request.kv_memory_bytes,
+            max_num_seqs=TASK_MAX_NUM_SEQS if questions else 1,
+            words=self._request.words,
+        )
+        follow = self._request.answer_tokens if self._followed is None and self._follows else None
+        windows = self._text + (self._followed or ())
+        return in_own_process(run_engine, EngineJob(options, windows, self._recorded, questions, follow))
+
+    def _row(self, label: str, setting: CacheSetting, result: EngineResult) -> dict[str, Any]:
+        nominal, stored = self._bits[setting] or (None, None)
+        return {
+            "label": label,
+            "kv_cache_dtype": setting.kv_cache_dtype,
+            "profile": setting.profile,
+            "profile_sha256": profile_sha256(setting),
+            "nominal_bits": nominal,
+            "stored_bits": stored,
+            **self._forced(result),
+            "kv_tokens": result.kv_tokens,
+            "block_size": result.block_size,
+            **(answered(self._sets, result.answers) if result.answers else {}),
+            **self._lm_eval(setting),
+            "seconds": round(result.seconds, 1),
+        }
+
+    def _forced(self, result: EngineResult) -> dict[str, Any]:
+        """Scores of the text, and along the unquantized model's answers."""
+        if result.scores is None:
+            return {}
+        positions = sum(window.positions for window in self._text)
+        found: dict[str, Any] = {}
+        if self._text:
+            text = result.scores.part(0, positions)
+            found = {**text.summary(), "kl_windows": text.window_means([each.positions for each in self._text])}
+        kl: np.ndarray = result.scores.kl[positions:]
+        return found | (followed(self._sets, result.windows[len(self._text) :], kl) if len(kl) else {})
+
+    def _lm_eval(self, setting: CacheSetting) -> dict[str, Any]:
+        """Scores of the lm-eval tasks, run in another process; {} without any."""
+        request = self._request
+        if not request.lm_eval:
+            return {}
+        job = LmEvalJob(
+            tasks=request.lm_eval,
+            limit=request.task_limit,
+            num_fewshot=request.num_fewshot,
+            model=request.model,
+            dtype=request.dtype,
+            setting=setting,
+            kv_memory_bytes=request.kv_memory_bytes,
+            words=request.words,
+        )
+        return {"lm_eval": in_own_process(run_lm_eval, job)}
