@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.calibration.calibration_text import BUNDLED_FILES
+from kvtuner_tools.calibration.calibration_text import BUNDLED_FILES, HELDOUT_FILES
 from vllm_kvtuner import __version__
 
 pytestmark = pytest.mark.slow
@@ -70,7 +70,7 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
 
 
 def test_wheel_holds_the_calibration_text(wheel):
-    names = {*BUNDLED_FILES, "README.md", "LICENSE.python.txt"}
+    names = {*BUNDLED_FILES, *HELDOUT_FILES, "README.md", "LICENSE.python.txt"}
     assert {f"kvtuner_tools/calibration/data/{name}" for name in names} <= set(wheel.namelist())
 
 

@@ -17,11 +17,12 @@ from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, refuse_old
 from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, cache_bits, profile_sha256
-from kvtuner_tools.data_files import PROMISE_JSON, file_sha256
+from kvtuner_tools.data_files import PROMISE_JSON
 from kvtuner_tools.engine_arguments import (
     NO_WORDS,
     EngineWords,
     add_engine_arguments,
+    check_cache_dtypes,
     check_engine_words,
     check_max_model_len,
     model_source,
@@ -35,7 +36,7 @@ from kvtuner_tools.engines.evaluate import (
     max_model_len_for,
     run_engine,
 )
-from kvtuner_tools.heldout import load_windows
+from kvtuner_tools.heldout import identity, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.model_files import ModelSource, load_config, load_model_shape, load_tokenizer
 from kvtuner_tools.processes import in_own_process
@@ -75,7 +76,7 @@ class EvaluationRequest:
     Attributes:
         model: folder or model id.
         settings: what to compare with ``auto``, in order.
-        data: plain text, or rows of JSON with texts or conversations.
+        data: plain text, or rows of JSON with texts or conversations; None takes the bundled held-out set.
         tokens: text tokens to run, at least.
         context: tokens of a window at most.
         chunk: prompt tokens per engine step; below ``context``, later chunks attend to the earlier ones in the cache.
@@ -93,7 +94,7 @@ class EvaluationRequest:
 
     model: str
     settings: tuple[CacheSetting, ...]
-    data: Path
+    data: Path | None = None
     tokens: int = 4096
     context: int = 1024
     chunk: int | None = None
@@ -195,7 +196,7 @@ class _Passes:
             **provenance(),
             "model": request.model,
             "dtype": request.dtype,
-            "data": {"file": request.data.name, "sha256": file_sha256(request.data)},
+            "data": identity(request.data),
             "context": request.context,
             "chunk": self._chunk,
             "windows": len(self._windows),
@@ -369,9 +370,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text.add_argument(
         "--data",
         type=Path,
-        required=True,
         metavar="FILE",
-        help="held-out text: plain text, or rows of JSON with texts or conversations",
+        help="held-out text: plain text, or rows of JSON with texts or conversations (default: a bundled set, of "
+        "which calibration draws nothing)",
     )
     text.add_argument("--tokens", type=int, default=4096, help="tokens of it to run (default: %(default)s)")
     text.add_argument(
@@ -444,6 +445,7 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
     words = getattr(args, "engine", NO_WORDS)
     check_engine_words(words)
+    check_cache_dtypes([dtype for dtype in args.kv_cache_dtype if dtype != KVTUNER])  # which needs a --profile
     source = model_source(words)
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
     if not (settings or args.noise_floor or args.tasks):

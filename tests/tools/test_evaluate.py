@@ -141,6 +141,25 @@ def test_json_is_the_result_and_alone_on_stdout(
     assert result["task"] | {"file": task.name, "shots": 1, "questions": 2} == result["task"]
 
 
+def test_without_data_the_bundled_text_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engines = Engines()
+    monkeypatch.setattr(evaluate, "in_own_process", engines)
+    monkeypatch.setattr(evaluate, "provenance", lambda: {"created": "now", "versions": {}, "device": "a card"})
+    out = tmp_path / "out.json"
+    model = str(make_tiny_model(tmp_path / "model"))
+    options = ("--profile=K8V8", "--tokens=300", "--sequence-length=50", f"--out={out}")
+    assert evaluate.run(options_of(model, *options)) == 0
+    result = json.loads(out.read_text())
+    assert result["data"]["file"] == "bundled held-out text"
+    assert result["predicted_tokens"] == 300 - 6
+
+
+def test_a_wrong_dtype_is_refused_before_text_is_read(tmp_path: Path) -> None:
+    model = str(make_tiny_model(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype must be one of auto, .*fp8, .*, but got 'fp9'"):
+        evaluate.run(options_of(model, "--kv-cache-dtype=fp9", "--data=missing.txt"))
+
+
 def test_tasks_are_lm_evals_and_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[evaluate.EvaluationRequest] = []
 

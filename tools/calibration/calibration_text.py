@@ -15,6 +15,10 @@ MIN_WINDOW = 32
 """Tokens below which a window is none."""
 
 BUNDLED_FILES = ("prose.txt", "conversations.jsonl", "novel.txt", "python_reference.jsonl", "python_code.jsonl")
+HELDOUT = "bundled held-out text"
+"""Source of the set that ``kvtuner evaluate`` takes without ``--data``. Calibration draws nothing of it."""
+HELDOUT_FILES = ("heldout_novel.txt", "heldout_code.jsonl", "heldout_conversations.jsonl")
+_FOLDER = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -86,22 +90,47 @@ def draw_texts(
         ProfileError: the file cannot be read, or every line in it that is of no known form, with file and line.
         ValueError: too little text for all, or numbers out of range.
     """
+    if data is not None:
+        return _draw_all(str(data), [data], tokenizer, requests, seed)
+    return _draw_all(BUNDLED, [_FOLDER / name for name in BUNDLED_FILES], tokenizer, requests, seed)
+
+
+def draw_heldout(tokenizer: Any, request: TextRequest) -> CalibrationText:
+    """A text of the bundled held-out set, the same at each call, with the same shares as :func:`draw_texts`.
+
+    Raises:
+        ValueError: too little text, or numbers out of range.
+    """
+    return _draw_all(HELDOUT, heldout_paths(), tokenizer, [request], seed=0)[0]
+
+
+def heldout_paths() -> list[Path]:
+    """Files of the bundled held-out set."""
+    return [_FOLDER / name for name in HELDOUT_FILES]
+
+
+def _draw_all(
+    source: str, paths: Sequence[Path], tokenizer: Any, requests: Sequence[TextRequest], seed: int
+) -> list[CalibrationText]:
+    """What :func:`draw_texts` draws, from these files."""
     for request in requests:
         if request.context < MIN_WINDOW:
             raise ValueError(f"context must be at least {MIN_WINDOW} tokens, but got {request.context}")
         if request.tokens < 1:
             raise ValueError(f"tokens must be at least 1, but got {request.tokens}")
-    folder = Path(__file__).parent / "data"
-    paths = [data] if data is not None else [folder / name for name in BUNDLED_FILES]
     files = [_File(path, list(token_documents(path, read_documents(path), tokenizer)), seed) for path in paths]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
-    source = BUNDLED if data is None else str(data)
+    digest = files_sha256(paths)
     drawn = [_draw(files, request) for request in requests]
     if any(_tokens(windows) < request.tokens for windows, request in zip(drawn, requests, strict=True)):
         held, wanted = sum(map(_tokens, drawn)), sum(request.tokens for request in requests)
         names = " + ".join(request.name for request in requests)
         raise ValueError(f"{source}: {names} must be at most the {held:,} that the text holds, but got {wanted:,}")
     return [CalibrationText(source, digest, windows) for windows in drawn]
+
+
+def files_sha256(paths: Sequence[Path]) -> str:
+    """Digest of all bytes of some files, one after the other."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 Windows = tuple[tuple[int, ...], ...]
