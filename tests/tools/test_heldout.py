@@ -85,9 +85,7 @@ def test_without_a_file_kinds_of_text_have_equal_shares_and_are_the_same_each_ti
 
 
 def test_more_than_the_bundled_text_holds_is_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"--tokens must be at most the [0-9,]+ that the text holds, but got 9,000,000"
-    ):
+    with pytest.raises(ValueError, match=r"--tokens must be at most the [0-9,]+ that .* holds, but got 9,000,000"):
         heldout.load_windows(None, make_tokenizer(), tokens=9_000_000, context=1024)
 
 
