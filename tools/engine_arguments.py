@@ -8,7 +8,7 @@ vLLM's name of the argument: JSON holds them, and each process that starts an en
 import argparse
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from kvtuner_tools.model_files import MODEL_AS_IT_IS, ModelSource
 from kvtuner_tools.vllm_logs import importing_vllm
@@ -167,6 +167,28 @@ def check_engine_words(words: EngineWords) -> None:
             reason = "measured logits are fp32, and head_dtype is set for that"
         if reason is not None:
             problems.append(f"{_typed(words, name)} must be left out, since {reason}, but got {show(value)}")
+    if problems:
+        raise ProfileError(problems)
+
+
+def check_cache_dtypes(dtypes: Sequence[str]) -> None:
+    """Refuse values of ``--kv-cache-dtype`` that vLLM does not know.
+
+    Raises:
+        ProfileError: the values.
+    """
+    if not dtypes:
+        return
+    with importing_vllm():
+        from vllm.config.cache import CacheConfig, CacheDType
+
+    problems = []
+    for dtype in dtypes:
+        try:
+            CacheConfig(cache_dtype=dtype)  # vLLM's own check, which counts dtypes that plugins add
+        except ValueError:
+            rule = f"--kv-cache-dtype must be one of {', '.join(get_args(CacheDType))}"
+            problems.append(f"{rule}, but got {show(dtype)}")
     if problems:
         raise ProfileError(problems)
 

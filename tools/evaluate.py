@@ -17,13 +17,19 @@ from typing import Any
 from kvtuner_tools.arguments import parse_memory, refuse_old
 from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, profile_sha256
 from kvtuner_tools.data_files import PROMISE_JSON
-from kvtuner_tools.engine_arguments import NO_WORDS, add_engine_arguments, check_engine_words, model_source
+from kvtuner_tools.engine_arguments import (
+    NO_WORDS,
+    add_engine_arguments,
+    check_cache_dtypes,
+    check_engine_words,
+    model_source,
+)
 from kvtuner_tools.evaluation.needles import DEFAULT_DEPTHS, DEFAULT_TEXTS, LONGEST, MAX_TOKENS, NeedleRequest
 from kvtuner_tools.evaluation.partial import Done
 from kvtuner_tools.evaluation.passes import FOLLOWED, Passes
 from kvtuner_tools.evaluation.question_sets import paired_settings
 from kvtuner_tools.evaluation.quotes import DEFAULT_DISTANCE, DEFAULT_QUOTES, QuoteRequest
-from kvtuner_tools.evaluation.request import DEFAULT_ANSWER_TOKENS, EvaluationRequest
+from kvtuner_tools.evaluation.request import DEFAULT_ANSWER_TOKENS, DEFAULT_TOKENS, EvaluationRequest
 from kvtuner_tools.evaluation.tables import text
 from kvtuner_tools.lm_eval_tasks import check_lm_eval
 from kvtuner_tools.model_files import ModelSource, load_model_shape, max_positions
@@ -87,9 +93,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="FILE",
-        help="held-out text: plain text, or rows of JSON with texts or conversations",
+        help="held-out text: plain text, or rows of JSON with texts or conversations (default: a bundled set, of "
+        "which calibration draws nothing)",
     )
-    text.add_argument("--tokens", type=int, default=4096, help="tokens of it to run (default: %(default)s)")
+    text.add_argument(
+        "--tokens",
+        type=int,
+        help=f"tokens of it to run (default: {DEFAULT_TOKENS}; beside questions, needles or quotes "
+        "none without --data)",
+    )
     text.add_argument(
         "--sequence-length", type=int, default=1024, metavar="TOKENS", help="of a window (default: %(default)s)"
     )
@@ -217,13 +229,15 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
     words = getattr(args, "engine", NO_WORDS)
     check_engine_words(words)
+    check_cache_dtypes([dtype for dtype in args.kv_cache_dtype if dtype != KVTUNER])  # which needs a --profile
     source = model_source(words)
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
     asks = bool(args.tasks or args.generate or args.needles or args.quotes is not None)
     if not (settings or args.noise_floor or asks):
-        raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
-    if args.data is None and not asks:
-        raise ValueError("evaluate needs --data, --generate, --needles, --quotes or --tasks, but got none")
+        raise ValueError(
+            "evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, --generate, --needles, --quotes or "
+            "--tasks, but got none"
+        )
     files = [task for task in args.tasks if _has_questions(task)]
     if len(files) > 1:
         raise ValueError(f"--tasks must have at most one file of questions, but got {', '.join(files)}")
@@ -231,7 +245,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         settings=settings,
         data=args.data,
-        tokens=args.tokens,
+        tokens=_text_tokens(args, asks),
         context=args.sequence_length,
         chunk=args.chunk,
         kv_memory_bytes=args.kv_cache_memory_bytes,
@@ -255,6 +269,13 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.out, evaluation)
     print(json.dumps(evaluation, indent=2) if args.json else text(evaluation))
     return 0
+
+
+def _text_tokens(args: argparse.Namespace, asks: bool) -> int:
+    """Who asks for answers alone need not wait for text."""
+    if args.tokens is not None:
+        return int(args.tokens)
+    return 0 if asks and args.data is None else DEFAULT_TOKENS
 
 
 def _needles(args: argparse.Namespace, source: ModelSource) -> NeedleRequest | None:

@@ -27,7 +27,7 @@ def test_run_without_anything_to_evaluate_is_refused() -> None:
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
 
-    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks"):
+    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, --generate, .* or --tasks"):
         evaluate.run(parser.parse_args(["model", "--data", "text.txt"]))
 
 
@@ -168,6 +168,35 @@ def test_json_is_the_result_and_alone_on_stdout(
     assert result["task"] | {"file": task.name, "shots": 1, "questions": 2} == result["task"]
 
 
+def test_without_data_the_bundled_text_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passes, "in_own_process", Engines())
+    out = tmp_path / "out.json"
+    model = str(make_tiny_model(tmp_path / "model"))
+    options = ("--profile=K8V8", "--tokens=300", "--sequence-length=50", f"--out={out}")
+    assert evaluate.run(options_of(model, *options)) == 0
+    result = json.loads(out.read_text())
+    assert result["data"]["file"] == "bundled held-out text"
+    assert result["predicted_tokens"] == 300 - 6
+
+
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [(["--noise-floor"], 4096), (["--quotes"], 0), (["--quotes", "--data=x"], 4096), (["--quotes", "--tokens=5"], 5)],
+)
+def test_answers_alone_are_not_asked_for_text(monkeypatch: pytest.MonkeyPatch, words: list[str], tokens: int) -> None:
+    asked: list[evaluate.EvaluationRequest] = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda request, partial: asked.append(request))
+    monkeypatch.setattr(evaluate, "text", str)
+    evaluate.run(options_of("model", *words))
+    assert asked[0].tokens == tokens
+
+
+def test_a_wrong_dtype_is_refused_before_text_is_read(tmp_path: Path) -> None:
+    model = str(make_tiny_model(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"--kv-cache-dtype must be one of auto, .*fp8, .*, but got 'fp9'"):
+        evaluate.run(options_of(model, "--kv-cache-dtype=fp9", "--data=missing.txt"))
+
+
 def test_tasks_are_lm_evals_and_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[evaluate.EvaluationRequest] = []
 
@@ -230,7 +259,7 @@ def test_a_killed_run_goes_on_along_the_same_answers(
 def test_answers_need_no_text(monkeypatch: pytest.MonkeyPatch, request_of) -> None:
     monkeypatch.setattr(passes, "in_own_process", Engines())
     probes = {"needles": NeedleRequest((1024,), (0.0, 0.5), 1), "quotes": QuoteRequest(2, 300)}
-    result = evaluate.evaluate(request_of(data=None, task=None, **probes))
+    result = evaluate.evaluate(request_of(data=None, tokens=0, task=None, **probes))
 
     assert set(result["questions"]) == {"needles", "quotes"}
     assert "kl_mean" not in result["reference"]
@@ -244,7 +273,6 @@ def test_answers_need_no_text(monkeypatch: pytest.MonkeyPatch, request_of) -> No
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
-        (["--profile=K8V8"], "evaluate needs --data, --generate, --needles, --quotes or --tasks"),
         (["--needles=4k"], "--needles must be numbers of tokens, or max, but got 4k"),
         (["--needles=100"], "--needles must be at least 256 tokens, but got 100"),
         (["--needles=4095"], r"needles: a question .* fewer tokens than the model's 4,096 positions, but got 4,1"),

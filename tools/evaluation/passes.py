@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from kvtuner_tools.cache_setting import AUTO, CacheSetting, cache_bits, profile_sha256
-from kvtuner_tools.data_files import file_sha256
 from kvtuner_tools.engine_arguments import check_max_model_len, model_source
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
@@ -22,7 +21,7 @@ from kvtuner_tools.engines.evaluate import (
 )
 from kvtuner_tools.evaluation.question_sets import answered, asked, followed, paired_rows, question_sets
 from kvtuner_tools.evaluation.request import SCHEMA, EvaluationRequest
-from kvtuner_tools.heldout import load_windows
+from kvtuner_tools.heldout import identity, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, run_lm_eval
 from kvtuner_tools.model_files import load_config, load_model_shape, load_tokenizer
 from kvtuner_tools.processes import in_own_process
@@ -75,7 +74,7 @@ class Passes:
         self._bits = {setting: cache_bits(setting, shape, request.model, width) for setting in settings}
         tokenizer = load_tokenizer(request.model, source)
         windows = []
-        if request.data is not None:
+        if request.tokens:
             windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
         self._text = tuple(Window(tuple(window)) for window in windows)
         positions = hf_config.get_text_config().max_position_embeddings
@@ -98,14 +97,13 @@ class Passes:
     def head(self) -> dict[str, Any]:
         """What all rows rest on, as JSON."""
         request = self._request
-        data = request.data and {"file": request.data.name, "sha256": file_sha256(request.data)}
         tasks = [each.task for each in self._sets if each.task is not None]
         return {
             "schema": SCHEMA,
             **provenance(),
             "model": request.model,
             "dtype": request.dtype,
-            "data": data,
+            "data": identity(request.data) if request.tokens else None,
             "context": request.context,
             "chunk": self._chunk,
             "windows": len(self._text),

@@ -12,6 +12,7 @@ from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS
 SCHEMA = "kvtuner-evaluation/2"
 """Of a result."""
 DEFAULT_ANSWER_TOKENS = 16384
+DEFAULT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class EvaluationRequest:
     Attributes:
         model: folder or model id.
         settings: what to compare with ``auto``, in order.
-        data: plain text, or rows of JSON with texts or conversations; None for no text.
-        tokens: text tokens to run, at least.
+        data: plain text, or rows of JSON with texts or conversations; None takes the bundled held-out set.
+        tokens: text tokens to run, at least; 0 for no text.
         context: tokens of a window at most.
         chunk: prompt tokens per engine step; below ``context``, later chunks attend to the earlier ones in the cache.
         kv_memory_bytes: KV cache memory of every engine, on each rank.
@@ -45,7 +46,7 @@ class EvaluationRequest:
     model: str
     settings: tuple[CacheSetting, ...]
     data: Path | None = None
-    tokens: int = 4096
+    tokens: int = DEFAULT_TOKENS
     context: int = 1024
     chunk: int | None = None
     kv_memory_bytes: int = 1 << 30
