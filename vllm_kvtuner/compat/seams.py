@@ -172,7 +172,22 @@ _LAYERS = (
 _WORKERS = (
     Seam("warm-up", _WORKER + ".compile_or_warm_up_model", "compat.worker.warm_kernels_up", exact=True),
     Seam("waking up", _WORKER + ".wake_up", "compat.worker.wake_kernels_up", ("tags",), exact=True),
-)
+    Seam(
+        "calls of workers, loading among them", "vllm.v1.engine.core:EngineCore.collective_rpc",
+        "compat.weights.renew_what_follows_weights", ("method", "timeout", "args", "kwargs"), exact=True,
+    ),
+    Seam("a step", "vllm.v1.engine.core:EngineCore.step", "compat.weights.renew_what_follows_weights", exact=True),
+    Seam(
+        "a step of several in flight", "vllm.v1.engine.core:EngineCore.step_with_batch_queue",
+        "compat.weights.renew_what_follows_weights", exact=True,
+    ),
+    Seam("loading anew", _WORKER + ".reload_weights", "compat.weights.renew_what_follows_weights"),
+    Seam("end of an update", _WORKER + ".finish_weight_update", "compat.weights.renew_what_follows_weights"),
+    Seam(
+        "forgetting the cache", _CORE + "sched.scheduler:Scheduler.reset_prefix_cache",
+        "compat.weights.renew_what_follows_weights", ("reset_running_requests",),
+    ),
+)  # fmt: skip
 
 _BLOCKS = (
     Seam(
