@@ -40,6 +40,26 @@ def test_connectors_keep_profiles_apart(monkeypatch):
     def handshake(*which):
         return nixl.compute_nixl_compatibility_hash(config(*which), "KVTUNER", transfer_mode="pull")
 
+    def named(name, *which):
+        """What a connector of this name, which files by the model's name and in a folder, files pages under."""
+
+        class Connector:
+            def __init__(self, vllm_config, role, kv_cache_config=None):
+                self._storage_path, self.model = "pages", vllm_config.model_config.model
+
+        Connector.__name__ = name
+        given = config(*which)
+        given.model_config = SimpleNamespace(model="model")
+        made = connectors._of_profile(Connector)(given, "role")
+        assert given.model_config.model == "model" and isinstance(made, Connector)
+        return made.model, made._storage_path
+
+    assert named("ExampleConnector", "kvtuner", "a") == ("model", "pages/a")
+    assert named("ExampleConnector", "auto", "a") == ("model", "pages")
+    assert named("LMCacheMPConnector", "kvtuner", "a") == ("model@kvtuner-a", "pages")
+    assert named("LMCacheMPConnector", "auto", "a") == ("model", "pages")
+    assert named("NixlConnector", "kvtuner", "a") == ("model", "pages")
+
     assert offloaded("auto", "a") is built.model
     assert offloaded("kvtuner", "a") == OffloadingModelConfig("model", "kvtuner-a")
     assert handshake("auto", "a") == "hash"

@@ -10,6 +10,7 @@ _CORE = "vllm.v1.core."
 _MANAGERS = _CORE + "single_type_kv_cache_manager:"
 _SPECS = "vllm.v1.kv_cache_interface:"
 _CONNECTORS = "vllm.distributed.kv_transfer.kv_connector."
+_OFFLOADING = _CONNECTORS + "v1.offloading."
 _ARGUMENTS = "vllm.engine.arg_utils:"
 _ATTENTION = "vllm.model_executor.layers.attention.attention:"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -172,7 +173,22 @@ _LAYERS = (
 _WORKERS = (
     Seam("warm-up", _WORKER + ".compile_or_warm_up_model", "compat.worker.warm_kernels_up", exact=True),
     Seam("waking up", _WORKER + ".wake_up", "compat.worker.wake_kernels_up", ("tags",), exact=True),
-)
+    Seam(
+        "calls of workers, loading among them", "vllm.v1.engine.core:EngineCore.collective_rpc",
+        "compat.weights.renew_what_follows_weights", ("method", "timeout", "args", "kwargs"), exact=True,
+    ),
+    Seam("a step", "vllm.v1.engine.core:EngineCore.step", "compat.weights.renew_what_follows_weights", exact=True),
+    Seam(
+        "a step of several in flight", "vllm.v1.engine.core:EngineCore.step_with_batch_queue",
+        "compat.weights.renew_what_follows_weights", exact=True,
+    ),
+    Seam("loading anew", _WORKER + ".reload_weights", "compat.weights.renew_what_follows_weights"),
+    Seam("end of an update", _WORKER + ".finish_weight_update", "compat.weights.renew_what_follows_weights"),
+    Seam(
+        "forgetting the cache", _CORE + "sched.scheduler:Scheduler.reset_prefix_cache",
+        "compat.weights.renew_what_follows_weights", ("reset_running_requests",),
+    ),
+)  # fmt: skip
 
 _BLOCKS = (
     Seam(
@@ -350,6 +366,40 @@ _CONNECTORS_AND_REPORTS = (
     Seam(
         "a model's name in offloaded files", "vllm.v1.kv_offload.config:OffloadingModelConfig",
         "compat.connectors.tell_connectors_of_the_profile", attributes=("dtype",),
+    ),
+    Seam(
+        "where the example's files are", _CONNECTORS + "v1.example_connector:ExampleConnector",
+        "compat.connectors.tell_connectors_of_the_profile", attributes=("_storage_path",),
+    ),
+    Seam(
+        "what is offloaded of a request", _OFFLOADING + "scheduler:OffloadingConnectorScheduler",
+        "compat.offloading.loads_sink_tokens",
+        attributes=(
+            "config", "manager", "_chunks_being_loaded", "_current_batch_allocated_block_ids",
+            "_current_batch_load_jobs", "_jobs", "_req_status",
+        ),
+    ),
+    Seam(
+        "what a hit on offloaded blocks finds",
+        _OFFLOADING + "scheduler:OffloadingConnectorScheduler._lookup_complete_chunks",
+        "compat.offloading.loads_sink_tokens", ("req_status",),
+    ),
+    Seam(
+        "which blocks are loaded", _OFFLOADING + "scheduler:OffloadingConnectorScheduler.update_state_after_alloc",
+        "compat.offloading.loads_sink_tokens", ("request", "blocks", "num_external_tokens"), exact=True,
+    ),
+    Seam(
+        "state of an offloaded request", _OFFLOADING + "scheduler:RequestOffloadState",
+        "compat.offloading.loads_sink_tokens",
+        attributes=("group_states", "num_locally_computed_tokens", "req_context", "transfer_jobs"),
+    ),
+    Seam(
+        "a load", _OFFLOADING + "common:TransferJob", "compat.offloading.loads_sink_tokens",
+        attributes=("src_spec", "dst_spec"),
+    ),
+    Seam(
+        "blocks of a load", "vllm.v1.kv_offload.base:GPULoadStoreSpec", "compat.offloading.loads_sink_tokens",
+        attributes=("block_ids", "group_sizes", "block_indices"),
     ),
     Seam(
         "handshake of transfers", _CONNECTORS + "v1.nixl.base_worker:compute_nixl_compatibility_hash",
