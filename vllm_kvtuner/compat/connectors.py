@@ -1,10 +1,8 @@
-"""What KV connectors tell one engine's pages from another's by."""
+"""What KV connectors tell one engine's pages from another's by; those that transfer them are in ``transfers``."""
 
 import copy
 import dataclasses
 import functools
-import hashlib
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
 from vllm_kvtuner.compat.offloading import loads_sink_tokens
+from vllm_kvtuner.compat.patching import when_connectors_import
 from vllm_kvtuner.engine.config import DIGEST_KEY, uses_kvtuner
 
 EXAMPLE = "ExampleConnector"
@@ -20,30 +19,23 @@ LMCACHE = "LMCacheMPConnector"
 
 
 def tell_connectors_of_the_profile() -> None:
-    """Keep what KV connectors store or send apart by profile, and let offloading bring back sink tokens
-    (compat/offloading.py).
+    """Keep what KV connectors store apart by profile, and let offloading bring back sink tokens (compat/offloading.py).
 
-    Symptom: an engine may load pages that another profile wrote, and answer nonsense. Cause: offloaded files and NIXL's
-    handshake name the model and the cache's dtype, which is ``kvtuner`` for every profile; LMCache names the model, and
-    the example's files nothing but the tokens. Connectors' modules are imported when one is asked for, so theirs are
-    changed then. Can go when a dtype can tell more of itself.
+    Symptom: an engine may load pages that another profile wrote, and answer nonsense. Cause: offloaded files name the
+    model and the cache's dtype, which is ``kvtuner`` for every profile; LMCache names the model, and the example's
+    files nothing but the tokens. Can go when a dtype can tell more of itself.
     """
-    folder = "vllm.distributed.kv_transfer.kv_connector.v1."
-    changes: dict[tuple[str, str], Callable[[Any], Any]] = {
-        (folder + "offloading_connector", "build_offloading_config"): _offloading_config_of_profile,
-        (folder + "offloading_connector", "OffloadingConnectorScheduler"): loads_sink_tokens,
-        (folder + "nixl.base_worker", "compute_nixl_compatibility_hash"): _handshake_of_profile,
-    }
+
+    def change(module: Any) -> None:
+        module.build_offloading_config = _offloading_config_of_profile(module.build_offloading_config)
+        module.OffloadingConnectorScheduler = loads_sink_tokens(module.OffloadingConnectorScheduler)
+
+    when_connectors_import("vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector", change)
     original = KVConnectorFactory.get_connector_class
 
     @functools.wraps(original)
     def get_connector_class(kv_transfer_config: Any) -> Any:
-        found = original(kv_transfer_config)
-        for place, change in list(changes.items()):
-            if (module := sys.modules.get(place[0])) is not None:
-                setattr(module, place[1], change(getattr(module, place[1])))
-                del changes[place]
-        return _of_profile(found)
+        return _of_profile(original(kv_transfer_config))
 
     KVConnectorFactory.get_connector_class = get_connector_class
 
@@ -91,14 +83,3 @@ def _offloading_config_of_profile(original: Callable[..., Any]) -> Callable[...,
         return dataclasses.replace(built, model=dataclasses.replace(built.model, dtype=dtype))
 
     return build
-
-
-def _handshake_of_profile(original: Callable[..., str]) -> Callable[..., str]:
-    @functools.wraps(original)
-    def compute(config: VllmConfig, *args: Any, **kwargs: Any) -> str:
-        found = original(config, *args, **kwargs)
-        if not uses_kvtuner(config):
-            return found
-        return hashlib.sha256(f"{found} {config.additional_config[DIGEST_KEY]}".encode()).hexdigest()
-
-    return compute

@@ -11,6 +11,7 @@ _MANAGERS = _CORE + "single_type_kv_cache_manager:"
 _SPECS = "vllm.v1.kv_cache_interface:"
 _CONNECTORS = "vllm.distributed.kv_transfer.kv_connector."
 _OFFLOADING = _CONNECTORS + "v1.offloading."
+_NIXL = _CONNECTORS + "v1.nixl."
 _ARGUMENTS = "vllm.engine.arg_utils:"
 _ATTENTION = "vllm.model_executor.layers.attention.attention:"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -402,8 +403,28 @@ _CONNECTORS_AND_REPORTS = (
         attributes=("block_ids", "group_sizes", "block_indices"),
     ),
     Seam(
-        "handshake of transfers", _CONNECTORS + "v1.nixl.base_worker:compute_nixl_compatibility_hash",
-        "compat.connectors.tell_connectors_of_the_profile", ("vllm_config",),
+        "what an end of a transfer says of itself", _NIXL + "base_worker:compute_nixl_compatibility_hash",
+        "compat.transfers.refuse_other_pages", ("vllm_config",),
+    ),
+    Seam(
+        "handshake of transfers", _NIXL + "base_worker:NixlBaseConnectorWorker._nixl_handshake",
+        "compat.transfers.refuse_other_pages",
+    ),
+    Seam(
+        "layout for transfers", _NIXL + "connector:NixlBaseConnector.get_required_kvcache_layout",
+        "compat.transfers.pack_pages_for_transfers", ("vllm_config",), exact=True,
+    ),
+    Seam(
+        "descriptors of this end", _NIXL + "base_worker:NixlBaseConnectorWorker.register_local_xfer_handler",
+        "compat.transfers.transfer_whole_pages",
+    ),
+    Seam(
+        "regions of memory", _NIXL + "base_worker:NixlBaseConnectorWorker",
+        "compat.transfers.transfer_whole_pages",
+        attributes=(
+            "_layer_specs", "_physical_blocks_per_logical_kv_block", "block_len_per_layer", "compat_hash",
+            "device_kv_caches", "engine_id", "host_xfer_buffers", "kv_caches_base_addr", "tp_rank", "vllm_config",
+        ),
     ),
     Seam(
         "capacity", _CORE + "kv_cache_utils:update_kv_cache_capacity", "compat.reporting.log_capacity_once",
