@@ -11,7 +11,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,19 @@ from kvtuner_tools.lm_eval_tasks import LmEvalJob, check_lm_eval, run_lm_eval
 from kvtuner_tools.model_files import ModelSource, load_config, load_model_shape, load_tokenizer
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import format_table, provenance, stdout_to_stderr, write_json
+from kvtuner_tools.simulation.cache import Method
+from kvtuner_tools.simulation.rows import (
+    STATED_TOKENS,
+    SimulationRequest,
+    Simulations,
+    add_simulation_arguments,
+    profile_bits_at,
+    row_label,
+    simulation_request,
+)
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS, Task, load_task, paired
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
+from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.problems import ProfileError
 
@@ -58,6 +69,8 @@ COLUMNS = {
     "KV tokens": "kv_tokens:,",
     "x auto": "kv_tokens_ratio:.3f",
 }
+SIMULATION_COLUMNS = {f"bits at {STATED_TOKENS:,}": f"stored_bits_{STATED_TOKENS}:.2f"}
+"""Beside simulated caches: stored bits of a request of so many tokens, those that are kept exactly included."""
 TASK_COLUMNS = {
     "accuracy": "task_accuracy:.3f",
     "± stderr ": "task_stderr:.3f",
@@ -89,6 +102,7 @@ class EvaluationRequest:
         task_tokens: tokens an answer may have.
         lm_eval: names of lm-eval tasks, or YAML files of such.
         words: vLLM's engine arguments.
+        simulation: caches to simulate beside ``settings``.
     """
 
     model: str
@@ -106,6 +120,7 @@ class EvaluationRequest:
     task_tokens: int = DEFAULT_MAX_TOKENS
     lm_eval: tuple[str, ...] = ()
     words: EngineWords = field(default_factory=dict)
+    simulation: SimulationRequest = field(default_factory=SimulationRequest)
 
 
 def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[str, Any]:
@@ -134,6 +149,11 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
             done.row(each.label, profile_sha256(each.setting), functools.partial(passes.measure, each, reference))
             for each in passes.planned()
         ]
+        with passes.simulations as simulations:
+            rows += [
+                done.row(row_label(each), None, functools.partial(passes.simulate, simulations, each))
+                for each in simulations.methods
+            ]
     done.delete()
     return {**head, "reference": reference, "settings": rows}
 
@@ -186,6 +206,16 @@ class _Passes:
         check_max_model_len(request.words, longest + 1)
         self._max_model_len = max_model_len_for(longest, positions)
         self._chunk = request.chunk or request.context
+        if request.simulation.methods and self._chunk < request.context:
+            raise ValueError(f"--simulate runs a window in one step, but got --chunk {request.chunk}")
+        if request.simulation.prompt_tokens and (request.settings or request.noise_floor):
+            raise ValueError("--prompt-tokens is for simulated caches alone: leave out other settings")
+        self.simulations = Simulations(request.simulation, shape, tokenizer, request.context, request.words)
+        self._stated = {
+            setting: profile_bits_at(load_profile(setting.profile).resolve(shape), STATED_TOKENS)
+            for setting in request.settings
+            if setting.profile is not None
+        }
 
     def head(self) -> dict[str, Any]:
         """What all rows rest on, as JSON."""
@@ -202,6 +232,7 @@ class _Passes:
             "predicted_tokens": sum(len(window) - 1 for window in self._windows),
             "kv_memory_bytes": request.kv_memory_bytes,
             "engine": {name: list(words) for name, words in request.words.items()},
+            **({"simulation": self.simulations.description()} if self.simulations.methods else {}),
             "task": None if self._task is None else self._task.description(),
             "lm_eval": {
                 "tasks": list(request.lm_eval),
@@ -231,24 +262,40 @@ class _Passes:
         answers = {} if each.task is None else paired(row, reference)
         return {**row, **answers, "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
 
+    def simulate(self, simulations: Simulations, method: Method) -> dict[str, Any]:
+        """The row of a simulated cache."""
+        return simulations.measure(method, self._options(method.label, AUTO), self._windows, self._reference)
+
+    def _reference(self) -> ReferenceLogits:
+        if isinstance(self._recorded, Path):
+            self._record(None)
+        assert isinstance(self._recorded, ReferenceLogits)
+        return self._recorded
+
     def _record(self, task: Task | None) -> EngineResult:
         result = self._run(_Pass("auto (reference)", AUTO, self._chunk, task))
         self._recorded = result.reference
         return result
 
     def _run(self, each: _Pass) -> EngineResult:
-        options = EngineOptions(
-            label=each.label,
-            model=self._request.model,
-            dtype=self._request.dtype,
-            setting=each.setting,
-            max_model_len=self._max_model_len,
+        options = replace(
+            self._options(each.label, each.setting),
             chunk=each.chunk,
-            kv_memory_bytes=self._request.kv_memory_bytes,
             max_num_seqs=1 if each.task is None else TASK_MAX_NUM_SEQS,
-            words=self._request.words,
         )
         return in_own_process(run_engine, EngineJob(options, self._windows, self._recorded, each.task))
+
+    def _options(self, label: str, setting: CacheSetting) -> EngineOptions:
+        return EngineOptions(
+            label=label,
+            model=self._request.model,
+            dtype=self._request.dtype,
+            setting=setting,
+            max_model_len=self._max_model_len,
+            chunk=self._chunk,
+            kv_memory_bytes=self._request.kv_memory_bytes,
+            words=self._request.words,
+        )
 
     def _row(self, label: str, setting: CacheSetting, result: EngineResult) -> dict[str, Any]:
         nominal, stored = self._bits[setting] or (None, None)
@@ -259,6 +306,7 @@ class _Passes:
             "profile_sha256": profile_sha256(setting),
             "nominal_bits": nominal,
             "stored_bits": stored,
+            **({"stored_bits_at": {str(STATED_TOKENS): self._stated[setting]}} if setting in self._stated else {}),
             **result.scores.summary(),
             "kl_windows": result.scores.window_means([len(window) - 1 for window in self._windows]),
             "kv_tokens": result.kv_tokens,
@@ -334,13 +382,16 @@ class _Done:
 def table(evaluation: dict[str, Any]) -> str:
     """``auto`` and the evaluation's settings as a Markdown table."""
     columns = dict(COLUMNS)
-    rows = [{**evaluation["reference"], "kv_tokens_ratio": 1.0}, *evaluation["settings"]]
+    rows = [{**evaluation["reference"], "kv_tokens_ratio": 1.0}, *map(dict, evaluation["settings"])]
     if evaluation["task"] is not None:
         columns |= TASK_COLUMNS
     for task, metrics in evaluation["reference"].get("lm_eval", {}).items():
         for metric in metrics:
             columns |= {f"{task} {metric}": f"{task}/{metric}:.3f", f"± {task} {metric}": f"{task}/{metric}/stderr:.3f"}
+    if "simulation" in evaluation:
+        columns |= SIMULATION_COLUMNS
     for row in rows:
+        row |= {f"stored_bits_{tokens}": bits for tokens, bits in row.get("stored_bits_at", {}).items()}
         for task, metrics in row.get("lm_eval", {}).items():
             for metric, (value, stderr) in metrics.items():
                 row |= {f"{task}/{metric}": value, f"{task}/{metric}/stderr": stderr}
@@ -365,6 +416,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cache dtype of vLLM to evaluate, such as fp8; repeat",
     )
     caches.add_argument("--noise-floor", action="store_true", help="also compare auto with a second run of itself")
+    add_simulation_arguments(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--data",
@@ -446,8 +498,9 @@ def run(args: argparse.Namespace) -> int:
     check_engine_words(words)
     source = model_source(words)
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
-    if not (settings or args.noise_floor or args.tasks):
-        raise ValueError("evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, but got none")
+    if not (settings or args.noise_floor or args.tasks or args.simulate):
+        wanted = "a --profile, a --kv-cache-dtype, --simulate, --noise-floor or --tasks"
+        raise ValueError(f"evaluate needs {wanted}, but got none")
     files = [task for task in args.tasks if _has_questions(task)]
     if len(files) > 1:
         raise ValueError(f"--tasks must have at most one file of questions, but got {', '.join(files)}")
@@ -467,6 +520,7 @@ def run(args: argparse.Namespace) -> int:
         task_tokens=args.max_tokens,
         lm_eval=tuple(task for task in args.tasks if task not in files),
         words=words,
+        simulation=simulation_request(args),
     )
     with stdout_to_stderr(args.json):
         evaluation = evaluate(request, args.out and args.out.with_name(f"{args.out.name}.partial"))

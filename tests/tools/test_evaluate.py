@@ -23,7 +23,7 @@ def test_run_without_anything_to_evaluate_is_refused() -> None:
     parser = argparse.ArgumentParser()
     evaluate.add_arguments(parser)
 
-    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks"):
+    with pytest.raises(ValueError, match="evaluate needs a --profile, a --kv-cache-dtype, --simulate, --noise"):
         evaluate.run(parser.parse_args(["model", "--data", "text.txt"]))
 
 
