@@ -145,6 +145,7 @@ class SimulatingEngine(MeasuringEngine):
             raise ValueError(f"{method.label} compresses a prompt, but the texts have none; give --prompt-tokens")
         if method.calibrates and self._calibration is None:
             raise ValueError(f"{method.label} needs calibration texts, but got none")
+        self._options = replace(self._options, label=method.label)
         self._llm.collective_rpc(_switch, args=(method, self._prompt_tokens))
         scores, _ = self.run_windows(windows, progress=True)
         (storages,) = self._llm.collective_rpc(_storages)
@@ -193,11 +194,10 @@ def _install(worker: Any) -> None:
         index = layer_index(config, name)
         if index is None or index in found:
             raise ValueError(f"attention layer {name} must have a number of its own in its name")
-        if layer.has_sink or getattr(layer.impl, "kv_sharing_target_layer_name", None) is not None:
-            raise ValueError(
-                f"layer {index}: --simulate must have layers of plain attention, but got one with sinks "
-                "or another layer's cache"
-            )
+        shares = getattr(layer, "kv_sharing_target_layer_name", None) is not None
+        if layer.has_sink or shares or getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
+            rule = "--simulate must have layers without sinks, with keys and values of their own and of one size"
+            raise ValueError(f"layer {index}: {rule}")
         found[index] = layer, modules[names[id(layer)].rpartition(".")[0]]
     for index, (layer, parent) in found.items():
         simulation.layers[index] = Layer(

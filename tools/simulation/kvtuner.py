@@ -42,9 +42,9 @@ class _Statics:
 class Kvtuner(Method):
     """Rows as a profile's pages give them back, its recent window and first tokens read as they were.
 
-    Rounding, transforms and statics are the product's own code. With a pair of codes of 3 bits, whose page does not
-    exist, rows are rounded in the same way, and the ranges of round feedback are those of least weighted error on
-    calibration text.
+    Rounding, transforms and statics are the product's own code. Of a pair alone the window is the best one, where an
+    engine may take a smaller one. With a pair of codes of 3 bits, whose page does not exist, rows are rounded in the
+    same way, and the ranges of round feedback are those of least weighted error on calibration text.
 
     Args:
         spec: a profile's name, file or pair; behind a colon a pair that all quantized layers take in its place.

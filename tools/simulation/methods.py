@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[Callable[..., Method], tuple[type, ...]]] = {
     "kvquant": (KvQuant, (int,)),
     "lorc": (Lorc, (float,)),
     "oscar": (Oscar, (int,)),
-    "qaq": (Qaq, (float,)),
+    "qaq": (Qaq, (float, float)),
     "saw": (Saw, (str,)),
     "think": (Think, (float, int)),
 }

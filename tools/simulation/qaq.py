@@ -1,7 +1,8 @@
 """QAQ (Dong et al. 2024, arXiv 2403.04643): bits of each token by how attention uses it, and the authors' code."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,6 +18,15 @@ WINDOW = 5
 """Queries whose attention tells a token's use; the paper's attention window."""
 
 
+@dataclass(frozen=True)
+class _Statics:
+    """Of a layer: the largest magnitude of its queries, and all layers' targets."""
+
+    query: float
+    key_target: float
+    value_target: float
+
+
 class Qaq(Method):
     """Each row of a head in as many bits as keep the error of attention's output below a target.
 
@@ -25,34 +35,68 @@ class Qaq(Method):
         values    sqrt(target) / (n a)
         keys      sqrt(target / head_size) / (n q x),    x = max_j |(diag(a) - a a^T)_j|
 
-    with q the largest number of queries. Rows are rounded uniformly about their mean, outliers apart; a token is exact
-    until its window has passed. With groups of query heads, a is the largest of them.
+    with q the largest number of a layer's queries. Rows are rounded uniformly about their mean, outliers apart; a token
+    is exact until its window has passed. With groups of query heads, a is the largest of them. Both targets, one for
+    all layers, are those with which calibration text has the wanted mean bits.
 
     Args:
-        target: of the squared error, which decides the bits.
+        key_bits: of a key's codes, on average.
+        value_bits: of a value's codes, on average.
     """
 
     calibrates = True
 
-    def __init__(self, target: float = 1.0) -> None:
-        if target <= 0:
-            raise ValueError(f"qaq: target must be positive, but got {target}")
-        self.label = f"qaq:{target:g}"
-        self._target = target
+    def __init__(self, key_bits: float = 4.0, value_bits: float = 2.0) -> None:
+        for bits in (key_bits, value_bits):
+            if not LEAST_BITS < bits < MOST_BITS:
+                raise ValueError(f"qaq: bits must be between {LEAST_BITS} and {MOST_BITS}, but got {bits}")
+        self.label = f"qaq:{key_bits:g}:{value_bits:g}"
+        self._bits = key_bits, value_bits
 
-    def prepare(self, layer: Layer, texts: Sequence[Rows]) -> float:
-        """The largest magnitude of queries."""
-        return max(float(rows.query.abs().max()) for rows in texts)
+    def prepare_all(self, layers: Sequence[Layer], texts: Mapping[int, Sequence[Rows]]) -> dict[int, _Statics]:
+        largest = {layer.index: max(float(rows.query.abs().max()) for rows in texts[layer.index]) for layer in layers}
+        needs: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+        for layer in layers:
+            for rows in texts[layer.index]:
+                errors = _errors(layer, rows, _Statics(largest[layer.index], 1.0, 1.0))
+                for need, side, error in zip(needs, (rows.key, rows.value), errors, strict=True):
+                    need.append(((inside(side)[1]) / (2 * error[..., None])).flatten())
+        targets = [target_of(torch.cat(need), bits) for need, bits in zip(needs, self._bits, strict=True)]
+        return {layer.index: _Statics(largest[layer.index], *targets) for layer in layers}
 
-    def view(self, layer: Layer, statics: float, rows: Rows) -> View:
-        used = largest_weights(layer, rows)
-        count = rows.num_tokens
-        value_error = math.sqrt(self._target) / count / used
-        key_error = math.sqrt(self._target / layer.head_size) / count / (statics * sensitivity(used))
+    def view(self, layer: Layer, statics: _Statics, rows: Rows) -> View:
+        key_error, value_error = _errors(layer, rows, statics)
         key, key_bits = round_rows(rows.key, key_error)
         value, value_bits = round_rows(rows.value, value_error)
-        exact = newest(count, WINDOW, rows.key.device)
+        exact = newest(rows.num_tokens, WINDOW, rows.key.device)
         return View(key, value, Storage((key_bits + value_bits) / 2, WINDOW - 1), exact, exact)
+
+
+def _errors(layer: Layer, rows: Rows, statics: _Statics) -> tuple[torch.Tensor, torch.Tensor]:
+    """The largest errors of keys and of values, [num_tokens, num_kv_heads] each."""
+    used = largest_weights(layer, rows)
+    count = rows.num_tokens
+    key_error = math.sqrt(statics.key_target / layer.head_size) / count / (statics.query * sensitivity(used))
+    return key_error, math.sqrt(statics.value_target) / count / used
+
+
+def target_of(needs: torch.Tensor, bits: float) -> float:
+    """The target with which rows have ``bits`` on average.
+
+    Args:
+        needs: [rows], half of each row's range over the error that a target of 1 allows.
+        bits: wanted.
+    """
+    low, high = -20.0, 60.0  # of the target's logarithm to base 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        mean = float(_row_bits(needs / 2 ** (middle / 2)).mean())
+        low, high = (middle, high) if mean > bits else (low, middle)
+    return 2.0**high
+
+
+def _row_bits(needs: torch.Tensor) -> torch.Tensor:
+    return torch.log2(needs + 1).ceil().clamp(LEAST_BITS, MOST_BITS)
 
 
 def largest_weights(layer: Layer, rows: Rows) -> torch.Tensor:
@@ -85,16 +129,8 @@ def round_rows(rows: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, f
         error: [num_tokens, num_kv_heads], the largest that a number may have.
     """
     size = rows.shape[-1]
-    ordered = rows.sort(-1).values
-    low = ordered[..., math.ceil(OUTLIERS / 2 * size) - 1, None]
-    high = ordered[..., math.floor((1 - OUTLIERS / 2) * size) - 1, None]
-    outliers = (rows <= low) | (rows > high)
-    inside = ~outliers
-    mean = (rows * inside).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True)
-    least = rows.masked_fill(outliers, float("inf")).amin(-1, keepdim=True)
-    most = rows.masked_fill(outliers, float("-inf")).amax(-1, keepdim=True)
-    span = (most - least).clamp(min=0)
-    bits = torch.log2(span / (2 * error[..., None]) + 1).ceil().clamp(LEAST_BITS, MOST_BITS)
+    mean, span, outliers = inside(rows)
+    bits = _row_bits(span / (2 * error[..., None]))
     step = (span / 2**bits).half().float().clamp(min=1e-10)
     mean = mean.half().float()
     codes = ((rows - mean) / step).round()
@@ -102,3 +138,17 @@ def round_rows(rows: torch.Tensor, error: torch.Tensor) -> tuple[torch.Tensor, f
     read = torch.where(outliers, rows, codes * step + mean)
     stored = float(bits.mean()) + ROW_BITS / size + OUTLIER_BITS * float(outliers.float().mean())
     return read, stored
+
+
+def inside(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean and range [..., 1] of each row without its outliers, and those, bool shaped as ``rows``."""
+    size = rows.shape[-1]
+    ordered = rows.sort(-1).values
+    low = ordered[..., math.ceil(OUTLIERS / 2 * size) - 1, None]
+    high = ordered[..., math.floor((1 - OUTLIERS / 2) * size) - 1, None]
+    outliers = (rows <= low) | (rows > high)
+    kept = ~outliers
+    mean = (rows * kept).sum(-1, keepdim=True) / kept.sum(-1, keepdim=True)
+    least = rows.masked_fill(outliers, float("inf")).amin(-1, keepdim=True)
+    most = rows.masked_fill(outliers, float("-inf")).amax(-1, keepdim=True)
+    return mean, (most - least).clamp(min=0), outliers

@@ -3,13 +3,16 @@
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from kvtuner_tools.calibration.calibration_text import CalibrationText, load_text
+from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engine_arguments import EngineWords
 from kvtuner_tools.engines.evaluate import EngineOptions, ReferenceLogits
 from kvtuner_tools.engines.simulate import CalibrationTexts, build, simulate
@@ -22,6 +25,8 @@ from vllm_kvtuner.profile.profile import ResolvedProfile
 
 STATED_TOKENS = 8192
 """Tokens of a request that bits are stated for, what methods keep exactly included."""
+BLOCK = 32
+"""Neighbouring positions that count as one where errors are estimated."""
 SEED = 0
 """Of the drawing of calibration texts."""
 PARALLEL = ("tensor_parallel_size", "pipeline_parallel_size")
@@ -121,6 +126,7 @@ class Simulations:
             },
             **result.scores.summary(),
             "kl_windows": result.scores.window_means(scored),
+            "kl_blocks": block_means(result.scores, scored),
             "seconds": round(time.monotonic() - started, 1),
         }
 
@@ -142,6 +148,17 @@ class Simulations:
         if self._process is not None:
             self._process.close()
         self._folder.cleanup()
+
+
+def block_means(scores: TokenScores, lengths: Sequence[int]) -> list[float]:
+    """Mean KL of each BLOCK neighbouring positions of the texts, whose errors hang together; the last ones of a text
+    that fill no block are left out. For errors of paired differences between settings."""
+    means, start = [], 0
+    for length in lengths:
+        blocks = scores.kl[start : start + length // BLOCK * BLOCK].reshape(-1, BLOCK)
+        means += [float(each) for each in blocks.mean(1, dtype=np.float64)]
+        start += length
+    return means
 
 
 def row_label(method: Method) -> str:
