@@ -34,6 +34,7 @@ from kvtuner_tools.evaluation.tables import text
 from kvtuner_tools.lm_eval_tasks import check_lm_eval
 from kvtuner_tools.model_files import ModelSource, load_model_shape, max_positions
 from kvtuner_tools.results import stdout_to_stderr, write_json
+from kvtuner_tools.simulation.rows import add_simulation_arguments, row_label, simulation_request
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.model_files import ModelFiles
@@ -65,6 +66,11 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
             done.row(each.label, profile_sha256(each.setting), functools.partial(passes.measure, each, reference))
             for each in passes.planned()
         ]
+        with passes.simulations as simulations:
+            rows += [
+                done.row(row_label(each), None, functools.partial(passes.simulate, simulations, each))
+                for each in simulations.methods
+            ]
     done.delete()
     kept = {name: value for name, value in reference.items() if name != FOLLOWED}
     return {**head, "reference": kept, "settings": rows, "paired": paired_settings([kept, *rows])}
@@ -88,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cache dtype of vLLM to evaluate, such as fp8; repeat",
     )
     caches.add_argument("--noise-floor", action="store_true", help="also compare auto with a second run of itself")
+    add_simulation_arguments(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--data",
@@ -233,10 +240,10 @@ def run(args: argparse.Namespace) -> int:
     source = model_source(words)
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
     asks = bool(args.tasks or args.generate or args.needles or args.quotes is not None)
-    if not (settings or args.noise_floor or asks):
+    if not (settings or args.noise_floor or args.simulate or asks):
         raise ValueError(
-            "evaluate needs a --profile, a --kv-cache-dtype, --noise-floor, --generate, --needles, --quotes or "
-            "--tasks, but got none"
+            "evaluate needs a --profile, a --kv-cache-dtype, --simulate, --noise-floor, --generate, --needles, "
+            "--quotes or --tasks, but got none"
         )
     files = [task for task in args.tasks if _has_questions(task)]
     if len(files) > 1:
@@ -262,6 +269,7 @@ def run(args: argparse.Namespace) -> int:
         task_tokens=args.max_tokens,
         lm_eval=tuple(task for task in args.tasks if task not in files),
         words=words,
+        simulation=simulation_request(args),
     )
     with stdout_to_stderr(args.json):
         evaluation = evaluate(request, args.out and args.out.with_name(f"{args.out.name}.partial"))
@@ -275,7 +283,7 @@ def _text_tokens(args: argparse.Namespace, asks: bool) -> int:
     """Who asks for answers alone need not wait for text."""
     if args.tokens is not None:
         return int(args.tokens)
-    return 0 if asks and args.data is None else DEFAULT_TOKENS
+    return 0 if asks and args.data is None and not args.simulate else DEFAULT_TOKENS
 
 
 def _needles(args: argparse.Namespace, source: ModelSource) -> NeedleRequest | None:

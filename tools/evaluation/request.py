@@ -7,6 +7,7 @@ from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engine_arguments import EngineWords
 from kvtuner_tools.evaluation.needles import NeedleRequest
 from kvtuner_tools.evaluation.quotes import QuoteRequest
+from kvtuner_tools.simulation.rows import SimulationRequest
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS
 
 SCHEMA = "kvtuner-evaluation/2"
@@ -41,6 +42,7 @@ class EvaluationRequest:
         task_tokens: tokens an answer may have.
         lm_eval: names of lm-eval tasks, or YAML files of such.
         words: vLLM's engine arguments.
+        simulation: caches to simulate beside ``settings``.
     """
 
     model: str
@@ -69,3 +71,5 @@ class EvaluationRequest:
             raise ValueError(f"--answer-tokens must be at least 1, but got {self.answer_tokens}")
         if not self.temperature >= 0:
             raise ValueError(f"--temperature must be at least 0, but got {self.temperature}")
+
+    simulation: SimulationRequest = field(default_factory=SimulationRequest)
