@@ -9,7 +9,7 @@ serve:  ## Serve the demo model with its precision profile; SERVE_ARGS="--port 9
 	@tools/setup_env.sh $(VENV)
 	@$(VENV)/bin/kvtuner demo $(SERVE_ARGS)
 
-check: lint  ## In about five minutes on two cores: linters, types, and the quick tests, which start no engine
+check: lint  ## In about a minute on two cores: linters, types, and the quick tests, which start no engine
 	$(VENV)/bin/python -m pytest -q -n 2 -m "not gpu and not engine and not slow" \
 		--ignore tests/serving --ignore tests/e2e $(TEST_ARGS)  # nothing of theirs would run, and importing them takes seconds
 

@@ -5,10 +5,13 @@ import os
 import shutil
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+from kvtuner_tools.vllm_logs import LEVEL_VARIABLE
 
 # What tests calibrate must not end up among the profiles of whoever runs them, nor these in the tests.
 os.environ["KVTUNER_PROFILE_FOLDER"] = tempfile.mkdtemp(prefix="kvtuner-profiles-")
@@ -46,3 +49,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run: the first GPU, or the CPU with kernels interpreted."""
     return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def environment_is_left() -> Iterator[None]:
+    """A test that leaves one of these variables changes the engines of later tests; vLLM leaves others by itself."""
+    before = _engine_variables()
+    yield
+    assert _engine_variables() == before
+
+
+def _engine_variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name == LEVEL_VARIABLE or name.startswith("KVTUNER_")}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.calibration.calibration_text import BUNDLED_FILES
+from kvtuner_tools.calibration.calibration_text import BUNDLED_FILES, HELDOUT_FILES
 from kvtuner_tools.calibration.generated_text import PROMPTS
 from kvtuner_tools.evaluation.generate import QUESTIONS
 from vllm_kvtuner import __version__
@@ -73,7 +73,7 @@ def test_wheel_holds_every_shipped_profile_and_benchmark_shape(wheel):
 
 
 def test_wheel_holds_the_calibration_text_and_the_questions(wheel):
-    names = {*BUNDLED_FILES, "README.md", "LICENSE.python.txt", PROMPTS.name}
+    names = {*BUNDLED_FILES, *HELDOUT_FILES, "README.md", "LICENSE.python.txt", PROMPTS.name}
     assert {f"kvtuner_tools/calibration/data/{name}" for name in names} <= set(wheel.namelist())
     assert f"kvtuner_tools/evaluation/data/{QUESTIONS.name}" in wheel.namelist()
 

@@ -53,7 +53,7 @@ COMMANDS = (
         "evaluate",
         "evaluate",
         "measure a profile's loss against the unquantized cache",
-        "kvtuner evaluate Qwen/Qwen3-8B --profile K8V4 --kv-cache-dtype fp8 --data text.txt --out scores.json",
+        "kvtuner evaluate Qwen/Qwen3-8B --profile K8V4 --kv-cache-dtype fp8 --out scores.json",
     ),
     _stage(
         "calibrate",

@@ -7,11 +7,11 @@ vLLM's name of the argument: JSON holds them, and each process that starts an en
 
 import argparse
 import functools
-import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from kvtuner_tools.model_files import MODEL_AS_IT_IS, ModelSource
+from kvtuner_tools.vllm_logs import importing_vllm
 from vllm_kvtuner.profile.problems import ProfileError, show
 
 EngineWords = Mapping[str, Sequence[str]]
@@ -171,6 +171,28 @@ def check_engine_words(words: EngineWords) -> None:
         raise ProfileError(problems)
 
 
+def check_cache_dtypes(dtypes: Sequence[str]) -> None:
+    """Refuse values of ``--kv-cache-dtype`` that vLLM does not know.
+
+    Raises:
+        ProfileError: the values.
+    """
+    if not dtypes:
+        return
+    with importing_vllm():
+        from vllm.config.cache import CacheConfig, CacheDType
+
+    problems = []
+    for dtype in dtypes:
+        try:
+            CacheConfig(cache_dtype=dtype)  # vLLM's own check, which counts dtypes that plugins add
+        except ValueError:
+            rule = f"--kv-cache-dtype must be one of {', '.join(get_args(CacheDType))}"
+            problems.append(f"{rule}, but got {show(dtype)}")
+    if problems:
+        raise ProfileError(problems)
+
+
 def check_max_model_len(words: EngineWords, least: int) -> None:
     """Refuse a ``max_model_len`` that does not hold what is run.
 
@@ -256,9 +278,9 @@ def _num_values(action: argparse.Action, rest: Sequence[str]) -> int:
 @functools.cache
 def _parser() -> argparse.ArgumentParser:
     """vLLM's, without defaults, so that it gives what was given alone."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
+    with importing_vllm():
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     parser = FlexibleArgumentParser(prog="kvtuner", usage="kvtuner COMMAND ...", add_help=False, allow_abbrev=False)
     EngineArgs.add_cli_args(parser)

@@ -17,17 +17,24 @@ from typing import Any
 from kvtuner_tools.arguments import parse_memory, refuse_old
 from kvtuner_tools.cache_setting import AUTO, KVTUNER, CacheSetting, profile_sha256
 from kvtuner_tools.data_files import PROMISE_JSON
-from kvtuner_tools.engine_arguments import NO_WORDS, add_engine_arguments, check_engine_words, model_source
+from kvtuner_tools.engine_arguments import (
+    NO_WORDS,
+    add_engine_arguments,
+    check_cache_dtypes,
+    check_engine_words,
+    model_source,
+)
 from kvtuner_tools.evaluation.needles import DEFAULT_DEPTHS, DEFAULT_TEXTS, LONGEST, MAX_TOKENS, NeedleRequest
 from kvtuner_tools.evaluation.partial import Done
 from kvtuner_tools.evaluation.passes import FOLLOWED, Passes
 from kvtuner_tools.evaluation.question_sets import paired_settings
 from kvtuner_tools.evaluation.quotes import DEFAULT_DISTANCE, DEFAULT_QUOTES, QuoteRequest
-from kvtuner_tools.evaluation.request import DEFAULT_ANSWER_TOKENS, EvaluationRequest
+from kvtuner_tools.evaluation.request import DEFAULT_ANSWER_TOKENS, DEFAULT_TOKENS, EvaluationRequest
 from kvtuner_tools.evaluation.tables import text
 from kvtuner_tools.lm_eval_tasks import check_lm_eval
 from kvtuner_tools.model_files import ModelSource, load_model_shape, max_positions
 from kvtuner_tools.results import stdout_to_stderr, write_json
+from kvtuner_tools.simulation.rows import add_simulation_arguments, row_label, simulation_request
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
 from vllm_kvtuner.profile.model_files import ModelFiles
@@ -59,6 +66,11 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
             done.row(each.label, profile_sha256(each.setting), functools.partial(passes.measure, each, reference))
             for each in passes.planned()
         ]
+        with passes.simulations as simulations:
+            rows += [
+                done.row(row_label(each), None, functools.partial(passes.simulate, simulations, each))
+                for each in simulations.methods
+            ]
     done.delete()
     kept = {name: value for name, value in reference.items() if name != FOLLOWED}
     return {**head, "reference": kept, "settings": rows, "paired": paired_settings([kept, *rows])}
@@ -82,14 +94,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cache dtype of vLLM to evaluate, such as fp8; repeat",
     )
     caches.add_argument("--noise-floor", action="store_true", help="also compare auto with a second run of itself")
+    add_simulation_arguments(parser)
     text = parser.add_argument_group("text")
     text.add_argument(
         "--data",
         type=Path,
         metavar="FILE",
-        help="held-out text: plain text, or rows of JSON with texts or conversations",
+        help="held-out text: plain text, or rows of JSON with texts or conversations (default: a bundled set, of "
+        "which calibration draws nothing)",
     )
-    text.add_argument("--tokens", type=int, default=4096, help="tokens of it to run (default: %(default)s)")
+    text.add_argument(
+        "--tokens",
+        type=int,
+        help=f"tokens of it to run (default: {DEFAULT_TOKENS}; beside questions, needles or quotes "
+        "none without --data)",
+    )
     text.add_argument(
         "--sequence-length", type=int, default=1024, metavar="TOKENS", help="of a window (default: %(default)s)"
     )
@@ -217,16 +236,15 @@ def run(args: argparse.Namespace) -> int:
     """Run ``kvtuner evaluate``; 0 when every setting was evaluated."""
     words = getattr(args, "engine", NO_WORDS)
     check_engine_words(words)
+    check_cache_dtypes([dtype for dtype in args.kv_cache_dtype if dtype != KVTUNER])  # which needs a --profile
     source = model_source(words)
     settings = request_settings(args.kv_cache_dtype, [_found(profile, args.model, source) for profile in args.profile])
     asks = bool(args.tasks or args.generate or args.needles or args.quotes is not None)
-    if not (settings or args.noise_floor or asks):
+    if not (settings or args.noise_floor or args.simulate or asks):
         raise ValueError(
-            "evaluate needs a --profile, a --kv-cache-dtype, --noise-floor or --tasks, --generate, --needles or "
-            "--quotes, but got none"
+            "evaluate needs a --profile, a --kv-cache-dtype, --simulate, --noise-floor, --generate, --needles, "
+            "--quotes or --tasks, but got none"
         )
-    if args.data is None and not asks:
-        raise ValueError("evaluate needs --data, --generate, --needles, --quotes or --tasks, but got none")
     files = [task for task in args.tasks if _has_questions(task)]
     if len(files) > 1:
         raise ValueError(f"--tasks must have at most one file of questions, but got {', '.join(files)}")
@@ -234,7 +252,7 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         settings=settings,
         data=args.data,
-        tokens=args.tokens,
+        tokens=_text_tokens(args, asks),
         context=args.sequence_length,
         chunk=args.chunk,
         kv_memory_bytes=args.kv_cache_memory_bytes,
@@ -251,6 +269,7 @@ def run(args: argparse.Namespace) -> int:
         task_tokens=args.max_tokens,
         lm_eval=tuple(task for task in args.tasks if task not in files),
         words=words,
+        simulation=simulation_request(args),
     )
     with stdout_to_stderr(args.json):
         evaluation = evaluate(request, args.out and args.out.with_name(f"{args.out.name}.partial"))
@@ -258,6 +277,13 @@ def run(args: argparse.Namespace) -> int:
         write_json(args.out, evaluation)
     print(json.dumps(evaluation, indent=2) if args.json else text(evaluation))
     return 0
+
+
+def _text_tokens(args: argparse.Namespace, asks: bool) -> int:
+    """Who asks for answers alone need not wait for text."""
+    if args.tokens is not None:
+        return int(args.tokens)
+    return 0 if asks and args.data is None and not args.simulate else DEFAULT_TOKENS
 
 
 def _needles(args: argparse.Namespace, source: ModelSource) -> NeedleRequest | None:

@@ -5,13 +5,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.data_files import DocumentTokens, read_documents, token_documents
+from kvtuner_tools.calibration.calibration_text import (
+    HELDOUT,
+    TextRequest,
+    draw_heldout,
+    files_sha256,
+    heldout_paths,
+)
+from kvtuner_tools.data_files import DocumentTokens, file_sha256, read_documents, token_documents
 
 logger = logging.getLogger("kvtuner")
 
 
-def load_windows(path: Path, tokenizer: Any, *, tokens: int, context: int) -> list[list[int]]:
+def identity(path: Path | None) -> dict[str, str]:
+    """What results say of a text: its file and its digest."""
+    if path is None:
+        return {"file": HELDOUT, "sha256": files_sha256(heldout_paths())}
+    return {"file": path.name, "sha256": file_sha256(path)}
+
+
+def load_windows(path: Path | None, tokenizer: Any, *, tokens: int, context: int) -> list[list[int]]:
     """Token windows of at most ``context`` tokens, as many as hold ``tokens`` tokens together, in file order.
+
+    Without a file, it is a mixture of the bundled held-out set: a novel, code and conversations in equal shares, of
+    which calibration draws nothing. Windows are then full, and shorter documents joined in them.
 
     A text, which is the file or a row of JSON in it, becomes contiguous windows of ``context`` tokens and a shorter one
     at its end, each beginning with the BOS token where the tokenizer adds one. A conversation is one window in the
@@ -26,6 +43,8 @@ def load_windows(path: Path, tokenizer: Any, *, tokens: int, context: int) -> li
         raise ValueError(f"context must be at least 2 tokens, but got {context}")
     if tokens < 1:
         raise ValueError(f"tokens must be at least 1, but got {tokens}")
+    if path is None:
+        return list(map(list, draw_heldout(tokenizer, TextRequest(tokens, context, name="--tokens")).windows))
     windows: list[list[int]] = []
     total = cut = short = 0
     for document in token_documents(path, read_documents(path), tokenizer):

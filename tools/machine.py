@@ -18,7 +18,7 @@ import psutil
 from vllm_kvtuner import envs
 from vllm_kvtuner.compat.seams import broken_seams
 from vllm_kvtuner.compat.versions import SERVED_VERSIONS
-from vllm_kvtuner.kernels.cuda import cache_folder
+from vllm_kvtuner.kernels import cache_folder
 from vllm_kvtuner.plugin import register
 
 _PLUGIN_GROUP = "vllm.general_plugins"

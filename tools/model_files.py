@@ -1,15 +1,13 @@
 """Find a model's files and read its shape, without loading weights."""
 
-import contextlib
 import json
 import logging
-import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kvtuner_tools.vllm_logs import importing_vllm, results_alone_on_stdout
 from vllm_kvtuner.engine.config import KV_CACHE_DTYPE, PROFILE_KEY
 from vllm_kvtuner.engine.verdict import model_shape
 from vllm_kvtuner.pages.layout import UNQUANTIZED
@@ -85,29 +83,15 @@ def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelS
     refuse_missing_folder(name)
     if Path(name).is_dir():
         read_config(model, source)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # vLLM logs to what stdout is when it is imported
+        with importing_vllm():
             from vllm.engine import arg_utils
     except ImportError as error:
         logger.warning("vLLM cannot be imported (%s): %s is read and checked without it", error, model)
         return shape_of_values(model, source)
-    with _results_alone_on_stdout():
+    with results_alone_on_stdout():
         register()
         return _shape_of_engine(model, source, arg_utils.EngineArgs(**_engine_keywords(model, source)))
-
-
-@contextlib.contextmanager
-def _results_alone_on_stdout() -> Iterator[None]:
-    """What vLLM logs goes to stderr, whatever stdout was when it was imported."""
-    disabled = logging.root.manager.disable
-    # The engine that is not started has nothing to warn of; whatever else is logged is no result.
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(sys.stderr):
-            yield
-    finally:
-        logging.disable(disabled)
 
 
 def shape_of_values(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelShape:

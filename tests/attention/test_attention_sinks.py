@@ -61,6 +61,7 @@ def plain(query, key, value, sinks, sliding_window):
     return torch.einsum("hqt,thd->qhd", weights, value.repeat_interleave(HEADS // KV_HEADS, 1))
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sliding_window", [None, 24])
 @pytest.mark.parametrize("attend_cached", [False, True])
 @pytest.mark.parametrize(

@@ -45,6 +45,7 @@ def test_windows_within_pictures():
         window_of_run(64, False, 64)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("has_sinks", [False, True], ids=["plain", "sinks"])
 @pytest.mark.parametrize(

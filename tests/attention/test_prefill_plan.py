@@ -86,6 +86,7 @@ def tokens_read(part) -> list[tuple[int, int]]:
     return rows
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("window", "attend_cached"), CASES)
 def test_every_token_is_read_once_within_the_workspace(window, attend_cached):
     for seed in SEEDS:
@@ -231,7 +232,7 @@ def by_plan(batch, query, cached, fresh, held=None):
     return output[starts[batch.num_decodes] :]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "attend_cached"), CASES)
 def test_attention_by_the_plan_is_plain_attention(window, attend_cached):
     generator = torch.Generator().manual_seed(0)
@@ -264,7 +265,7 @@ def test_attention_by_the_plan_is_plain_attention(window, attend_cached):
 RECENT_CASES = [(None, 1), (None, 10), (None, 1000), (24, 10), (60, 59), (1000, 30)]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("sink_tokens", [0, 4, 16])
 @pytest.mark.parametrize("attend_cached", [False, True])
 @pytest.mark.parametrize(("window", "recent"), RECENT_CASES)

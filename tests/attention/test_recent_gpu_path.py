@@ -103,7 +103,7 @@ class Request:
         return row
 
 
-@pytest.mark.quick(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding_window", [None, 100])
 @pytest.mark.parametrize(
     ("window", "attend_cached", "has_sinks"),

@@ -109,6 +109,7 @@ def test_attention_without_a_store_is_an_error(packing):
         packing.attended("first")
 
 
+@pytest.mark.slow
 def test_layers_of_an_engine_share_one():
     mine, other = config(), config()
     first = step_packing.step_packing(mine)

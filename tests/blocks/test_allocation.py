@@ -90,6 +90,7 @@ def counted_allocations(monkeypatch, manager):
     return counted(monkeypatch, manager.coordinator.single_type_managers[0], "get_num_blocks_to_allocate")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("caching", [True, False], ids=["prefix cache", "none"])
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("cache", CACHES)

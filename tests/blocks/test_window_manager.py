@@ -205,6 +205,36 @@ def test_what_a_hit_takes_is_what_is_counted(sink_tokens):
     assert free - manager.block_pool.get_num_free_blocks() == counted
 
 
+@pytest.mark.parametrize("sink_tokens", [0, 4])
+def test_what_a_connector_loads_has_blocks_sink_tokens_too(sink_tokens):
+    """As many as are counted; and the prefix cache finds all of it later."""
+    manager = make_manager(recent_spec(64, 32, sink_tokens=sink_tokens), 400, MAX_LEN)
+    everything = manager.block_pool.get_num_free_blocks()
+    prompt, loaded = list(range(1000)), 896
+    request = make_request("first", prompt, 32)
+    found, hit = start(manager, request)
+    assert hit == 0
+    counted = sum(
+        each.get_num_blocks_to_allocate("first", loaded, blocks, loaded, 0, loaded)
+        for each, blocks in zip(manager.coordinator.single_type_managers, found.blocks, strict=True)
+    )
+    free = manager.block_pool.get_num_free_blocks()
+    manager.allocate_slots(
+        request, 0, new_computed_blocks=found, num_external_computed_tokens=loaded, delay_cache_blocks=True
+    )
+    assert free - manager.block_pool.get_num_free_blocks() == counted == loaded // BLOCK_SIZE + 2 + bool(sink_tokens)
+    assert is_held(manager, request, loaded - 63, loaded)
+    assert is_held(manager, request, 0, sink_tokens)
+    request.num_computed_tokens = loaded
+    manager.cache_blocks(request, loaded)
+    assert manager.allocate_slots(request, 1000 - loaded) is not None
+    again = make_request("again", prompt, 32)
+    assert prefill(manager, again, MAX_LEN) == loaded
+    manager.free(request)
+    manager.free(again)
+    assert manager.block_pool.get_num_free_blocks() == everything
+
+
 def test_a_chunk_holds_no_more_than_what_is_read_later():
     spec = recent_spec(64, 32, sink_tokens=4)
     manager = make_manager(spec, 400, MAX_LEN, enable_caching=False)

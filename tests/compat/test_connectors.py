@@ -1,7 +1,6 @@
-"""What KV connectors tell one profile's pages from another's by; tests/serving transfers some."""
+"""What KV connectors tell one profile's pages from another's by; test_transfers.py has those that move pages."""
 
 import inspect
-import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -9,7 +8,7 @@ from vllm_kvtuner.compat import connectors
 
 
 def test_connectors_keep_profiles_apart(monkeypatch):
-    """What an offloading connector files pages under, and what two ends of a transfer compare."""
+    """What an offloading connector files pages under."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
     from vllm.distributed.kv_transfer.kv_connector.v1 import offloading_connector
     from vllm.v1.kv_offload.config import OffloadingModelConfig
@@ -18,8 +17,6 @@ def test_connectors_keep_profiles_apart(monkeypatch):
     class Built:
         model: OffloadingModelConfig
 
-    nixl = SimpleNamespace(compute_nixl_compatibility_hash=lambda config, backend, transfer_mode: "hash")
-    monkeypatch.setitem(sys.modules, "vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker", nixl)
     built = Built(OffloadingModelConfig("model", "kvtuner"))
     monkeypatch.setattr(offloading_connector, "build_offloading_config", lambda config, caches: built)
     # Without the seam that other tests of this process may have installed.
@@ -37,11 +34,25 @@ def test_connectors_keep_profiles_apart(monkeypatch):
     def offloaded(*which):
         return offloading_connector.build_offloading_config(config(*which), None).model
 
-    def handshake(*which):
-        return nixl.compute_nixl_compatibility_hash(config(*which), "KVTUNER", transfer_mode="pull")
+    def named(name, *which):
+        """What a connector of this name, which files by the model's name and in a folder, files pages under."""
+
+        class Connector:
+            def __init__(self, vllm_config, role, kv_cache_config=None):
+                self._storage_path, self.model = "pages", vllm_config.model_config.model
+
+        Connector.__name__ = name
+        given = config(*which)
+        given.model_config = SimpleNamespace(model="model")
+        made = connectors._of_profile(Connector)(given, "role")
+        assert given.model_config.model == "model" and isinstance(made, Connector)
+        return made.model, made._storage_path
+
+    assert named("ExampleConnector", "kvtuner", "a") == ("model", "pages/a")
+    assert named("ExampleConnector", "auto", "a") == ("model", "pages")
+    assert named("LMCacheMPConnector", "kvtuner", "a") == ("model@kvtuner-a", "pages")
+    assert named("LMCacheMPConnector", "auto", "a") == ("model", "pages")
+    assert named("NixlConnector", "kvtuner", "a") == ("model", "pages")
 
     assert offloaded("auto", "a") is built.model
     assert offloaded("kvtuner", "a") == OffloadingModelConfig("model", "kvtuner-a")
-    assert handshake("auto", "a") == "hash"
-    assert len({handshake("auto", "a"), handshake("kvtuner", "a"), handshake("kvtuner", "b")}) == 3
-    assert handshake("kvtuner", "a") == handshake("kvtuner", "a")

@@ -96,9 +96,11 @@ def test_compose_builds_this_dockerfile(service):
 
 
 def test_compose_takes_what_the_flag_takes(service):
-    command = [substituted(word) for word in service["command"]]
-    assert "--kv-cache-dtype=kvtuner" in command
-    assert "--kvtuner-profile=${PROFILE:-auto}" in service["command"], "which fits every model"
+    model, *arguments = service["command"].split()
+    assert substituted(model).count("/") == 1
+    assert "--kv-cache-dtype=kvtuner" in arguments
+    assert "--kvtuner-profile=${PROFILE:-auto}" in arguments, "which fits every model"
+    assert arguments[-1] == "${ARGS:-}", "vllm serve's other arguments"
 
 
 def test_files_of_a_mounted_folder_can_be_served(service):
@@ -125,7 +127,7 @@ def test_compose_passes_the_hubs_variables_through(service):
 
 def test_compose_reserves_a_gpu_and_checks_health(service):
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
-    assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+    assert device == {"driver": "nvidia", "count": "${GPUS:-1}", "capabilities": ["gpu"]}
     assert service["healthcheck"]["test"][-1].endswith("/health")
     port = service["healthcheck"]["test"][-1].split(":")[2].split("/")[0]
     assert service["ports"][0].split(":")[-1] == port

@@ -4,7 +4,7 @@ import pytest
 
 from tests.helpers.server import serving
 
-PROFILE = "smollm2_135m_5.23bit"
+PROFILE = "smollm2_135m_window_5.50bit"
 
 
 def test_each_knows_the_profile_and_their_metrics_are_one(smollm2, tmp_path):

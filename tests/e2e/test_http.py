@@ -10,7 +10,7 @@ import pytest
 from tests.helpers.server import serving
 
 MODEL = "smollm2"
-PROFILE = "smollm2_135m_5.23bit"
+PROFILE = "smollm2_135m_window_5.50bit"
 MAX_MODEL_LEN = 1024
 # Shorter than a block, so that no answer depends on what the prefix cache holds.
 PROMPT = "The capital of France is"
@@ -131,7 +131,7 @@ def test_a_request_beyond_the_context_is_refused(client):
 def test_the_log_and_the_metrics_say_what_fits(server):
     lines = [line for line in server.log.splitlines() if "kvtuner profile" in line]
     assert len(lines) == 1
-    assert f"{PROFILE}.yaml: 4.733 nominal bits, 5.233 stored bits, 7,536 bytes per token; " in lines[0]
+    assert f"{PROFILE}.yaml: 5.000 nominal bits, 5.500 stored bits, 7,920 bytes per token; " in lines[0]
     tokens = int(server.metric_label("vllm:cache_config_info", "kv_cache_size_tokens"))
     assert f" {tokens:,} KV tokens fit, 3.06 times as many as bf16" in lines[0]
 
@@ -142,9 +142,9 @@ def test_the_metrics_say_what_is_stored(server):
     tokens = int(server.metric_label("vllm:cache_config_info", "kv_cache_size_tokens"))
     digest = server.metric_label("vllm:kvtuner_profile_info", "digest")
     assert {name: round(float(value), 4) for name, value in lines.items()} == {
-        f"vllm:kvtuner_nominal_bits{labels}}}": 4.7333,
-        f"vllm:kvtuner_stored_bits{labels}}}": 5.2333,
-        f"vllm:kvtuner_kv_bytes_per_token{labels}}}": 7536,
+        f"vllm:kvtuner_nominal_bits{labels}}}": 5.0,
+        f"vllm:kvtuner_stored_bits{labels}}}": 5.5,
+        f"vllm:kvtuner_kv_bytes_per_token{labels}}}": 7920,
         f"vllm:kvtuner_kv_cache_tokens{labels}}}": tokens,
         f'vllm:kvtuner_profile_info{{digest="{digest}",{labels[1:]},profile="{PROFILE}",source="given"}}': 1,
         f'vllm:kvtuner_layers{{decode_kernel="compiled",{labels[1:]},pair="K8V4"}}': 10,

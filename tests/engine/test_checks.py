@@ -96,3 +96,26 @@ def test_speculation_that_is_refused(tokens, parallel_drafting, dtype, got):
     assert len(problems) == bool(got)
     for part in got:
         assert part in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("connector", "module", "extra", "got"),
+    [
+        ("OffloadingConnector", None, {"cpu_bytes_to_use": 1}, None),
+        ("OffloadingConnector", None, {"blocks_per_chunk": 1}, None),
+        ("OffloadingConnector", None, {"blocks_per_chunk": 2}, "OffloadingConnector and blocks_per_chunk=2"),
+        ("OffloadingConnector", None, {"block_size": 64}, "OffloadingConnector and a block_size of its own"),
+        ("OffloadingConnector", "of.others", {}, "OffloadingConnector"),
+        ("NixlConnector", None, {}, "NixlConnector"),
+    ],
+)
+def test_sink_tokens_are_refused_where_a_connector_loses_them(connector, module, extra, got, monkeypatch):
+    shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
+    resolved = Profile("p", None, PrecisionPair(4, 4), recent_window=64, sink_tokens=4).resolve(shape)
+    transfer = SimpleNamespace(kv_connector=connector, kv_connector_module_path=module, kv_connector_extra_config=extra)
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False), kv_transfer_config=transfer
+    )
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: True))
+    problems = checks.recent_windows(config, resolved)
+    assert [problem.partition("but got 4 with ")[2] for problem in problems] == ([] if got is None else [got])

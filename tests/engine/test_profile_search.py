@@ -61,6 +61,7 @@ def problem_of(config, shape=SHAPE):
     return problem
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("memory", "ranks", "chosen"),
     [
@@ -80,6 +81,7 @@ def test_a_need_takes_the_bits_that_fit_in_the_memory_of_all_ranks(memory, ranks
     assert look(config) == chosen  # an engine's arguments may be checked again
 
 
+@pytest.mark.slow
 def test_memory_is_estimated_where_it_is_not_given(make_config, monkeypatch, caplog, tmp_path):
     caplog.set_level("INFO", logger="vllm.kvtuner")
     device = SimpleNamespace(get_device_total_memory=lambda: 9 * GIB)
@@ -105,6 +107,7 @@ def test_a_need_of_longer_requests_than_are_served(make_config):
     assert problem.endswith("requests must be of at most max_model_len (8,192) tokens, but got 32,768")
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("spec", "better"), [("auto", "auto:calibrate"), ("auto:3.5", "auto:3.5,calibrate"), ("auto:8.5", None)]
 )
@@ -165,6 +168,7 @@ def keeping(tmp_path):
         """
 
 
+@pytest.mark.slow
 def test_a_model_is_calibrated_once(make_config, program, tmp_path, caplog):
     program(keeping(tmp_path))
     with caplog.at_level("INFO", logger="vllm.kvtuner"), ThreadPoolExecutor(2) as pool:
@@ -182,6 +186,7 @@ def test_a_model_is_calibrated_once(make_config, program, tmp_path, caplog):
     assert look(make_config("auto:3.5")) == found[0]  # and later starts need not ask for it
 
 
+@pytest.mark.slow
 def test_an_interrupted_calibration_goes_on_in_its_folder(make_config, program, tmp_path):
     program("print('Traceback: no CUDA device', file=sys.stderr); sys.exit(3)")
     problem = problem_of(make_config("auto:fit=32768x64,calibrate", memory=GIB))
@@ -194,6 +199,7 @@ def test_an_interrupted_calibration_goes_on_in_its_folder(make_config, program, 
     assert f"--memory {GIB} --context 32768 --concurrency 64" in first
 
 
+@pytest.mark.slow
 def test_a_calibration_without_outcome_is_no_success(make_config, program):
     program("")
     assert "must end in a profile within the budget, but got none of at most 3.5 stored bits" in problem_of(

@@ -56,7 +56,7 @@ def model_table(scaling, max_position=MAX_POSITION):
     return table, frequencies.double(), float(amplitude)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scaled_rotations_are_proportional_to_the_position(name):
     table, frequencies, amplitude = model_table(SCALINGS[name])
@@ -73,6 +73,7 @@ def test_scaled_rotations_are_proportional_to_the_position(name):
     assert (rotary.cos_sin - table).abs().max() < 0.03
 
 
+@pytest.mark.slow
 def test_a_table_in_the_models_dtype_is_taken_where_its_rounding_is_small():
     """Rounded to bf16, the second row's angles are too coarse to go by at far positions, but not at near ones."""
     table = model_table(SCALINGS["plain"], 8)[0].bfloat16().float()
@@ -80,6 +81,7 @@ def test_a_table_in_the_models_dtype_is_taken_where_its_rounding_is_small():
     assert linear_rotary(model_table(SCALINGS["plain"])[0].bfloat16().float(), True, CPU) is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "change",
     [
@@ -98,7 +100,7 @@ def test_other_rotations_are_rejected(change):
     assert linear_rotary(change(table), True, CPU) is None
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_size", "rotary_dim", "is_neox", "count"),
     [(64, 64, True, 32), (64, 64, False, 8), (96, 48, True, 5), (64, 16, False, 1)],
@@ -179,6 +181,7 @@ def rope():
     return make
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("name", "max_position"), [("plain", 40_000), ("llama3", 40_000), ("yarn", 32_768)])
 def test_the_plugin_finds_vllms_rotations_proportional(rope, name, max_position):
     """From the table before it was rounded to the model's dtype, once for all layers that share the module."""

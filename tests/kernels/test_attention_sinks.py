@@ -33,6 +33,7 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("span", "soft_cap", "query_lens", "dtype"), LIMITS)
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 def test_decode(kernel, span, soft_cap, query_lens, dtype, device):
@@ -55,6 +56,7 @@ def test_decode(kernel, span, soft_cap, query_lens, dtype, device):
     torch.testing.assert_close(got_lse.double(), want_lse, rtol=0, atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sliding_window", [None, 40])
 @pytest.mark.parametrize("kernel", ["reference", "triton"])
 def test_sinks_count_once_beside_a_recent_window(kernel, sliding_window, device):

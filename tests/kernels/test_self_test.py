@@ -32,13 +32,14 @@ def measure_reference(tested, kernels=ReferenceKernels):
     return self_test.measure(tested, kernels(tested.shape, tested.span), CPU)
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
 @pytest.mark.parametrize("transforms", [(), TRANSFORM_KEYS], ids=["plain", "all transforms"])
 def test_the_reference_passes(pair, transforms):
     assert measure_reference(case(pair, transforms=transforms)).problem is None
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "tested",
     [
@@ -64,6 +65,7 @@ def test_the_reference_passes_in_every_kind_of_layer(tested):
     assert measure_reference(tested).problem is None
 
 
+@pytest.mark.slow
 def test_one_and_several_tokens_are_decoded_in_few_and_many_requests():
     """Requests and the tokens of the longest; the same that kernels are warmed up with, and their scratch has room."""
     seen = []
@@ -224,6 +226,7 @@ def spoil_one_row(self, key, value, slots, positions, pages, window):
         STORE(key, value, slots, positions, pages, window)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("broken", [round_to_nearest, spoil_one_row, swap_codes, miss_a_token])
 @pytest.mark.parametrize("pair", ["K4V4", "K2V2", "K8V4"])
 def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch):
@@ -237,6 +240,7 @@ def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch)
         assert "feedback error" in errors.problem
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("method", "broken", "seen"),
     [
@@ -285,6 +289,7 @@ def pack_to_nearest(late):
     return late._replace(pack_rows=pack_rows)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("broken", [forget_to_keep, forget_to_pack, pack_to_nearest])
 def test_a_store_in_two_parts_that_is_not_the_store_is_found(broken, monkeypatch):
     parts = ReferenceKernels.late_packing

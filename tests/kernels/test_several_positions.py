@@ -75,6 +75,7 @@ def stored(store, shape, device, feedback=False):
     return cache, transforms, key[:tokens], value[:tokens]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_keys_come_back_as_they_were(shape, kernels, device):
@@ -92,6 +93,7 @@ def test_keys_come_back_as_they_were(shape, kernels, device):
     assert (values - value[wanted]).square().mean().sqrt() < ERRORS[cache.layout.v_bits]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("query_len", [1, 3])
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -119,6 +121,7 @@ def test_decode_gives_the_offset_back(shape, kernels, query_len, device):
         first += queries
 
 
+@pytest.mark.slow
 def test_triton_stores_with_feedback_what_the_reference_stores(device):
     """Round feedback has a store kernel of its own; identities round to the nearest."""
     got, transforms, *_ = stored(reshape_and_cache, "partial, interleaved", device, feedback=True)

@@ -260,6 +260,7 @@ def test_what_the_process_answers(monkeypatch, capsys, outcomes, failure, refuse
     assert ask_the_process(monkeypatch, capsys, outcomes) == {"failure": failure, "refused": refused}
 
 
+@pytest.mark.slow
 def test_a_real_process_without_a_gpu_fails(card, monkeypatch):
     """It is started as from an engine, imports what it needs, and its end is told."""
     card(8, 0)

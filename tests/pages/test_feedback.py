@@ -62,6 +62,7 @@ def plain_loop(row, factors, low, step, levels):
     return codes, cost
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits", FEEDBACK_BITS)
 @pytest.mark.parametrize("head_size", [8, 24, 64, 80])
 @pytest.mark.parametrize("ranges", [(1.0,), (0.8, 1.1), (0.75, 0.95, 1.2)], ids=str)
@@ -85,6 +86,7 @@ def test_codes_are_those_of_a_plain_loop(bits, head_size, ranges):
     assert different <= TIES * HEADS * len(rows)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits", FEEDBACK_BITS)
 @pytest.mark.parametrize("head_size", [64, 80, 128])
 def test_the_cost_is_the_weighted_error(bits, head_size):
@@ -101,6 +103,7 @@ def test_the_cost_is_the_weighted_error(bits, head_size):
     assert (errors.argmin(0).flatten().bincount() > 0).sum() > 1, "no range serves all rows"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits", FEEDBACK_BITS)
 @pytest.mark.parametrize("head_size", [64, 96, 128])
 @pytest.mark.parametrize("factor", [0.9, 1.0])
@@ -171,6 +174,7 @@ def test_huge_rows_saturate(bits, huge):
     assert (read[:, :, 40] < -3e4).all()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits", FEEDBACK_BITS)
 @pytest.mark.parametrize("spread", [1e-6, 1e-3, 1.0, 1e3, 2e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -185,6 +189,7 @@ def test_codes_are_within_the_page(bits, spread, dtype):
     assert torch.equal(code_format(bits).unpack(code_format(bits).pack(codes.contiguous())), codes)
 
 
+@pytest.mark.slow
 def test_rows_do_not_depend_on_their_batch(monkeypatch):
     """Other rows and the parts of a call change sums by fp32's rounding alone, hence hardly a code."""
     known, codes = random_feedback(64, (0.8, 1.1)), code_format(2)

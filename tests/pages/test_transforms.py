@@ -58,6 +58,7 @@ def test_hadamard_is_orthonormal_and_its_own_inverse(head_size):
     assert not matrix[~inside].any()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("head_size", "rotary_dim", "is_neox"), ROTARIES, ids=ROTARY_IDS)
 def test_the_rotated_offset_is_rope_of_the_offset(head_size, rotary_dim, is_neox):
     transforms = make(head_size, rotary_dim, is_neox)

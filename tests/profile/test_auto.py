@@ -41,6 +41,7 @@ def problems_of(*arguments):
     return caught.value.problems
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("spec", "chosen", "bits"),
     [("auto", "K4V4", 4.25), ("auto:3.5", "K4V2", 3.25), ("AUTO:16", "K8V8", 8.25), ("auto:6.25", "K8V4", 6.25)],
@@ -132,6 +133,7 @@ def test_wrong_budgets(spec):
 GIB = 1 << 30
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("memory", "chosen"),
     [(64 * 32768 * 2112 + 1, "K8V8"), (64 * 32768 * 2112 - 1, "K8V4"), (64 * (32768 * 832 + 4 * 68 * 1024), "K4V2")],

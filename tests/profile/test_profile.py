@@ -256,6 +256,7 @@ def test_all_problems_at_once(write):
     assert len(problems) == len(expected)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("text", "problem"),
     [

@@ -1,12 +1,15 @@
 """The shipped profiles: complete, of the published allocations, and with the bits they state."""
 
+import json
+from pathlib import Path
+
 import pytest
 import yaml
 
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, content_bytes
-from vllm_kvtuner.profile.load import load_profile, shipped_profiles
+from vllm_kvtuner.profile.load import ProfileError, load_profile, shipped_profiles
 from vllm_kvtuner.profile.profile import FROM_WEIGHTS
-from vllm_kvtuner.profile.shipped import EARLIER_NAMES
+from vllm_kvtuner.profile.shipped import EARLIER_NAMES, REPLACED
 from vllm_kvtuner.profile.statics import load_statics
 
 PUBLISHED = {
@@ -28,9 +31,6 @@ PUBLISHED = {
 }
 """Nominal bits as published and the reference implementation's file name."""
 CALIBRATED = (
-    "qwen25_coder_0.5b_3.50bit",
-    "qwen25_coder_0.5b_4.25bit",
-    "qwen25_coder_0.5b_5.25bit",
     "qwen25_coder_0.5b_feedback_3.00bit",
     "qwen25_coder_0.5b_feedback_3.50bit",
     "qwen25_coder_1.5b_3.50bit",
@@ -39,19 +39,17 @@ CALIBRATED = (
     "qwen25_coder_1.5b_window_3.00bit",
     "qwen25_coder_1.5b_window_3.50bit",
     "qwen25_coder_1.5b_window_4.25bit",
-    "smollm2_135m_3.50bit",
-    "smollm2_135m_4.23bit",
-    "smollm2_135m_5.23bit",
     "smollm2_135m_feedback_2.50bit",
     "smollm2_135m_feedback_3.00bit",
     "smollm2_135m_feedback_3.50bit",
-    "smollm2_135m_window_3.50bit",
     "smollm2_135m_window_4.50bit",
     "smollm2_135m_window_5.50bit",
 )
 """Found by ``kvtuner calibrate``, with statics."""
 WINDOWED = "qwen25_coder_1.5b_uniform_3.25bit"
 """Uniform, with the statics of the calibrated ones, and a recent window."""
+HELDOUT = Path(__file__).parents[2] / "docs/benchmarks/data/2026-11-22_heldout_h200.json"
+"""Scores of profiles that have left."""
 
 
 def test_all_are_found():
@@ -145,6 +143,21 @@ def test_earlier_names_lead_to_the_same_profiles(earlier, name):
     nominal = float(earlier.rpartition("_")[2].removesuffix("bit"))
     assert nominal == pytest.approx(profile.resolve(profile.model).nominal_bits, abs=0.00501)
     assert earlier not in EARLIER_NAMES.values()
+
+
+@pytest.mark.parametrize(("gone", "better"), REPLACED.items())
+def test_names_of_profiles_that_have_left_are_refused_with_what_is_better(gone, better):
+    for spec in (gone, f"{gone}.yaml"):
+        with pytest.raises(ProfileError, match=f"^{spec}: profile must be one that is still shipped, .* {better} has"):
+            load_profile(spec)
+    left = json.loads(HELDOUT.read_text())["profiles"].get(gone)
+    if left is not None:
+        old, new = (scores["this profile"] for scores in (left["heldout_scores"], heldout_scores(better)))
+        assert new["kl_mean"] < old["kl_mean"] and new["stored_bits"] <= old["stored_bits"]
+
+
+def heldout_scores(name):
+    return load_profile(name).provenance["heldout_scores"]
 
 
 def test_published_names_need_no_folder():

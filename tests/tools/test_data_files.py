@@ -145,6 +145,7 @@ JSON = st.recursive(
 LINES = st.lists(JSON.map(json.dumps) | st.text(max_size=20) | st.just(ROW), max_size=6)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None, derandomize=True, database=None)
 @given(
     content=LINES.flatmap(

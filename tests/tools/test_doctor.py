@@ -78,6 +78,7 @@ def diagnose(capsys):
     return run
 
 
+@pytest.mark.slow
 @cpu_only
 def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
     report = diagnose()
@@ -329,6 +330,7 @@ def gpu_card(monkeypatch):
     return set_card
 
 
+@pytest.mark.slow
 def test_it_tells_what_the_cards_self_test_found(gpu_card):
     section = gpu_card(Verdict(in_a_process=True, seconds=7.25))
     assert section.problems == []
@@ -414,6 +416,7 @@ def write_nothing(*_):
     pass
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("method", ["store", "gather", "attend"])
 def test_kernels_that_err_are_told(monkeypatch, method):
     monkeypatch.setenv("KVTUNER_CPU_KERNELS", "reference")

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from kvtuner_tools import heldout
+from kvtuner_tools.calibration import calibration_text
 from tests.helpers.tiny_model import make_tokenizer
 
 VOCABULARY = 37
@@ -67,3 +68,36 @@ def test_unusable_data_is_refused(tmp_path: Path, name: str, content: str, messa
 
     with pytest.raises(ValueError, match=message):
         heldout.load_windows(tmp_path / name, make_tokenizer(), tokens=100, context=10)
+
+
+def test_without_a_file_kinds_of_text_have_equal_shares_and_are_the_same_each_time() -> None:
+    tokenizer = make_tokenizer()
+
+    windows = heldout.load_windows(None, tokenizer, tokens=6 * 1024, context=1024)
+
+    assert [len(window) for window in windows] == [1024] * 6
+    assert windows == heldout.load_windows(None, tokenizer, tokens=6 * 1024, context=1024)
+    decoded = [tokenizer.decode(window) for window in windows]
+    assert sum("<|user|>" in window for window in decoded) == 2
+    novel = (calibration_text.heldout_paths()[0]).read_text(encoding="utf-8")
+    assert sum(window[-100:] in novel for window in decoded) == 2
+    assert heldout.identity(None)["file"] == "bundled held-out text"
+
+
+def test_more_than_the_bundled_text_holds_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"--tokens must be at most the [0-9,]+ that .* holds, but got 9,000,000"):
+        heldout.load_windows(None, make_tokenizer(), tokens=9_000_000, context=1024)
+
+
+SHARED_PHRASES = 10
+"""Eight words in a row that unlike texts share: a list of the numbers to nine, or how modules import a C version."""
+
+
+def test_calibration_draws_nothing_of_the_bundled_held_out_text() -> None:
+    def phrases(paths: list[Path]) -> set[tuple[str, ...]]:
+        texts = (path.read_text(encoding="utf-8").replace("\\n", " ").split() for path in paths)
+        return {tuple(words[index : index + 8]) for words in texts for index in range(len(words) - 7)}
+
+    held = calibration_text.heldout_paths()
+    drawn = [held[0].parent / name for name in calibration_text.BUNDLED_FILES]
+    assert len(phrases(held) & phrases(drawn)) <= SHARED_PHRASES

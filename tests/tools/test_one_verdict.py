@@ -113,6 +113,7 @@ def test_what_is_accepted(tmp_path, changes):
         command(str(model), tmp_path)
 
 
+@pytest.mark.slow
 def test_what_vllm_does_not_read_is_refused_in_its_words(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "no_such_model"}))
     with pytest.raises(ProfileError, match=r"model must be one that vLLM reads, but got .*no_such_model"):

@@ -104,6 +104,7 @@ def write_everywhere(_: None) -> None:
     print("half way", file=progress_stream())
 
 
+@pytest.mark.slow
 def test_output_goes_to_a_file_and_progress_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     log = tmp_path / "engine.log"
     log.write_text("before\n")

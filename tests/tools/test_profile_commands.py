@@ -170,6 +170,7 @@ def test_folders_that_hold_no_model(run_cli, tmp_path, content, problem):
     assert problem in err
 
 
+@pytest.mark.slow
 def test_list(run_cli):
     rows = {line.split()[0]: line.split() for line in run_cli("profile", "list")[1].splitlines()}
     assert rows["name"] == ["name", "model", "stored", "bits", "x", "bf16", "window", "KL", "GSM8K"]
@@ -221,6 +222,7 @@ def test_tokens_come_in_whole_blocks():
     assert tokens_that_fit(33 * 100, 100) == 32
 
 
+@pytest.mark.slow
 def test_profile_commands_import_no_torch():
     script = (
         "import sys; from kvtuner_tools.cli import main; main(['profile', 'list']);"
@@ -230,6 +232,7 @@ def test_profile_commands_import_no_torch():
     assert done.stdout.splitlines()[-1] == "set()"
 
 
+@pytest.mark.slow
 def test_a_budget_by_need(run_cli, make_model):
     # 2 layers of 2 heads of 64: K4V2 takes 224 bytes a token, K4V4 288, and a request's window 69,632 with either.
     arguments = ("--model", make_model(), "--memory", "1MiB")

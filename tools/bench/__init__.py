@@ -24,6 +24,12 @@ BENCHMARKS = (
         "decode steps of engines on a CPU that take turns, as ratios",
         "kvtuner bench turns MODEL --setting auto --setting kvtuner:K4V4",
     ),
+    (
+        "transfer",
+        "transfer",
+        "bytes of cached tokens on a wire and in tiers, and time to the first token from there",
+        "kvtuner bench transfer MODEL --setting auto --setting kvtuner:K4V4 --out transfer.json",
+    ),
     ("picture", "pictures", "draw a result of kernel or serve", "kvtuner bench picture serve.json serve.png"),
 )
 """Name, module with ``add_arguments(parser)`` and ``run(args) -> int``, help and example of each benchmark."""

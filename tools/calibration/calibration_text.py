@@ -2,7 +2,7 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,11 @@ GENERATED = "generated"
 """Kind of what the model wrote itself, which comes before all others."""
 GENERATED_FILE = "generated.jsonl"
 """Its name in an output folder."""
+HELDOUT = "bundled held-out text"
+"""Source of the set that ``kvtuner evaluate`` takes without ``--data``. Calibration draws nothing of it."""
+HELDOUT_KINDS = {"heldout_novel.txt": "novel", "heldout_code.jsonl": "code", "heldout_conversations.jsonl": "chat"}
+HELDOUT_FILES = tuple(HELDOUT_KINDS)
+_FOLDER = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True)
@@ -135,22 +140,47 @@ def draw_texts(
         ProfileError: the file cannot be read, or every line in it that is of no known form, with file and line.
         ValueError: too little text for all, or numbers out of range.
     """
+    kinds = {_FOLDER / name: kind for name, kind in BUNDLED_KINDS.items()} if data is None else {data: data.name}
+    return _draw_all(BUNDLED if data is None else str(data), kinds, tokenizer, requests, seed=seed, generated=generated)
+
+
+def draw_heldout(tokenizer: Any, request: TextRequest) -> CalibrationText:
+    """A text of the bundled held-out set, the same at each call, with the same shares as :func:`draw_texts`.
+
+    Raises:
+        ValueError: too little text, or numbers out of range.
+    """
+    kinds = dict(zip(heldout_paths(), HELDOUT_KINDS.values(), strict=True))
+    return _draw_all(HELDOUT, kinds, tokenizer, [request], seed=0)[0]
+
+
+def heldout_paths() -> list[Path]:
+    """Files of the bundled held-out set."""
+    return [_FOLDER / name for name in HELDOUT_FILES]
+
+
+def _draw_all(
+    source: str,
+    kinds: dict[Path, str],
+    tokenizer: Any,
+    requests: Sequence[TextRequest],
+    *,
+    seed: int,
+    generated: OwnText | None = None,
+) -> list[CalibrationText]:
+    """What :func:`draw_texts` draws, from files of these kinds."""
     for request in requests:
         if request.context < MIN_WINDOW:
             raise ValueError(f"context must be at least {MIN_WINDOW} tokens, but got {request.context}")
         if request.tokens < 1:
             raise ValueError(f"tokens must be at least 1, but got {request.tokens}")
-    folder = Path(__file__).parent / "data"
-    paths = [data] if data is not None else [folder / name for name in BUNDLED_FILES]
-    documents = {path: list(token_documents(path, read_documents(path), tokenizer)) for path in paths}
-    kinds = {path: BUNDLED_KINDS[path.name] if data is None else path.name for path in paths}
-    source = BUNDLED if data is None else str(data)
+    documents = {path: list(token_documents(path, read_documents(path), tokenizer)) for path in kinds}
     if generated is not None:
         documents = {generated.path: list(generated.documents), **documents}
-        kinds[generated.path] = GENERATED
+        kinds = {**kinds, generated.path: GENERATED}
         source = f"{source} and {GENERATED}"
     files = [_File(path, each, seed, kinds[path]) for path, each in documents.items()]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in documents)).hexdigest()
+    digest = files_sha256(documents)
     found = [_draw(files, request) for request in requests]
     drawn = [tuple(window for _, window in each) for each in found]
     if any(_tokens(windows) < request.tokens for windows, request in zip(drawn, requests, strict=True)):
@@ -168,6 +198,11 @@ def _row(record: Any) -> tuple[int, ...]:
     if not isinstance(ids, list) or not ids or not all(isinstance(each, int) for each in ids):
         raise ValueError(f"each line must be an object with ids, a list of token ids, but got {show(record)}")
     return tuple(ids)
+
+
+def files_sha256(paths: Iterable[Path]) -> str:
+    """Digest of all bytes of some files, one after the other."""
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 Windows = tuple[tuple[int, ...], ...]

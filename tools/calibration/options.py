@@ -302,7 +302,10 @@ _HELP: dict[str, tuple[str, dict[str, Any]]] = {
     "context": ("tokens of a request, with --memory", {"type": int, "metavar": "TOKENS"}),
     "concurrency": ("requests at once, with --memory", {"type": int, "metavar": "REQUESTS"}),
     "sampler": ("Optuna's sampler", {"choices": SAMPLERS}),
-    "trials": ("settings to score, those of earlier runs included", {"type": int}),
+    "trials": (
+        "settings to score, those of earlier runs included; the first ones, two a cluster and more, are in any case",
+        {"type": int},
+    ),
     "storage": (
         "Optuna storage URL, kept in the output folder: leave its password to the driver, such as ~/.pgpass "
         "(default: an SQLite file in the output folder, for one worker)",

@@ -174,8 +174,9 @@ def _wait_for_turn(study: Study, me: str, progress: Progress) -> bool:
         scored = sum(trial.state == TrialState.COMPLETE for trial in trials)
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         wanted = study.user_attrs[TRIALS]
-        progress.show(scored, max(wanted, scored))
-        seeds_left = any(trial.state == TrialState.WAITING and ORIGIN in trial.user_attrs for trial in trials)
+        # Seeds are scored in any case, so they may be more than were wanted.
+        seeds_left = sum(trial.state == TrialState.WAITING and ORIGIN in trial.user_attrs for trial in trials)
+        progress.show(scored, max(wanted, scored + running + seeds_left))
         if seeds_left or (scored + running < wanted and _barren(trials) < BARREN_TRIALS):
             return True
         if not running:

@@ -357,14 +357,22 @@ class MeasuringEngine:
         shown = track(windows, self._options.label, "window", total=len(windows)) if progress else windows
         for window in shown:
             self._llm.collective_rpc(_begin, args=(start, window))
+            self.before_window(len(window.ids))
             self._llm.generate([{"prompt_token_ids": list(window.ids)}], params, use_tqdm=False)
             self._llm.collective_rpc(_end)
+            self.after_window()
             start += window.positions
         ((scores, dtype, vocab_size),) = filter(None, self._llm.collective_rpc(_collect))
         reference = self._reference
         if isinstance(reference, Path):
             reference = ReferenceLogits(reference, dtype, vocab_size, start)
         return TokenScores.join(scores), reference
+
+    def before_window(self, num_tokens: int) -> None:
+        """For engines that do more: a window is about to run."""
+
+    def after_window(self) -> None:
+        """Likewise: a window has run."""
 
     def answer(self, asked: Asked, *, progress: bool) -> tuple[Completion, ...]:
         """Answers to all questions, in their order."""

@@ -1,14 +1,13 @@
 """The engines of one evaluation, one after the other, and the row of each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from kvtuner_tools.cache_setting import AUTO, CacheSetting, cache_bits, profile_sha256
-from kvtuner_tools.data_files import file_sha256
 from kvtuner_tools.engine_arguments import check_max_model_len, model_source
 from kvtuner_tools.engines.evaluate import (
     TASK_MAX_NUM_SEQS,
@@ -22,11 +21,14 @@ from kvtuner_tools.engines.evaluate import (
 )
 from kvtuner_tools.evaluation.question_sets import answered, asked, followed, paired_rows, question_sets
 from kvtuner_tools.evaluation.request import SCHEMA, EvaluationRequest
-from kvtuner_tools.heldout import load_windows
+from kvtuner_tools.heldout import identity, load_windows
 from kvtuner_tools.lm_eval_tasks import LmEvalJob, run_lm_eval
 from kvtuner_tools.model_files import load_config, load_model_shape, load_tokenizer
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import provenance
+from kvtuner_tools.simulation.cache import Method
+from kvtuner_tools.simulation.rows import STATED_TOKENS, Simulations, profile_bits_at
+from vllm_kvtuner.profile.load import load_profile
 from vllm_kvtuner.profile.problems import ProfileError
 
 NOISE_FLOOR = "auto (noise floor)"
@@ -75,7 +77,7 @@ class Passes:
         self._bits = {setting: cache_bits(setting, shape, request.model, width) for setting in settings}
         tokenizer = load_tokenizer(request.model, source)
         windows = []
-        if request.data is not None:
+        if request.tokens:
             windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
         self._text = tuple(Window(tuple(window)) for window in windows)
         positions = hf_config.get_text_config().max_position_embeddings
@@ -85,6 +87,14 @@ class Passes:
         check_max_model_len(request.words, longest + 1)
         self._max_model_len = max_model_len_for(longest, positions)
         self._chunk = request.chunk or request.context
+        if request.simulation.methods:
+            _check_simulation(request, self._chunk)
+        self.simulations = Simulations(request.simulation, shape, tokenizer, request.context, request.words)
+        self._stated = {
+            setting: profile_bits_at(load_profile(setting.profile).resolve(shape), STATED_TOKENS)
+            for setting in request.settings
+            if setting.profile is not None
+        }
 
     @property
     def _follows(self) -> bool:
@@ -98,20 +108,20 @@ class Passes:
     def head(self) -> dict[str, Any]:
         """What all rows rest on, as JSON."""
         request = self._request
-        data = request.data and {"file": request.data.name, "sha256": file_sha256(request.data)}
         tasks = [each.task for each in self._sets if each.task is not None]
         return {
             "schema": SCHEMA,
             **provenance(),
             "model": request.model,
             "dtype": request.dtype,
-            "data": data,
+            "data": identity(request.data) if request.tokens else None,
             "context": request.context,
             "chunk": self._chunk,
             "windows": len(self._text),
             "predicted_tokens": sum(window.positions for window in self._text),
             "kv_memory_bytes": request.kv_memory_bytes,
             "engine": {name: list(words) for name, words in request.words.items()},
+            **({"simulation": self.simulations.description()} if self.simulations.methods else {}),
             "task": tasks[0].description() if tasks else None,
             "questions": {each.name: each.description() for each in self._sets},
             "sampling": {"temperature": request.temperature},
@@ -149,6 +159,17 @@ class Passes:
         row = self._row(each.label, each.setting, self._run(each))
         return {**row, **paired_rows(row, reference), "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
 
+    def simulate(self, simulations: Simulations, method: Method) -> dict[str, Any]:
+        """The row of a simulated cache: text alone."""
+        windows = tuple(window.ids for window in self._text)
+        return simulations.measure(method, self._options(method.label, AUTO), windows, self._reference)
+
+    def _reference(self) -> ReferenceLogits:
+        if isinstance(self._recorded, Path):
+            self._record(answers=False)
+        assert isinstance(self._recorded, ReferenceLogits)
+        return self._recorded
+
     def _record(self, *, answers: bool) -> EngineResult:
         result = self._run(Pass("auto (reference)", AUTO, self._chunk, answers))
         if result.reference is not None:
@@ -158,20 +179,26 @@ class Passes:
 
     def _run(self, each: Pass) -> EngineResult:
         questions = asked(self._sets, self._request.temperature) if each.answers else ()
-        options = EngineOptions(
-            label=each.label,
-            model=self._request.model,
-            dtype=self._request.dtype,
-            setting=each.setting,
-            max_model_len=self._max_model_len,
+        options = replace(
+            self._options(each.label, each.setting),
             chunk=each.chunk,
-            kv_memory_bytes=self._request.kv_memory_bytes,
             max_num_seqs=TASK_MAX_NUM_SEQS if questions else 1,
-            words=self._request.words,
         )
         follow = self._request.answer_tokens if self._followed is None and self._follows else None
         windows = self._text + (self._followed or ())
         return in_own_process(run_engine, EngineJob(options, windows, self._recorded, questions, follow))
+
+    def _options(self, label: str, setting: CacheSetting) -> EngineOptions:
+        return EngineOptions(
+            label=label,
+            model=self._request.model,
+            dtype=self._request.dtype,
+            setting=setting,
+            max_model_len=self._max_model_len,
+            chunk=self._chunk,
+            kv_memory_bytes=self._request.kv_memory_bytes,
+            words=self._request.words,
+        )
 
     def _row(self, label: str, setting: CacheSetting, result: EngineResult) -> dict[str, Any]:
         nominal, stored = self._bits[setting] or (None, None)
@@ -182,6 +209,7 @@ class Passes:
             "profile_sha256": profile_sha256(setting),
             "nominal_bits": nominal,
             "stored_bits": stored,
+            **({"stored_bits_at": {str(STATED_TOKENS): self._stated[setting]}} if setting in self._stated else {}),
             **self._forced(result),
             "kv_tokens": result.kv_tokens,
             "block_size": result.block_size,
@@ -218,3 +246,15 @@ class Passes:
             words=request.words,
         )
         return {"lm_eval": in_own_process(run_lm_eval, job)}
+
+
+def _check_simulation(request: EvaluationRequest, chunk: int) -> None:
+    problems = []
+    if not request.tokens:
+        problems.append("--simulate runs text: give --tokens or --data beside questions, needles and quotes")
+    if chunk < request.context:
+        problems.append(f"--simulate runs a window in one step, but got --chunk {request.chunk}")
+    if request.simulation.prompt_tokens and (request.settings or request.noise_floor):
+        problems.append("--prompt-tokens is for simulated caches alone: leave out other settings")
+    if problems:
+        raise ValueError("\n".join(problems))

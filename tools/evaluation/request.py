@@ -7,11 +7,13 @@ from kvtuner_tools.cache_setting import CacheSetting
 from kvtuner_tools.engine_arguments import EngineWords
 from kvtuner_tools.evaluation.needles import NeedleRequest
 from kvtuner_tools.evaluation.quotes import QuoteRequest
+from kvtuner_tools.simulation.rows import SimulationRequest
 from kvtuner_tools.task_accuracy import DEFAULT_MAX_TOKENS
 
 SCHEMA = "kvtuner-evaluation/2"
 """Of a result."""
 DEFAULT_ANSWER_TOKENS = 16384
+DEFAULT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,8 @@ class EvaluationRequest:
     Attributes:
         model: folder or model id.
         settings: what to compare with ``auto``, in order.
-        data: plain text, or rows of JSON with texts or conversations; None for no text.
-        tokens: text tokens to run, at least.
+        data: plain text, or rows of JSON with texts or conversations; None takes the bundled held-out set.
+        tokens: text tokens to run, at least; 0 for no text.
         context: tokens of a window at most.
         chunk: prompt tokens per engine step; below ``context``, later chunks attend to the earlier ones in the cache.
         kv_memory_bytes: KV cache memory of every engine, on each rank.
@@ -40,12 +42,13 @@ class EvaluationRequest:
         task_tokens: tokens an answer may have.
         lm_eval: names of lm-eval tasks, or YAML files of such.
         words: vLLM's engine arguments.
+        simulation: caches to simulate beside ``settings``.
     """
 
     model: str
     settings: tuple[CacheSetting, ...]
     data: Path | None = None
-    tokens: int = 4096
+    tokens: int = DEFAULT_TOKENS
     context: int = 1024
     chunk: int | None = None
     kv_memory_bytes: int = 1 << 30
@@ -68,3 +71,5 @@ class EvaluationRequest:
             raise ValueError(f"--answer-tokens must be at least 1, but got {self.answer_tokens}")
         if not self.temperature >= 0:
             raise ValueError(f"--temperature must be at least 0, but got {self.temperature}")
+
+    simulation: SimulationRequest = field(default_factory=SimulationRequest)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvtuner_tools.results import format_table
+from kvtuner_tools.simulation.rows import STATED_TOKENS
 
 TEXT_COLUMNS = {
     "KL mean": "kl_mean:.5f",
@@ -12,6 +13,8 @@ TEXT_COLUMNS = {
     "top-1": "top1_agreement:.4f",
     "perplexity": "perplexity:.3f",
 }
+SIMULATION_COLUMNS = {f"bits at {STATED_TOKENS:,}": f"stored_bits_{STATED_TOKENS}:.2f"}
+"""Beside simulated caches: stored bits of a request of so many tokens, those that are kept exactly included."""
 TASK_COLUMNS = {
     "accuracy": "task_accuracy:.3f",
     "± stderr ": "task_stderr:.3f",
@@ -42,13 +45,16 @@ def table(evaluation: dict[str, Any]) -> str:
     if evaluation.get("data") is not None or "kl_mean" in evaluation["reference"]:
         columns |= TEXT_COLUMNS
     columns |= {"KV tokens": "kv_tokens:,", "x auto": "kv_tokens_ratio:.3f"}
-    rows = [{**evaluation["reference"], "kv_tokens_ratio": 1.0}, *evaluation["settings"]]
+    rows = [{**evaluation["reference"], "kv_tokens_ratio": 1.0}, *map(dict, evaluation["settings"])]
     if evaluation["task"] is not None:
         columns |= TASK_COLUMNS
     for task, metrics in evaluation["reference"].get("lm_eval", {}).items():
         for metric in metrics:
             columns |= {f"{task} {metric}": f"{task}/{metric}:.3f", f"± {task} {metric}": f"{task}/{metric}/stderr:.3f"}
+    if "simulation" in evaluation:
+        columns |= SIMULATION_COLUMNS
     for row in rows:
+        row |= {f"stored_bits_{tokens}": bits for tokens, bits in row.get("stored_bits_at", {}).items()}
         for task, metrics in row.get("lm_eval", {}).items():
             for metric, (value, stderr) in metrics.items():
                 row |= {f"{task}/{metric}": value, f"{task}/{metric}/stderr": stderr}

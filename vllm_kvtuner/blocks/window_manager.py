@@ -53,12 +53,17 @@ class RecentSpec(SlidingWindowSpec):
     def num_retained_tokens(self) -> int:
         # Model runner V2 of 0.33.0 takes blocks that lie further back out of its block tables, that of the sink tokens
         # included, unless this is 0.
-        return 0 if self.sink_tokens else self.sliding_window - 1 + self.extra_retained_tokens
+        return 0 if self.sink_tokens else self.tokens_before_step
+
+    @property
+    def tokens_before_step(self) -> int:
+        """The newest tokens before a step that are held while it is computed."""
+        return self.sliding_window - 1 + self.extra_retained_tokens
 
     @property
     def kept_tokens(self) -> int:
         """The newest tokens of a step that are stored: what the next step sees, however many drafts are rejected."""
-        return self.sliding_window - 1 + self.extra_retained_tokens + self.step_tokens
+        return self.tokens_before_step + self.step_tokens
 
     @property
     def decode_blocks(self) -> int:
@@ -170,7 +175,11 @@ class RecentManager(SlidingWindowManager):
             return 0
         # vLLM's own leaves out what it finds before the window.
         skipped = self.get_num_skipped_tokens(total_computed_tokens) // self.block_size
-        needed += self._get_num_evictable_blocks(new_computed_blocks[: min(self.sink_blocks, skipped)])
+        before_window = min(self.sink_blocks, skipped)
+        if new_computed_blocks:
+            needed += self._get_num_evictable_blocks(new_computed_blocks[:before_window])
+        elif request_id not in self.num_cached_block:  # all that is computed, a connector loads
+            needed += before_window
         if apply_admission_cap:
             return needed
         # Tokens that a connector loads have blocks wherever the window reaches.
@@ -187,6 +196,22 @@ class RecentManager(SlidingWindowManager):
             if blocks[index].is_null:  # since it lies before the window
                 self.block_pool.touch([block])
                 blocks[index] = block
+
+    def allocate_external_computed_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> None:
+        super().allocate_external_computed_blocks(request_id, *args, **kwargs)
+        blocks = self.req_to_blocks[request_id]
+        if blocks and blocks[0].is_null and self.sink_blocks:
+            # A connector that loads sink tokens writes all of these blocks; others are refused beside them.
+            blocks[: self.sink_blocks] = self.block_pool.get_new_blocks(self.sink_blocks)
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        blocks = self.req_to_blocks[request.request_id]
+        loaded = min(self.num_cached_block.get(request.request_id, 0), num_tokens // self.block_size, self.sink_blocks)
+        # vLLM's own takes what lies before the window for cached already.
+        if loaded and not blocks[0].is_null and blocks[0].block_hash is None:
+            group = self.kv_cache_group_id
+            self.block_pool.cache_full_blocks(request, blocks, 0, loaded, self.block_size, group)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:
         blocks = self.req_to_blocks[request_id]

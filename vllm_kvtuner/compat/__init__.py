@@ -11,7 +11,7 @@ _applied = False
 def apply() -> None:
     """Install every seam in this process; may run any number of times."""
     # Here, so that whoever asks for versions alone imports no vLLM; it may not even be installed.
-    from vllm_kvtuner.compat import blocks, connectors, layers, reporting, settings, worker
+    from vllm_kvtuner.compat import blocks, connectors, layers, reporting, settings, transfers, weights, worker
 
     global _applied
     if _applied:
@@ -24,6 +24,7 @@ def apply() -> None:
     layers.give_layers_their_backend()
     layers.check_layers_are_met()
     layers.bind_statics_after_loading()
+    weights.renew_what_follows_weights()
     worker.warm_kernels_up()
     blocks.size_blocks_by_the_mean_page()
     blocks.group_layers_by_the_block()
@@ -31,6 +32,9 @@ def apply() -> None:
     blocks.allocate_where_needed()
     worker.wake_kernels_up()
     connectors.tell_connectors_of_the_profile()
+    transfers.refuse_other_pages()
+    transfers.pack_pages_for_transfers()
+    transfers.transfer_whole_pages()
     reporting.log_capacity_once()
     reporting.tell_front_end_of_kernels()
     reporting.publish_metrics()

@@ -10,6 +10,8 @@ _CORE = "vllm.v1.core."
 _MANAGERS = _CORE + "single_type_kv_cache_manager:"
 _SPECS = "vllm.v1.kv_cache_interface:"
 _CONNECTORS = "vllm.distributed.kv_transfer.kv_connector."
+_OFFLOADING = _CONNECTORS + "v1.offloading."
+_NIXL = _CONNECTORS + "v1.nixl."
 _ARGUMENTS = "vllm.engine.arg_utils:"
 _ATTENTION = "vllm.model_executor.layers.attention.attention:"
 _WORKER = "vllm.v1.worker.gpu_worker:Worker"
@@ -172,7 +174,22 @@ _LAYERS = (
 _WORKERS = (
     Seam("warm-up", _WORKER + ".compile_or_warm_up_model", "compat.worker.warm_kernels_up", exact=True),
     Seam("waking up", _WORKER + ".wake_up", "compat.worker.wake_kernels_up", ("tags",), exact=True),
-)
+    Seam(
+        "calls of workers, loading among them", "vllm.v1.engine.core:EngineCore.collective_rpc",
+        "compat.weights.renew_what_follows_weights", ("method", "timeout", "args", "kwargs"), exact=True,
+    ),
+    Seam("a step", "vllm.v1.engine.core:EngineCore.step", "compat.weights.renew_what_follows_weights", exact=True),
+    Seam(
+        "a step of several in flight", "vllm.v1.engine.core:EngineCore.step_with_batch_queue",
+        "compat.weights.renew_what_follows_weights", exact=True,
+    ),
+    Seam("loading anew", _WORKER + ".reload_weights", "compat.weights.renew_what_follows_weights"),
+    Seam("end of an update", _WORKER + ".finish_weight_update", "compat.weights.renew_what_follows_weights"),
+    Seam(
+        "forgetting the cache", _CORE + "sched.scheduler:Scheduler.reset_prefix_cache",
+        "compat.weights.renew_what_follows_weights", ("reset_running_requests",),
+    ),
+)  # fmt: skip
 
 _BLOCKS = (
     Seam(
@@ -352,8 +369,62 @@ _CONNECTORS_AND_REPORTS = (
         "compat.connectors.tell_connectors_of_the_profile", attributes=("dtype",),
     ),
     Seam(
-        "handshake of transfers", _CONNECTORS + "v1.nixl.base_worker:compute_nixl_compatibility_hash",
-        "compat.connectors.tell_connectors_of_the_profile", ("vllm_config",),
+        "where the example's files are", _CONNECTORS + "v1.example_connector:ExampleConnector",
+        "compat.connectors.tell_connectors_of_the_profile", attributes=("_storage_path",),
+    ),
+    Seam(
+        "what is offloaded of a request", _OFFLOADING + "scheduler:OffloadingConnectorScheduler",
+        "compat.offloading.loads_sink_tokens",
+        attributes=(
+            "config", "manager", "_chunks_being_loaded", "_current_batch_allocated_block_ids",
+            "_current_batch_load_jobs", "_jobs", "_req_status",
+        ),
+    ),
+    Seam(
+        "what a hit on offloaded blocks finds",
+        _OFFLOADING + "scheduler:OffloadingConnectorScheduler._lookup_complete_chunks",
+        "compat.offloading.loads_sink_tokens", ("req_status",),
+    ),
+    Seam(
+        "which blocks are loaded", _OFFLOADING + "scheduler:OffloadingConnectorScheduler.update_state_after_alloc",
+        "compat.offloading.loads_sink_tokens", ("request", "blocks", "num_external_tokens"), exact=True,
+    ),
+    Seam(
+        "state of an offloaded request", _OFFLOADING + "scheduler:RequestOffloadState",
+        "compat.offloading.loads_sink_tokens",
+        attributes=("group_states", "num_locally_computed_tokens", "req_context", "transfer_jobs"),
+    ),
+    Seam(
+        "a load", _OFFLOADING + "common:TransferJob", "compat.offloading.loads_sink_tokens",
+        attributes=("src_spec", "dst_spec"),
+    ),
+    Seam(
+        "blocks of a load", "vllm.v1.kv_offload.base:GPULoadStoreSpec", "compat.offloading.loads_sink_tokens",
+        attributes=("block_ids", "group_sizes", "block_indices"),
+    ),
+    Seam(
+        "what an end of a transfer says of itself", _NIXL + "base_worker:compute_nixl_compatibility_hash",
+        "compat.transfers.refuse_other_pages", ("vllm_config",),
+    ),
+    Seam(
+        "handshake of transfers", _NIXL + "base_worker:NixlBaseConnectorWorker._nixl_handshake",
+        "compat.transfers.refuse_other_pages",
+    ),
+    Seam(
+        "layout for transfers", _NIXL + "connector:NixlBaseConnector.get_required_kvcache_layout",
+        "compat.transfers.pack_pages_for_transfers", ("vllm_config",), exact=True,
+    ),
+    Seam(
+        "descriptors of this end", _NIXL + "base_worker:NixlBaseConnectorWorker.register_local_xfer_handler",
+        "compat.transfers.transfer_whole_pages",
+    ),
+    Seam(
+        "regions of memory", _NIXL + "base_worker:NixlBaseConnectorWorker",
+        "compat.transfers.transfer_whole_pages",
+        attributes=(
+            "_layer_specs", "_physical_blocks_per_logical_kv_block", "block_len_per_layer", "compat_hash",
+            "device_kv_caches", "engine_id", "host_xfer_buffers", "kv_caches_base_addr", "tp_rank", "vllm_config",
+        ),
     ),
     Seam(
         "capacity", _CORE + "kv_cache_utils:update_kv_cache_capacity", "compat.reporting.log_capacity_once",

@@ -25,11 +25,12 @@ from vllm_kvtuner.engine.config import (
     resolved_profile,
 )
 from vllm_kvtuner.engine.mrope import unserved_positions
+from vllm_kvtuner.engine.page_facts import unchecked_transfers
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.engine.profile_search import look_for, other_weights
 from vllm_kvtuner.engine.verdict import model_shape
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
-from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, UNQUANTIZED
+from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PAGE_FORMAT, UNQUANTIZED
 from vllm_kvtuner.profile.checkpoint import checkpoint_scheme
 from vllm_kvtuner.profile.fitting import advice
 from vllm_kvtuner.profile.load import AUTO, load_profile
@@ -38,10 +39,11 @@ from vllm_kvtuner.profile.problems import ProfileError, UnknownProfileError, for
 from vllm_kvtuner.profile.statics import load_statics
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
 
     from vllm_kvtuner.profile.profile import ResolvedProfile
 
+OFFLOADING = "OffloadingConnector"
 logger = logging.getLogger("vllm.kvtuner")
 
 
@@ -76,7 +78,7 @@ def check_config(config: VllmConfig) -> None:
         problems += recent_windows(config, resolved)
     if problems:
         raise ProfileError(problems)
-    additional[DIGEST_KEY] = _digest(resolved)
+    additional[DIGEST_KEY] = _digest(config, resolved)
     _say_scheme(config, resolved)
     if config.model_config.is_mm_prefix_lm:
         # Pictures that attend in both directions are computed in one step. On a GPU vLLM says so itself.
@@ -138,9 +140,10 @@ def adapt(config: VllmConfig) -> None:
     additional[PAIR_WINDOW_KEY] = list(choice)
 
 
-def _digest(resolved: ResolvedProfile) -> str:
-    """Digest of the layers' settings and the statics' bytes; also reads the statics, so that errors come early."""
-    digest = hashlib.sha256(repr(resolved.layers).encode())
+def _digest(config: VllmConfig, resolved: ResolvedProfile) -> str:
+    """Digest of all that says what a cache's bytes mean: format and layers' settings, the model's dtype, which windows
+    and K16V16 layers have, and the statics' bytes. Also reads the statics, so that errors come early."""
+    digest = hashlib.sha256(repr((PAGE_FORMAT, config.model_config.dtype, resolved.layers)).encode())
     if resolved.profile.statics is not None:
         load_statics(resolved.profile.statics, resolved)
         digest.update(resolved.profile.statics.read_bytes())
@@ -176,7 +179,7 @@ def settings(config: VllmConfig) -> tuple[str, ...]:
             f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph "
             f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
         )
-    problems += speculation(config) + mamba2_on_cpu(config) + causality(config)
+    problems += speculation(config) + mamba2_on_cpu(config) + causality(config) + unchecked_transfers(config)
     return tuple(problems)
 
 
@@ -280,6 +283,20 @@ def shared_tokens(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, .
     return (f"{resolved.profile.source or resolved.profile.name}: recent_window {rule}, but got {windows}",)
 
 
+def _loses_sink_tokens(transfer: KVTransferConfig | None) -> str | None:
+    """A connector that does not bring sink tokens back, as it was asked for; see compat/offloading.py."""
+    if transfer is None:
+        return None
+    if transfer.kv_connector != OFFLOADING or transfer.kv_connector_module_path is not None:
+        return str(transfer.kv_connector)
+    extra = transfer.kv_connector_extra_config
+    if "block_size" in extra:
+        return f"{OFFLOADING} and a block_size of its own"
+    if int(extra.get("blocks_per_chunk") or 1) != 1:
+        return f"{OFFLOADING} and blocks_per_chunk={extra['blocks_per_chunk']}"
+    return None
+
+
 def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
     """What a profile with recent windows does not work with."""
     from vllm.platforms import current_platform
@@ -292,10 +309,10 @@ def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, 
             f"{source}: sink_tokens must be 0 on a GPU with recent_window_bits: {bits}, which serves them in "
             f"{UNQUANTIZED.k_bits} bits, but got {sink_tokens}"
         )
-    if sink_tokens and config.kv_transfer_config is not None:
+    if sink_tokens and (connector := _loses_sink_tokens(config.kv_transfer_config)):
         problems.append(
-            f"{source}: sink_tokens must be 0 with a KV connector, which brings back a window's newest tokens alone, "
-            f"but got {sink_tokens}"
+            f"{source}: sink_tokens must be 0 with a KV connector, which brings back a window's newest tokens alone "
+            f"(OffloadingConnector serves, with one block per chunk), but got {sink_tokens} with {connector}"
         )
     if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
         problems.append(

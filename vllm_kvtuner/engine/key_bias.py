@@ -123,3 +123,18 @@ def largest_pairs(
     kept = offset.clone()
     kept[:, first[dropped]] = kept[:, second[dropped]] = 0.0
     return kept, int(of_pair[:count].count_nonzero())
+
+
+def rest_of_bias(bias: torch.Tensor, offset: torch.Tensor | None) -> float:
+    """Root mean square over the channels of all ranks of what an offset leaves of a bias; a NaN for numbers that are
+    not finite.
+
+    Args:
+        bias: [num_kv_heads, head_size] of this rank.
+        offset: as bias, or None for none.
+    """
+    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+
+    left = bias if offset is None else bias - offset
+    energy = tensor_model_parallel_all_reduce(left.square().sum(0))
+    return float((energy.sum() / (left.numel() * get_tensor_model_parallel_world_size())).sqrt())

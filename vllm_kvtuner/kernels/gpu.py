@@ -267,7 +267,7 @@ def compile_cuda(cases: Iterable[Case], device: torch.device) -> dict[Case, Exce
     """Compile what :func:`measure_cuda` runs of all cases side by side; gives why, of cases of which some does not.
 
     Raises:
-        ValueError: as :func:`vllm_kvtuner.kernels.cuda.cache_folder.make`.
+        ValueError: as :func:`vllm_kvtuner.kernels.cache_folder.make`.
     """
     from vllm_kvtuner.kernels.cuda.build import compile_side_by_side
     from vllm_kvtuner.kernels.cuda.case_sources import case_sources

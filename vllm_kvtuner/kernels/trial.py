@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_kvtuner.kernels.cuda import cache_folder
+from vllm_kvtuner.kernels import arguments, cache_folder
 from vllm_kvtuner.kernels.self_test_cases import Case
 from vllm_kvtuner.kernels.self_test_errors import Errors
 
@@ -80,7 +80,7 @@ def prove(
         compile_cases: compiles them for all cases before.
 
     Raises:
-        ValueError: the kernels cannot be kept, as :func:`vllm_kvtuner.kernels.cuda.cache_folder.make`.
+        ValueError: the kernels cannot be kept, as :func:`vllm_kvtuner.kernels.cache_folder.make`.
         RuntimeError: they have broken this process's CUDA context, which serves nothing any more.
     """
     verdict = _verdict(device)
@@ -214,9 +214,10 @@ def _versions() -> tuple[str, str]:
 @functools.cache
 def _sources() -> str:
     """Digest of all that a compiled kernel and its launch are made of."""
-    folder = Path(cache_folder.__file__).parent
+    folder = Path(__file__).parent
+    sources = [each for each in (folder / "cuda").rglob("*") if each.suffix in (".py", ".cu", ".cuh")]
     digest = hashlib.sha256()
-    for path in sorted(each for each in folder.rglob("*") if each.suffix in (".py", ".cu", ".cuh")):
+    for path in sorted([*sources, Path(arguments.__file__)]):
         digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -17,6 +17,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+PAGE_FORMAT = 1
+"""Counts up where bytes of a page come to mean something else, so that what an older release has put into files is not
+read."""
 QUANTIZED_BITS = (2, 4, 8)
 BITS = (*QUANTIZED_BITS, 16)
 META_BYTES = 4

@@ -75,7 +75,7 @@ from vllm_kvtuner.profile.profile import (
     ResolvedProfile,
     TransformSettings,
 )
-from vllm_kvtuner.profile.shipped import find_shipped, shipped_profiles
+from vllm_kvtuner.profile.shipped import REPLACED, find_shipped, shipped_profiles
 from vllm_kvtuner.profile.weights import ANY_WEIGHTS, DIGEST
 
 AUTO = "auto"
@@ -129,6 +129,9 @@ def load_profile(spec: str) -> Profile:
     path = fetch_profile(spec).path if is_hub_spec(spec) else Path(spec)
     if not os.path.isfile(path):  # False for names that no file can have, where Path.is_file raises
         shipped = find_shipped(spec)
+        if shipped is None and (better := REPLACED.get(spec.removesuffix(".yaml"))) is not None:
+            got = f"one that has left: {better} has less loss in no more bits"
+            raise UnknownProfileError([f"{spec}: profile must be one that is still shipped, but got {got}"])
         if shipped is None:
             rule = "must be a file, a pair such as K8V4, or the name of a shipped profile (kvtuner profile list)"
             rule += f" or of one on the hub ({FORM})"

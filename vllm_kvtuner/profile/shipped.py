@@ -10,9 +10,6 @@ from pathlib import Path
 PUBLISHED = "published/"
 """How names of published allocations begin; they are found without it too."""
 EARLIER_NAMES = {
-    "qwen25_coder_0.5b_3.00bit": "qwen25_coder_0.5b_3.50bit",
-    "qwen25_coder_0.5b_3.75bit": "qwen25_coder_0.5b_4.25bit",
-    "qwen25_coder_0.5b_4.75bit": "qwen25_coder_0.5b_5.25bit",
     "qwen25_coder_1.5b_3.00bit": "qwen25_coder_1.5b_uniform_3.25bit",
     "qwen25_coder_1.5b_3.25bit": "qwen25_coder_1.5b_3.50bit",
     "qwen25_coder_1.5b_4.00bit": "qwen25_coder_1.5b_4.25bit",
@@ -20,14 +17,22 @@ EARLIER_NAMES = {
     "qwen25_coder_1.5b_window_2.75bit": "qwen25_coder_1.5b_window_3.00bit",
     "qwen25_coder_1.5b_window_3.25bit": "qwen25_coder_1.5b_window_3.50bit",
     "qwen25_coder_1.5b_window_4.00bit": "qwen25_coder_1.5b_window_4.25bit",
-    "smollm2_135m_3.00bit": "smollm2_135m_3.50bit",
-    "smollm2_135m_3.73bit": "smollm2_135m_4.23bit",
-    "smollm2_135m_4.73bit": "smollm2_135m_5.23bit",
-    "smollm2_135m_window_3.00bit": "smollm2_135m_window_3.50bit",
     "smollm2_135m_window_4.00bit": "smollm2_135m_window_4.50bit",
     "smollm2_135m_window_5.00bit": "smollm2_135m_window_5.50bit",
 }
 """Names with nominal bits, which measurements of their time have, and those now. No name has had two meanings."""
+_SMALL, _SMOL = "qwen25_coder_0.5b_feedback_3.50bit", "smollm2_135m_feedback_3.50bit"
+REPLACED = {
+    **dict.fromkeys((f"qwen25_coder_0.5b_{bits}bit" for bits in ("3.50", "4.25", "5.25")), _SMALL),
+    **dict.fromkeys((f"qwen25_coder_0.5b_{bits}bit" for bits in ("3.00", "3.75", "4.75")), _SMALL),
+    **dict.fromkeys((f"smollm2_135m_{bits}bit" for bits in ("3.50", "4.23", "5.23")), _SMOL),
+    **dict.fromkeys((f"smollm2_135m_{bits}bit" for bits in ("3.00", "3.73", "4.73")), _SMOL),
+    **dict.fromkeys((f"smollm2_135m_window_{bits}bit" for bits in ("3.50", "3.00")), _SMOL),
+}
+"""Names of profiles that have left, those with nominal bits included, and what has less loss in no more bits.
+
+They are refused, since another profile under an old name would change what a server stores without a word.
+"""
 
 
 def shipped_profiles() -> dict[str, Path]:

@@ -52,6 +52,7 @@ def write_compiler(tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 def test_a_library_is_compiled_once_and_kept(folder, write_compiler, tmp_path):
     write_compiler(f'echo run >> {tmp_path}/runs; exec {{compiler}} "$@"')
     build.library(HEAD_SIZE)
@@ -86,6 +87,7 @@ def test_head_sizes_have_libraries_of_their_own():
     assert build.library_path(64, Path()) != build.library_path(128, Path())
 
 
+@pytest.mark.slow
 def test_two_processes_may_compile_at_once(folder):
     program = f"from vllm_kvtuner.kernels.cpu import build; build.library({HEAD_SIZE})"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -108,6 +110,7 @@ def test_a_compiler_that_stops_halfway_leaves_nothing_to_load(folder, write_comp
     assert list(folder.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_halfway_leaves_nothing_to_load(folder, write_compiler, tmp_path, monkeypatch):
     write_compiler(
         f'[ "$1" = --version ] && exec {{compiler}} --version\n'
@@ -161,6 +164,7 @@ def test_without_a_library_the_reference_serves_and_the_log_says_so_once(lack, m
         cpu_kernels(SHAPE, Span())
 
 
+@pytest.mark.slow
 def test_the_log_says_once_what_serves(caplog):
     with caplog.at_level("INFO", logger="vllm"):
         served = [cpu_kernels(SHAPE, Span()) for _ in range(3)]

@@ -94,6 +94,7 @@ def test_attention_of_every_head_size_and_transform(head_size, transforms):
     check_attention(cache, transforms_of(transforms, 2, head_size), cache.shape(4, 5.0), Span(), torch.float32)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("soft_cap", [0.0, 3.0])
 @pytest.mark.parametrize(
     "span",

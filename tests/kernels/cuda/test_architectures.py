@@ -54,7 +54,7 @@ def test_the_page_names_what_is_compiled_and_what_was_run():
     assert {arch for arch, _, answer in rows if answer == "yes"} == run
 
 
-@pytest.mark.quick(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("variant", DECODES, ids=lambda variant: f"{variant.pair}-{variant.head_size}")
 def test_decode_compiles(variant, arch):
@@ -74,7 +74,7 @@ def test_decode_compiles(variant, arch):
     assert (found["UBLKCP"] > 0) == has_bulk_copies(arch)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["reshape_and_cache", "gather_cache"])
 def test_store_and_gather_compile(kernel, arch):

@@ -80,7 +80,7 @@ class Variant:
         return bytes(build.compile_cubin(self.settle(arch).source(), arch, None).code)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
     [
@@ -131,7 +131,7 @@ def test_nothing_spills_where_decoding_is_fastest(variant):
     assert many_rows or (usage["STACK"], usage["LOCAL"]) == (0, 0)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "variant"),
     [
@@ -440,6 +440,7 @@ def test_a_cache_without_room_is_the_users_error(cache_folder):
     compile_store()
 
 
+@pytest.mark.slow
 def test_what_was_built_is_kept_as_long_as_the_transforms():
     made = []
 

@@ -61,6 +61,7 @@ def compiler(monkeypatch):
     return stand_in
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "tested",
     [

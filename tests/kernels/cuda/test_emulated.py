@@ -52,7 +52,7 @@ def split_options(options, query_lens):
     return launch, shared
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("pair", "head_size", "group", "block_size", "dtype", "query_lens", "options", "transforms"),
     [
@@ -286,7 +286,7 @@ def test_blocks_that_left_the_window_may_hold_anything():
     assert (got - want).norm() < 2e-3 * want.norm()
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -329,6 +329,7 @@ def test_constant_values_under_growing_logits(heads):
     assert (got - want).norm() < 2e-3 * want.norm()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [8, 32, 64])
 @pytest.mark.parametrize("pair", ["K8V8", "K4V2"])
 def test_many_small_weights_beside_a_large_one(pair, heads):
@@ -348,6 +349,7 @@ def test_many_small_weights_beside_a_large_one(pair, heads):
     assert (got - want).norm() < 1e-3 * want.norm()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [32, 64])
 def test_sums_are_set_aside_in_long_segments(heads, monkeypatch):
     """Whatever their references do afterwards; here every 128 tokens of a warp or team."""

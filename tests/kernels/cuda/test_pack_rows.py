@@ -117,12 +117,14 @@ class _TwoParts:
         layer = Layer(pair, device, ranges, **fields)
         check_packed([layer], [step(49, device, without=(0, 5, *range(16, 32), 40))])
 
+    @pytest.mark.slow
     def test_layers_of_a_launch_keep_apart(self, device):
         """Their statics, caches, windows, slots and positions; the last CTA's share is less."""
         layers = [Layer("K4V2", device, (2, 1), transformed=True) for _ in range(5)]
         first, second = step(21, device, without=(3,)), step(21, device, without=(20,))
         check_packed(layers, [first, second, first, second, step(21, device)])
 
+    @pytest.mark.slow
     def test_unlike_layers_take_launches_of_their_own(self, device):
         """By pair, sides, ranges, heads and number of tokens."""
         layers = [
@@ -166,6 +168,7 @@ class TestEmulated(_TwoParts):
         cuda_emulator.install(monkeypatch)
         return CPU
 
+    @pytest.mark.slow
     def test_layers_alike_share_launches(self, device, monkeypatch):
         """One launch for 32 of them, and the card's CTAs are shared out."""
         grids = []
@@ -238,7 +241,7 @@ def test_arguments_are_what_every_driver_takes():
     assert ctypes.sizeof(cuda_pack.ARGUMENTS.structure) <= 4096
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize(
     ("pair", "head_size", "ranges", "transformed", "many_rows"),

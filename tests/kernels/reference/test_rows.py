@@ -47,6 +47,7 @@ def test_rows_come_back_as_they_were_stored():
     assert torch.equal(before.nan_to_num(), kv_cache.nan_to_num())
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", [pair.name for pair in (*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS)])
 def test_what_is_stored_comes_back(pair):
     """Store, then gather, through every transform: within half a step of each row, rotated back."""
@@ -78,6 +79,7 @@ def test_what_is_stored_comes_back(pair):
         assert (got - want).square().mean().sqrt() <= 0.35 * factor * step
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", [pair.name for pair in (*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS)])
 def test_each_side_is_stored_with_its_own_feedback(pair):
     """Of the transformed rows, in the page's bits, whatever the search; reading and :func:`read_back_ref` agree."""

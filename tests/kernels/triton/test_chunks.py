@@ -49,7 +49,7 @@ def test_store_writes_its_own_chunks_only(device, batch, store, pair):
     assert not (alone[:, :KV_HEADS] == POISON_BYTE).all(), "the store must have written"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["K8V8", "K4V2", "K2V8"])
 def test_kernels_read_the_chunks_of_a_smaller_pair(device, batch, pair):
     key, value, table, slots, num_blocks = batch

@@ -71,7 +71,7 @@ def check_against_reference(pages, slots, key, value, positions=None):
         assert (errors[0] <= ROW_LIMIT * errors[1] + 1e-9).all(), (errors[0] / errors[1]).max()
 
 
-@pytest.mark.quick(3)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "ranges", "which"),
     [
@@ -101,7 +101,7 @@ def test_the_weighted_error_is_the_references(pair, ranges, which, device):
     check_against_reference(pages, slots, key, value)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("head_size", "dtype"),
     [(32, torch.float32), (96, torch.float16), (128, torch.bfloat16), (160, torch.bfloat16), (256, torch.bfloat16)],
@@ -126,7 +126,7 @@ def check_head_size(head_size, dtype, device, num_tokens=21):
     check_against_reference(pages, slots, key, value)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["K4V4", "K2V2"])
 def test_codes_are_the_references_where_nothing_is_near_a_tie(pair, device):
     """Byte for byte: rows are whole steps above a whole minimum and coefficients whole, but for a quarter each, so that
@@ -155,7 +155,7 @@ def test_codes_are_the_references_where_nothing_is_near_a_tie(pair, device):
     assert torch.equal(pages.kv_cache, want.kv_cache)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "head_size", "rotary_dim", "is_neox"),
     [("K4V4", 128, 128, True), ("K2V8", 96, 48, True), ("K2V2", 64, 64, False), ("K4V2", 64, None, True)],
@@ -176,6 +176,7 @@ def test_transforms(pair, head_size, rotary_dim, is_neox, device):
     check_against_reference(pages, slots, key, value, positions)
 
 
+@pytest.mark.slow
 def test_untouched_bytes_stay(device):
     """Of other tokens, of what lies between blocks, and of tokens without a slot or beyond the last."""
     layout = make_layout("K4V2", 64)
@@ -201,7 +202,7 @@ def test_untouched_bytes_stay(device):
     assert torch.equal(after, before)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["both", "keys", "values"])
 def test_a_recent_window_keeps_the_rows(which, device):
     """As they are, and a token in either, both or none."""
@@ -226,6 +227,7 @@ def test_a_recent_window_keeps_the_rows(which, device):
     assert torch.equal(pages.kv_cache, plain.kv_cache)
 
 
+@pytest.mark.slow
 def test_constant_rows_get_scale_0(device):
     known = feedback(64, 1, 3, device)
     key, value = (torch.full((2, 1, 64), number, device=device) for number in (3.0, 0.0))
@@ -240,7 +242,7 @@ def test_constant_rows_get_scale_0(device):
     assert not values.meta.any()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("huge", [7e4, 3e38, math.inf])
 def test_huge_rows_saturate(huge, device):
     known = feedback(64, 2, 2, device)
@@ -268,6 +270,7 @@ def test_huge_rows_saturate(huge, device):
         assert errors[0] <= 1.1 * errors[1]
 
 
+@pytest.mark.slow
 def test_rows_with_nan_read_as_nan(device):
     """They alone, as the reference has it: a fault of the model shows."""
     known = feedback(64, 2, 3, device)
@@ -283,7 +286,7 @@ def test_rows_with_nan_read_as_nan(device):
         assert torch.equal(read.isnan(), rows.isnan().any(-1, keepdim=True).expand_as(read))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", FEEDBACK_BITS)
 def test_the_best_range_is_taken(bits, device):
     """No other range of the three gives a row much less of the error that counts, and each serves some rows."""

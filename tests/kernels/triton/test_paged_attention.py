@@ -111,7 +111,7 @@ def test_more_heads_than_a_program_holds(block_m, device):
     check(cache, 71, torch.bfloat16, config=DecodeConfig(block_m, 32, 2, 1, 2))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize("window", [None, 1, 9, 64], ids=["full", "window1", "window9", "window64"])
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [5, 1, 16, 2]], ids=["one_query", "several_queries"])
@@ -120,7 +120,7 @@ def test_queries_see_their_sliding_window_with_capped_logits(query_lens, window,
     check(cache, 3, query_lens=query_lens, sliding_window=window, logits_soft_cap=soft_cap)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize(
     ("window", "skip", "first"),
@@ -150,7 +150,7 @@ def test_the_newest_and_the_first_tokens_are_left_out(query_lens, window, skip, 
     assert not got[-1].any() and (got_lse[:, -1] == -torch.inf).all(), "rows beyond the last query"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("pair", "head_size"), [("K2V2S8", 112), ("K8V4", 512)])
 def test_spans_of_heads_of_other_sizes(pair, head_size, device):
     """A sliding window, tokens that other segments serve, and a cap, of several query tokens."""
@@ -208,7 +208,7 @@ def test_blocks_that_left_the_window_may_hold_anything(query_lens, device):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("query_lens", [[1, 1], [4, 4]], ids=["one_query", "several_queries"])
 def test_tokens_that_a_recent_window_serves_may_hold_anything(query_lens, device):
     """They may not be packed yet; a request shorter than the window has none that are."""
@@ -270,7 +270,7 @@ def test_rounding_of_probabilities_cancels(block_n, device):
     check(cache, 4, tolerance=limit / largest_value(cache), config=DecodeConfig(8, block_n, 2, 1, 2))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("query_lens", [[1, 1], [4, 2]], ids=["one_query", "several_queries"])
 @pytest.mark.parametrize(
     ("head_size", "rotary_dim", "is_neox", "dtype"),
@@ -307,7 +307,7 @@ def test_a_constant_offset_counts_under_a_soft_cap(device):
     check(cache, 4, transforms=transforms, logits_soft_cap=3.0, tolerance=2e-3)
 
 
-@pytest.mark.quick(2)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "head_size"),
     [

@@ -76,6 +76,7 @@ def check_rows(side, rows):
     assert (error <= bound[..., None]).all(), (error / bound[..., None]).max()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("index", range(len(PAIRS)), ids=[pair.name for pair in PAIRS])
 def test_every_pair_stores_what_the_reference_stores(index, device):
     layout = make_layout(PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 48)[index % 3])
@@ -158,6 +159,7 @@ def test_constant_rows_get_scale_0(device):
     assert not values.meta.any()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("range_search", [False, True], ids=["min_max", "range_search"])
 @pytest.mark.parametrize(
     ("pair", "head_size", "rotary_dim", "is_neox"),

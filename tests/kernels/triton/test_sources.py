@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 CODE = """
 import importlib, pkgutil
 from triton.runtime.jit import JITFunction
@@ -17,6 +19,7 @@ for module in pkgutil.iter_modules(room.__path__):
 """
 
 
+@pytest.mark.slow
 def test_functions_name_only_what_can_be_compiled():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", CODE], env=environment, capture_output=True, text=True, timeout=120)

@@ -52,7 +52,7 @@ class Case:
         return output
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("query_lens", [[1] * len(SEQ_LENS), QUERY_LENS], ids=["one_query", "several_queries"])
 @pytest.mark.parametrize("soft_cap", [0.0, 2.0], ids=["uncapped", "capped"])
 @pytest.mark.parametrize(

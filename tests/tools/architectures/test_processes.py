@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import os, sys, time
 from pathlib import Path
@@ -25,6 +27,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_limits(tmp_path):
     """In a process of its own, since all of a process's are forked from one server."""
     script = tmp_path / "script.py"

@@ -111,7 +111,7 @@ def bars(axis) -> dict[str, float]:
     return found
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("suffix", "start"), [(".png", b"\x89PNG"), (".svg", b"<?xml")])
 @pytest.mark.parametrize("result", [kernel_result(), serve_result()], ids=["kernel", "serve"])
 def test_written_whole(result, suffix, start, tmp_path):
@@ -170,6 +170,7 @@ def test_several_query_tokens_are_lines_over_them(drawn, tmp_path):
     assert lines["cuda K4V4"].get_marker() != lines["triton K4V4"].get_marker()
 
 
+@pytest.mark.slow
 def test_one_entry_of_query_tokens_stands_in_the_title(drawn, tmp_path):
     result = rows_result()
     for tokens in ("1", "4"):
@@ -194,6 +195,7 @@ def test_results_of_older_schemas_are_drawn(drawn, tmp_path, query_tokens):
     assert drawn[0].axes[0].get_title().endswith("4 query tokens, 16 rows" if query_tokens else "block 16")
 
 
+@pytest.mark.slow
 def test_speculation_is_in_the_title(drawn, tmp_path):
     for result in (serve_result(), serve_result() | {"speculate": "3:0.7"}):
         pictures.draw(result, tmp_path / "picture.png")

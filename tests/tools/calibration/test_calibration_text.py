@@ -198,6 +198,7 @@ def test_half_of_a_text_has_longer_windows_where_documents_are_long_enough(tmp_p
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_bundled_set_gives_equal_shares_of_its_kinds(tokenizer):
     text = load(None, tokenizer, tokens=20 * 2048, context=2048)
     assert text.source == "bundled" and text.tokens == 20 * 2048

@@ -84,6 +84,7 @@ def loaded(folder, layer, pair):
     return load_statics(resolved.profile.statics, resolved)[0]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("recent_window", [None, RecentWindow(32, sink_tokens=4)], ids=["no window", "window"])
 def test_feedback_is_chosen_where_few_directions_count(tmp_path, recent_window):
     capture = capture_of(tmp_path, low_gram())
@@ -106,6 +107,7 @@ def test_feedback_is_chosen_where_few_directions_count(tmp_path, recent_window):
         assert file.metadata()["rotary_dim"] == str(HEAD_SIZE) and file.metadata()["method"] == "calibration"
 
 
+@pytest.mark.slow
 def test_nearest_codes_are_kept_where_all_errors_count_alike(tmp_path):
     capture = capture_of(tmp_path, flat_gram(), query_spread=torch.ones(HEAD_SIZE))
     (layer,) = choose(capture, tmp_path).layers
@@ -129,6 +131,7 @@ def test_the_windows_that_choose_do_not_make_the_factors(tmp_path, monkeypatch):
     assert seen == [2 * HELDOUT_EVERY - 1, 2]
 
 
+@pytest.mark.slow
 def test_sensitivity_counts_errors_as_what_reads_them(tmp_path):
     capture = capture_of(tmp_path, low_gram())
     choice = choose(capture, tmp_path)
@@ -146,6 +149,7 @@ def test_sensitivity_counts_errors_as_what_reads_them(tmp_path):
         assert min(heads) <= layer.output_error[pair] <= max(heads)
 
 
+@pytest.mark.slow
 def test_the_layers_transforms_round_as_the_statics_say(tmp_path):
     capture = capture_of(tmp_path, low_gram())
     choice = choose(capture, tmp_path)
@@ -157,6 +161,7 @@ def test_the_layers_transforms_round_as_the_statics_say(tmp_path):
     assert not torch.equal(got, code_format(2).round_trip(rows, True))
 
 
+@pytest.mark.slow
 def test_the_choice_is_read_again_and_made_again_from_other_inputs(tmp_path, monkeypatch):
     capture = capture_of(tmp_path, low_gram(), num_tokens=64)
     first = choose(capture, tmp_path)
@@ -176,6 +181,7 @@ def test_the_choice_is_read_again_and_made_again_from_other_inputs(tmp_path, mon
     assert choose(capture, tmp_path) == first
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("options", "note", "has_values"),
     [

@@ -115,6 +115,14 @@ def test_finds_what_additive_errors_do_not_show():
     assert result.chosen.quality.kl_mean < 0.9 * exact.quality.kl_mean
 
 
+def test_seeds_count_as_wanted_in_what_progress_says(monkeypatch):
+    said = []
+    monkeypatch.setattr(search_module.Progress, "show", lambda _, done, total=None, note=None: said.append(total))
+    study, evaluator = searched(make_plan(4.0), trials=1)
+    totals = [total for total in said if total is not None]
+    assert len(evaluator.scored) > 1 and min(totals) >= len(study.get_trials(states=(TrialState.COMPLETE,)))
+
+
 def test_every_setting_is_scored_once_and_none_over_the_budget_but_seeds():
     plan = make_plan(4.0)
     study, evaluator = searched(plan)
@@ -164,6 +172,7 @@ def test_a_small_space_ends_before_its_trials():
     assert len(evaluator.scored) <= 9
 
 
+@pytest.mark.slow
 def test_unquantized_layers_stay():
     plan = make_plan(7.0, unquantized=(0,))
     _, evaluator = searched(plan)

@@ -101,6 +101,7 @@ def test_far_positions_do_not_lose(tmp_path):
         assert far[pair] == pytest.approx(error, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_bias_is_the_baseline_and_a_better_mean_replaces_it(tmp_path, with_bias):
     layer = choose(make_capture(tmp_path / "half", offset=OUTLIERS), tmp_path / "half")
     assert layer.offset == "mean"
@@ -199,6 +200,7 @@ def test_sensitivity_without_transforms(tmp_path):
     assert layer.output_error["K4V4"] > 3 * choice.layers[0].errors["chosen"]["near"]["K4V4"]
 
 
+@pytest.mark.slow
 def test_a_damaged_choice_is_made_again(tmp_path):
     capture = make_capture(tmp_path / "capture")
     choice = choose_transforms(capture, tmp_path, device="cpu")

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from kvtuner_tools.bench.kernel_entries import query_tokens_of
-from vllm_kvtuner.profile.shipped import EARLIER_NAMES
+from vllm_kvtuner.profile.shipped import EARLIER_NAMES, REPLACED
 
 AUTO, FP8, KVTUNER = "auto", "fp8", "kvtuner:llama31_3.25bit"
 """Labels of the settings that the engine tables compare."""
@@ -116,7 +116,12 @@ class Published:
         return only(entry for entry in settings if label is None or entry["label"].endswith(label))
 
     def profile(self, name: str) -> dict[str, Any]:
-        """A shipped profile's provenance; the name may be an earlier one, as data of its time have it."""
+        """A shipped profile's provenance; the name may be an earlier one, as data of its time have it.
+
+        Of profiles that have left, the held-out scores are data.
+        """
+        if name in (left := self.result("heldout_h200")["profiles"]):
+            return left[name]
         path = self.root / "precision_profiles" / f"{shipped_name(name)}.yaml"
         return yaml.safe_load(path.read_text())["provenance"]
 
@@ -124,6 +129,11 @@ class Published:
 def shipped_name(name: str) -> str:
     """What a profile that data name is called now."""
     return EARLIER_NAMES.get(name, name)
+
+
+def profile_label(name: str) -> str:
+    """How a table names a profile, by any name of its: in code if it is shipped."""
+    return f"{name}, no longer shipped" if name in REPLACED else f"`{shipped_name(name)}`"
 
 
 def only(entries: Any) -> dict[str, Any]:

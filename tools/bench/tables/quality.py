@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .published import Published, accuracy, fixed, loss, shipped_name, table
+from .published import Published, accuracy, fixed, loss, profile_label, shipped_name, table
 
 LARGE, SMALL, SMOL = "qwen25_coder_1.5b", "qwen25_coder_0.5b", "smollm2_135m"
 MODELS = {LARGE: "Qwen2.5-Coder-1.5B", SMALL: "Qwen2.5-Coder-0.5B", SMOL: "SmolLM2-135M"}
@@ -79,8 +79,8 @@ def quality_small(published: Published, page: Path) -> str:
         _row("fp8, as vLLM gives it", published.score(SMALL, "vllm fp8", "fp8")),
         _row(INT4, published.score(SMALL, uniform, INT4), INT4_BITS[SMALL]),
     ]
-    for name in ("4.75bit", "3.75bit", "3.00bit"):
-        rows.append(_row(f"`{shipped_name(f'{SMALL}_{name}')}`", published.score(SMALL, "searched", name)))
+    for name, label in (("5.25bit", "4.75bit"), ("4.25bit", "3.75bit"), ("3.50bit", "3.00bit")):
+        rows.append(_row(profile_label(f"{SMALL}_{name}"), published.score(SMALL, "searched", label)))
     for name, label in (
         ("uniform K4V4", "K4V4_0x16.yaml"),
         ("uniform K4V2 and a window of 64", "K4V2_64x16.yaml"),
@@ -101,14 +101,14 @@ def quality_smol(published: Published, page: Path) -> str:
         _row("fp8, as vLLM gives it", published.score(SMOL, "vllm fp8", "fp8")),
         _row(INT4, published.score(SMOL, f"vllm {INT4}"), INT4_BITS[SMOL]),
     ]
-    for name, bits, long in (("4.73bit", "5.25", False), ("3.73bit", "4.25", True), ("3.00bit", "3.5", True)):
+    for name, bits, long in (("5.23bit", "5.25", False), ("4.23bit", "4.25", True), ("3.50bit", "3.5", True)):
         label = f"s{bits}_0x16.yaml"
         other = published.score(SMOL, f"{searched}, contexts of 8128", label) if long else None
-        rows.append(_row(f"`{shipped_name(f'{SMOL}_{name}')}`", published.score(SMOL, searched, label), long=other))
-    for name, bits in (("5.00bit", "5.5"), ("4.00bit", "4.5"), ("3.00bit", "3.5")):
+        rows.append(_row(profile_label(f"{SMOL}_{name}"), published.score(SMOL, searched, label), long=other))
+    for name, bits in (("5.50bit", "5.5"), ("4.50bit", "4.5"), ("3.50bit", "3.5")):
         evaluation = f"searched beside a window and sink tokens, at most {bits} stored bits"
         other = published.score(SMOL, f"{evaluation}, contexts of 8128")
-        rows.append(_row(f"`{shipped_name(f'{SMOL}_window_{name}')}`", published.score(SMOL, evaluation), long=other))
+        rows.append(_row(profile_label(f"{SMOL}_window_{name}"), published.score(SMOL, evaluation), long=other))
     heads = ["of 8,128" if head == "of 8,192" else head for head in _HEADS[:-1]]
     return table(heads, [row[:-1] for row in rows]) + "\n\n" + published.source(page, _FILES[SMOL])
 
@@ -241,10 +241,10 @@ def heldout(published: Published, page: Path) -> str:
     """Uniform pairs, greedy choice, integer program and search on held-out text, from the shipped profiles."""
     rows = []
     for name in (
-        f"{LARGE}_5.00bit", f"{LARGE}_4.00bit", f"{LARGE}_3.25bit", f"{SMALL}_4.75bit", f"{SMALL}_3.75bit",
-        f"{SMALL}_3.00bit", f"{SMOL}_4.73bit", f"{SMOL}_3.73bit", f"{SMOL}_3.00bit", f"{LARGE}_window_4.00bit",
-        f"{LARGE}_window_3.25bit", f"{LARGE}_window_2.75bit", f"{SMOL}_window_5.00bit", f"{SMOL}_window_4.00bit",
-        f"{SMOL}_window_3.00bit",
+        f"{LARGE}_5.00bit", f"{LARGE}_4.00bit", f"{LARGE}_3.25bit", f"{SMALL}_5.25bit", f"{SMALL}_4.25bit",
+        f"{SMALL}_3.50bit", f"{SMOL}_5.23bit", f"{SMOL}_4.23bit", f"{SMOL}_3.50bit", f"{LARGE}_window_4.00bit",
+        f"{LARGE}_window_3.25bit", f"{LARGE}_window_2.75bit", f"{SMOL}_window_5.50bit", f"{SMOL}_window_4.50bit",
+        f"{SMOL}_window_3.50bit",
     ):  # fmt: skip
         scores = published.profile(name)["heldout_scores"]
         own = scores["this profile"]
@@ -255,7 +255,7 @@ def heldout(published: Published, page: Path) -> str:
         ]
         best = min((score["kl_mean"] for score in fitting), default=None)
         rows.append([
-            f"`{shipped_name(name)}`",
+            profile_label(name),
             _bits(own),
             loss(own["kl_mean"]),
             loss(best),
@@ -268,9 +268,9 @@ def heldout(published: Published, page: Path) -> str:
 def heldout_uniform(published: Published, page: Path) -> str:
     """Uniform pairs with calibrated transforms on held-out text, from one shipped profile each."""
     cases = (
-        (f"{LARGE}_3.25bit", MODELS[LARGE]), (f"{SMALL}_3.75bit", MODELS[SMALL]), (f"{SMOL}_3.73bit", MODELS[SMOL]),
+        (f"{LARGE}_3.25bit", MODELS[LARGE]), (f"{SMALL}_4.25bit", MODELS[SMALL]), (f"{SMOL}_4.23bit", MODELS[SMOL]),
         (f"{LARGE}_window_3.25bit", f"{MODELS[LARGE]}, a window"),
-        (f"{SMOL}_window_3.00bit", f"{MODELS[SMOL]}, a window and sink tokens"),
+        (f"{SMOL}_window_3.50bit", f"{MODELS[SMOL]}, a window and sink tokens"),
     )  # fmt: skip
     rows = []
     for name, words in cases:

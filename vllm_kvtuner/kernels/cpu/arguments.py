@@ -2,7 +2,7 @@
 
 import ctypes
 
-from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
+from vllm_kvtuner.kernels.arguments import Arguments, Field
 
 CACHE = Arguments(
     Field("void*", "data", "of block 0, KV head 0"),

@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 from vllm_kvtuner import envs
+from vllm_kvtuner.kernels import cache_folder
 from vllm_kvtuner.kernels.cpu.arguments import DECLARATIONS, declare
-from vllm_kvtuner.kernels.cuda import cache_folder
 
 SOURCES = Path(__file__).parent / "src"
 PARTS = ("numbers.h", "pages.h", "transforms.h", "store.h", "gather.h", "attend.h", "kernels.cpp")

@@ -10,18 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_kvtuner import envs
-from vllm_kvtuner.kernels.contract import (
-    AttentionShape,
-    CachedTokens,
-    LatePacking,
-    Pages,
-    Queries,
-    Span,
-    WindowRows,
-    check_attention,
-    check_rows,
-    check_sinks,
-)
+from vllm_kvtuner.kernels.checks import check_attention, check_rows, check_sinks
+from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, LatePacking, Pages, Queries, Span, WindowRows
 from vllm_kvtuner.kernels.cpu import build
 from vllm_kvtuner.kernels.cpu.arguments import ATTEND, CACHE, GATHER, LAYER, ROUNDING, STORE, TRANSFORMS
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels

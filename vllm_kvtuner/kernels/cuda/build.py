@@ -16,7 +16,7 @@ from cuda.bindings import driver
 from cuda.core import Kernel, ObjectCode, Program, ProgramOptions
 from cuda.core.utils import FileStreamProgramCache
 
-from vllm_kvtuner.kernels.cuda import cache_folder
+from vllm_kvtuner.kernels import cache_folder
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 SOURCES = Path(__file__).parent / "src"
@@ -78,7 +78,7 @@ class BuiltKernel:
 
         Args:
             grid: their number.
-            arguments: a structure of the kernel's :class:`vllm_kvtuner.kernels.cuda.arguments.Arguments`.
+            arguments: a structure of the kernel's :class:`vllm_kvtuner.kernels.arguments.Arguments`.
             dependent: start as soon as the kernel before allows (programmatic dependent launch); the kernel itself
                 waits for that one's end before it touches what that one may have written.
 
@@ -149,7 +149,7 @@ def kernel_cache() -> FileStreamProgramCache:
     """The cache of compiled kernels on disk.
 
     Raises:
-        ValueError: as :func:`vllm_kvtuner.kernels.cuda.cache_folder.make`, or its disk is full.
+        ValueError: as :func:`vllm_kvtuner.kernels.cache_folder.make`, or its disk is full.
     """
     folder = cache_folder.make()
     try:

@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_kvtuner.kernels.cuda import arguments
-from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
+from vllm_kvtuner.kernels import arguments
+from vllm_kvtuner.kernels.arguments import Arguments, Field
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import NUM_WARPS, STORE_FIELDS, StoreVariant, wide_lanes
 from vllm_kvtuner.pages.feedback import BLOCK, RoundFeedback

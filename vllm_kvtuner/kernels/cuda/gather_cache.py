@@ -4,9 +4,10 @@ import math
 
 import torch
 
-from vllm_kvtuner.kernels.contract import CachedTokens, Pages, check_gather
-from vllm_kvtuner.kernels.cuda import arguments
-from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
+from vllm_kvtuner.kernels import arguments
+from vllm_kvtuner.kernels.arguments import Arguments, Field
+from vllm_kvtuner.kernels.checks import check_gather
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,

@@ -5,9 +5,10 @@ import math
 
 import torch
 
-from vllm_kvtuner.kernels.contract import WindowRows, check_rows
-from vllm_kvtuner.kernels.cuda import arguments
-from vllm_kvtuner.kernels.cuda.arguments import Arguments
+from vllm_kvtuner.kernels import arguments
+from vllm_kvtuner.kernels.arguments import Arguments
+from vllm_kvtuner.kernels.checks import check_rows
+from vllm_kvtuner.kernels.contract import WindowRows
 from vllm_kvtuner.kernels.cuda.build import Source, build
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,

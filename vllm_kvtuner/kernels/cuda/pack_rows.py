@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_kvtuner.kernels.contract import StepRows, check_pack
-from vllm_kvtuner.kernels.cuda import arguments, feedback_store
-from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
+from vllm_kvtuner.kernels import arguments
+from vllm_kvtuner.kernels.arguments import Arguments, Field
+from vllm_kvtuner.kernels.checks import check_pack
+from vllm_kvtuner.kernels.contract import StepRows
+from vllm_kvtuner.kernels.cuda import feedback_store
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.feedback_store import FeedbackVariant, rounded_ranges, share_ctas, table_addresses
 from vllm_kvtuner.kernels.cuda.reshape_and_cache import most_lanes

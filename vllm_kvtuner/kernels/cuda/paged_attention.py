@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention, check_sinks
+from vllm_kvtuner.kernels.checks import check_attention, check_sinks
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.paged_attention_config import (
     FEW_SEGMENTS,

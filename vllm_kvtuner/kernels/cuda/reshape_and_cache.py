@@ -4,9 +4,11 @@ import math
 
 import torch
 
-from vllm_kvtuner.kernels.contract import Pages, WindowRows, check_store
-from vllm_kvtuner.kernels.cuda import arguments, feedback_store
-from vllm_kvtuner.kernels.cuda.arguments import Arguments
+from vllm_kvtuner.kernels import arguments
+from vllm_kvtuner.kernels.arguments import Arguments
+from vllm_kvtuner.kernels.checks import check_store
+from vllm_kvtuner.kernels.contract import Pages, WindowRows
+from vllm_kvtuner.kernels.cuda import feedback_store
 from vllm_kvtuner.kernels.cuda.build import BuiltKernel, Source, build, kept_with_transforms
 from vllm_kvtuner.kernels.cuda.rows import (
     NUM_WARPS,

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_kvtuner.kernels.arguments import Field
 from vllm_kvtuner.kernels.contract import WindowRows
 from vllm_kvtuner.kernels.cuda import page_layout
-from vllm_kvtuner.kernels.cuda.arguments import Field
 from vllm_kvtuner.pages.layout import ALIGNMENT, MAX_HEAD_SIZE, PageLayout
 from vllm_kvtuner.pages.transforms import LayerTransforms
 

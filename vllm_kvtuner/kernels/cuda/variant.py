@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 
+from vllm_kvtuner.kernels import arguments
+from vllm_kvtuner.kernels.arguments import Arguments, Field
 from vllm_kvtuner.kernels.contract import Span
-from vllm_kvtuner.kernels.cuda import arguments, page_layout
-from vllm_kvtuner.kernels.cuda.arguments import Arguments, Field
+from vllm_kvtuner.kernels.cuda import page_layout
 from vllm_kvtuner.kernels.cuda.build import Source
 from vllm_kvtuner.kernels.cuda.paged_attention_config import (
     DecodeConfig,

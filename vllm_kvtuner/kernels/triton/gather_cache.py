@@ -4,7 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import CachedTokens, Pages, check_gather
+from vllm_kvtuner.kernels.checks import check_gather
+from vllm_kvtuner.kernels.contract import CachedTokens, Pages
 from vllm_kvtuner.kernels.triton.codes import byte_columns, load_rows
 from vllm_kvtuner.kernels.triton.common import (
     axis_of,

@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span, check_attention, check_sinks
+from vllm_kvtuner.kernels.checks import check_attention, check_sinks
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span
 from vllm_kvtuner.kernels.limits import MAX_DECODE_QUERY_LEN
 from vllm_kvtuner.kernels.triton.codes import (
     code_slice,

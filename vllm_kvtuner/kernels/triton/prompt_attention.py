@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import AttentionShape, Segment, check_rows
+from vllm_kvtuner.kernels.checks import check_rows
+from vllm_kvtuner.kernels.contract import AttentionShape, Segment
 from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference
 
 BLOCK_M = 32

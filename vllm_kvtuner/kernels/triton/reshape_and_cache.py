@@ -5,7 +5,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import Pages, WindowRows, check_store
+from vllm_kvtuner.kernels.checks import check_store
+from vllm_kvtuner.kernels.contract import Pages, WindowRows
 from vllm_kvtuner.kernels.triton import feedback_store
 from vllm_kvtuner.kernels.triton.codes import byte_columns, store_rows
 from vllm_kvtuner.kernels.triton.common import load_rows_to_pack, program_rows, row_warps

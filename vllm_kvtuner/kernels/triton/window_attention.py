@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Queries, Span, check_attention
+from vllm_kvtuner.kernels.checks import check_attention
+from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Queries, Span
 from vllm_kvtuner.kernels.triton.merge import divisor, finite_reference, segment_weight
 from vllm_kvtuner.pages.layout import MAX_HEAD_SIZE
 

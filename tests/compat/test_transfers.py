@@ -1,0 +1,181 @@
+"""What NIXL's workers move of packed pages, and whom they refuse; two engines do it in tests/serving/cpu/test_nixl.py.
+
+vLLM's own workers, with a stand-in for NIXL between them that refuses memory which was not registered.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from vllm.config import KVTransferConfig
+from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+from tests.helpers.nixl_workers import NUM_HEADS, make_rank, read
+from vllm_kvtuner import compat
+from vllm_kvtuner.compat import transfers
+from vllm_kvtuner.engine import config as engine_config
+from vllm_kvtuner.engine import page_facts
+from vllm_kvtuner.pages.layout import PrecisionPair
+from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
+from vllm_kvtuner.profile.profile import Profile
+
+K8V8, K8V4, K4V8, K4V2, K2V2 = (PrecisionPair(*bits) for bits in ((8, 8), (8, 4), (4, 8), (4, 2), (2, 2)))
+MIXED = (K8V8, K4V2, K8V4, K2V2)
+"""Pages of four sizes."""
+PAGES = [([4, 1, 3], [2, 5, 0])]
+"""Blocks here and there."""
+
+
+@pytest.fixture(autouse=True)
+def patched():
+    compat.apply()
+    KVConnectorFactory.get_connector_class(SimpleNamespace(kv_connector="NixlConnector", kv_connector_module_path=None))
+
+
+@pytest.fixture
+def rank_of(monkeypatch):
+    """Makes ranks of engines."""
+
+    def make(groups, *, tp_rank=0, tp_size=1, block_size=32, statics="s", dtype="kvtuner"):
+        pairs = [pair for group in groups for pair in group]
+        shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(NUM_HEADS, 64),) * len(pairs))
+        resolved = Profile("p", None, dict(enumerate(pairs))).resolve(shape)
+        monkeypatch.setattr(transfers, "resolved_profile", lambda config: config.resolved)
+        monkeypatch.setattr(page_facts, "resolved_profile", lambda config: config.resolved)
+        config = vllm_config(tp_size, block_size, layout="LBHNC" if len(groups) == 1 else "BLHNC")
+        config.cache_config.cache_dtype = dtype
+        config.resolved = resolved
+        config.additional_config = {engine_config.DIGEST_KEY: f"{resolved.layers!r}{statics}"}
+        config.model_config.hf_text_config.layer_types = ["full", "sliding"] if len(groups) > 1 else ["full"]
+        return make_rank(monkeypatch, config, groups, tp_rank=tp_rank, tp_size=tp_size, block_size=block_size)
+
+    return make
+
+
+def vllm_config(tp_size, block_size, layout):
+    """As far as a worker reads it."""
+    cache = SimpleNamespace(
+        block_size=block_size,
+        cache_dtype="kvtuner",
+        enable_prefix_caching=True,
+        get_resolved_kv_cache_layout=lambda: SimpleNamespace(name=layout),
+    )
+    model = SimpleNamespace(
+        model="toy",
+        dtype="bfloat16",
+        use_mla=False,
+        is_hybrid=False,
+        enable_sleep_mode=False,
+        hf_text_config=SimpleNamespace(),
+        get_total_num_kv_heads=lambda: NUM_HEADS,
+        get_head_size=lambda: 64,
+        get_total_num_hidden_layers=lambda: 4,
+    )
+    parallel = SimpleNamespace(
+        tensor_parallel_size=tp_size,
+        pipeline_parallel_size=1,
+        prefill_context_parallel_size=1,
+        decode_context_parallel_size=1,
+    )
+    transfer = SimpleNamespace(
+        kv_buffer_device="cpu", kv_role="kv_both", enable_permute_local_kv=False, get_from_extra_config=lambda _, it: it
+    )
+    return SimpleNamespace(
+        cache_config=cache,
+        model_config=model,
+        parallel_config=parallel,
+        kv_transfer_config=transfer,
+        scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        speculative_config=None,
+        compilation_config=SimpleNamespace(static_forward_context={}),
+    )
+
+
+def heads_of(ranks, layer, blocks):
+    """[blocks, KV heads of the model, tokens, content]."""
+    return torch.cat([list(rank.caches.values())[layer][blocks] for rank in ranks], dim=1)
+
+
+@pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 2)])
+def test_ranks_take_their_heads_whatever_the_other_end_has(prefill, decode, rank_of):
+    """A page's heads lie one after the other, so any share of them is a piece of it."""
+    owners = [rank_of([MIXED], tp_rank=rank, tp_size=prefill) for rank in range(prefill)]
+    readers = [rank_of([MIXED], tp_rank=rank, tp_size=decode) for rank in range(decode)]
+    (here, there), untouched = PAGES[0], [0, 2, 5]
+    before = [heads_of(readers, layer, untouched) for layer in range(len(MIXED))]
+    for reader in readers:
+        read(reader, owners, PAGES)
+    for layer in range(len(MIXED)):
+        assert torch.equal(heads_of(readers, layer, here), heads_of(owners, layer, there))
+        assert torch.equal(heads_of(readers, layer, untouched), before[layer])
+
+
+@pytest.mark.parametrize("groups", [[(K2V2, K8V8), (K8V8, K2V2)], [(K8V4,), (K2V2, K4V2), (K4V8, K2V2)]])
+def test_whole_pages_come_where_layers_of_unlike_groups_begin_at_one_place(groups, rank_of):
+    owner, reader = rank_of(groups), rank_of(groups)
+    pages = [([number], [number + 2]) for number in range(len(groups))]
+    read(reader, [owner], pages)
+    layers = iter(range(100))
+    for group, (here, there) in zip(groups, pages, strict=True):
+        for layer in [next(layers) for _ in group]:
+            assert torch.equal(heads_of([reader], layer, here), heads_of([owner], layer, there))
+
+
+@pytest.mark.parametrize(
+    ("groups", "other", "named"),
+    [
+        ([MIXED], {"groups": [(K8V8, K4V2, K4V8, K2V2)]}, ["pairs", "profile and statics"]),
+        ([MIXED], {"statics": "another"}, ["profile and statics"]),
+        ([MIXED], {"block_size": 64}, ["block_size"]),
+        ([(K2V2, K8V8), (K8V8,)], {"tp_size": 2}, ["tensor_parallel_size"]),
+    ],
+)
+def test_an_end_with_other_pages_is_refused_by_what_differs(groups, other, named, rank_of):
+    """Each would be read: pages of equal size, blocks that are taken apart, and heads of the wrong pages."""
+    reader, owner = rank_of(groups), rank_of(**{"groups": groups, **other})
+    with pytest.raises(RuntimeError, match="NIXL handshake refused: the two engines' pages differ: ") as refusal:
+        read(reader, [owner], [([0], [0])] * len(groups))
+    found = str(refusal.value).partition("differ: ")[2].split("; ")
+    assert [each.partition(" is ")[0] for each in found if " is " in each] == named
+
+
+def test_an_end_without_packed_pages_is_refused(rank_of):
+    reader, owner = rank_of([MIXED]), rank_of([MIXED], dtype="auto")
+    with pytest.raises(RuntimeError, match="the other engine's KV cache is not kvtuner's"):
+        read(reader, [owner], PAGES)
+
+
+def test_unequal_pages_are_asked_to_lie_in_blocks():
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlConnector
+
+    config = vllm_config(1, 32, "LBHNC")
+    config.resolved = SimpleNamespace(recent_windows=())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transfers, "resolved_profile", lambda config: config.resolved)
+        assert NixlConnector.get_required_kvcache_layout(config) == "LBHNC"
+        config.resolved.recent_windows = ("a window",)
+        assert NixlConnector.get_required_kvcache_layout(config) == "BLHNC"
+        config.cache_config.cache_dtype = "auto"
+        assert NixlConnector.get_required_kvcache_layout(config) == "LBHNC"
+
+
+def test_ends_that_do_not_compare_are_refused():
+    """By themselves, and among several connectors."""
+
+    def problems_of(transfer):
+        config = KVTransferConfig(kv_role="kv_both", **transfer)
+        return page_facts.unchecked_transfers(SimpleNamespace(kv_transfer_config=config))
+
+    told = {"kv_connector": "NixlConnector", "kv_connector_extra_config": {"enforce_handshake_compat": False}}
+    nested = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [told]}}
+    for transfer in (told, nested):
+        problem = page_facts.unchecked_transfers(
+            SimpleNamespace(kv_transfer_config=KVTransferConfig(kv_role="kv_both", **transfer))
+        )
+        assert [each.rpartition(", but got ")[2] for each in problem] == ["false for NixlConnector"]
+    told["kv_connector_extra_config"] = {}
+    for transfer in (told, nested):
+        assert not page_facts.unchecked_transfers(
+            SimpleNamespace(kv_transfer_config=KVTransferConfig(kv_role="kv_both", **transfer))
+        )
+    assert not page_facts.unchecked_transfers(SimpleNamespace(kv_transfer_config=None))

@@ -1,0 +1,102 @@
+"""What two engines must share, so that one may read pages that the other has written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from vllm_kvtuner import __version__
+from vllm_kvtuner.engine.config import DIGEST_KEY, needs_packed_blocks, resolved_profile
+from vllm_kvtuner.profile.problems import format_layers
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_kvtuner.profile.profile import LayerPrecision, RecentWindow, ResolvedProfile
+
+_ENFORCE = "enforce_handshake_compat"
+"""vLLM's key of a NIXL connector: whether ends with unequal digests refuse each other."""
+MARK = " kvtuner "
+"""What stands between vLLM's own digest of an engine and the facts."""
+
+
+def with_facts(digest: str, config: VllmConfig) -> str:
+    """vLLM's digest of an engine, and behind it what its pages depend on: equal where pages mean the same."""
+    return digest + MARK + json.dumps(page_facts(config), sort_keys=True)
+
+
+def unchecked_transfers(config: VllmConfig) -> list[str]:
+    """NIXL connectors that are told not to compare what the ends say of themselves; alone, or among several."""
+    transfer = config.kv_transfer_config
+    if transfer is None:
+        return []
+    asked = [{"kv_connector": transfer.kv_connector, "kv_connector_extra_config": transfer.kv_connector_extra_config}]
+    asked += transfer.get_from_extra_config("connectors", [])
+    return [
+        f"kv_connector_extra_config.{_ENFORCE} must be true with --kv-cache-dtype kvtuner, since an engine of another "
+        f"profile would read pages that mean something else, but got false for {each['kv_connector']}"
+        for each in asked
+        if not (each.get("kv_connector_extra_config") or {}).get(_ENFORCE, True)
+    ]
+
+
+def page_facts(config: VllmConfig) -> dict[str, str]:
+    """What pages depend on, by the name that a refusal gives it."""
+    resolved = resolved_profile(config)
+    statics = resolved.profile.statics
+    facts = {
+        "vllm-kvtuner": __version__,
+        # A page of ours is not made of pages of half its tokens: scales lie behind the codes of all of them.
+        "block_size": str(config.cache_config.block_size),
+        "pairs": _by_layer(resolved, lambda layer: str(layer.pair)),
+        "transforms": _short(repr([layer.transforms for layer in resolved.layers]).encode()),
+        "recent windows": _by_layer(resolved, lambda layer: _window(layer.recent)),
+        "statics": "none" if statics is None else _short(statics.read_bytes()),
+        "profile and statics": config.additional_config[DIGEST_KEY],
+    }
+    if needs_packed_blocks(config, resolved):
+        # Of pages that share blocks, a rank's share of the heads is no fixed share of the bytes.
+        facts["tensor_parallel_size"] = str(config.parallel_config.tensor_parallel_size)
+    return facts
+
+
+def differences(ours: str, theirs: str) -> str:
+    """Why an engine may not read another's pages, for its log.
+
+    Args:
+        ours: :func:`with_facts` of this engine.
+        theirs: the same of the other one, or what an engine without our cache says.
+    """
+    (digest, _, written), (other, mark, other_written) = ours.partition(MARK), theirs.partition(MARK)
+    here = json.loads(written)
+    if not mark:
+        return "the other engine's KV cache is not kvtuner's; give both --kv-cache-dtype kvtuner and one profile"
+    there = json.loads(other_written)
+    found = [
+        f"{name} is {here.get(name, 'any')} here and {there.get(name, 'any')} there"
+        for name in sorted(here | there)
+        if here.get(name) != there.get(name)
+    ]
+    if digest != other:
+        found.append("vLLM's version, model, dtype, attention backend, speculation or transfer mode is another")
+    return f"the two engines' pages differ: {'; '.join(found)}"
+
+
+def _by_layer(resolved: ResolvedProfile, value: Callable[[LayerPrecision], str]) -> str:
+    """``K8V8: 0-3, 7; K4V2: 4-6``."""
+    layers: dict[str, list[int]] = {}
+    for layer in resolved.layers:
+        layers.setdefault(value(layer), []).append(layer.index)
+    return "; ".join(f"{text}: {format_layers(numbers)}" for text, numbers in layers.items())
+
+
+def _window(window: RecentWindow | None) -> str:
+    if window is None:
+        return "none"
+    return f"{window.tokens} tokens at {window.pair} and {window.sink_tokens} sink tokens"
+
+
+def _short(content: Any) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
