@@ -3,6 +3,7 @@
 import argparse
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -298,6 +299,19 @@ def test_impossible_measures_are_refused_before_an_engine_starts(
     with pytest.raises(ValueError, match=rule):
         evaluate.run(options_of(str(make_tiny_model(tmp_path / "model")), *words))
     assert not engines.labels
+
+
+def test_logits_that_the_disk_does_not_hold_are_refused(monkeypatch: pytest.MonkeyPatch, request_of) -> None:
+    """60 tokens of text, and as much of the answers as may be followed, with a vocabulary of 512."""
+    engines = Engines()
+    monkeypatch.setattr(passes, "in_own_process", engines)
+    monkeypatch.setattr(passes.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 512 * 100))
+    with pytest.raises(
+        ValueError, match=r"--tokens and --answer-tokens must .* 33,673,216 bytes, .* has 204,800, but got"
+    ):
+        evaluate.evaluate(request_of(generate=True))
+    assert not engines.labels
+    assert evaluate.evaluate(request_of(generate=True, answer_tokens=40))["answer_tokens"] == 40
 
 
 def test_the_longest_needles_fit_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """The engines of one evaluation, one after the other, and the row of each."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,6 +84,7 @@ class Passes:
         positions = hf_config.get_text_config().max_position_embeddings
         self._sets = question_sets(request, tokenizer, positions)
         self._followed: tuple[Window, ...] | None = None
+        self._check_disk(logits.parent, hf_config.get_text_config().vocab_size)
         longest = max(request.context if windows else 0, *(each.max_model_len for each in self._sets), 1)
         check_max_model_len(request.words, longest + 1)
         self._max_model_len = max_model_len_for(longest, positions)
@@ -95,6 +97,19 @@ class Passes:
             for setting in request.settings
             if setting.profile is not None
         }
+
+    def _check_disk(self, folder: Path, vocab_size: int) -> None:
+        """The reference's logits, fp32 of every predicted token, must fit in the folder.
+
+        Raises:
+            ValueError: they do not.
+        """
+        answers = sum(len(each.prompts) * each.max_tokens for each in self._sets if each.is_followed)
+        tokens = sum(window.positions for window in self._text) + min(answers, self._request.answer_tokens)
+        needed, free = 4 * vocab_size * tokens, shutil.disk_usage(folder).free
+        if needed > free:
+            rule = f"must be few enough for their logits, {needed:,} bytes, to fit in {folder} (TMPDIR)"
+            raise ValueError(f"--tokens and --answer-tokens {rule}, which has {free:,}, but got {tokens:,} together")
 
     @property
     def _follows(self) -> bool:
