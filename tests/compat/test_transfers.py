@@ -159,23 +159,23 @@ def test_unequal_pages_are_asked_to_lie_in_blocks():
         assert NixlConnector.get_required_kvcache_layout(config) == "LBHNC"
 
 
-def test_ends_that_do_not_compare_are_refused():
-    """By themselves, and among several connectors."""
+def test_transfers_that_would_be_wrong_are_refused():
+    """Ends that do not compare, and states of linear attention; of a connector by itself, and among several."""
 
-    def problems_of(transfer):
-        config = KVTransferConfig(kv_role="kv_both", **transfer)
-        return page_facts.unchecked_transfers(SimpleNamespace(kv_transfer_config=config))
+    def got(extra, is_hybrid=False):
+        told = {"kv_connector": "NixlConnector", "kv_connector_extra_config": extra}
+        nested = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [told]}}
+        model = SimpleNamespace(is_hybrid=is_hybrid, model="toy")
+        found = [
+            page_facts.refused_transfers(
+                SimpleNamespace(kv_transfer_config=KVTransferConfig(kv_role="kv_both", **each), model_config=model)
+            )
+            for each in (told, nested)
+        ]
+        assert found[0] == found[1]
+        return [problem.rpartition(", but got ")[2] for problem in found[0]]
 
-    told = {"kv_connector": "NixlConnector", "kv_connector_extra_config": {"enforce_handshake_compat": False}}
-    nested = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [told]}}
-    for transfer in (told, nested):
-        problem = page_facts.unchecked_transfers(
-            SimpleNamespace(kv_transfer_config=KVTransferConfig(kv_role="kv_both", **transfer))
-        )
-        assert [each.rpartition(", but got ")[2] for each in problem] == ["false for NixlConnector"]
-    told["kv_connector_extra_config"] = {}
-    for transfer in (told, nested):
-        assert not page_facts.unchecked_transfers(
-            SimpleNamespace(kv_transfer_config=KVTransferConfig(kv_role="kv_both", **transfer))
-        )
-    assert not page_facts.unchecked_transfers(SimpleNamespace(kv_transfer_config=None))
+    assert got({}) == []
+    assert got({"enforce_handshake_compat": False}) == ["false for NixlConnector"]
+    assert got({}, is_hybrid=True) == ["NixlConnector for toy"]
+    assert not page_facts.refused_transfers(SimpleNamespace(kv_transfer_config=None))

@@ -25,7 +25,7 @@ from vllm_kvtuner.engine.config import (
     resolved_profile,
 )
 from vllm_kvtuner.engine.mrope import unserved_positions
-from vllm_kvtuner.engine.page_facts import unchecked_transfers
+from vllm_kvtuner.engine.page_facts import refused_transfers
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
 from vllm_kvtuner.engine.profile_search import look_for, other_weights
 from vllm_kvtuner.engine.verdict import model_shape
@@ -179,7 +179,7 @@ def settings(config: VllmConfig) -> tuple[str, ...]:
             f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph "
             f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
         )
-    problems += speculation(config) + mamba2_on_cpu(config) + causality(config) + unchecked_transfers(config)
+    problems += speculation(config) + mamba2_on_cpu(config) + causality(config) + refused_transfers(config)
     return tuple(problems)
 
 
