@@ -17,6 +17,7 @@ def build(window=None, attend_cached_prefill=False, speculative=None, requests=R
         recent_window=None if window is None else SimpleNamespace(window=SimpleNamespace(tokens=window, sink_tokens=0)),
         attend_cached_prefill=attend_cached_prefill,
         prefill_workspace_tokens=4096,
+        shards=None,
     )
     config = SimpleNamespace(
         speculative_config=speculative and SimpleNamespace(num_speculative_tokens=speculative, parallel_drafting=False),

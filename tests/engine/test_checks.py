@@ -119,3 +119,40 @@ def test_sink_tokens_are_refused_where_a_connector_loses_them(connector, module,
     monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: True))
     problems = checks.recent_windows(config, resolved)
     assert [problem.partition("but got 4 with ")[2] for problem in problems] == ([] if got is None else [got])
+
+
+@pytest.mark.parametrize(
+    ("profile", "model", "said"),
+    [
+        ({}, {}, []),
+        ({"recent_window": 64}, {}, ["p: recent_window must be 0", "64"]),
+        ({"transforms": TransformSettings(key_offset=True)}, {}, ["p: key_offset must be false", "layers 0-3"]),
+        ({"transforms": TransformSettings(key_offset="from_weights")}, {}, []),  # once there are weights
+        ({"attend_cached_prefill": True}, {}, ["p: attend_cached_prefill must be false", "true"]),
+        ({}, {"speculative": "ngram"}, ["speculative_config must be left out", "ngram"]),
+        ({}, {"layer_types": ["full_attention", "sliding_attention"] * 2}, ["toy: all layers must attend to all"]),
+        ({}, {"is_hybrid": True}, ["toy: all layers must attend to all"]),
+        ({}, {"num_kv_shared_layers": 1}, ["toy: layers must attend causally to keys of their own"]),
+        ({}, {"is_mm_prefix_lm": True}, ["toy: layers must attend causally to keys of their own"]),
+    ],
+)
+def test_what_context_parallelism_does_not_serve(profile, model, said):
+    def refused(size):
+        text = {"num_hidden_layers": 4, **{name: model[name] for name in model if name.startswith(("layer", "num"))}}
+        kinds = {"is_hybrid": False, "is_mm_prefix_lm": False}
+        kinds |= {name: model[name] for name in model if name in kinds}
+        speculative = model.get("speculative")
+        config = SimpleNamespace(
+            parallel_config=SimpleNamespace(decode_context_parallel_size=size),
+            speculative_config=speculative and SimpleNamespace(method=speculative),
+            additional_config={},
+            model_config=SimpleNamespace(model="toy", hf_text_config=SimpleNamespace(**text), **kinds),
+        )
+        shape = ModelShape("toy", "ToyForCausalLM", (LayerShape(1, 64),) * 4)
+        return checks.context_parallel(config, Profile("p", None, PrecisionPair(4, 4), **profile).resolve(shape))
+
+    assert refused(1) == ()
+    problems = refused(2)
+    assert len(problems) == bool(said)
+    assert all(part in problems[0] for part in said)
+    assert all("with decode_context_parallel_size=2" in problem for problem in problems)

@@ -26,6 +26,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout, KVCacheSpec
 
 from vllm_kvtuner.attention import prefill_plan
 from vllm_kvtuner.attention.both_ways import both_ways
+from vllm_kvtuner.attention.context_parallel import ContextLengths
 from vllm_kvtuner.attention.impl import KVTunerImpl
 from vllm_kvtuner.attention.metadata import KVTunerMetadata
 from vllm_kvtuner.attention.prefill_plan import PlanRules
@@ -56,11 +57,13 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             sliding_window=implementation.sliding_window,
             recent=None if window is None else window.tokens,
             sink_tokens=0 if window is None else window.sink_tokens,
+            apart=implementation.shards is not None,
         )
+        self._shards = implementation.shards
         # A window keeps all of a step's tokens only if it is as long as they are many; and a prefill that reads back
         # what it stored gives the same numbers, however it is cut into steps.
         fits = window is None or window.tokens >= MAX_DECODE_QUERY_LEN
-        self._takes_short_prefills = fits and not self._rules.attend_cached
+        self._takes_short_prefills = fits and not self._rules.attend_cached and self._shards is None
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -92,13 +95,26 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             num_decode_tokens += sum(lens)
             if lens:
                 longest = MAX_DECODE_QUERY_LEN
-        plan = None
+        plan, seq_lens, context = None, common.seq_lens, None
+        if self._shards is not None:
+            assert common.dcp_local_seq_lens is not None
+            seq_lens = common.dcp_local_seq_lens
         if num_prefills:
             assert common.seq_lens_cpu_upper_bound is not None
+            lens = common.seq_lens_cpu_upper_bound
+            if self._shards is not None:
+                queries = common.query_start_loc_cpu[1 : common.num_reqs + 1].diff(
+                    prepend=common.query_start_loc_cpu[:1]
+                )
+                cached = lens[: common.num_reqs] - queries
+                of_rank = self._shards.lengths(cached)
+                any_cached = bool(cached[num_decodes:].any())
+                context = ContextLengths(any_cached, of_rank[num_decodes:].tolist())
+                lens = of_rank + queries
             plan = prefill_plan.plan(
                 self._rules,
                 common.query_start_loc_cpu,
-                common.seq_lens_cpu_upper_bound,
+                lens,
                 num_decodes,
                 common.num_reqs,
                 self.device,
@@ -109,11 +125,12 @@ class KVTunerMetadataBuilder(AttentionMetadataBuilder[KVTunerMetadata]):
             num_decode_tokens=num_decode_tokens,
             max_decode_query_len=longest,
             query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
+            seq_lens=seq_lens,
             block_table=common.block_table_tensor,
             positions=common.positions,
             prefill=plan,
             mm_prefix_range=pictures,
+            context=context,
         )
 
 

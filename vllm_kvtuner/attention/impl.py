@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionType, max_decode_query_len
 
 from vllm_kvtuner import envs
+from vllm_kvtuner.attention.context_parallel import ContextShards
 from vllm_kvtuner.attention.metadata import KVTunerMetadata, metadata_of, step_positions
 from vllm_kvtuner.attention.prefill import (
     GpuPrefill,
@@ -25,6 +26,7 @@ from vllm_kvtuner.attention.prefill import (
     attention_of_prompts,
 )
 from vllm_kvtuner.attention.prefill_plan import workspace_rows
+from vllm_kvtuner.attention.sharded_prefill import ShardedPrefill, ShardedReferencePrefill
 from vllm_kvtuner.attention.step_packing import StepPacking, step_packing
 from vllm_kvtuner.attention.window_cache import RecentCache
 from vllm_kvtuner.attention.window_kernels import GpuWindow, LayerWindow, ReferenceWindow
@@ -36,6 +38,7 @@ from vllm_kvtuner.kernels.contract import (
     KernelSet,
     LatePacking,
     Pages,
+    Segment,
     Span,
     StepRows,
 )
@@ -91,6 +94,9 @@ class PackedLate(NamedTuple):
 class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
     """Attention of one layer over packed pages. Constructed by vLLM's Attention layer; see AttentionImpl."""
 
+    can_return_lse_for_decode = True
+    supports_dcp = True
+
     def __init__(
         self,
         num_heads: int,
@@ -124,12 +130,15 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
 
         self.attend_cached_prefill = settings.attend_cached_prefill
         sink_type = None if sinks is None else sinks.dtype
-        self.shape = AttentionShape(
+        self.config = config = get_current_vllm_config()
+        self.own_shape = AttentionShape(
             num_heads, self.num_kv_heads, head_size, self.scale, self.logits_soft_cap, sink_type
         )
+        self.shards = ContextShards.of(config) if self.dcp_world_size > 1 else None
+        # Of what the cache is read with: under context parallelism, the heads of all ranks.
+        self.shape = self.own_shape if self.shards is None else self.shards.whole(self.own_shape)
         # Of a recent window's own pages: those of the layer count its sinks.
         self._window_shape = self.shape._replace(sinks=None)
-        self.config = config = get_current_vllm_config()
         self.dtype = config.model_config.dtype
         self.limits = BatchLimits(config.scheduler_config.max_num_seqs, max_decode_query_len(config))
         self.max_num_batched_tokens = config.scheduler_config.max_num_batched_tokens
@@ -154,6 +163,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
 
     def _on_cpu(self, span: Span, cache: RecentCache | None) -> Served:
         kernels = cpu_kernels(self.shape, span)
+        if self.shards is not None:
+            return Served(kernels, ShardedReferencePrefill(self.shards, self.own_shape, kernels), None)
         window = None
         if cache is not None:
             packed = cpu_kernels(self._window_shape, Span(cache.window.tokens))
@@ -164,7 +175,8 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
         device = torch.device(current_platform.device_type, current_platform.current_device())
-        kernels = GpuKernels(self.shape, span, self.limits, device, cache is not None, self.dtype)
+        write_lse = cache is not None or self.shards is not None
+        kernels = GpuKernels(self.shape, span, self.limits, device, write_lse, self.dtype)
         window = None
         if cache is not None:
             span = Span(cache.window.tokens)
@@ -173,7 +185,11 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         version = get_flash_attn_version(head_size=self.head_size, requires_softcap=self.logits_soft_cap > 0)
         flash = attention_of_prompts(self.shape, version)
         workspace = WorkspaceShape(self.prefill_workspace_tokens, self.dtype, device)
-        return Served(kernels, GpuPrefill(kernels, flash, workspace, window), window)
+        prefill = GpuPrefill(kernels, flash, workspace, window)
+        if self.shards is not None:
+            fresh = attention_of_prompts(self.own_shape, version)
+            return Served(kernels, ShardedPrefill(self.shards, fresh, prefill), None)
+        return Served(kernels, prefill, window)
 
     @property
     def recent_window(self) -> RecentCache | None:
@@ -371,6 +387,13 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         if tokens < query.shape[0]:
             query, output = query[:tokens], output[:tokens]
         kernels, _, window = self.served
+        if self.shards is not None:
+            part = Segment.into(torch.empty_like(query := self.shards.queries(query)))
+            kernels.attend(query, metadata.decodes, pages, part.output, part.lse)
+            # One query of each request. A kernel need not write anything for those that have nothing on this rank.
+            part.lse.masked_fill_(metadata.decodes.seq_lens == 0, -torch.inf)
+            output.copy_(self.shards.combine(part).output)
+            return
         if window is None:
             kernels.attend(query, metadata.decodes, pages, output)
             return

@@ -9,6 +9,7 @@ from vllm.forward_context import get_forward_context
 from vllm.v1.attention.backend import AttentionMetadata
 
 from vllm_kvtuner.attention.both_ways import BothWays
+from vllm_kvtuner.attention.context_parallel import ContextLengths
 from vllm_kvtuner.attention.prefill_plan import PrefillPlan
 from vllm_kvtuner.kernels.contract import Queries
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -30,6 +31,8 @@ class KVTunerMetadata(AttentionMetadata):
         prefill: how the other requests are served, or None if there are none.
         mm_prefix_range: tokens of the prefills that attend in both directions, or None. The name is vLLM's, whose
             Gemma 4 takes it away from layers that are causal all the same.
+        context: under context parallelism, what the prefills have in the cache; there ``seq_lens`` counts what the rank
+            stores of a request. Else None.
     """
 
     num_actual_tokens: int
@@ -42,6 +45,7 @@ class KVTunerMetadata(AttentionMetadata):
     positions: torch.Tensor | None
     prefill: PrefillPlan | None
     mm_prefix_range: BothWays | None = None
+    context: ContextLengths | None = None
 
     @functools.cached_property
     def decodes(self) -> Queries:

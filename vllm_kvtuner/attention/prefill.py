@@ -200,7 +200,7 @@ class GpuPrefill:
             if plan.context or sinks is not None or batch.metadata.mm_prefix_range is not None:
                 result.lse[:, rows] = segment.lse
         for part in plan.context:
-            context = self._attend_slice(batch, part, causal=False, window=None)
+            context = self.attend_slice(batch, part, causal=False, window=None)
             result = merged(context, result)
         if batch.metadata.mm_prefix_range is not None:
             self._attend_ahead(batch, batch.metadata.mm_prefix_range, result)
@@ -224,17 +224,18 @@ class GpuPrefill:
         """Attention of a slice's requests over it, under the causal mask, and over what the recent window holds."""
         sliding_window = self.kernels.span.sliding_window
         if newest is None:
-            return self._attend_slice(batch, part, causal=True, window=sliding_window)
+            return self.attend_slice(batch, part, causal=True, window=sliding_window)
         assert self.window is not None
         recent = self.window.cache.window.tokens
         held = None
         if part.num_tokens:
             older_window = sliding_window and sliding_window - recent
-            held = self._attend_slice(batch, part, causal=True, window=older_window)
-        segment = self._attend_slice(batch, newest, causal=True, window=recent)
+            held = self.attend_slice(batch, part, causal=True, window=older_window)
+        segment = self.attend_slice(batch, newest, causal=True, window=recent)
         return segment if held is None else merged(held, segment)
 
-    def _attend_slice(self, batch: Prefills, part: CacheSlice, causal: bool, window: int | None) -> Segment:
+    def attend_slice(self, batch: Prefills, part: CacheSlice, causal: bool, window: int | None) -> Segment:
+        """Attention of a slice's requests over it."""
         rows = slice(part.first_token, part.first_token + part.num_query_tokens)
         query_lens = Lengths(part.cu_query_lens, part.max_query_len)
         key_lens = Lengths(part.cu_seq_lens, part.max_len)

@@ -118,6 +118,7 @@ class PlanRules:
         sliding_window: tokens a query sees, itself included, or None for all.
         recent: tokens of the recent window, less than the sliding window's, or None.
         sink_tokens: tokens at a request's head that the recent window's cache has.
+        apart: fresh tokens are never in a slice with context, which other heads' queries attend to as well.
     """
 
     workspace_tokens: int
@@ -126,6 +127,7 @@ class PlanRules:
     sliding_window: int | None = None
     recent: int | None = None
     sink_tokens: int = 0
+    apart: bool = False
 
     @property
     def window(self) -> int | None:
@@ -181,7 +183,7 @@ def plan(
 
 def _fits_at_once(rules: PlanRules, queries: list[int], contexts: list[int]) -> bool:
     """Whether all fresh tokens and their context are one slice: few tokens, and fewer launches."""
-    if rules.sliding_window is not None or (rules.attend_cached and rules.recent) or not any(contexts):
+    if rules.apart or rules.sliding_window is not None or (rules.attend_cached and rules.recent) or not any(contexts):
         return False
     return sum(queries) <= FEW_FRESH_TOKENS and sum(contexts) + sum(queries) <= rules.workspace_tokens
 

@@ -20,10 +20,12 @@ from vllm_kvtuner.engine.config import (
     PAIR_WINDOW_KEY,
     PROFILE_KEY,
     is_calibration,
+    mixes_attention_kinds,
     needs_packed_blocks,
     reads_others_tokens,
     resolved_profile,
 )
+from vllm_kvtuner.engine.layer_names import sliding_layers
 from vllm_kvtuner.engine.mrope import unserved_positions
 from vllm_kvtuner.engine.page_facts import refused_transfers
 from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, choose_window
@@ -73,6 +75,7 @@ def check_config(config: VllmConfig) -> None:
     resolved = _resolved(config)
     problems = other_weights(config, resolved.profile) + draft_model(config, resolved)
     problems += captured_stores(config, resolved) + shared_tokens(config, resolved)
+    problems += context_parallel(config, resolved)
     problems += unserved_positions(config, resolved) + pictures_read_back(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
@@ -124,7 +127,12 @@ def adapt(config: VllmConfig) -> None:
     from vllm.platforms import current_platform
 
     def problems(resolved: ResolvedProfile) -> tuple[str, ...]:
-        return (*recent_windows(config, resolved), *draft_model(config, resolved), *shared_tokens(config, resolved))
+        return (
+            *recent_windows(config, resolved),
+            *draft_model(config, resolved),
+            *shared_tokens(config, resolved),
+            *context_parallel(config, resolved),
+        )
 
     shape = _shape(config)
     if shape.unsupported:  # refused by resolving
@@ -154,11 +162,6 @@ def settings(config: VllmConfig) -> tuple[str, ...]:
     """What can be checked before the profile is read."""
     problems = []
     parallel = config.parallel_config
-    if parallel.decode_context_parallel_size > 1:
-        problems.append(
-            "decode_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
-            f"{parallel.decode_context_parallel_size}"
-        )
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         problems.append(
             "prefill_context_parallel_size must be 1 with --kv-cache-dtype kvtuner, but got "
@@ -179,7 +182,8 @@ def settings(config: VllmConfig) -> tuple[str, ...]:
             f"cudagraph_mode must be NONE with {CALIBRATION_KEY} (such as by enforce_eager), since a graph "
             f"replays the pair it was captured with, but got {config.compilation_config.cudagraph_mode.name}"
         )
-    problems += speculation(config) + mamba2_on_cpu(config) + causality(config) + refused_transfers(config)
+    problems += speculation(config) + mamba2_on_cpu(config) + context_parallel_on_cpu(config) + causality(config)
+    problems += refused_transfers(config)
     return tuple(problems)
 
 
@@ -240,6 +244,54 @@ def draft_model(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...
         "layers or the profile has a recent_window, since vLLM's model runner V1 then mixes up their blocks, but got "
         f"{speculative.model}",
     )
+
+
+def context_parallel_on_cpu(config: VllmConfig) -> list[str]:
+    """vLLM's CPU build computes slots of one rank alone, and stops with an assertion once weights are loaded."""
+    from vllm.platforms import current_platform
+
+    size = config.parallel_config.decode_context_parallel_size
+    if size == 1 or not current_platform.is_cpu():
+        return []
+    return [f"decode_context_parallel_size must be 1 on a CPU, where vLLM does not serve it, but got {size}"]
+
+
+def context_parallel(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, ...]:
+    """What does not work where the ranks of a KV head store a part of a request's tokens each.
+
+    Places of tokens on a rank are not those in their request, so that nothing is served that asks for the latter
+    (attention/context_parallel.py).
+    """
+    size = config.parallel_config.decode_context_parallel_size
+    if size == 1:
+        return ()
+    source = resolved.profile.source or resolved.profile.name
+    with_size = f"with decode_context_parallel_size={size}"
+    problems = []
+    if resolved.recent_windows:
+        windows = "/".join(str(window.tokens) for window in resolved.recent_windows)
+        problems.append(f"{source}: recent_window must be 0 {with_size}, but got {windows}")
+    if offsets := [layer.index for layer in resolved.layers if layer.transforms.key_offset is True]:
+        problems.append(
+            f"{source}: key_offset must be false {with_size}, but got true for layers {format_layers(offsets)}"
+        )
+    if resolved.attend_cached_prefill:
+        problems.append(f"{source}: attend_cached_prefill must be false {with_size}, but got true")
+    if config.speculative_config is not None:
+        problems.append(f"speculative_config must be left out {with_size}, but got {config.speculative_config.method}")
+    if is_calibration(config):
+        problems.append(f"{CALIBRATION_KEY} must be false {with_size}, but got true")
+    if mixes_attention_kinds(config) or config.model_config.is_hybrid or sliding_layers(config, resolved):
+        problems.append(
+            f"{config.model_config.model}: all layers must attend to all tokens {with_size}, but the model has "
+            "sliding-window or linear-attention layers"
+        )
+    if reads_others_tokens(config) or config.model_config.is_mm_prefix_lm:
+        problems.append(
+            f"{config.model_config.model}: layers must attend causally to keys of their own {with_size}, but the "
+            "model's read those of others, or of later tokens"
+        )
+    return tuple(problems)
 
 
 STORE_OP = "vllm::unified_kv_cache_update"

@@ -79,6 +79,7 @@ def bind_statics(worker: Any, resolved: ResolvedProfile | None = None) -> None:
                 if not resolved.profile.adapts:
                     raise
                 offsets.left_out.setdefault(str(error).partition(": ")[2], []).append(precision.index)
+        refuse_sharded(offset, config, precision.index)
         layer.impl.bind_statics(
             LayerTransforms(
                 key_offset=offset,
@@ -93,6 +94,19 @@ def bind_statics(worker: Any, resolved: ResolvedProfile | None = None) -> None:
         )
     if rank == 0:
         offsets.log()
+
+
+def refuse_sharded(offset: torch.Tensor | None, config: VllmConfig, layer: int) -> None:
+    """Raises:
+    ValueError: an offset where a token's place on a rank is not that in its request, by which it is given back. Whether
+        a layer has one is known once its weights are.
+    """
+    size = config.parallel_config.decode_context_parallel_size
+    if offset is not None and size > 1:
+        raise ValueError(
+            f"layer {layer}: key_offset must be false with decode_context_parallel_size={size}, but the model's k "
+            "projection has a bias that needs one"
+        )
 
 
 @dataclass

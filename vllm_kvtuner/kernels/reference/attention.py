@@ -157,6 +157,35 @@ def attention_ref(
             lse[:, begin:end] = sums.flatten(0, 1)
 
 
+def unmasked_attention_ref(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shape: AttentionShape,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+) -> None:
+    """Attention over keys and values that all queries see, in model space; of no keys it is 0, and -inf.
+
+    Args:
+        query: [num_queries, num_heads, head_size].
+        key: [num_keys, num_kv_heads, head_size].
+        value: as key.
+        shape: of the layer.
+        output: [num_queries, num_heads, head_size], written in place.
+        lse: [num_heads, num_queries] fp32, likewise.
+    """
+    heads = query.float().unflatten(1, (shape.num_kv_heads, shape.group)).permute(1, 2, 0, 3) * shape.scale
+    keys, values = key.float().permute(1, 2, 0)[:, None], value.float().transpose(0, 1)[:, None]
+    step = max(1, SCORES_PER_SLICE // (shape.num_heads * max(1, key.shape[0])))
+    for begin in range(0, query.shape[0], step):
+        scores = heads[:, :, begin : begin + step] @ keys
+        seen = torch.ones(scores.shape[-1], dtype=torch.bool, device=query.device)
+        probabilities, sums = _softmax(scores, seen, shape.logits_soft_cap)
+        output[begin : begin + step] = (probabilities @ values).permute(2, 0, 1, 3).flatten(1, 2).to(output.dtype)
+        lse[:, begin : begin + step] = sums.flatten(0, 1)
+
+
 def merge_segments_ref(first: Segment, second: Segment, output: torch.Tensor, lse: torch.Tensor | None = None) -> None:
     """Attention over the tokens of two segments from that over each, by log-sum-exp, in place.
 
