@@ -31,7 +31,7 @@ def summarize(inputs: ReportInputs) -> list[tuple[str, str]]:
     rows += [
         ("transforms", count_transforms(inputs.table.layers[index].transforms for index in _quantized(inputs, serve))),
         ("report", str(inputs.out / REPORT_FILE)),
-        ("your task", f"kvtuner evaluate {model} --profile {path} --data FILE --task FILE"),
+        ("your task", f"kvtuner evaluate {model} --profile {path} --data FILE --tasks FILE"),
         ("serve", f"vllm serve {model} --kv-cache-dtype kvtuner --kvtuner-profile {path}"),
     ]
     return rows
