@@ -1,5 +1,6 @@
 """The figures of a calibration's report, as plotly figures."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,10 @@ def read_study_figures(path: Path) -> dict[str, go.Figure]:
     return {each["title"]: plotly.io.from_json(each["figure"]) for each in figures}
 
 
+MAX_DECADES = 3
+"""Decades from which on a logarithmic axis has powers of ten alone."""
+
+
 def front_figure(result: SearchResult) -> go.Figure:
     """All scored settings in bits and KL, the Pareto front, the budget and the chosen setting."""
     figure = go.Figure()
@@ -102,14 +107,15 @@ def heldout_figure(heldout: Heldout, max_bits: float) -> go.Figure:
 
 
 def _lay_out(figure: go.Figure, max_bits: float, height: int) -> None:
-    """Axes of bits and KL, and the budget, whose label lies below the points and beside the line."""
+    """Axes of bits and KL, and the budget, whose label lies above the plot, where no point is."""
     figure.add_vline(
         x=max_bits,
         line={"dash": "dash", "color": _CHOSEN_COLOR},
-        annotation={"text": "budget", "textangle": -90, "xanchor": "right", "yanchor": "bottom", "y": 0},
+        annotation={"text": "budget", "xanchor": "center", "yanchor": "bottom", "y": 1},
     )
     figure.update_layout(xaxis_title=_BITS_AXIS, yaxis_title=_KL_AXIS, height=height)
-    figure.update_yaxes(type="log", exponentformat="power")
+    losses = [loss for trace in figure.data for loss in (trace.y or ()) if loss > 0]
+    figure.update_yaxes(type="log", tickvals=(ticks := _log_ticks(losses)), ticktext=[f"{each:g}" for each in ticks])
 
 
 def sensitivity_figure(table: SensitivityTable, candidates: Mapping[int, Sequence[str]]) -> go.Figure:
@@ -167,7 +173,7 @@ def heads_figure(table: SensitivityTable, result: SearchResult) -> go.Figure:
 
 def allocation_figure(table: SensitivityTable, result: SearchResult) -> go.Figure:
     """Key and value bits of every layer."""
-    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.06, subplot_titles=("keys", "values"))
+    figure = make_subplots(rows=2, shared_xaxes=True, vertical_spacing=0.14, subplot_titles=("keys", "values"))
     layers = [layer.index for layer in table.layers]
     transforms = [", ".join(layer.transforms.names) or "none" for layer in table.layers]
     for row, part in enumerate(("k_bits", "v_bits"), 1):
@@ -267,6 +273,15 @@ def _add_settings(
         ),
         **shown,
     )
+
+
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers for a logarithmic axis: 1, 2 and 5 of each decade, or powers of ten alone where they are many."""
+    if not values:
+        return []
+    low, high = (math.floor(math.log10(end)) for end in (min(values), max(values)))
+    digits = (1, 2, 5) if high - low < MAX_DECADES else (1,)
+    return [digit * 10.0**power for power in range(low, high + 1) for digit in digits]
 
 
 def _tick(layers: int) -> int:

@@ -118,13 +118,16 @@ def _shape(config: VllmConfig) -> ModelShape:
 
 
 def adapt(config: VllmConfig) -> None:
-    """Choose what a profile that adapts, which is a pair alone, leaves to the engine: its window and its blocks."""
+    """Choose what a profile leaves to the engine: blocks that a recent window fills, and the window of a pair alone."""
     additional = config.additional_config
     additional.pop(PAIR_WINDOW_KEY, None)
     profile = load_profile(additional[PROFILE_KEY])
-    if not profile.adapts or is_calibration(config):
+    if is_calibration(config):
         return
-    from vllm.platforms import current_platform
+    if not profile.adapts:
+        if profile.recent_window or any(profile.recent_window_overrides.values()):
+            _use_smaller_blocks(config)
+        return
 
     def problems(resolved: ResolvedProfile) -> tuple[str, ...]:
         return (
@@ -138,14 +141,24 @@ def adapt(config: VllmConfig) -> None:
     if shape.unsupported:  # refused by resolving
         return
     profile = dataclasses.replace(profile, attend_cached_prefill=bool(additional.get(ATTEND_KEY)))
-    cache = config.cache_config
-    given = cache.block_size
-    if current_platform.is_cpu() and not cache.user_specified_block_size and not config.model_config.is_hybrid:
-        cache.block_size = CPU_BLOCK_SIZE
+    given = config.cache_config.block_size
+    _use_smaller_blocks(config)
     choice = choose_window(config, profile, shape, problems)
     if not choice[0]:
-        cache.block_size = given
+        config.cache_config.block_size = given
     additional[PAIR_WINDOW_KEY] = list(choice)
+
+
+def _use_smaller_blocks(config: VllmConfig) -> None:
+    """On a CPU, take blocks that a recent window fills, unless somebody has given a size.
+
+    A request holds whole blocks of its window. Blocks of a model with linear-attention layers are as large as a state.
+    """
+    from vllm.platforms import current_platform
+
+    cache = config.cache_config
+    if current_platform.is_cpu() and not cache.user_specified_block_size and not config.model_config.is_hybrid:
+        cache.block_size = CPU_BLOCK_SIZE
 
 
 def _digest(config: VllmConfig, resolved: ResolvedProfile) -> str:

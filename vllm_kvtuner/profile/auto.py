@@ -121,8 +121,13 @@ def find_calibrated(files: ModelFiles, shape: ModelShape, budget: Budget, pair: 
         # What lies beside the model is what is meant where no bits are asked for.
         is_meant = place is of_model and budget.request == AutoRequest()
         if best is not None and pair is not None and not is_meant and best.bits + CALIBRATION_BITS < pair.bits:
-            reason = f"holds {best.bits:g} stored bits, where {pair.spec} holds {pair.bits:g} within the budget"
-            candidates = [each if each.rejected else dataclasses.replace(each, rejected=reason) for each in candidates]
+            better = f"where {pair.spec} holds {pair.bits:g} within the budget"
+            candidates = [
+                each
+                if each.rejected
+                else dataclasses.replace(each, rejected=f"holds {each.bits:g} stored bits, {better}")
+                for each in candidates
+            ]
             best = None
         chosen = chosen or best
         rejected += [_with_reason(each, chosen) for each in candidates if each is not best]

@@ -98,7 +98,9 @@ class Budget:
         need = self.request.need
         if need is None:
             return f"--max-bits {self.request.bits:g}"
-        return f"--memory {self.memory} --context {need.context} --concurrency {need.requests}"
+        memory, rest = divmod(self.memory or 0, 1 << 30)
+        size = self.memory if rest else f"{memory}GiB"
+        return f"--memory {size} --context {need.context} --concurrency {need.requests}"
 
     def exceeded_by(self, resolved: ResolvedProfile) -> str | None:
         """Why a profile is not within the budget; None where it is."""

@@ -3,6 +3,8 @@
 import pytest
 
 from tests.helpers.engine import cpu_only, run_engine
+from tests.helpers.tiny_model import make_tiny_model
+from vllm_kvtuner.engine.pair_window import CPU_BLOCK_SIZE, largest_share
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes
 
 pytestmark = cpu_only
@@ -28,6 +30,11 @@ def auto(llama):
     return run_engine(llama, dtype="bfloat16", kv_cache_memory_bytes=MEMORY)
 
 
+@pytest.fixture(scope="module")
+def long_llama(tmp_path_factory):
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama", max_model_len=32_768)
+
+
 @pytest.mark.parametrize("pairs", LAYERS.values(), ids=LAYERS.keys())
 def test_capacity_is_what_the_layout_says(llama, auto, tmp_path, pairs):
     run = run_engine(llama, profile=write_profile(tmp_path, pairs), dtype="bfloat16", kv_cache_memory_bytes=MEMORY)
@@ -46,3 +53,32 @@ def test_capacity_is_what_the_layout_says(llama, auto, tmp_path, pairs):
     assert run.kv_cache_size_tokens / auto.kv_cache_size_tokens == pytest.approx(16 / stored_bits, rel=rounding)
     assert f"{stored_bits:.3f} stored bits" in run.log
     assert f"{run.kv_cache_size_tokens:,} KV tokens fit, {16 / stored_bits:.2f} times as many as bf16" in run.log
+
+
+@pytest.mark.parametrize("length", [1_024, 8_192, 32_768])
+@pytest.mark.parametrize("windowed", [False, True], ids=["plain", "window"])
+def test_the_start_up_line_says_what_vllm_hands_out(long_llama, auto, tmp_path, length, windowed):
+    """At all lengths of requests, with a window and without; and a pair's window takes a small share."""
+    run = run_engine(
+        long_llama,
+        profile="K4V4" if windowed else "K4V4:plain",
+        dtype="bfloat16",
+        max_model_len=length,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=MEMORY,
+    )
+    assert f"; {run.kv_cache_size_tokens:,} KV tokens fit, " in run.log
+    alone = MEMORY // (4 * KV_HEADS * content_bytes(PrecisionPair.parse("K4V4"), HEAD_SIZE))
+    share = alone / run.kv_cache_size_tokens - 1
+    assert ("recent windows of" in run.log) == windowed
+    assert share < (largest_share(length) if windowed else 0) + run.block_size / length
+
+
+def test_a_profile_with_a_window_has_blocks_that_the_window_fills(long_llama, tmp_path):
+    path = tmp_path / "profile.yaml"
+    path.write_text("version: 1\nlayers: K4V4\nrecent_window: 64\nsink_tokens: 4\n")
+    sizes = [
+        run_engine(long_llama, profile=path, dtype="bfloat16", kv_cache_memory_bytes=MEMORY, **given).groups[0][1]
+        for given in ({}, {"block_size": 64})
+    ]
+    assert sizes == [CPU_BLOCK_SIZE, 64]
