@@ -160,22 +160,24 @@ def test_unequal_pages_are_asked_to_lie_in_blocks():
 
 
 def test_transfers_that_would_be_wrong_are_refused():
-    """Ends that do not compare, and states of linear attention; of a connector by itself, and among several."""
+    """Ends that do not compare, states of linear attention, and parts of requests; alone, and among connectors."""
 
-    def got(extra, is_hybrid=False):
+    def got(extra, is_hybrid=False, ranks=1):
         told = {"kv_connector": "NixlConnector", "kv_connector_extra_config": extra}
         nested = {"kv_connector": "MultiConnector", "kv_connector_extra_config": {"connectors": [told]}}
-        model = SimpleNamespace(is_hybrid=is_hybrid, model="toy")
-        found = [
-            page_facts.refused_transfers(
-                SimpleNamespace(kv_transfer_config=KVTransferConfig(kv_role="kv_both", **each), model_config=model)
-            )
-            for each in (told, nested)
-        ]
+        config = SimpleNamespace(
+            model_config=SimpleNamespace(is_hybrid=is_hybrid, model="toy"),
+            parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
+        )
+        found = []
+        for each in (told, nested):
+            config.kv_transfer_config = KVTransferConfig(kv_role="kv_both", **each)
+            found.append(page_facts.refused_transfers(config))
         assert found[0] == found[1]
         return [problem.rpartition(", but got ")[2] for problem in found[0]]
 
     assert got({}) == []
     assert got({"enforce_handshake_compat": False}) == ["false for NixlConnector"]
     assert got({}, is_hybrid=True) == ["NixlConnector for toy"]
+    assert got({}, ranks=2) == ["2 with NixlConnector"]
     assert not page_facts.refused_transfers(SimpleNamespace(kv_transfer_config=None))

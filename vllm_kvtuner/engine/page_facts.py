@@ -45,6 +45,12 @@ def refused_transfers(config: VllmConfig) -> list[str]:
                 f"kv_connector_extra_config.{_ENFORCE} must be true with --kv-cache-dtype kvtuner, since an engine of "
                 f"another profile would read pages that mean something else, but got false for {name}"
             )
+        ranks = config.parallel_config.decode_context_parallel_size
+        if "Nixl" in name and ranks > 1:
+            problems.append(
+                "decode_context_parallel_size must be 1 with --kv-cache-dtype kvtuner and NIXL, which finds "
+                f"the parts of a request on several ranks for latent attention alone, but got {ranks} with {name}"
+            )
         if "Nixl" in name and config.model_config.is_hybrid:
             problems.append(
                 "kv_connector must not be NIXL's with --kv-cache-dtype kvtuner for a model with linear-attention "
