@@ -110,6 +110,7 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
+        ({"tokens": 0}, "--simulate runs text: give --tokens or --data"),
         ({"chunk": 100}, "--simulate runs a window in one step, but got --chunk 100"),
         ({"settings": (CacheSetting("fp8"),)}, "--prompt-tokens is for simulated caches alone"),
         ({"noise_floor": True}, "--prompt-tokens is for simulated caches alone"),
@@ -120,7 +121,7 @@ def test_what_cannot_be_simulated_is_refused_before_an_engine_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], problem: str
 ) -> None:
     model, data, _ = make_inputs(tmp_path)
-    monkeypatch.setattr(evaluate, "in_own_process", Engines(killed_at=0))
+    monkeypatch.setattr(passes, "in_own_process", Engines(killed_at=0))
     request = evaluate.EvaluationRequest(
         **{"model": str(model), "settings": (), "data": data, "tokens": 600, "context": 300, **values},
         simulation=SimulationRequest(("snapkv:0.2",), prompt_tokens=100),
