@@ -9,6 +9,8 @@ USAGE_ERROR = 2
 """Exit status of arguments that a command does not take, as argparse has it."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it."""
+CLOSED_PIPE = 141
+"""Exit status after a reader has closed the pipe that stdout is, as shells have it."""
 
 _MEMORY = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B|[KMGT])?", re.IGNORECASE)
 _UNITS = {

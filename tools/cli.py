@@ -3,11 +3,12 @@
 import argparse
 import importlib
 import itertools
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kvtuner_tools.arguments import INTERRUPTED, USAGE_ERROR, set_example
+from kvtuner_tools.arguments import CLOSED_PIPE, INTERRUPTED, USAGE_ERROR, set_example
 from kvtuner_tools.engine_arguments import split_engine_words, takes_engine_arguments
 from vllm_kvtuner import __version__
 
@@ -145,7 +146,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if engine_words:
         args.engine = engine_words
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has seen enough, such as head; Python would say so again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
     except (ValueError, OSError) as error:  # a ProfileError is a ValueError
         print(error, file=sys.stderr)
         return 1

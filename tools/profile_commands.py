@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvtuner_tools.arguments import parse_memory, set_example
-from kvtuner_tools.model_files import load_model_shape
+from kvtuner_tools.model_files import ModelSource, load_model_shape
 from kvtuner_tools.profile_sharing import download, upload
 from vllm_kvtuner.pages.layout import BLOCK_SIZE_MULTIPLE, PrecisionPair
 from vllm_kvtuner.profile.auto import is_auto, resolve_auto
@@ -127,7 +127,8 @@ def _resolve(args: argparse.Namespace) -> int:
     if not is_auto(spec):
         raise ProfileError([f"{spec}: --profile must be {AUTO} or {AUTO}:BITS, which mean something to be looked for"])
     files = ModelFiles(args.model, args.revision)
-    found = resolve_auto(spec, files, load_model_shape(args.model), args.memory)
+    shape = load_model_shape(args.model, ModelSource(revision=args.revision))
+    found = resolve_auto(spec, files, shape, args.memory)
     if args.json:
         print(json.dumps({"schema": SCHEMA["resolve"], **dataclasses.asdict(found)}, indent=2))
         return 0

@@ -50,7 +50,7 @@ def test_connectors_keep_profiles_apart(monkeypatch):
 
     assert named("ExampleConnector", "kvtuner", "a") == ("model", "pages/a")
     assert named("ExampleConnector", "auto", "a") == ("model", "pages")
-    assert named("LMCacheMPConnector", "kvtuner", "a") == ("model@kvtuner-a", "pages")
+    assert named("LMCacheMPConnector", "kvtuner", "a") == ("model-kvtuner-a", "pages")
     assert named("LMCacheMPConnector", "auto", "a") == ("model", "pages")
     assert named("NixlConnector", "kvtuner", "a") == ("model", "pages")
 

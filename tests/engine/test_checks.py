@@ -156,3 +156,29 @@ def test_what_context_parallelism_does_not_serve(profile, model, said):
     assert len(problems) == bool(said)
     assert all(part in problems[0] for part in said)
     assert all("with decode_context_parallel_size=2" in problem for problem in problems)
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "block_size"),
+    [
+        ("layers: K4V4\nrecent_window: 64", {}, 32),
+        ("layers: {0: K4V4, 1: K8V8}\nrecent_window_overrides: {1: 32}", {}, 32),
+        ("layers: K4V4", {}, 128),
+        ("layers: {0: K4V4, 1: K16V16}\nrecent_window: 64", {}, 128),
+        ("layers: K4V4\nrecent_window: 64", {"given": True}, 128),
+        ("layers: K4V4\nrecent_window: 64", {"hybrid": True}, 128),
+        ("layers: K4V4\nrecent_window: 64", {"speculative": object()}, 128),
+    ],
+)
+def test_blocks_beside_a_window_of_a_file_are_small_on_a_cpu(tmp_path, monkeypatch, text, changes, block_size):
+    monkeypatch.setattr(platforms, "current_platform", SimpleNamespace(is_cpu=lambda: True))
+    path = tmp_path / "profile.yaml"
+    path.write_text(f"version: 1\n{text}\n")
+    config = SimpleNamespace(
+        additional_config={"kvtuner_profile": str(path)},
+        cache_config=SimpleNamespace(block_size=128, user_specified_block_size=changes.get("given", False)),
+        model_config=SimpleNamespace(is_hybrid=changes.get("hybrid", False)),
+        speculative_config=changes.get("speculative"),
+    )
+    checks.adapt(config)
+    assert config.cache_config.block_size == block_size

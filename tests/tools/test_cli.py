@@ -31,6 +31,13 @@ def usage_error(capsys, *words):
     return captured.err
 
 
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
+    command = [sys.executable, "-m", "kvtuner_tools.cli", "profile", "list", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 141)
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main(["--version"])

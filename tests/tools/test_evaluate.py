@@ -18,6 +18,7 @@ from kvtuner_tools.evaluation import passes
 from kvtuner_tools.evaluation.needles import NeedleRequest
 from kvtuner_tools.evaluation.quotes import QuoteRequest
 from kvtuner_tools.evaluation.tables import text
+from kvtuner_tools.simulation.rows import SimulationRequest
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model
 
@@ -104,6 +105,29 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert [(each["setting"], each["other"]) for each in result["paired"]] == [("kvtuner:K4V4:plain", "auto")]
     assert "followed" not in auto
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json", "task.jsonl", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"tokens": 0}, "--simulate runs text: give --tokens or --data"),
+        ({"chunk": 100}, "--simulate runs a window in one step, but got --chunk 100"),
+        ({"settings": (CacheSetting("fp8"),)}, "--prompt-tokens is for simulated caches alone"),
+        ({"noise_floor": True}, "--prompt-tokens is for simulated caches alone"),
+        ({"words": {"pipeline_parallel_size": ("-pp", "2")}}, "one rank, but got pipeline_parallel_size"),
+    ],
+)
+def test_what_cannot_be_simulated_is_refused_before_an_engine_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any], problem: str
+) -> None:
+    model, data, _ = make_inputs(tmp_path)
+    monkeypatch.setattr(passes, "in_own_process", Engines(killed_at=0))
+    request = evaluate.EvaluationRequest(
+        **{"model": str(model), "settings": (), "data": data, "tokens": 600, "context": 300, **values},
+        simulation=SimulationRequest(("snapkv:0.2",), prompt_tokens=100),
+    )
+    with pytest.raises(ValueError, match=problem):
+        evaluate.evaluate(request)
 
 
 class Engines:

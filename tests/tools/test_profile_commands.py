@@ -7,9 +7,11 @@ import sys
 
 import pytest
 
+from kvtuner_tools import profile_commands
 from kvtuner_tools.arguments import memory_text, parse_memory
 from kvtuner_tools.profile_commands import tokens_that_fit
 from vllm_kvtuner.profile.load import shipped_profiles
+from vllm_kvtuner.profile.problems import ProfileError
 
 
 def test_show_prints_both_bits_and_ranges(run_cli):
@@ -248,3 +250,12 @@ def test_a_budget_by_need(run_cli, make_model):
     found = json.loads(out)
     assert (status, found["schema"], found["chosen"]["spec"]) == (0, "kvtuner-resolution/2", "K4V2")
     assert found["budget"] == "8 requests of 256 tokens in 1,048,576 bytes"
+
+
+def test_resolve_reads_the_model_at_its_revision(run_cli, monkeypatch):
+    def stop(model, source):
+        raise ProfileError([f"{model} at {source.revision}"])
+
+    monkeypatch.setattr(profile_commands, "load_model_shape", stop)
+    status, _, err = run_cli("profile", "resolve", "org/model", "--revision", "v2")
+    assert (status, err) == (1, "org/model at v2\n")

@@ -126,8 +126,7 @@ class SimulatingEngine(MeasuringEngine):
         prompt_tokens: int = 0,
     ) -> None:
         super().__init__(options, reference)
-        self._options: EngineOptions = options
-        self._calibration, self._prompt_tokens = calibration, prompt_tokens
+        self._plain, self._calibration, self._prompt_tokens = options, calibration, prompt_tokens
         self._llm.collective_rpc(_install)
         if calibration is not None:
             self._llm.collective_rpc(_capture, args=(True,))
@@ -146,7 +145,7 @@ class SimulatingEngine(MeasuringEngine):
             raise ValueError(f"{method.label} compresses a prompt, but the texts have none; give --prompt-tokens")
         if method.calibrates and self._calibration is None:
             raise ValueError(f"{method.label} needs calibration texts, but got none")
-        self._options = replace(self._options, label=method.label)
+        self._options = replace(self._plain, label=method.label)
         self._llm.collective_rpc(_switch, args=(method, self._prompt_tokens))
         scores, _ = self.run_windows([Window(tuple(window)) for window in windows], progress=True)
         (storages,) = self._llm.collective_rpc(_storages)

@@ -205,12 +205,12 @@ class RecentManager(SlidingWindowManager):
             blocks[: self.sink_blocks] = self.block_pool.get_new_blocks(self.sink_blocks)
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        blocks = self.req_to_blocks[request.request_id]
+        blocks = self.req_to_blocks.get(request.request_id, ())
         loaded = min(self.num_cached_block.get(request.request_id, 0), num_tokens // self.block_size, self.sink_blocks)
         # vLLM's own takes what lies before the window for cached already.
-        if loaded and not blocks[0].is_null and blocks[0].block_hash is None:
+        if loaded and blocks and not blocks[0].is_null and blocks[0].block_hash is None:
             group = self.kv_cache_group_id
-            self.block_pool.cache_full_blocks(request, blocks, 0, loaded, self.block_size, group)
+            self.block_pool.cache_full_blocks(request, list(blocks), 0, loaded, self.block_size, group)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[KVCacheBlock]:

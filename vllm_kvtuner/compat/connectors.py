@@ -64,12 +64,13 @@ def _of_profile(connector: type[Any]) -> type[Any]:
 
 
 def _named_by_profile(config: VllmConfig) -> VllmConfig:
-    """A configuration whose model's name tells the profile, for a connector that reads it and builds no model."""
+    """A configuration whose model's name tells the profile, for a connector that reads it and builds no model. LMCache
+    takes no @ in it."""
     if not uses_kvtuner(config):
         return config
     renamed = copy.copy(config)
     renamed.model_config = copy.copy(config.model_config)
-    renamed.model_config.model = f"{config.model_config.model}@kvtuner-{config.additional_config[DIGEST_KEY]}"
+    renamed.model_config.model = f"{config.model_config.model}-kvtuner-{config.additional_config[DIGEST_KEY]}"
     return renamed
 
 

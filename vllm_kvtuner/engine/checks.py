@@ -43,7 +43,7 @@ from vllm_kvtuner.profile.statics import load_statics
 if TYPE_CHECKING:
     from vllm.config import KVTransferConfig, VllmConfig
 
-    from vllm_kvtuner.profile.profile import ResolvedProfile
+    from vllm_kvtuner.profile.profile import Profile, ResolvedProfile
 
 OFFLOADING = "OffloadingConnector"
 logger = logging.getLogger("vllm.kvtuner")
@@ -125,7 +125,8 @@ def adapt(config: VllmConfig) -> None:
     if is_calibration(config):
         return
     if not profile.adapts:
-        if profile.recent_window or any(profile.recent_window_overrides.values()):
+        # Beside K16V16 layers, those of a draft among them, pages on a CPU are as large as theirs in any case.
+        if _has_window(profile) and config.speculative_config is None and not profile.keeps_layers_unquantized:
             _use_smaller_blocks(config)
         return
 
@@ -147,6 +148,10 @@ def adapt(config: VllmConfig) -> None:
     if not choice[0]:
         config.cache_config.block_size = given
     additional[PAIR_WINDOW_KEY] = list(choice)
+
+
+def _has_window(profile: Profile) -> bool:
+    return bool(profile.recent_window or any(profile.recent_window_overrides.values()))
 
 
 def _use_smaller_blocks(config: VllmConfig) -> None:

@@ -209,6 +209,12 @@ class Profile:
     def pair_of(self, layer: int) -> PrecisionPair | None:
         return self.pairs if isinstance(self.pairs, PrecisionPair) else self.pairs.get(layer, self.others)
 
+    @property
+    def keeps_layers_unquantized(self) -> bool:
+        """Whether some layer stays with vLLM's own cache."""
+        named = self.pairs.values() if isinstance(self.pairs, Mapping) else (self.pairs,)
+        return any(not pair.is_quantized for pair in (*named, *([self.others] if self.others else ())))
+
     def transforms_of(self, layer: int) -> TransformSettings:
         return self.transform_overrides.get(layer, self.transforms)
 

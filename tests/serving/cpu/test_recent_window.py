@@ -5,8 +5,9 @@ import shutil
 
 import pytest
 
+from tests.helpers import engine
 from tests.helpers.compare import max_difference, mean_kl
-from tests.helpers.engine import FULL_LOGPROBS, KV_CACHE_BYTES, Call, EngineRun, cpu_only, run_engine
+from tests.helpers.engine import FULL_LOGPROBS, KV_CACHE_BYTES, Call, EngineRun, cpu_only
 from tests.helpers.tiny_model import SLIDING_WINDOW
 from vllm_kvtuner.pages.layout import PrecisionPair, content_bytes, recent_block_size, recent_blocks
 
@@ -41,6 +42,11 @@ PROFILES = {
     ),
 }
 """With windows or sink tokens, and the same without."""
+
+
+def run_engine(model, *calls, **options):
+    """An engine whose blocks have vLLM's own size for a CPU unless a test gives one: windows fill them worst."""
+    return engine.run_engine(model, *calls, **{"block_size": BLOCK_SIZE, **options})
 
 
 def write(folder, text):

@@ -1,9 +1,11 @@
 """Speculative decoding, sleep and wake, KV connectors and LoRA on a GPU: text is what it is without them."""
 
 import random
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.helpers.gpu_engine import LOGPROB_TOLERANCE, Engine, assert_alike
 from tests.helpers.tiny_model import make_eagle_head, make_lora_adapter, make_tiny_model
@@ -83,6 +85,56 @@ def test_cpu_offload_brings_pages_back(llama, prompts):
         assert cold == [0] * len(prompts)
         assert max(cached) >= 256
         assert_alike(answers, truth)
+
+
+def test_disk_brings_recent_windows_back(llama, prompts, tmp_path):
+    """And their sink tokens, in an engine that has not seen the prompts."""
+    profile = tmp_path / "profile.yaml"
+    profile.write_text(f"version: 1\nlayers: K4V4\nrecent_window: 64\nsink_tokens: 4\n{TRANSFORMS}")
+    connector = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+    connector["kv_connector_extra_config"] = {
+        "spec_name": "TieringOffloadingSpec",
+        "cpu_bytes_to_use": 256 << 20,
+        "secondary_tiers": [{"type": "fs", "root_dir": str(tmp_path / "files")}],
+    }
+    prompt = prompts[3:4]
+    with Engine(llama, profile, kv_transfer_config=connector) as engine:
+        engine.ask(prompt)
+        again, held = engine.ask(prompt)
+        engine.ask([[1, 2, 3]])  # stores are submitted one step later
+    assert list((tmp_path / "files").rglob("*.bin"))
+    with Engine(llama, profile, kv_transfer_config=connector) as engine:
+        answers, cached = engine.ask(prompt)
+    assert cached[0] >= 256
+    assert held[0] >= cached[0]
+    assert_alike(answers, again)
+
+
+@pytest.mark.parametrize("graphs", ["PIECEWISE", "FULL_DECODE_ONLY"])
+def test_key_offsets_follow_swapped_weights(tmp_path, prompts, graphs):
+    """Full graphs hold the offsets of before, so that such weights are refused there."""
+    after = make_tiny_model(tmp_path / "after", "qwen2")
+    before = shutil.copytree(after, tmp_path / "before")
+    weights = load_file(before / "model.safetensors")
+    for name, tensor in weights.items():
+        if name.endswith("k_proj.bias"):
+            tensor.zero_()
+    save_file(weights, before / "model.safetensors", {"format": "pt"})
+    profile = tmp_path / "profile.yaml"
+    profile.write_text("version: 1\nlayers: K4V4\ntransforms: {key_offset: from_weights, key_hadamard: true}\n")
+    mode = {"cudagraph_mode": graphs} if graphs == "PIECEWISE" else {"mode": 0, "cudagraph_mode": graphs}
+    with Engine(after, profile, compilation_config=mode) as engine:
+        truth, _ = engine.ask(prompts)
+    with Engine(before, profile, compilation_config=mode) as engine:
+        engine.ask(prompts)
+        if graphs != "PIECEWISE":
+            with pytest.raises(Exception, match="key_offset from_weights of layers 0-3 must change"):
+                engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(after)})
+            return
+        engine.llm.collective_rpc("reload_weights", kwargs={"weights_path": str(after)})
+        answers, cached = engine.ask(prompts)
+    assert cached == [0] * len(prompts)
+    assert_alike(answers, truth)
 
 
 def test_an_external_connector_brings_pages_back(llama, prompts, tmp_path):

@@ -145,3 +145,29 @@ def test_two_stages_split_the_layers(two_heads, prompts, one_gpu):
         assert found["page bytes"] == whole[layer]["page bytes"]
         assert np.array_equal(found["key offset"], whole[layer]["key offset"])
     assert_alike(answers, truth, TOLERANCE)
+
+
+def test_two_ranks_share_the_tokens_of_a_head(tmp_path, prompts):
+    """Decode context parallelism, in full CUDA graphs: half of the tokens on each, and the answers of one."""
+    make_tiny_model(tmp_path / "model", "llama", num_kv_heads=1, head_size=128)
+    profile = {"version": 1, "layers": LAYERS, "transforms": {"key_hadamard": True, "value_hadamard": True}}
+    (tmp_path / "profile.yaml").write_text(yaml.safe_dump(profile))
+    arguments = {"model": tmp_path / "model", "profile": tmp_path / "profile.yaml", "dtype": "float16"}
+    arguments |= {"distributed_executor_backend": "mp", "disable_custom_all_reduce": True, "tensor_parallel_size": 2}
+    arguments |= {"attend_cached_prefill": None, "max_num_batched_tokens": 256}  # so that prompts come in chunks
+    answers, capacity = zip(*(share(arguments, size, prompts) for size in (1, 2)), strict=True)
+    assert_alike(answers[1], answers[0], TOLERANCE)
+    assert capacity[1] == pytest.approx(2 * capacity[0], rel=0.02)
+
+
+def share(arguments: Mapping[str, Any], size: int, prompts: Sequence[list[int]]) -> tuple[list[Answer], int]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        options = {**arguments, "decode_context_parallel_size": size}
+        return pool.submit(live_and_count, options, prompts).result()
+
+
+def live_and_count(arguments: Mapping[str, Any], prompts: Sequence[list[int]]) -> tuple[list[Answer], int]:
+    """An engine's answers, and the tokens that its cache holds."""
+    with Engine(**arguments) as engine:
+        answers, _ = engine.ask(prompts)
+        return answers, engine.llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
