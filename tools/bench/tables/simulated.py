@@ -11,8 +11,8 @@ from .published import Published, fixed, loss, table
 Score = Mapping[str, Any]
 
 SMOL = "simulate_smollm2_135m_cpu"
-ROWS = "rows"
-"""Evaluation of a file whose caches every query reads, prompts included."""
+ROWS, PROMPTS = "rows", "prompts"
+"""Evaluations of a file: caches that every query reads, and caches behind an exact prompt."""
 STATED = "8192"
 NAMES = {
     "fp8:unscaled": "fp8 without scales",
@@ -132,5 +132,5 @@ def _block(file: str, name: str) -> Any:
     return block
 
 
-BLOCKS = {"simulated-smollm2": _block(SMOL, ROWS)}
+BLOCKS = {"simulated-smollm2": _block(SMOL, ROWS), "simulated-smollm2-prompts": _block(SMOL, PROMPTS)}
 """Blocks by name."""
