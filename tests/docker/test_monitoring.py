@@ -3,6 +3,8 @@
 import inspect
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from vllm_kvtuner.engine import metrics
 DOCKER = Path(__file__).parent.parent.parent / "docker"
 GRAFANA = DOCKER / "grafana"
 OURS = "vllm:kvtuner_"
+PROMTOOL = shutil.which("promtool")
 
 
 def read(path: Path) -> dict:
@@ -122,3 +125,15 @@ def test_alert_asks_for_a_kernel_that_the_gauge_can_name(rule):
     assert re.findall('decode_kernel="(.+?)"', rule["expr"]) == [choice.TRITON]
     labels = set(re.search(r"by \((.+?)\)", rule["expr"])[1].split(", "))
     assert set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["summary"])) <= labels
+
+
+@pytest.mark.skipif(PROMTOOL is None, reason="promtool comes with Prometheus")
+def test_the_alert_fires_where_triton_decodes_and_nowhere_else():
+    result = subprocess.run([PROMTOOL, "test", "rules", str(DOCKER / "alerts_test.yaml")], capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_what_the_alert_must_do_is_of_this_rule(rule):
+    (case,) = read(DOCKER / "alerts_test.yaml")["tests"]
+    assert {check["alertname"] for check in case["alert_rule_test"]} == {rule["alert"]}
+    assert [bool(check["exp_alerts"]) for check in case["alert_rule_test"]] == [False, True]

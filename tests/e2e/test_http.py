@@ -131,7 +131,7 @@ def test_a_request_beyond_the_context_is_refused(client):
 def test_the_log_and_the_metrics_say_what_fits(server):
     lines = [line for line in server.log.splitlines() if "kvtuner profile" in line]
     assert len(lines) == 1
-    assert f"{PROFILE}.yaml: 5.000 nominal bits, 5.500 stored bits, 7,920 bytes per token; " in lines[0]
+    assert f"{PROFILE}.yaml: 5.000 nominal bits, 5.500 stored bits, 7,920 bytes per token, up to " in lines[0]
     tokens = int(server.metric_label("vllm:cache_config_info", "kv_cache_size_tokens"))
     assert f" {tokens:,} KV tokens fit, 2.12 times as many as bf16" in lines[0]
 

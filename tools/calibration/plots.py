@@ -285,4 +285,4 @@ def _log_ticks(values: Sequence[float]) -> list[float]:
 
 
 def _tick(layers: int) -> int:
-    return 1 if layers <= 40 else 4
+    return 1 if layers <= 16 else 2 if layers <= 40 else 4
