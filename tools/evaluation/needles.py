@@ -31,8 +31,10 @@ _SECOND = (
     "Badger", "Comet", "Dolphin", "Falcon", "Finch", "Gannet", "Heron", "Kestrel", "Lantern", "Marlin", "Osprey",
     "Otter", "Pelican", "Petrel", "Plover", "Raven", "Salmon", "Seahorse", "Sparrow", "Swallow", "Tern", "Walrus",
 )  # fmt: skip
-_FACT = "The registration number of the ship {name} is {number}."
-_QUESTION = "What is the registration number of the ship {name}? Answer with the number alone."
+_BEGINNING = "The registration number of the ship {name} is"
+"""Of a fact, and of the answer: as RULER does, so that a model need not guess what form is wanted."""
+_FACT = f"{_BEGINNING} {{number}}."
+_QUESTION = "What is the registration number of the ship {name}?"
 _OPENING = "Read this text. It will be asked about afterwards.\n\n"
 _NUMBER = re.compile(r"\d[\d,]{3,}\d")
 
@@ -79,7 +81,7 @@ def needle_set(request: NeedleRequest, tokenizer: Any) -> QuestionSet:
             facts = _facts(rng, len(request.depths))
             body = haystack.text(rng, length, list(zip(request.depths, facts, strict=True)))
             for depth, (name, number) in zip(request.depths, facts, strict=True):
-                prompts.append(prompt_ids(tokenizer, _asked(body, name), think=False))
+                prompts.append(_prompt(tokenizer, body, name))
                 grades.append(partial(grade, number))
                 groups.append((f"{length} tokens", f"depth {depth:g}"))
     return QuestionSet(
@@ -111,8 +113,10 @@ def _facts(rng: random.Random, count: int) -> list[tuple[str, int]]:
     return list(zip(names, rng.sample(range(10_000, 100_000), count), strict=True))
 
 
-def _asked(body: str, name: str) -> str:
-    return f"{_OPENING}{body}\n\n{_QUESTION.format(name=name)}"
+def _prompt(tokenizer: Any, body: str, name: str) -> tuple[int, ...]:
+    """The text, the question, and the beginning of the answer."""
+    content = f"{_OPENING}{body}\n\n{_QUESTION.format(name=name)}"
+    return prompt_ids(tokenizer, content, begin=_BEGINNING.format(name=name))
 
 
 class _Haystack:
@@ -147,7 +151,7 @@ class _Haystack:
 
     def _tokens(self, body: str, facts: list[tuple[float, tuple[str, int]]], name: str) -> int:
         body = " ".join([body, *(_FACT.format(name=each, number=number) for _, (each, number) in facts)])
-        return len(prompt_ids(self._tokenizer, _asked(body, name), think=False))
+        return len(_prompt(self._tokenizer, body, name))
 
 
 def _with_facts(text: list[str], facts: list[tuple[float, tuple[str, int]]]) -> str:

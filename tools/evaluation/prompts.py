@@ -3,19 +3,21 @@
 from typing import Any
 
 
-def prompt_ids(tokenizer: Any, content: str, *, think: bool = True) -> tuple[int, ...]:
+def prompt_ids(tokenizer: Any, content: str, *, begin: str | None = None) -> tuple[int, ...]:
     """Token ids of a prompt whose continuation is the answer.
 
     Args:
         tokenizer: transformers tokenizer of the model.
         content: what the user says.
-        think: leave thinking to the chat template; False asks a template that knows the switch to leave it out.
+        begin: words that the answer begins with, which leave the model nothing but to go on; a template that knows the
+            switch then leaves thinking out.
     """
     if not tokenizer.chat_template:
-        return tuple(tokenizer(f"{content}\n\nAnswer:")["input_ids"])
-    more = {} if think else {"enable_thinking": False}
+        return tuple(tokenizer(f"{content}\n\nAnswer:" + (f" {begin}" if begin else ""))["input_ids"])
+    more = {} if begin is None else {"enable_thinking": False}
     chat = [{"role": "user", "content": content}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **more)
+    text += begin or ""
     # The template writes the special tokens itself, so the tokenizer must not add them again.
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
 

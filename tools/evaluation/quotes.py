@@ -65,7 +65,7 @@ def quote_set(request: QuoteRequest, tokenizer: Any) -> QuestionSet:
     longest = max(len(tokenizer(target, add_special_tokens=False)["input_ids"]) for target in targets)
     return QuestionSet(
         name="quotes",
-        prompts=tuple(prompt_ids(tokenizer, _prompt(place, request.distance), think=False) for place in asked),
+        prompts=tuple(_prompt(tokenizer, place, request.distance) for place in asked),
         max_tokens=longest + longest // 2 + 16,
         grades=tuple(partial(grade, target) for target in targets),
         about={
@@ -80,7 +80,7 @@ def quote_set(request: QuoteRequest, tokenizer: Any) -> QuestionSet:
 def grade(sentence: str, answer: str) -> float:
     """Share of the sentence's words, but those that the question gave, that the answer has before its first mistake.
 
-    The answer may begin with words of its own, or go on where the question's words end.
+    The answer goes on where the question's words end, or says them again.
     """
     right, got = sentence.split(), [word.strip(_MARKS) for word in answer.split()]
     given, rest = right[:GIVEN], right[GIVEN:]
@@ -106,11 +106,11 @@ def _places() -> list[int]:
     return found
 
 
-def _prompt(place: int, distance: int) -> str:
-    """The text around a sentence, and the question."""
+def _prompt(tokenizer: Any, place: int, distance: int) -> tuple[int, ...]:
+    """The text around a sentence, the question, and the answer's first words: a model need only go on."""
     after = 0
     while sum(len(each.split()) for each in sentences_from(place + 1, after)) < distance:
         after += 1
     text = " ".join(sentences_from(place - BEFORE, BEFORE + 1 + after))
     beginning = " ".join(sentences()[place].split()[:GIVEN])
-    return f"{text}\n\n{_QUESTION.format(beginning=beginning)}"
+    return prompt_ids(tokenizer, f"{text}\n\n{_QUESTION.format(beginning=beginning)}", begin=beginning)

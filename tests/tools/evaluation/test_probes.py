@@ -35,6 +35,7 @@ def test_every_fact_of_a_text_is_asked_once():
         assert len(facts) == len({name for name, _ in facts}) == len({number for _, number in facts}) == len(DEPTHS)
         for depth, text, grade in zip(DEPTHS, texts, found.grades[start:], strict=False):
             (asked,) = QUESTION.findall(text)
+            assert text.endswith(f"<|assistant|>The registration number of the ship {asked} is")
             number = dict(facts)[asked]
             assert (grade(f"It is {number}."), grade("12345")) == (1, 0)
             place = text.index(f"{asked} is {number}") / text.index("What is the registration number")
@@ -97,7 +98,7 @@ def test_quotes_lie_so_many_words_back():
         assert body.count(sentence) == 1
         after = len(body.split(sentence)[1].split())
         assert 200 <= after < 200 + max(len(each.split()) for each in sentences())
-        assert " ".join(sentence.split()[: quotes.GIVEN]) in question
+        assert text.endswith(f"<|assistant|>{' '.join(sentence.split()[: quotes.GIVEN])}")
         assert sentence not in question
         assert grade(sentence) == 1
     assert found.max_tokens > max(len(grade.args[0]) for grade in found.grades)
