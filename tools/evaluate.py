@@ -68,7 +68,7 @@ def evaluate(request: EvaluationRequest, partial: Path | None = None) -> dict[st
         ]
         with passes.simulations as simulations:
             rows += [
-                done.row(row_label(each), None, functools.partial(passes.simulate, simulations, each))
+                done.row(row_label(each), None, functools.partial(passes.simulate, simulations, reference, each))
                 for each in simulations.methods
             ]
     done.delete()

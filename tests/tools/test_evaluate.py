@@ -91,10 +91,12 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert np.mean(profile["kl_windows"]) == pytest.approx(profile["kl_mean"], rel=1e-3)
     assert "task_accuracy" not in floor
     # Two questions of each set, whole answers of five tokens each; the noise floor runs along them too.
-    for row in (floor, profile):
+    for row in (floor, profile, simulated):
         assert {name: each["kl_tokens"] for name, each in row["along"].items()} == {"generate": 10, "task": 10}
     assert profile["along"]["generate"]["kl_mean"] > 10 * floor["along"]["generate"]["kl_mean"] >= 0
     assert auto["along"]["generate"]["kl_mean"] == 0
+    for name, each in profile["along"].items():
+        assert simulated["along"][name]["kl_mean"] == pytest.approx(each["kl_mean"], rel=SIMULATED_SHARE)
     assert {name: each["questions"] for name, each in auto["answers"].items()} == {
         "generate": 2,
         "task": 2,

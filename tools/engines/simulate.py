@@ -4,7 +4,6 @@ A layer's ``forward`` is replaced while a text runs, which eager execution calls
 text are in one step, so a layer sees all rows that its cache would hold, and vLLM's own cache is not read.
 """
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,8 +37,8 @@ class Simulated:
     """What a method did.
 
     Args:
-        scores: of all predicted positions.
-        storages: of each layer, means over the texts.
+        scores: of all predicted positions, those of text first.
+        storages: of each layer, means over the windows of text.
     """
 
     scores: TokenScores
@@ -54,7 +53,7 @@ class _Simulation:
         layers: by index.
         method: whose cache is simulated, None for vLLM's own.
         statics: of the method, by layer.
-        prompt_tokens: of each text that are prefilled exactly.
+        prompt_tokens: of the text in flight that are prefilled exactly.
         num_tokens: of the text in flight.
         pending: layers that have not run yet.
         capturing: whether rows are kept.
@@ -72,9 +71,9 @@ class _Simulation:
     texts: dict[int, list[Rows]] = field(default_factory=dict)
     storages: dict[int, list[Storage]] = field(default_factory=dict)
 
-    def begin(self, num_tokens: int) -> None:
+    def begin(self, num_tokens: int, prompt_tokens: int) -> None:
         """Expect every layer once, over all tokens of a text."""
-        self.num_tokens = num_tokens
+        self.num_tokens, self.prompt_tokens = num_tokens, prompt_tokens
         self.pending = set(self.layers) if self.capturing or self.method is not None else set()
 
     def take(self, index: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor | None:
@@ -112,7 +111,6 @@ class SimulatingEngine(MeasuringEngine):
         options: how to build it; a text must fit one step.
         reference: logits that passes are compared with.
         calibration: texts for methods that need some, or None.
-        prompt_tokens: of each text that are prefilled exactly, and not scored.
 
     Raises:
         ValueError: layers whose attention the simulation does not know.
@@ -123,10 +121,9 @@ class SimulatingEngine(MeasuringEngine):
         options: EngineOptions,
         reference: ReferenceLogits,
         calibration: CalibrationTexts | None = None,
-        prompt_tokens: int = 0,
     ) -> None:
         super().__init__(options, reference)
-        self._plain, self._calibration, self._prompt_tokens = options, calibration, prompt_tokens
+        self._plain, self._calibration = options, calibration
         self._llm.collective_rpc(_install)
         if calibration is not None:
             self._llm.collective_rpc(_capture, args=(True,))
@@ -135,25 +132,32 @@ class SimulatingEngine(MeasuringEngine):
             if calibration.gradients is not None:
                 self._llm.collective_rpc(_add_gradients, args=(calibration.gradients,))
 
-    def simulate(self, method: Method, windows: Sequence[Sequence[int]]) -> Simulated:
-        """Run the texts with a method's cache in the layers.
+    def simulate(self, method: Method, text: Sequence[Window], answers: Sequence[Window] = ()) -> Simulated:
+        """Run windows with a method's cache in the layers.
+
+        Args:
+            method: what to simulate.
+            text: windows of text; what stands before the first predicted token is prefilled exactly.
+            answers: prompts with their answers; a prompt is prefilled exactly where the method compresses prompts.
 
         Raises:
             ValueError: the method needs calibration texts or a prompt, and there is none.
         """
-        if method.needs_prompt and not self._prompt_tokens:
+        if method.needs_prompt and any(_prompt(window) == 0 for window in text):
             raise ValueError(f"{method.label} compresses a prompt, but the texts have none; give --prompt-tokens")
         if method.calibrates and self._calibration is None:
             raise ValueError(f"{method.label} needs calibration texts, but got none")
         self._options = replace(self._plain, label=method.label)
-        self._llm.collective_rpc(_switch, args=(method, self._prompt_tokens))
-        scores, _ = self.run_windows([Window(tuple(window)) for window in windows], progress=True)
-        (storages,) = self._llm.collective_rpc(_storages)
-        self._llm.collective_rpc(_switch, args=(None, 0))
-        return Simulated(_after_prompts(scores, windows, self._prompt_tokens), storages)
+        self._llm.collective_rpc(_switch, args=(method,))
+        prompts = [*map(_prompt, text), *(_prompt(window) if method.needs_prompt else 0 for window in answers)]
+        self._prompts = iter(prompts)
+        scores, _ = self.run_windows([*text, *answers], progress=True)
+        (storages,) = self._llm.collective_rpc(_storages, args=(len(text),))
+        self._llm.collective_rpc(_switch, args=(None,))
+        return Simulated(scores, storages)
 
     def before_window(self, num_tokens: int) -> None:
-        self._llm.collective_rpc(_begin, args=(num_tokens,))
+        self._llm.collective_rpc(_begin, args=(num_tokens, next(self._prompts)))
 
     def after_window(self) -> None:
         self._llm.collective_rpc(_end)
@@ -162,23 +166,16 @@ class SimulatingEngine(MeasuringEngine):
         from vllm import SamplingParams
 
         params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        self._prompts = iter([0] * len(windows))
         for window in windows:
             self.before_window(len(window))
             self._llm.generate([{"prompt_token_ids": list(window)}], params, use_tqdm=False)
             self.after_window()
 
 
-def _after_prompts(scores: TokenScores, windows: Sequence[Sequence[int]], prompt_tokens: int) -> TokenScores:
-    """Scores of what is predicted by tokens behind each text's prompt."""
-    starts = [0]
-    for window in windows:
-        starts.append(starts[-1] + len(window) - 1)
-    return TokenScores.join(
-        [
-            TokenScores(**{name: array[start + prompt_tokens : stop] for name, array in vars(scores).items()})
-            for start, stop in itertools.pairwise(starts)
-        ]
-    )
+def _prompt(window: Window) -> int:
+    """Tokens whose predictions are not scored."""
+    return window.start - 1
 
 
 def _install(worker: Any) -> None:
@@ -271,10 +268,10 @@ def _add_gradients(worker: Any, folder: Path) -> None:
             texts[number] = replace(rows, **dict(zip(("key_gradient", "value_gradient"), grads, strict=True)))
 
 
-def _switch(worker: Any, method: Method | None, prompt_tokens: int) -> None:
+def _switch(worker: Any, method: Method | None) -> None:
     """Simulate a method from now on. Runs in the worker."""
     simulation = worker.model_runner.kvtuner_simulation
-    simulation.method, simulation.prompt_tokens, simulation.storages = method, prompt_tokens, {}
+    simulation.method, simulation.storages = method, {}
     simulation.statics = {}
     if method is None:
         return
@@ -283,17 +280,18 @@ def _switch(worker: Any, method: Method | None, prompt_tokens: int) -> None:
         simulation.statics = method.prepare_all(layers, simulation.texts if method.calibrates else {})
 
 
-def _begin(worker: Any, num_tokens: int) -> None:
-    worker.model_runner.kvtuner_simulation.begin(num_tokens)
+def _begin(worker: Any, num_tokens: int, prompt_tokens: int) -> None:
+    worker.model_runner.kvtuner_simulation.begin(num_tokens, prompt_tokens)
 
 
 def _end(worker: Any) -> None:
     worker.model_runner.kvtuner_simulation.end()
 
 
-def _storages(worker: Any) -> tuple[Storage, ...]:
-    """Each layer's storage, means over the texts. Runs in the worker."""
-    found = worker.model_runner.kvtuner_simulation.storages
+def _storages(worker: Any, texts: int) -> tuple[Storage, ...]:
+    """Each layer's storage, means over the first so many windows. Runs in the worker."""
+    all_windows = worker.model_runner.kvtuner_simulation.storages
+    found = {index: storages[:texts] for index, storages in all_windows.items()}
     return tuple(
         Storage(
             sum(each.bits for each in found[index]) / len(found[index]),
@@ -308,14 +306,12 @@ _engine: SimulatingEngine
 """The engine of this process, where this module serves an evaluation elsewhere."""
 
 
-def build(
-    options: EngineOptions, reference: ReferenceLogits, calibration: CalibrationTexts | None, prompt_tokens: int
-) -> None:
+def build(options: EngineOptions, reference: ReferenceLogits, calibration: CalibrationTexts | None) -> None:
     """Start this process's engine."""
     global _engine
-    _engine = SimulatingEngine(options, reference, calibration, prompt_tokens)
+    _engine = SimulatingEngine(options, reference, calibration)
 
 
-def simulate(method: Method, windows: tuple[tuple[int, ...], ...]) -> Simulated:
+def simulate(method: Method, text: tuple[Window, ...], answers: tuple[Window, ...]) -> Simulated:
     """As :meth:`SimulatingEngine.simulate`, with this process's engine."""
-    return _engine.simulate(method, windows)
+    return _engine.simulate(method, text, answers)

@@ -80,7 +80,8 @@ class Passes:
         windows = []
         if request.tokens:
             windows = load_windows(request.data, tokenizer, tokens=request.tokens, context=request.context)
-        self._text = tuple(Window(tuple(window)) for window in windows)
+        start = 1 + request.simulation.prompt_tokens
+        self._text = tuple(Window(tuple(window), start) for window in windows)
         positions = hf_config.get_text_config().max_position_embeddings
         self._sets = question_sets(request, tokenizer, positions)
         self._followed: tuple[Window, ...] | None = None
@@ -167,17 +168,24 @@ class Passes:
 
     def measure(self, each: Pass, reference: Mapping[str, Any]) -> dict[str, Any]:
         """The row of a pass, beside the reference's."""
-        if self._followed is None:  # auto's row was done before
-            self._followed = tuple(Window(tuple(ids), start) for ids, start in reference[FOLLOWED])
-        if self._is_forced and isinstance(self._recorded, Path):  # and its logits are gone
+        self._recall(reference)
+        if self._is_forced and isinstance(self._recorded, Path):  # whose logits are gone
             self._record(answers=False)
         row = self._row(each.label, each.setting, self._run(each))
         return {**row, **paired_rows(row, reference), "kv_tokens_ratio": row["kv_tokens"] / reference["kv_tokens"]}
 
-    def simulate(self, simulations: Simulations, method: Method) -> dict[str, Any]:
-        """The row of a simulated cache: text alone."""
-        windows = tuple(window.ids for window in self._text)
-        return simulations.measure(method, self._options(method.label, AUTO), windows, self._reference)
+    def simulate(self, simulations: Simulations, reference: Mapping[str, Any], method: Method) -> dict[str, Any]:
+        """The row of a simulated cache: text, and along the reference's answers."""
+        self._recall(reference)
+        assert self._followed is not None
+        options = replace(self._options(method.label, AUTO), chunk=self._max_model_len)  # a window in one step
+        row, kl = simulations.measure(method, options, self._text, self._followed, self._reference)
+        return row | (followed(self._sets, self._followed, kl) if len(kl) else {})
+
+    def _recall(self, reference: Mapping[str, Any]) -> None:
+        """The answers to run along, where auto's row was done before."""
+        if self._followed is None:
+            self._followed = tuple(Window(tuple(ids), start) for ids, start in reference[FOLLOWED])
 
     def _reference(self) -> ReferenceLogits:
         if isinstance(self._recorded, Path):

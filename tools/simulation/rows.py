@@ -14,7 +14,7 @@ import numpy as np
 from kvtuner_tools.calibration.calibration_text import CalibrationText, load_text
 from kvtuner_tools.divergence import TokenScores
 from kvtuner_tools.engine_arguments import EngineWords
-from kvtuner_tools.engines.evaluate import EngineOptions, ReferenceLogits
+from kvtuner_tools.engines.evaluate import EngineOptions, ReferenceLogits, Window
 from kvtuner_tools.engines.simulate import CalibrationTexts, build, simulate
 from kvtuner_tools.processes import OwnProcess, in_own_process
 from kvtuner_tools.simulation.cache import Method, Storage
@@ -97,38 +97,42 @@ class Simulations:
         self,
         method: Method,
         options: EngineOptions,
-        windows: tuple[tuple[int, ...], ...],
+        text: tuple[Window, ...],
+        answers: tuple[Window, ...],
         reference: Callable[[], ReferenceLogits],
-    ) -> dict[str, Any]:
-        """The row of a method.
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """The row of a method, and KL at all predicted positions of the answers.
 
         Args:
             method: one of :attr:`methods`.
             options: of an engine with an unquantized cache.
-            windows: token ids.
-            reference: gives its logits.
+            text: windows of text.
+            answers: prompts with answers to run along.
+            reference: gives the logits of both, one after the other.
         """
         if self._process is None:
             texts = self._calibration()
             process = OwnProcess()
-            process.run(build, options, reference(), texts, self._request.prompt_tokens)
+            process.run(build, options, reference(), texts)
             self._process = process
         started = time.monotonic()
-        result = self._process.run(simulate, method, windows)
-        scored = [len(window) - 1 - self._request.prompt_tokens for window in windows]
-        return {
+        result = self._process.run(simulate, method, text, answers)
+        lengths = [window.positions for window in text]
+        scores = result.scores.part(0, sum(lengths))
+        row = {
             "label": row_label(method),
             "simulated": method.label,
             "profile_sha256": None,
             "stored_bits": mean_bits(result.storages),
             "stored_bits_at": {
-                str(tokens): mean_bits(result.storages, tokens) for tokens in (len(windows[0]), STATED_TOKENS)
+                str(tokens): mean_bits(result.storages, tokens) for tokens in (len(text[0].ids), STATED_TOKENS)
             },
-            **result.scores.summary(),
-            "kl_windows": result.scores.window_means(scored),
-            "kl_blocks": block_means(result.scores, scored),
+            **scores.summary(),
+            "kl_windows": scores.window_means(lengths),
+            "kl_blocks": block_means(scores, lengths),
             "seconds": round(time.monotonic() - started, 1),
         }
+        return row, result.scores.kl[sum(lengths) :]
 
     def _calibration(self) -> CalibrationTexts | None:
         if self._text is None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kvtuner_tools.divergence import TokenScores
-from kvtuner_tools.engines.simulate import _after_prompts, _Simulation
+from kvtuner_tools.engines.simulate import _Simulation
 from kvtuner_tools.simulation.cache import Layer, Storage
 from kvtuner_tools.simulation.kivi import Kivi
 from kvtuner_tools.simulation.rows import SimulationRequest, Simulations, block_means, mean_bits, profile_bits_at
@@ -18,25 +18,18 @@ SHAPE = ModelShape("test", "LlamaForCausalLM", (LayerShape(2, 64),) * 2)
 def test_a_text_runs_in_one_step() -> None:
     layer = Layer(0, 2, 1, 32, 0.25)
     simulation = _Simulation({0: layer}, Kivi(2, 32), {0: None})
-    simulation.begin(40)
+    simulation.begin(40, 0)
     rows = torch.randn(3, 40, 64)
     output = simulation.take(0, rows[0], rows[1][:, :32], rows[2][:, :32])
     assert output is not None and output.shape == (40, 2, 32)
     simulation.end()
     assert simulation.take(0, rows[0], rows[1][:, :32], rows[2][:, :32]) is None
-    simulation.begin(41)
+    simulation.begin(41, 0)
     with pytest.raises(RuntimeError, match="a text of 41 tokens must run in one step, but got a step of 40"):
         simulation.take(0, rows[0], rows[1][:, :32], rows[2][:, :32])
-    simulation.begin(40)
+    simulation.begin(40, 0)
     with pytest.raises(RuntimeError, match=r"layers \[0\] did not"):
         simulation.end()
-
-
-def test_prompts_are_not_scored() -> None:
-    numbers = np.arange(9, dtype=np.float32)
-    scores = TokenScores(numbers, numbers, numbers, numbers > 4)
-    kept = _after_prompts(scores, [range(6), range(5)], 2)
-    assert kept.kl.tolist() == [2, 3, 4, 7, 8]
 
 
 def test_blocks_and_bits() -> None:
@@ -68,6 +61,6 @@ def test_padding_is_left_alone() -> None:
     layer = Layer(0, 1, 1, 32, 0.2)
     rows = torch.randn(3, 48, 32)
     simulation = _Simulation({0: layer}, Kivi(2, 32), {0: None})
-    simulation.begin(40)
+    simulation.begin(40, 0)
     output = simulation.take(0, *rows)
     assert output is not None and output.shape[0] == 40
