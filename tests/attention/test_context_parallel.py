@@ -160,3 +160,14 @@ def test_what_sees_nothing_on_any_rank_is_nothing():
         for combined in pool.map(combine, range(2)):
             assert combined.output.count_nonzero() == 0
             assert combined.lse.isneginf().all()
+
+
+def test_attention_sinks_are_refused(monkeypatch):
+    config = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32))
+    monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
+    monkeypatch.setattr(parallel_state, "get_dcp_world_size_and_rank", lambda *_: (2, 0))
+    precision = LayerPrecision(3, PrecisionPair(4, 4), LayerShape(1, HEAD_SIZE), TransformSettings())
+    with pytest.raises(ValueError, match=r"^layer 3: decode_context_parallel_size must be 1 beside attention sinks"):
+        impl.KVTunerImpl(
+            HEADS, HEAD_SIZE, SCALE, 1, sinks=torch.zeros(HEADS), settings=impl.LayerSettings(precision, False)
+        )

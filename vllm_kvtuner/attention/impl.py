@@ -134,6 +134,9 @@ class KVTunerImpl(AttentionImpl[KVTunerMetadata]):
         self.own_shape = AttentionShape(
             num_heads, self.num_kv_heads, head_size, self.scale, self.logits_soft_cap, sink_type
         )
+        if sinks is not None and self.dcp_world_size > 1:
+            rule = "decode_context_parallel_size must be 1 beside attention sinks, which each rank would count"
+            raise ValueError(f"{where}: {rule}, but got {self.dcp_world_size}")
         self.shards = ContextShards.of(config) if self.dcp_world_size > 1 else None
         # Of what the cache is read with: under context parallelism, the heads of all ranks.
         self.shape = self.own_shape if self.shards is None else self.shards.whole(self.own_shape)

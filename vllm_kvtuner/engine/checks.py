@@ -83,6 +83,7 @@ def check_config(config: VllmConfig) -> None:
         raise ProfileError(problems)
     additional[DIGEST_KEY] = _digest(config, resolved)
     _say_scheme(config, resolved)
+    _say_context_parallel(config)
     if config.model_config.is_mm_prefix_lm:
         # Pictures that attend in both directions are computed in one step. On a GPU vLLM says so itself.
         config.scheduler_config.disable_chunked_mm_input = True
@@ -102,6 +103,16 @@ def _say_scheme(config: VllmConfig, resolved: ResolvedProfile) -> None:
         scheme,
         kept,
     )
+
+
+def _say_context_parallel(config: VllmConfig) -> None:
+    """Its ranks were compared with one rank on CPUs alone so far."""
+    if (size := config.parallel_config.decode_context_parallel_size) > 1:
+        logger.warning(
+            "kvtuner: decode_context_parallel_size=%d has not been tried on GPUs yet; compare some answers with those "
+            "of size 1 before you rely on them",
+            size,
+        )
 
 
 def _resolved(config: VllmConfig) -> ResolvedProfile:
