@@ -129,6 +129,7 @@ class Rank:
         return self.impl.forward(None, own, key, value, self.cache, self.builder.build(0, common), output)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("on_gpu", [False, True], ids=["as on a CPU", "as on a GPU"])
 @pytest.mark.parametrize(("size", "interleave"), [(2, 1), (4, 1), (2, 16), (4, 4)])
 def test_ranks_answer_as_one(monkeypatch, on_gpu, size, interleave):

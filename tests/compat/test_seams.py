@@ -54,6 +54,7 @@ def test_versions_are_told_apart():
         assert [seam.is_in(version) for seam in changed] == expected
 
 
+@pytest.mark.slow
 def test_a_name_that_is_gone(monkeypatch):
     monkeypatch.delattr(Worker, "wake_up")
     assert WAKE_UP.problem() == (

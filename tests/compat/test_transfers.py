@@ -96,6 +96,7 @@ def heads_of(ranks, layer, blocks):
     return torch.cat([list(rank.caches.values())[layer][blocks] for rank in ranks], dim=1)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("prefill", "decode"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 2)])
 def test_ranks_take_their_heads_whatever_the_other_end_has(prefill, decode, rank_of):
     """A page's heads lie one after the other, so any share of them is a piece of it."""

@@ -42,6 +42,7 @@ def embedding(name):
         return kind(HEAD_SIZE, max_position_embeddings=MAX_POSITION, base=1e4, dtype=torch.float32, **options)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", EMBEDDINGS)
 def test_an_offset_turns_as_the_model_turns_keys(name):
     module = embedding(name)

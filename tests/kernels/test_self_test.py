@@ -226,7 +226,7 @@ def spoil_one_row(self, key, value, slots, positions, pages, window):
         STORE(key, value, slots, positions, pages, window)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [round_to_nearest, spoil_one_row, swap_codes, miss_a_token])
 @pytest.mark.parametrize("pair", ["K4V4", "K2V2", "K8V4"])
 def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch):
@@ -289,7 +289,7 @@ def pack_to_nearest(late):
     return late._replace(pack_rows=pack_rows)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", [forget_to_keep, forget_to_pack, pack_to_nearest])
 def test_a_store_in_two_parts_that_is_not_the_store_is_found(broken, monkeypatch):
     parts = ReferenceKernels.late_packing
@@ -298,6 +298,7 @@ def test_a_store_in_two_parts_that_is_not_the_store_is_found(broken, monkeypatch
     assert errors.stray > 0 and "stray error" in errors.problem
 
 
+@pytest.mark.slow
 def test_rows_beyond_the_last_query_are_looked_at():
     """Of what stands for a GPU's kernels, which have to make them 0; the reference leaves them as they are."""
 
@@ -333,6 +334,7 @@ def test_names_of_transforms_are_the_profiles():
     assert transform_names(LayerTransforms()) == ()
 
 
+@pytest.mark.slow
 def test_seconds_are_measured():
     begin = time.monotonic()
     errors = measure_reference(case(limits=(1, 1)))

@@ -148,6 +148,7 @@ def test_an_identity_searches_ranges_by_squared_error(bits):
     assert (error >= searched * (1 - 1e-5)).all(), "the search tries these ranges and others"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("bits", FEEDBACK_BITS)
 @pytest.mark.parametrize("number", [0.0, -0.0, 1.0, -3.7, 1e-9, 60000.0])
 def test_constant_rows_get_scale_0(bits, number):

@@ -69,7 +69,7 @@ def test_the_rotated_offset_is_rope_of_the_offset(head_size, rotary_dim, is_neox
     torch.testing.assert_close(rotated_offset(transforms, positions).double(), want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("hadamard_too", [False, True])
 @pytest.mark.parametrize(("head_size", "rotary_dim", "is_neox"), ROTARIES, ids=ROTARY_IDS)
 def test_restored_keys_are_the_keys(head_size, rotary_dim, is_neox, hadamard_too):
@@ -80,7 +80,7 @@ def test_restored_keys_are_the_keys(head_size, rotary_dim, is_neox, hadamard_too
     torch.testing.assert_close(restore_keys(stored, positions, transforms), key, rtol=0, atol=2e-5)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("hadamard_too", [False, True])
 @pytest.mark.parametrize(("head_size", "rotary_dim", "is_neox"), ROTARIES, ids=ROTARY_IDS)
 def test_logits_survive_folding(head_size, rotary_dim, is_neox, hadamard_too):

@@ -31,6 +31,7 @@ def usage_error(capsys, *words):
     return captured.err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word():
     command = [sys.executable, "-m", "kvtuner_tools.cli", "profile", "list", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -95,6 +95,7 @@ def test_without_a_model_it_says_what_is_here_and_tests_three_pairs(diagnose):
         assert 0.4 < fact["errors"]["store"] <= 0.51
 
 
+@pytest.mark.slow
 @cpu_only
 def test_a_models_layers_are_grouped_by_what_serves_them(diagnose, model, profile):
     (model / "model.safetensors").write_bytes(bytes(1000))
@@ -113,6 +114,7 @@ def test_a_models_layers_are_grouped_by_what_serves_them(diagnose, model, profil
     }
 
 
+@pytest.mark.slow
 @cpu_only
 def test_text_says_the_same(capsys, model, profile):
     assert cli.main(["doctor", str(model), "--profile", str(profile)]) == 0
@@ -223,6 +225,7 @@ def test_the_plugin_is_left_out(diagnose, monkeypatch):
     assert problem == "VLLM_PLUGINS='other' leaves the plugin out"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
@@ -429,6 +432,7 @@ def test_kernels_that_err_are_told(monkeypatch, method):
     assert "the self-test's results are wrong" in problem
 
 
+@pytest.mark.slow
 @cpu_only
 def test_json_has_no_nan(diagnose, monkeypatch):
     monkeypatch.setenv("KVTUNER_CPU_KERNELS", "reference")

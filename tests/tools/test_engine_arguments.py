@@ -155,7 +155,7 @@ def test_commands_that_start_engines_take_them() -> None:
     assert taking == ["evaluate", "calibrate", "capture", "search", "export"]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["calibrate MODEL --out OUT --max-bits 4", "capture MODEL --out OUT"])
 def test_a_calibration_refuses_them_before_an_engine_starts(tmp_path, capsys, command: str) -> None:
     folder = tmp_path / "model"

@@ -109,6 +109,7 @@ def test_tiny_model_in_vllm(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "result.json", "task.jsonl", "text.txt"]
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
@@ -303,6 +304,7 @@ def test_answers_need_no_text(monkeypatch: pytest.MonkeyPatch, request_of) -> No
     assert "| 1024 tokens | depth 0 | depth 0.5 |" in printed
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("words", "rule"),
     [
@@ -340,6 +342,7 @@ def test_logits_that_the_disk_does_not_hold_are_refused(monkeypatch: pytest.Monk
     assert evaluate.evaluate(request_of(generate=True, answer_tokens=40))["answer_tokens"] == 40
 
 
+@pytest.mark.slow
 def test_the_longest_needles_fit_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engines = Engines()
     monkeypatch.setattr(passes, "in_own_process", engines)

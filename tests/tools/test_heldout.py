@@ -70,6 +70,7 @@ def test_unusable_data_is_refused(tmp_path: Path, name: str, content: str, messa
         heldout.load_windows(tmp_path / name, make_tokenizer(), tokens=100, context=10)
 
 
+@pytest.mark.slow
 def test_without_a_file_kinds_of_text_have_equal_shares_and_are_the_same_each_time() -> None:
     tokenizer = make_tokenizer()
 

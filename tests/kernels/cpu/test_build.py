@@ -180,6 +180,7 @@ def test_the_reference_can_be_asked_for(monkeypatch, folder):
     assert not folder.exists()
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("head_size", [64, 80])
 def test_the_compiler_has_nothing_to_warn_of(head_size):
     command = [

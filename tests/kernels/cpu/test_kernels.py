@@ -78,7 +78,7 @@ def check_attention(cache, transforms, shape, span, dtype):
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_attention_of_every_pair(pair, dtype):
@@ -86,7 +86,7 @@ def test_attention_of_every_pair(pair, dtype):
     check_attention(cache, transforms_of("hadamard", 2, 64), cache.shape(6), Span(), dtype)
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("transforms", TRANSFORMS)
 @pytest.mark.parametrize("head_size", [32, 64, 80, 96, 128, 256, 512])
 def test_attention_of_every_head_size_and_transform(head_size, transforms):

@@ -163,6 +163,7 @@ def test_a_source_that_does_not_compile_says_why():
     assert type(caught.value).__name__ == "NVRTCError"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("arch", "head_sizes"), [("sm_80", (*HEAD_SIZES, 192)), ("sm_90", (*HEAD_SIZES, 192)), ("sm_120", HEAD_SIZES[:3])]
 )
@@ -308,7 +309,7 @@ def test_sources_are_whole():
         assert source().stem == stem and "#include" not in source().text()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", SOURCES)
 def test_the_hosts_arguments_are_the_kernels(stem):
     """By name, in order, in place and of one size: the driver copies as many bytes of each as the kernel takes."""

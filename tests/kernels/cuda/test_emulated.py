@@ -166,7 +166,7 @@ def test_decode(pair, head_size, group, block_size, dtype, query_lens, options, 
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("pair", "group", "query_lens", "options", "transforms"),
     [
@@ -223,7 +223,7 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("pair", "group", "query_lens", "options", "dtype", "transforms"),
     [
@@ -349,7 +349,7 @@ def test_many_small_weights_beside_a_large_one(pair, heads):
     assert (got - want).norm() < 1e-3 * want.norm()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [32, 64])
 def test_sums_are_set_aside_in_long_segments(heads, monkeypatch):
     """Whatever their references do afterwards; here every 128 tokens of a warp or team."""

@@ -59,7 +59,7 @@ def feedback(head_size, ranges):
     return RoundFeedback(factors, {2: (1.0,) * ranges, 4: (1.0,) * ranges})
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"])
 @pytest.mark.parametrize(
     ("pair", "head_size", "ranges", "dtype", "transformed", "many_rows"),

@@ -241,7 +241,7 @@ def test_arguments_are_what_every_driver_takes():
     assert ctypes.sizeof(cuda_pack.ARGUMENTS.structure) <= 4096
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_120"])
 @pytest.mark.parametrize(
     ("pair", "head_size", "ranges", "transformed", "many_rows"),

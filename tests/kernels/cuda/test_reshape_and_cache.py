@@ -62,7 +62,7 @@ def test_bytes_are_the_references(pair, head_size, device):
     assert torch.equal(got.kv_cache, want.kv_cache)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 @pytest.mark.parametrize("many_rows", [False, True], ids=["few_rows", "many_rows"])
 @pytest.mark.parametrize(

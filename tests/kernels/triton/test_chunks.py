@@ -32,7 +32,7 @@ def poisoned(layout, num_blocks, device):
     return torch.full(shape, POISON_BYTE, dtype=torch.uint8, device=device)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
 @pytest.mark.parametrize("store", [reshape_and_cache_ref, reshape_and_cache], ids=["reference", "kernel"])
 def test_store_writes_its_own_chunks_only(device, batch, store, pair):

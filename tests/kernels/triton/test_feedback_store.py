@@ -101,7 +101,7 @@ def test_the_weighted_error_is_the_references(pair, ranges, which, device):
     check_against_reference(pages, slots, key, value)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_size", "dtype"),
     [(32, torch.float32), (96, torch.float16), (128, torch.bfloat16), (160, torch.bfloat16), (256, torch.bfloat16)],
@@ -110,7 +110,7 @@ def test_every_head_size(head_size, dtype, device):
     check_head_size(head_size, dtype, device)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("head_size", [80, 512])
 def test_head_sizes_that_this_kernel_alone_serves(head_size, device):
     check_head_size(head_size, torch.bfloat16, device, num_tokens=7)

@@ -82,14 +82,14 @@ def test_every_pair(index, device):
     check(cache, group, tuple(TOLERANCES)[index // 3 % 3])
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", ["K2V2", "K4V4", "K8V8"])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_every_head_size(pair, head_size, device):
     check(random_cache(make_layout(pair, head_size), [33, 80], 1, device), 2)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("block_n", [16, 32, 64, 128])
 @pytest.mark.parametrize("block_size", [16, 64, 80, 256])
 def test_tiles_and_blocks_of_any_ratio(block_n, block_size, device):
@@ -97,7 +97,7 @@ def test_tiles_and_blocks_of_any_ratio(block_n, block_size, device):
     check(cache, 2, config=DecodeConfig(8, block_n, 2, 1, 2))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("num_splits", [1, 2, 5, 20])
 def test_splits_even_more_than_tiles(num_splits, device):
     cache = random_cache(make_layout("K8V4", 64), [70, 1, 17], 2, device)
@@ -180,6 +180,7 @@ def test_short_prefills_among_decodes(group, device):
     check(cache, group, torch.float16, query_lens=[1, 1, 16, 9, 1], pass_query_len=1)
 
 
+@pytest.mark.slow
 def test_padding_rows_become_0(device):
     batch = padded_batch(torch.float32, device)
     workspace = decode_workspace(7, 4, 64, device)
@@ -263,7 +264,7 @@ def test_uniform_attention(pair, device):
     check(cache, 2, query=torch.zeros(1, 2, 64, device=device), tolerance=1e-5, config=DecodeConfig(8, 64, 2, 1, 2))
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("block_n", [16, 64])
 def test_rounding_of_probabilities_cancels(block_n, device):
     cache, limit = values_near_the_middle(device)

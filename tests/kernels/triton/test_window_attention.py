@@ -68,7 +68,7 @@ def test_limits(window_tokens, sink_tokens, sliding_window, soft_cap, query_lens
     assert torch.equal(got[-2:], case.output[-2:]), "rows beyond the last query"
 
 
-@pytest.mark.quick(2)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("head_size", "group"),
     [*itertools.product((64, 96, 128, 256), (1, 8, 40)), (80, 1), (512, 8)],
@@ -79,7 +79,7 @@ def test_shapes(head_size, group, device):
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCES[torch.float16])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pass_query_len", [1, 2])
 @pytest.mark.parametrize("group", [4, 5, 40])
 def test_more_passes_for_few_requests(group, pass_query_len, device):

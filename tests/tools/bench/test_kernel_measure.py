@@ -27,7 +27,7 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("query_tokens", ["1", "3", "1+3"])
 @pytest.mark.parametrize("transforms", TRANSFORMS)
 def test_error_of_the_triton_kernel(transforms, query_tokens, device):
@@ -39,6 +39,7 @@ def test_error_of_the_triton_kernel(transforms, query_tokens, device):
     assert error.largest < 2 * error.rounding + 1e-3, "little but rounding, for which the interpreter truncates"
 
 
+@pytest.mark.slow
 def test_a_wrong_kernel_has_a_large_error(device, monkeypatch):
     """Here one that leaves a row out, and one that reads another request's blocks."""
     case = ErrorCase("triton", HEADS, 16, packed_format(PrecisionPair(8, 8), 64), "none", QueryTokens((1,)), device)

@@ -139,6 +139,7 @@ def test_a_panel_per_batch_with_a_bar_per_implementation(drawn, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_kernels_without_transforms_stand_beside_ours_with_any(drawn, tmp_path):
     pictures.draw(kernel_result(points=POINTS[:1], transforms=("none", "all")), tmp_path / "picture.png")
 
@@ -184,6 +185,7 @@ def test_one_entry_of_query_tokens_stands_in_the_title(drawn, tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("query_tokens", [None, 4])
 def test_results_of_older_schemas_are_drawn(drawn, tmp_path, query_tokens):
     """Their cases have one number of query tokens, and failed ones none."""
@@ -205,6 +207,7 @@ def test_speculation_is_in_the_title(drawn, tmp_path):
     assert speculated == f"{plain}, 3 drafted tokens a step, each accepted with probability 0.7"
 
 
+@pytest.mark.slow
 def test_throughput_by_context_and_decode_time(drawn, tmp_path):
     pictures.draw(serve_result(), tmp_path / "picture.png")
 

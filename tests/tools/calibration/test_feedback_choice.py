@@ -84,7 +84,7 @@ def loaded(folder, layer, pair):
     return load_statics(resolved.profile.statics, resolved)[0]
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("recent_window", [None, RecentWindow(32, sink_tokens=4)], ids=["no window", "window"])
 def test_feedback_is_chosen_where_few_directions_count(tmp_path, recent_window):
     capture = capture_of(tmp_path, low_gram())
@@ -116,6 +116,7 @@ def test_nearest_codes_are_kept_where_all_errors_count_alike(tmp_path):
     assert loaded(tmp_path, layer, "K4V2").value_round_feedback is None
 
 
+@pytest.mark.slow
 def test_the_windows_that_choose_do_not_make_the_factors(tmp_path, monkeypatch):
     seen = []
     real = feedback_choice.round_metrics

@@ -81,6 +81,7 @@ def test_text_is_written_once_and_again_for_other_options(written):
     assert read_generated(out) is None
 
 
+@pytest.mark.slow
 def test_each_text_has_a_window_of_it_and_says_of_what_kind_windows_are(written):
     model, out, _ = written
     generate_text(CalibrationOptions(model=model, generated_tokens=3000), out)

@@ -94,7 +94,7 @@ def cost_of_moves(layer, seen, gram, recent, side, moves, *, own):
     return total
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "recent"),
     [

@@ -251,6 +251,7 @@ def test_killed_and_resumed_equals_undisturbed(tmp_path, monkeypatch, sampler, w
     assert chosen[0] == chosen[1]
 
 
+@pytest.mark.slow
 def test_interrupted_trial_is_put_back():
     class Interrupted(FakeEvaluator):
         def score(self, pairs):

@@ -44,6 +44,7 @@ def test_every_fact_of_a_text_is_asked_once():
     assert found.groups[-1] == ("3000 tokens", "depth 1")
 
 
+@pytest.mark.slow
 def test_needles_follow_from_the_seed():
     make = lambda seed: needle_set(NeedleRequest((1500,), DEPTHS, 1, seed), TOKENIZER).prompts  # noqa: E731
     assert make(3) == make(3) != make(4)

@@ -35,6 +35,7 @@ def feedback() -> RoundFeedback:
     return RoundFeedback(triangular_factors(metric), {2: (0.8, 0.95), 4: (0.9, 1.0)})
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", ["K8V4", "K4V4", "K4V2", "K2V2"])
 def test_simulated_attention_is_served_attention(shape, layer, rows, pair):
     """All queries of a text over packed pages and a window, by the reference that defines the kernels."""

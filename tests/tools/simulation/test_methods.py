@@ -313,6 +313,7 @@ def test_kvarn_tiles(bits):
     assert ((read - tile).abs() <= worst).all()
 
 
+@pytest.mark.slow
 def test_kvarn(layer, rows):
     view = KVarN(4, 2).view(layer, None, rows)
     assert view.storage.bits == pytest.approx(3 + 16 * ((2 * 32 + 128) + (2 * 128 + 32)) / (2 * 128 * 32))
@@ -330,6 +331,7 @@ def rotation(size: int) -> torch.Tensor:
     return torch.tensor(entries) / size**0.5
 
 
+@pytest.mark.slow
 def test_oscar(layer, rows):
     method = Oscar()
     turns = method.prepare(layer, [rows])
