@@ -28,6 +28,7 @@ def test_demo_serves_the_model_and_reports_its_memory():
         int(number.replace(",", ""))
         for number in re.search(r"holds ([\d,]+) .* ([\d,]+)$", result.stdout.strip()).groups()
     )
-    # The server's own count: 16 / stored bits times bf16's, less the windows of requests of max_model_len, whose blocks
-    # are large on a CPU (3,317,760 bytes beside 4,096 x 6,480).
-    assert abs(ours / bf16 / (16 / float(stored)) - 4096 * 6480 / (4096 * 6480 + 3_317_760)) < 0.02
+    # The server's own count: 16 / stored bits times bf16's, less the windows of requests of max_model_len, which take
+    # whole blocks of 32 tokens on a CPU: so many bytes in the dtype that the machine is fast in, bfloat16 or float32.
+    shares = [4096 * 6480 / (4096 * 6480 + window) for window in (2_488_320, 2 * 2_488_320)]
+    assert min(abs(ours / bf16 / (16 / float(stored)) - share) for share in shares) < 0.005

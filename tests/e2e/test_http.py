@@ -75,6 +75,7 @@ def test_logprobs_belong_to_the_greedy_tokens(client):
 
 def test_chat_streamed_and_whole(client):
     options = {"model": MODEL, "messages": CHAT, "temperature": 0, "max_tokens": 48}
+    client.chat.completions.create(**options)  # so that both find the prompt's blocks in the prefix cache
     whole = client.chat.completions.create(**options)
     chunks = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
     pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]

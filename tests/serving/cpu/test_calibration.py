@@ -243,6 +243,7 @@ def test_cuda_graphs_are_refused(mode, refused):
         diffusion_config=None,
         compilation_config=SimpleNamespace(cudagraph_mode=SimpleNamespace(name=mode)),
         speculative_config=None,
+        kv_transfer_config=None,
     )
 
     problems = checks.settings(config)
