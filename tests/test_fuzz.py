@@ -37,6 +37,7 @@ def problems_of(tmp_path):
     return read
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -207,6 +207,7 @@ def test_a_calibration_without_outcome_is_no_success(make_config, program):
     )
 
 
+@pytest.mark.slow
 def test_calibration_loads_the_model_as_the_engine_does(make_config, program, tmp_path):
     program("sys.exit(1)")
     config = make_config("auto:3.5,calibrate", tensor_parallel_size=2)

@@ -81,7 +81,7 @@ def test_a_table_in_the_models_dtype_is_taken_where_its_rounding_is_small():
     assert linear_rotary(model_table(SCALINGS["plain"])[0].bfloat16().float(), True, CPU) is None
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

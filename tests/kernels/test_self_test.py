@@ -39,7 +39,7 @@ def test_the_reference_passes(pair, transforms):
     assert measure_reference(case(pair, transforms=transforms)).problem is None
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tested",
     [
@@ -118,6 +118,7 @@ def test_the_cuda_kernels_pass(pair, device, record_property):
         assert again.seconds < 1.0
 
 
+@pytest.mark.slow
 def test_random_numbers_and_defaults_stay_as_they_were():
     """And those that vLLM has while it loads a model do not change what is computed."""
     expected = measure_reference(case("K8V8"))
@@ -240,7 +241,7 @@ def test_rounding_that_is_not_the_references_is_found(broken, pair, monkeypatch)
         assert "feedback error" in errors.problem
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "broken", "seen"),
     [

@@ -145,6 +145,7 @@ def test_a_budget_by_need_takes_the_most_bits_that_fit(memory, chosen, tmp_path)
     assert found.budget == f"64 requests of 32,768 tokens in {memory:,} bytes"
 
 
+@pytest.mark.slow
 def test_a_need_that_does_not_fit_is_told_what_does(tmp_path):
     (line,) = problems_of("auto:fit=32768x64", str(tmp_path), SHAPE, GIB // 2)
     assert line.endswith("of it fit 19 requests of 32,768 tokens, or 64 of 9,744")  # two bits would not do either
@@ -167,6 +168,7 @@ def test_nothing_is_calibrated_here(tmp_path):
     assert f"kvtuner calibrate {tmp_path} --quick --max-bits 3.5 --out" in line
 
 
+@pytest.mark.slow
 def test_half_a_bit_more_is_better_than_calibration(model):
     folder = model(a="layers: K4V2", b="layers: {0-1: K4V4, 2-3: K4V2}")
     found = resolve_auto("auto:4.25", folder, SHAPE)
@@ -191,6 +193,7 @@ def weighted(model, monkeypatch, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_profiles_of_the_user_are_found_by_weights(weighted, tmp_path):
     folder, weights = weighted()
     for name, digest in (("right", weights), ("wrong", "0" * 16)):
@@ -221,6 +224,7 @@ def test_the_users_folder_says_that_weights_are_missing(model, monkeypatch, tmp_
 MODEL = "model: {name: toy, architecture: ToyForCausalLM, num_layers: 4, num_kv_heads: 2, head_size: 128, weights: %s}"
 
 
+@pytest.mark.slow
 def test_a_profile_of_other_weights_is_not_taken(weighted):
     folder, weights = weighted(
         a=f"layers: K4V4\n{MODEL % repr('0' * 16)}", b=f"layers: K4V2\n{MODEL % 'any'}", c="layers: K2V2"

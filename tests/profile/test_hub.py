@@ -107,6 +107,7 @@ def test_without_the_hub_what_was_brought_serves(hub, monkeypatch):
     assert len(hub.asked) == before
 
 
+@pytest.mark.slow
 def test_auto_looks_into_the_models_own_revision(hub):
     score = "provenance: {heldout_scores: {this profile: {kl_mean: %s}}}\n"
     hub.commit("org/model", {"config.json": "{}", "kvtuner/a.yaml": PLAIN + score % 0.2, "other/b.yaml": PLAIN})

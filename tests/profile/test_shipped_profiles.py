@@ -66,6 +66,7 @@ def test_nothing_is_shipped_that_nobody_measured_but_published_allocations(name)
         assert measured["kl_mean"] > 0
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", shipped_profiles())
 def test_bits_stated_are_bits_computed(name):
     profile = load_profile(name)
@@ -136,6 +137,7 @@ def test_the_profile_with_a_window_is_the_calibrated_one_otherwise():
     assert set(load_statics(profile.statics, profile.resolve(profile.model))) == set(profile.pairs)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("earlier", "name"), EARLIER_NAMES.items())
 def test_earlier_names_lead_to_the_same_profiles(earlier, name):
     profile = load_profile(earlier)

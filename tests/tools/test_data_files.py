@@ -39,6 +39,7 @@ FILES = {
 }
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.JSONL", "rows.json", "rows.txt", "rows"])
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
 def test_all_commands_read_the_same_files_whatever_their_names(tmp_path: Path, name: str, content: bytes) -> None:

@@ -125,6 +125,7 @@ def test_text_says_the_same(capsys, model, profile):
     assert captured.endswith("\nproblems: none\n")
 
 
+@pytest.mark.slow
 def test_the_profile_comes_from_the_environment_as_in_serving(diagnose, model, monkeypatch):
     monkeypatch.setenv("KVTUNER_PROFILE", "K8V2")
     assert [fact["kind"] for fact in diagnose(model)["kernels"]] == [
@@ -193,6 +194,7 @@ def test_a_vllm_that_has_moved_what_the_plugin_patches(diagnose, monkeypatch):
     assert report["plugin"]["broken_seams"] == 1
 
 
+@pytest.mark.slow
 def test_no_vllm_and_no_torch():
     absent = "sys.modules.update(dict.fromkeys(['cuda', 'torch', 'transformers', 'triton', 'vllm']))"
     program = f"import sys; {absent}; from kvtuner_tools.cli import main; sys.exit(main(sys.argv[1:]))"

@@ -290,6 +290,7 @@ def test_a_killed_run_goes_on_along_the_same_answers(
     assert row["paired"]["generate"]["tokens_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_answers_need_no_text(monkeypatch: pytest.MonkeyPatch, request_of) -> None:
     monkeypatch.setattr(passes, "in_own_process", Engines())
     probes = {"needles": NeedleRequest((1024,), (0.0, 0.5), 1), "quotes": QuoteRequest(2, 300)}
@@ -351,6 +352,7 @@ def test_the_longest_needles_fit_the_model(tmp_path: Path, monkeypatch: pytest.M
     assert engines.jobs[0].options.max_model_len == 4096
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("change", ["profile", "data", "request"])
 def test_rows_that_rest_on_something_else_are_measured_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_of, change: str

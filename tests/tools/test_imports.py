@@ -9,6 +9,7 @@ HEAVY = ("lm_eval", "optuna", "torch", "transformers", "vllm")
 """Packages that take seconds to import, or that are an extra."""
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(
     "words",
     [["--help"], ["profile", "list"], ["statics", "--help"], ["demo", "--help"], ["bench", "--help"]],

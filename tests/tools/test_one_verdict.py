@@ -104,6 +104,7 @@ def test_what_is_refused(tmp_path, changes, said):
     assert found == dict.fromkeys(COMMANDS, engine)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("changes", SERVED.values(), ids=SERVED.keys())
 def test_what_is_accepted(tmp_path, changes):
     model = tmp_path / "model"

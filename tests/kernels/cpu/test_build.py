@@ -150,6 +150,7 @@ def no_folder(monkeypatch):
     return "KVTUNER_KERNEL_CACHE: /proc/kernels must be a writable folder"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("lack", [no_compiler, another_compiler, wrong_source, no_folder])
 def test_without_a_library_the_reference_serves_and_the_log_says_so_once(lack, monkeypatch, caplog):
     reason = lack(monkeypatch)
@@ -180,7 +181,7 @@ def test_the_reference_can_be_asked_for(monkeypatch, folder):
     assert not folder.exists()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("head_size", [64, 80])
 def test_the_compiler_has_nothing_to_warn_of(head_size):
     command = [

@@ -181,7 +181,7 @@ def random_feedback(heads, size, ranges):
     return RoundFeedback(triangular_factors(root @ root.mT), dict.fromkeys((2, 4), ranges))
 
 
-@pytest.mark.quick(4)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("feedback", [False, True], ids=["nearest", "feedback"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("pair", PAIRS)

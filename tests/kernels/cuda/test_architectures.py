@@ -74,7 +74,7 @@ def test_decode_compiles(variant, arch):
     assert (found["UBLKCP"] > 0) == has_bulk_copies(arch)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", ["reshape_and_cache", "gather_cache"])
 def test_store_and_gather_compile(kernel, arch):

@@ -262,6 +262,7 @@ def cache_folder(tmp_path, monkeypatch):
     return folder
 
 
+@pytest.mark.slow
 def test_compiled_code_is_kept_for_the_next_process(cache_folder, monkeypatch):
     """Keyed by what decides it: another macro, architecture or source is compiled on its own."""
 

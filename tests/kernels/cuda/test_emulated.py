@@ -223,7 +223,7 @@ def test_the_newest_tokens_are_left_out(pair, group, query_lens, options, transf
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "group", "query_lens", "options", "dtype", "transforms"),
     [
@@ -286,7 +286,7 @@ def test_blocks_that_left_the_window_may_hold_anything():
     assert (got - want).norm() < 2e-3 * want.norm()
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lengths",
     [
@@ -313,6 +313,7 @@ def test_shares(lengths):
     assert not workspace.arrivals.any(), "counters are 0 between launches"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("heads", [8, 32, 64])
 def test_constant_values_under_growing_logits(heads):
     """Rows of scale 0 give no weight that could grow too large; the total must stay finite all the same."""

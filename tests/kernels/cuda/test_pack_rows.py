@@ -100,6 +100,7 @@ class _TwoParts:
         few = request.param == "few_rows"
         monkeypatch.setattr(cuda_pack, "most_lanes", lambda size, _: 32 if few else wide_lanes(size))
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         ("pair", "ranges", "fields"),
         [

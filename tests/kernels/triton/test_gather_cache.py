@@ -60,7 +60,7 @@ def test_every_pair(index, device):
     check(cache, SLICES, LayerTransforms(), tuple(TOLERANCES)[index % 3])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "head_size", "rotary_dim", "is_neox"),
     [("K4V4", 128, 128, True), ("K2V8", 96, 48, True), ("K8V2", 64, 64, False), ("K4V2", 64, None, True)],
@@ -70,7 +70,7 @@ def test_transforms_are_undone(pair, head_size, rotary_dim, is_neox, device):
     check_transforms(pair, head_size, rotary_dim, is_neox, device)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "head_size", "rotary_dim"),
     [("K2V4", 80, 80), ("K4V2S8", 112, 56), ("K2V8", 512, 128), ("K4V2", 512, None)],

@@ -82,7 +82,7 @@ def test_every_pair(index, device):
     check(cache, group, tuple(TOLERANCES)[index // 3 % 3])
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", ["K2V2", "K4V4", "K8V8"])
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_every_head_size(pair, head_size, device):
@@ -192,7 +192,7 @@ def test_padding_rows_become_0(device):
     assert not got[4:].any(), "rows beyond the last query"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("query_lens", [[1], [4]], ids=["one_query", "several_queries"])
 def test_blocks_that_left_the_window_may_hold_anything(query_lens, device):
     """Within the window's first tile too, and the log-sum-exp knows nothing of them."""
@@ -224,6 +224,7 @@ def test_tokens_that_a_recent_window_serves_may_hold_anything(query_lens, device
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
+@pytest.mark.slow
 def test_a_window_reads_no_tile_outside(device):
     case = far_window(device)
     rotary = rotary_table(64, True, int(case.whole.seq_lens[0]), device)
@@ -236,7 +237,7 @@ def test_a_window_reads_no_tile_outside(device):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-2)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [1e-6, 1e-4, 300.0, 9000.0])
 @pytest.mark.parametrize("pair", ["K4V2", "K4V8"])
 def test_value_scales_of_any_size(pair, spread, device):
@@ -292,7 +293,7 @@ def test_key_offset(head_size, rotary_dim, is_neox, dtype, query_lens, device):
     check(cache, 2, query_lens=query_lens, transforms=transforms, config=config)
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_offsets_of_hundreds_of_logits_keep_fp32_accuracy(dtype, device):
     """Two tokens whose offsets' logits, of about 500, are equal: rounded to 16 bits they would part by 0.1 or more."""
@@ -301,6 +302,7 @@ def test_offsets_of_hundreds_of_logits_keep_fp32_accuracy(dtype, device):
     check(cache, 8, query=balanced_query(transforms, 16, size=30), transforms=transforms)
 
 
+@pytest.mark.slow
 def test_a_constant_offset_counts_under_a_soft_cap(device):
     """Without a cap it moves all logits alike; under one it does not."""
     transforms = random_transforms(1, 64, device, rotary_table(32, True, 200, device), offset=2.0)
@@ -331,6 +333,7 @@ def test_workspace_bytes(device):
     assert decode_workspace_bytes(5, 6, 96) == sum(part.numel() * part.element_size() for part in parts)
 
 
+@pytest.mark.slow
 def test_a_small_workspace_limits_the_splits(device):
     cache = random_cache(make_layout("K4V4", 64), [70, 129], 1, device)
     query = torch.randn(2, 2, 64, device=device)

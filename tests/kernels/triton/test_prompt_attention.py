@@ -12,7 +12,7 @@ TOLERANCE = 2e-3
 """Of outputs of size 1: they and the probabilities are rounded to fp16, 2^-11 each."""
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_size", "causal", "window", "soft_cap"),
     [(512, True, None, 0.0), (512, False, None, 3.0), (512, True, 20, 0.0), (320, True, 41, 3.0)],

@@ -95,7 +95,7 @@ def test_every_pair_stores_what_the_reference_stores(index, device):
         assert (apart != 0).float().mean() < 0.01
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("pair", "head_size"), [("K8V8", 64), ("K4V2", 96), ("K2V8", 128), ("K2V2", 256)])
 def test_a_recent_window_keeps_the_rows(pair, head_size, dtype, device):

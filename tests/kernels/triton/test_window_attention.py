@@ -68,7 +68,7 @@ def test_limits(window_tokens, sink_tokens, sliding_window, soft_cap, query_lens
     assert torch.equal(got[-2:], case.output[-2:]), "rows beyond the last query"
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head_size", "group"),
     [*itertools.product((64, 96, 128, 256), (1, 8, 40)), (80, 1), (512, 8)],

@@ -150,6 +150,7 @@ def test_kernels_without_transforms_stand_beside_ours_with_any(drawn, tmp_path):
         assert len(bars(axis)["K4V4\n4 / 4.25"]) == 2
 
 
+@pytest.mark.slow
 def test_several_query_tokens_are_lines_over_them(drawn, tmp_path):
     pictures.draw(rows_result(), tmp_path / "picture.png")
 
@@ -185,7 +186,7 @@ def test_one_entry_of_query_tokens_stands_in_the_title(drawn, tmp_path):
     ]  # fmt: skip
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("query_tokens", [None, 4])
 def test_results_of_older_schemas_are_drawn(drawn, tmp_path, query_tokens):
     """Their cases have one number of query tokens, and failed ones none."""
@@ -237,6 +238,7 @@ def test_nothing_to_draw(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_command(tmp_path, capsys):
     result, picture = tmp_path / "result.json", tmp_path / "picture.svg"
     result.write_text(json.dumps(serve_result()))

@@ -31,6 +31,7 @@ ATTENTION_LAYERS = {
 SERVED = {"gemma3_27b", "llama31_8b", "llama33_70b", "qwen36_27b", "qwen3_32b"}
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("name", sorted(HEADS))
 def test_heads(name):
     assert tuple(str(LayerHeads.parse(f"{name}{share}")) for share in ("", ":tp4", ":tp8")) == HEADS[name]

@@ -40,6 +40,7 @@ def size_of(clusters, choice):
     return sum(each.bytes_per_token[pair] for each, pair in zip(clusters, choice, strict=True))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(clusters_and_budget())
 def test_integer_program_is_optimal_and_greedy_fits(case):
@@ -107,6 +108,7 @@ def test_budget_below_everything_names_the_least():
     check_budget(bytes_for_bits(2.5, SHAPES), SHAPES, cheapest)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(clusters_and_budget(), st.integers(0, 12))
 def test_integer_program_without_excluded_choices(case, number):

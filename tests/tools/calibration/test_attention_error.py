@@ -36,7 +36,7 @@ def meter_of(capture, layer=LAYER, recent_window=None):
     return AttentionMeter(layer, capture.load_layer(layer), None if rotary is None else rotary.near, recent_window)
 
 
-@pytest.mark.quick(3)
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("pair", ["K4V2", "K2V8"])
 @pytest.mark.parametrize(
     ("sliding_window", "recent_window", "sink_tokens", "sinks"),

@@ -182,7 +182,7 @@ def test_the_choice_is_read_again_and_made_again_from_other_inputs(tmp_path, mon
     assert choose(capture, tmp_path) == first
 
 
-@pytest.mark.quick(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "note", "has_values"),
     [

@@ -61,6 +61,7 @@ def written(tmp_path, monkeypatch):
     return model, out, runs
 
 
+@pytest.mark.slow
 def test_text_is_written_once_and_again_for_other_options(written):
     model, out, runs = written
     options = CalibrationOptions(model=model, generated_tokens=2000)

@@ -48,6 +48,7 @@ def profile(model, tmp_path):
     return out / "profile.yaml"
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("place", ["user", "model"])
 def test_auto_finds_what_was_kept(place, model, profile, tmp_path):
     path = keep_for_user(profile) if place == "user" else keep_in_model(profile, str(model))

@@ -76,6 +76,7 @@ def layers_of_two_shapes(draw):
     return layers
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(layers_of_two_shapes(), st.floats(1.0, 4.0))
 def test_cluster_invariants(layers, factor):

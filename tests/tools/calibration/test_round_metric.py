@@ -128,6 +128,7 @@ def test_windows_add_up():
     torch.testing.assert_close(both.values, parts[0].values + parts[1].values)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("rotary_dim", "is_neox"), [(SIZE, True), (SIZE, False), (8, True)])
 def test_queries_are_turned_back_by_the_position_they_attend_to(rotary_dim, is_neox):
     """Exact where one token alone is read packed: its error before RoPE costs what it does after RoPE."""
@@ -144,6 +145,7 @@ def test_queries_are_turned_back_by_the_position_they_attend_to(rotary_dim, is_n
     torch.testing.assert_close(got, wanted, rtol=2e-3, atol=0)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize(("rotary_dim", "is_neox"), [(SIZE, True), (SIZE, False), (8, True), (8, False)])
 def test_turns_are_the_mean_over_positions(rotary_dim, is_neox):
     rotary, positions = table(rotary_dim=rotary_dim, is_neox=is_neox), 41

@@ -115,6 +115,7 @@ def test_finds_what_additive_errors_do_not_show():
     assert result.chosen.quality.kl_mean < 0.9 * exact.quality.kl_mean
 
 
+@pytest.mark.slow
 def test_seeds_count_as_wanted_in_what_progress_says(monkeypatch):
     said = []
     monkeypatch.setattr(search_module.Progress, "show", lambda _, done, total=None, note=None: said.append(total))
@@ -123,6 +124,7 @@ def test_seeds_count_as_wanted_in_what_progress_says(monkeypatch):
     assert len(evaluator.scored) > 1 and min(totals) >= len(study.get_trials(states=(TrialState.COMPLETE,)))
 
 
+@pytest.mark.slow
 def test_every_setting_is_scored_once_and_none_over_the_budget_but_seeds():
     plan = make_plan(4.0)
     study, evaluator = searched(plan)

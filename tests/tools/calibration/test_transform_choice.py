@@ -65,6 +65,7 @@ def resolve(folder, layer):
     return load_profile(str(folder / "p.yaml")).resolve(SHAPE)
 
 
+@pytest.mark.slow
 def test_plain_keys_keep_the_data_free_choice(tmp_path):
     layer = choose(make_capture(tmp_path / "capture"), tmp_path)
     assert (layer.transforms, layer.offset, layer.equalization) == (DATA_FREE, "none", "none")
@@ -73,6 +74,7 @@ def test_plain_keys_keep_the_data_free_choice(tmp_path):
     assert not (tmp_path / "statics.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_planted_outlier_channels_make_it_pick_their_mean(tmp_path):
     layer = choose(make_capture(tmp_path / "capture", offset=OUTLIERS), tmp_path)
     assert layer.offset == "mean" and layer.transforms.key_offset
@@ -88,12 +90,14 @@ def test_planted_outlier_channels_make_it_pick_their_mean(tmp_path):
     assert pairs[:, [channel % (HEAD_SIZE // 2) for channel in (5, 20, 60)]].all()
 
 
+@pytest.mark.slow
 def test_an_offset_that_needs_all_of_its_pairs_keeps_them(tmp_path):
     spread = 20 * (-1.0) ** torch.arange(HEAD_SIZE).expand(NUM_KV_HEADS, -1)
     layer = choose(make_capture(tmp_path / "capture", offset=spread), tmp_path)
     assert (layer.offset, layer.offset_pairs) == ("mean", None)
 
 
+@pytest.mark.slow
 def test_far_positions_do_not_lose(tmp_path):
     layer = choose(make_capture(tmp_path / "capture", offset=OUTLIERS), tmp_path)
     near, far = layer.errors["chosen"]["near"], layer.errors["chosen"]["far"]
@@ -112,6 +116,7 @@ def test_a_bias_is_the_baseline_and_a_better_mean_replaces_it(tmp_path, with_bia
     np.testing.assert_array_equal(load_statics(resolved.profile.statics, resolved)[0].key_offset, OUTLIERS / 2)
 
 
+@pytest.mark.slow
 def test_uneven_pairs_are_equalized_by_keys_and_queries(tmp_path):
     spread = torch.logspace(-0.7, 0.7, HEAD_SIZE // 2).repeat(2)
     layer = choose(make_capture(tmp_path / "capture", spread=spread, query_spread=1 / spread), tmp_path)
@@ -122,6 +127,7 @@ def test_uneven_pairs_are_equalized_by_keys_and_queries(tmp_path):
     torch.testing.assert_close(factors, (spread / spread.log().mean().exp()).expand_as(factors), rtol=0.2, atol=0)
 
 
+@pytest.mark.slow
 def test_values_of_few_levels_are_not_rotated(tmp_path):
     capture = make_capture(tmp_path / "capture")
     for window in range(3):
@@ -178,6 +184,7 @@ def test_a_floor_out_of_range(tmp_path):
         choose_transforms(make_capture(tmp_path / "capture"), tmp_path, floor=1)
 
 
+@pytest.mark.slow
 def test_sensitivity_is_the_chosen_error_per_pair_and_head(tmp_path):
     capture = make_capture(tmp_path / "capture", offset=OUTLIERS)
     choice = choose_transforms(capture, tmp_path, device="cpu")
@@ -191,6 +198,7 @@ def test_sensitivity_is_the_chosen_error_per_pair_and_head(tmp_path):
         assert min(heads) <= layer.output_error[pair] <= max(heads)
 
 
+@pytest.mark.slow
 def test_sensitivity_without_transforms(tmp_path):
     capture = make_capture(tmp_path / "capture", offset=OUTLIERS)
     choice = choose_transforms(capture, tmp_path, device="cpu")

@@ -143,6 +143,7 @@ def test_tap_aligns_positions_however_prefill_is_chunked(tmp_path: Path, kind, c
     assert np.array_equal(TokenScores.join(loaded).kl, kl)
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("kind", [V1Runner, V2Runner])
 @pytest.mark.parametrize("chunks", [[], [2], [4], [1, 4]])
 def test_positions_of_what_is_given_are_left_out(tmp_path: Path, kind, chunks) -> None:

@@ -22,6 +22,7 @@ def texts_of(prompts):
     return [TOKENIZER.decode(prompt) for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_every_fact_of_a_text_is_asked_once():
     found = needle_set(NeedleRequest((2000, 3000), DEPTHS, texts=2), TOKENIZER)
 

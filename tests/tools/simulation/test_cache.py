@@ -39,6 +39,7 @@ def by_loops(layer: Layer, rows: Rows, view: View) -> torch.Tensor:
     return output
 
 
+@pytest.mark.quick(1)
 @pytest.mark.parametrize("sliding_window", [None, 9])
 @pytest.mark.parametrize("logits_soft_cap", [0.0, 2.0])
 def test_attention_reads_what_the_view_says(layer, rows, sliding_window, logits_soft_cap):
