@@ -4,6 +4,7 @@ With another method for the tokens that are kept, as in "More Tokens, Lower Prec
 number of the prompt, of all its tokens.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -50,9 +51,9 @@ class _Pruning(Method):
         storage = replace(view.storage, bits=view.storage.bits * budget / rows.prompt_tokens)
         return replace(view, visible=visible, storage=storage)
 
+    @abstractmethod
     def _kept(self, layer: Layer, rows: Rows, budget: int) -> torch.Tensor:
         """[num_kv_heads, num_tokens, num_tokens] bool, as View.visible."""
-        raise NotImplementedError
 
 
 class SnapKv(_Pruning):
