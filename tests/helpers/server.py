@@ -61,8 +61,7 @@ def serving(model: Path, log_path: Path, arguments: Sequence[str]) -> Iterator[S
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", str(model), "--host", "127.0.0.1"]
-    command += ["--port", str(port), *arguments]
+    command = [*_vllm(), "serve", str(model), "--host", "127.0.0.1", "--port", str(port), *arguments]
     # Threads bound to cores stall each other wherever anything else runs beside them.
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("TRITON_INTERPRET", None)  # kernels' tests set it for their own process
@@ -81,6 +80,12 @@ def serving(model: Path, log_path: Path, arguments: Sequence[str]) -> Iterator[S
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         print(server.log)  # pytest shows it beside a failure
+
+
+def _vllm() -> list[str]:
+    """The command, or its module where vLLM lies in a folder without one."""
+    command = Path(sys.executable).parent / "vllm"
+    return [str(command)] if command.exists() else [sys.executable, "-m", "vllm.entrypoints.cli.main"]
 
 
 def _wait(process: subprocess.Popen, server: Server) -> None:

@@ -103,7 +103,7 @@ def test_the_cuda_kernels_pass_emulated(tested, monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.parametrize("pair", [*QUANTIZED_PAIRS, PrecisionPair(4, 2, 8)], ids=str)
 def test_the_cuda_kernels_pass(pair, device, record_property):
-    """Compiled by then, in milliseconds; ``record_property`` keeps them for ``--junit-xml``."""
+    """``record_property`` keeps for ``--junit-xml`` how long a compiled one takes."""
     shape = AttentionShape(32, 8, 128, 128**-0.5)
     late = {"transforms": TRANSFORM_KEYS, **WINDOW}
     sinks = {"shape": shape._replace(sinks=torch.bfloat16), **WINDOW}
@@ -115,7 +115,6 @@ def test_the_cuda_kernels_pass(pair, device, record_property):
         again = gpu.measure_cuda(tested, device)
         record_property("milliseconds", round(1000 * again.seconds, 1))
         print(f"{tested}: {again}")
-        assert again.seconds < 1.0
 
 
 @pytest.mark.slow

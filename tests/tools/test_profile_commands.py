@@ -180,8 +180,8 @@ def test_list(run_cli):
     assert rows[name] == [name, "meta-llama/Llama-3.1-8B-Instruct", *bits], (
         "a paper's score is told from a measured one"
     )
-    assert rows["qwen25_coder_1.5b_window_3.50bit"][2:] == ["3.500", "4.57", "64", "0.0086", "-"]
-    assert rows["qwen25_coder_1.5b_uniform_3.25bit"][2:] == ["3.250", "4.92", "64", "0.0159", "0.602"]
+    assert rows["qwen25_coder_1.5b_feedback_3.50bit"][2:] == ["3.500", "4.57", "64+4", "0.0025", "-"]
+    assert rows["qwen25_coder_1.5b_feedback_3.00bit"][2:] == ["3.000", "5.33", "64+4", "0.0059", "0.548"]
     document = json.loads(run_cli("profile", "list", "--json")[1])
     assert document["schema"] == "kvtuner-profile-list/1"
     assert [row["name"] for row in document["profiles"]] == list(shipped_profiles())

@@ -300,6 +300,9 @@ class MeasuringEngine:
         reference: logits that passes are compared with, or a path to record this engine's own to.
     """
 
+    PREFIX_CACHING = True
+    """Prompts whose log-probabilities are wanted do not read the prefix cache; questions share their shots."""
+
     def __init__(self, options: EngineOptions, reference: ReferenceLogits | Path) -> None:
         # In-process: the memory of an engine of one rank is this process's. Read when vLLM is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -328,8 +331,7 @@ class MeasuringEngine:
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": max(options.chunk, options.max_num_seqs),
             **cache_memory(options.kv_memory_bytes),
-            # Prompts whose log-probabilities are wanted do not read the prefix cache; questions share their shots.
-            "enable_prefix_caching": True,
+            "enable_prefix_caching": self.PREFIX_CACHING,
             # Settings must differ in the cache alone, not in what the compiler fuses around it.
             "enforce_eager": True,
             **plain,

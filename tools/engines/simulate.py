@@ -116,6 +116,9 @@ class SimulatingEngine(MeasuringEngine):
         ValueError: layers whose attention the simulation does not know.
     """
 
+    PREFIX_CACHING = False
+    """Calibration texts begin alike, by a chat template, and a text must run in one step."""
+
     def __init__(
         self,
         options: EngineOptions,

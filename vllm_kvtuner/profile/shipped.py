@@ -10,19 +10,19 @@ from pathlib import Path
 PUBLISHED = "published/"
 """How names of published allocations begin; they are found without it too."""
 EARLIER_NAMES = {
-    "qwen25_coder_1.5b_3.00bit": "qwen25_coder_1.5b_uniform_3.25bit",
-    "qwen25_coder_1.5b_3.25bit": "qwen25_coder_1.5b_3.50bit",
-    "qwen25_coder_1.5b_4.00bit": "qwen25_coder_1.5b_4.25bit",
-    "qwen25_coder_1.5b_5.00bit": "qwen25_coder_1.5b_5.25bit",
-    "qwen25_coder_1.5b_window_2.75bit": "qwen25_coder_1.5b_window_3.00bit",
-    "qwen25_coder_1.5b_window_3.25bit": "qwen25_coder_1.5b_window_3.50bit",
-    "qwen25_coder_1.5b_window_4.00bit": "qwen25_coder_1.5b_window_4.25bit",
     "smollm2_135m_window_4.00bit": "smollm2_135m_window_4.50bit",
     "smollm2_135m_window_5.00bit": "smollm2_135m_window_5.50bit",
 }
 """Names with nominal bits, which measurements of their time have, and those now. No name has had two meanings."""
+_LARGE = "qwen25_coder_1.5b_feedback"
 _SMALL, _SMOL = "qwen25_coder_0.5b_feedback_3.50bit", "smollm2_135m_feedback_3.50bit"
 REPLACED = {
+    **dict.fromkeys((f"qwen25_coder_1.5b_{bits}bit" for bits in ("5.25", "5.00", "4.25", "4.00")), f"{_LARGE}_4.25bit"),
+    **dict.fromkeys((f"qwen25_coder_1.5b_{bits}bit" for bits in ("3.50", "3.25")), f"{_LARGE}_3.50bit"),
+    **dict.fromkeys((f"qwen25_coder_1.5b_{bits}bit" for bits in ("uniform_3.25", "3.00")), f"{_LARGE}_3.00bit"),
+    **dict.fromkeys((f"qwen25_coder_1.5b_window_{bits}bit" for bits in ("4.25", "4.00")), f"{_LARGE}_4.25bit"),
+    **dict.fromkeys((f"qwen25_coder_1.5b_window_{bits}bit" for bits in ("3.50", "3.25")), f"{_LARGE}_3.50bit"),
+    **dict.fromkeys((f"qwen25_coder_1.5b_window_{bits}bit" for bits in ("3.00", "2.75")), f"{_LARGE}_3.00bit"),
     **dict.fromkeys((f"qwen25_coder_0.5b_{bits}bit" for bits in ("3.50", "4.25", "5.25")), _SMALL),
     **dict.fromkeys((f"qwen25_coder_0.5b_{bits}bit" for bits in ("3.00", "3.75", "4.75")), _SMALL),
     **dict.fromkeys((f"smollm2_135m_{bits}bit" for bits in ("3.50", "4.23", "5.23")), _SMOL),

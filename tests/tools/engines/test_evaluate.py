@@ -21,6 +21,7 @@ from kvtuner_tools.engines.evaluate import (
     answer_windows,
     max_model_len_for,
 )
+from kvtuner_tools.engines.simulate import SimulatingEngine
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model
 
@@ -60,12 +61,17 @@ def test_an_engine_starts_beside_others_on_one_gpu(tmp_path: Path, monkeypatch: 
 
     with pytest.raises(Started) as measuring:
         evaluate_engine.MeasuringEngine(options, tmp_path / "logits")
+    with pytest.raises(Started) as simulating:
+        SimulatingEngine(options, tmp_path / "logits")  # type: ignore[arg-type]
     with pytest.raises(Started) as capturing:
         run_capture_engine(job)  # type: ignore[arg-type]
 
-    for started in (measuring, capturing):
+    for started in (measuring, simulating, capturing):
         assert started.value.args[0]["kv_cache_memory_bytes"] == 99
         assert started.value.args[0]["gpu_memory_utilization"] <= 0.01
+    # Texts that begin alike must still run in one step each where attention is simulated or captured.
+    caching = [started.value.args[0]["enable_prefix_caching"] for started in (measuring, simulating, capturing)]
+    assert caching == [True, False, False]
 
 
 class V1Runner:

@@ -2,7 +2,8 @@
 
 from collections.abc import Callable
 
-from .published import AUTO, FP8, KVTUNER, Published, fixed, loss
+from .published import AUTO, FP8, KVTUNER, Published, fixed, loss, only
+from .served import PROFILE, SERVED
 
 Claim = Callable[[Published], str]
 _IMPLEMENTATIONS = {"bf16": "fa3_bf16", "fp8": "fa3_fp8", "int4": "int4_per_token_head"}
@@ -118,14 +119,13 @@ def _noise(model: str) -> Claim:
     return lambda published: loss(published.score(model, "vllm fp8", "(noise floor)")["kl_mean"])
 
 
-def _gsm8k(key: str, evaluation: str | None = None) -> Claim:
-    """Accuracy of Qwen2.5-Coder-1.5B on GSM8K, or its standard error; bf16's without an evaluation."""
+def _gsm8k(key: str, label: str | None = None) -> Claim:
+    """Accuracy of Qwen2.5-Coder-1.5B on GSM8K, or its standard error, by a setting's label; bf16's without one."""
 
     def claim(published: Published) -> str:
-        model = "qwen25_coder_1.5b"
-        reference = published.evaluation(model, "vllm fp8")["reference"]
-        score = published.score(model, evaluation) if evaluation else reference
-        return fixed(score[key], 3)
+        evaluations = [each for each in published.result(SERVED)["evaluations"] if "task_accuracy" in each["reference"]]
+        settings = (setting for each in evaluations for setting in each["settings"] if setting["label"] == label)
+        return fixed((only(settings) if label else evaluations[0]["reference"])[key], 3)
 
     return claim
 
@@ -164,6 +164,7 @@ CLAIMS: dict[str, Claim] = {
     "noise-0.5b": _noise("qwen25_coder_0.5b"),
     "gsm8k-bf16": _gsm8k("task_accuracy"),
     "gsm8k-stderr": _gsm8k("task_stderr"),
-    "gsm8k-window-3.25": _gsm8k("task_accuracy", "searched beside a window, at most 3.5 stored bits"),
+    "gsm8k-k4v4": _gsm8k("task_accuracy", "kvtuner:K4V4"),
+    "gsm8k-2.50": _gsm8k("task_accuracy", f"kvtuner:{PROFILE}_2.50bit"),
 }
 """Claims by name. Each gives the bare number."""

@@ -7,11 +7,11 @@ number with its claim behind it: ``2.2<!-- claim: cached-vs-fp8 -->``.
 import re
 from pathlib import Path
 
-from . import quality, rows, simulated, speed
+from . import quality, rows, served, simulated, speed
 from .claims import CLAIMS
 from .published import Published
 
-BLOCKS = speed.BLOCKS | rows.BLOCKS | quality.BLOCKS | simulated.BLOCKS
+BLOCKS = speed.BLOCKS | rows.BLOCKS | quality.BLOCKS | served.BLOCKS | simulated.BLOCKS
 """Functions ``(published, page) -> Markdown`` by the blocks' names."""
 NUMBER = r"\d[\d,]*(?:\.\d+)?"
 _BLOCK = re.compile(r"^<!-- generated: (?P<name>\S+) -->\n.*?^<!-- end -->$", re.DOTALL | re.MULTILINE)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .published import Published, accuracy, fixed, loss, profile_label, shipped_name, table
+from .published import Published, accuracy, fixed, loss, profile_label, table
 
 LARGE, SMALL, SMOL = "qwen25_coder_1.5b", "qwen25_coder_0.5b", "smollm2_135m"
 MODELS = {LARGE: "Qwen2.5-Coder-1.5B", SMALL: "Qwen2.5-Coder-0.5B", SMOL: "SmolLM2-135M"}
@@ -33,42 +33,6 @@ def _row(name: str, score: Score, bits: str | None = None, long: Score | None = 
 
 
 _HEADS = ["cache", "stored bits", "KL, contexts of 1,024", "of 8,192", "perplexity", "GSM8K"]
-
-
-def quality_large(published: Published, page: Path) -> str:
-    """Shipped profiles of the 1.5B model beside vLLM's own caches."""
-    auto = published.evaluation(LARGE, "vllm fp8")
-    rows = [
-        _row("bf16", auto["reference"], long=auto["reference"]),
-        _row("fp8, as vLLM gives it", published.score(LARGE, "vllm fp8", "fp8")),
-        _row(INT4, published.score(LARGE, f"vllm {INT4}"), INT4_BITS[LARGE]),
-    ]
-    searched = (("5.00bit", "5.25"), ("4.00bit", "4.25"), ("3.25bit", "3.5"))
-    rows += [
-        _row(f"`{shipped_name(f'{LARGE}_{name}')}`", published.score(LARGE, f"searched, at most {bits} stored bits"))
-        for name, bits in searched
-    ]
-    for bits in ("4.75", "3.0"):
-        score = published.score(LARGE, f"searched, at most {bits} stored bits")
-        rows.append(_row(f"searched, at most {bits}; not shipped", score))
-    for name, bits in (("4.00bit", "4.25"), ("3.25bit", "3.5"), ("2.75bit", "3.0")):
-        profile = f"{LARGE}_window_{name}"
-        rows.append(
-            _row(
-                f"`{shipped_name(profile)}`",
-                published.score(LARGE, f"searched beside a window, at most {bits} stored bits"),
-                long=published.score(LARGE, "searched beside a window, contexts of 8192", profile),
-            )
-        )
-    # This profile's scores stand in its own file.
-    scores = published.profile(f"{LARGE}_3.00bit")["evaluation"]
-    gsm8k = accuracy({"task_accuracy": scores["gsm8k"], "task_stderr": scores["gsm8k_stderr"]})
-    rows.append(
-        [f"`{shipped_name(f'{LARGE}_3.00bit')}`: K4V2 and a window", "3.25", loss(scores["kl_mean"]), "-", "-", gsm8k]
-    )
-    without = published.score(LARGE, "searched without transforms, at most 4.25 stored bits")
-    rows.append(_row("searched without transforms", without))
-    return table(_HEADS, rows) + "\n\n" + published.source(page, _FILES[LARGE])
 
 
 def quality_small(published: Published, page: Path) -> str:
@@ -165,7 +129,7 @@ def window_quality(published: Published, page: Path) -> str:
     k2v2 = "window of 64, K2V2, contexts of 8192"
     smol = "window of 64, on a CPU"
     large_window = published.score(LARGE, "window of 64", "K4V4_64x16.yaml")
-    k3 = published.profile(f"{LARGE}_3.00bit")["evaluation"]
+    k3 = published.profile(f"{LARGE}_uniform_3.25bit")["evaluation"]
     of = published.score
     smol_long = {pair: ("K4V4" if pair == "K4V4" else "K4V2") for pair in ("K4V4", "K4V2", "K2V2")}
     rows = [
@@ -241,9 +205,9 @@ def heldout(published: Published, page: Path) -> str:
     """Uniform pairs, greedy choice, integer program and search on held-out text, from the shipped profiles."""
     rows = []
     for name in (
-        f"{LARGE}_5.00bit", f"{LARGE}_4.00bit", f"{LARGE}_3.25bit", f"{SMALL}_5.25bit", f"{SMALL}_4.25bit",
-        f"{SMALL}_3.50bit", f"{SMOL}_5.23bit", f"{SMOL}_4.23bit", f"{SMOL}_3.50bit", f"{LARGE}_window_4.00bit",
-        f"{LARGE}_window_3.25bit", f"{LARGE}_window_2.75bit", f"{SMOL}_window_5.50bit", f"{SMOL}_window_4.50bit",
+        f"{LARGE}_5.25bit", f"{LARGE}_4.25bit", f"{LARGE}_3.50bit", f"{SMALL}_5.25bit", f"{SMALL}_4.25bit",
+        f"{SMALL}_3.50bit", f"{SMOL}_5.23bit", f"{SMOL}_4.23bit", f"{SMOL}_3.50bit", f"{LARGE}_window_4.25bit",
+        f"{LARGE}_window_3.50bit", f"{LARGE}_window_3.00bit", f"{SMOL}_window_5.50bit", f"{SMOL}_window_4.50bit",
         f"{SMOL}_window_3.50bit",
     ):  # fmt: skip
         scores = published.profile(name)["heldout_scores"]
@@ -268,8 +232,8 @@ def heldout(published: Published, page: Path) -> str:
 def heldout_uniform(published: Published, page: Path) -> str:
     """Uniform pairs with calibrated transforms on held-out text, from one shipped profile each."""
     cases = (
-        (f"{LARGE}_3.25bit", MODELS[LARGE]), (f"{SMALL}_4.25bit", MODELS[SMALL]), (f"{SMOL}_4.23bit", MODELS[SMOL]),
-        (f"{LARGE}_window_3.25bit", f"{MODELS[LARGE]}, a window"),
+        (f"{LARGE}_3.50bit", MODELS[LARGE]), (f"{SMALL}_4.25bit", MODELS[SMALL]), (f"{SMOL}_4.23bit", MODELS[SMOL]),
+        (f"{LARGE}_window_3.50bit", f"{MODELS[LARGE]}, a window"),
         (f"{SMOL}_window_3.50bit", f"{MODELS[SMOL]}, a window and sink tokens"),
     )  # fmt: skip
     rows = []
@@ -310,7 +274,6 @@ def gemma(published: Published, page: Path) -> str:
 
 
 BLOCKS = {
-    "quality-1.5b": quality_large,
     "quality-0.5b": quality_small,
     "quality-smollm2": quality_smol,
     "no-data": no_data,
