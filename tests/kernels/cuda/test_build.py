@@ -93,8 +93,6 @@ class Variant:
         Variant("K2V8", 64, group=1, dtype=torch.float16),
         Variant("K2V4", 96),
         Variant("K2V2", 128),
-        Variant("K4V2S8", 128, transformed=True),
-        Variant("K2V2S8", 128, block_size=64),
         Variant("K4V4", 128, transformed=True, recent=64),
         Variant("K2V2", 128, window=100, recent=64, sink_tokens=4),
         Variant("K8V8", 128, window=64, recent=0),
