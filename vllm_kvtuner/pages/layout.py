@@ -234,7 +234,6 @@ class PageLayout:
             "K_ROW": self.k_row_bytes,
             "V_ROW": self.v_row_bytes,
             "META_ROW": META_BYTES,
-            "CONTENT": self.content_bytes,
             "K_CODES": self.k_codes_offset,
             "V_CODES": self.v_codes_offset,
             "K_META": self.k_meta_offset,

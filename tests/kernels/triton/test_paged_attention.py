@@ -26,7 +26,7 @@ from tests.helpers.decode_cases import (
 from tests.helpers.paged_cache import make_layout, random_cache, random_transforms, rotary_table
 from vllm_kvtuner.kernels.contract import AttentionShape, Launch, Pages, Queries, Span
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
-from vllm_kvtuner.kernels.triton.paged_attention import decode_workspace, decode_workspace_bytes, paged_attention
+from vllm_kvtuner.kernels.triton.paged_attention import decode_workspace, paged_attention
 from vllm_kvtuner.kernels.triton.paged_attention_config import DecodeConfig, decode_config
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -324,12 +324,6 @@ def test_all_transforms(pair, head_size, device):
     )
     cache = random_cache(make_layout(pair, head_size), SEQ_LENS, 2, device)
     check(cache, 3, query_lens=[2, 1, 3, 1, 1, 4], transforms=transforms, tolerance=3e-3)
-
-
-def test_workspace_bytes(device):
-    workspace = decode_workspace(5, 6, 96, device)
-    parts = (workspace.query, workspace.constants, workspace.coefficients, workspace.output, workspace.lse)
-    assert decode_workspace_bytes(5, 6, 96) == sum(part.numel() * part.element_size() for part in parts)
 
 
 @pytest.mark.slow

@@ -60,32 +60,19 @@ class DecodeWorkspace:
     lse: torch.Tensor
 
 
-def _workspace_parts(
-    max_num_tokens: int, num_heads: int, head_size: int
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    rows = max_num_tokens * num_heads
-    partial_rows = max(2 * rows, MIN_PARTIAL_ROWS)
-    return {
-        "query": ((rows, folded_size(head_size)), torch.float16),
-        "constants": ((rows, ROW_CONSTANTS), torch.float32),
-        "coefficients": ((rows * head_size,), torch.float32),
-        "output": ((partial_rows, head_size), torch.float32),
-        "lse": ((partial_rows,), torch.float32),
-    }
-
-
 def decode_workspace(
     max_num_tokens: int, num_heads: int, head_size: int, device: torch.device | str
 ) -> DecodeWorkspace:
     """Scratch for batches of up to ``max_num_tokens`` query tokens in layers of this shape."""
-    parts = _workspace_parts(max_num_tokens, num_heads, head_size)
-    return DecodeWorkspace(**{k: torch.empty(shape, dtype=dtype, device=device) for k, (shape, dtype) in parts.items()})
-
-
-def decode_workspace_bytes(max_num_tokens: int, num_heads: int, head_size: int) -> int:
-    """Bytes that :func:`decode_workspace` allocates."""
-    parts = _workspace_parts(max_num_tokens, num_heads, head_size)
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())
+    rows = max_num_tokens * num_heads
+    partial_rows = max(2 * rows, MIN_PARTIAL_ROWS)
+    return DecodeWorkspace(
+        query=torch.empty(rows, folded_size(head_size), dtype=torch.float16, device=device),
+        constants=torch.empty(rows, ROW_CONSTANTS, dtype=torch.float32, device=device),
+        coefficients=torch.empty(rows * head_size, dtype=torch.float32, device=device),
+        output=torch.empty(partial_rows, head_size, dtype=torch.float32, device=device),
+        lse=torch.empty(partial_rows, dtype=torch.float32, device=device),
+    )
 
 
 @triton.jit
