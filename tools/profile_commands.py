@@ -276,7 +276,6 @@ def _layers(profile: Profile, resolved: ResolvedProfile | None) -> list[dict[str
             "pair": pair.name,
             "k_bits": pair.k_bits,
             "v_bits": pair.v_bits,
-            "scale_bits": pair.scale_bits if pair.is_quantized else None,
             "transforms": list(transforms.names),
             "recent_window": recent.tokens if recent is not None and pair.is_quantized else 0,
             "recent_window_bits": recent.bits if recent is not None and pair.is_quantized else None,

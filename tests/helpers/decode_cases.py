@@ -60,7 +60,7 @@ def run(
 def largest_value(cache: PackedCache) -> float:
     """Largest magnitude of a cached value."""
     values = cache.sides[1]
-    scale, minimum = (each.nan_to_num(0) for each in values.format.unpack_meta(values.meta))
+    scale, minimum = values.meta.float().nan_to_num(0).unbind(-1)
     maximum = minimum + scale * values.format.levels
     return max(minimum.abs().max().item(), maximum.abs().max().item())
 
@@ -268,7 +268,7 @@ def dequantized(cache: PackedCache, request: int) -> tuple[torch.Tensor, torch.T
     block, offset = cache.block_table[request, token // cache.layout.block_size].long(), token % cache.layout.block_size
     rows = []
     for side in cache.sides:
-        scale, minimum = (each.double()[..., None] for each in side.format.unpack_meta(side.meta[block, :, offset]))
+        scale, minimum = side.meta[block, :, offset].double()[..., None].unbind(-2)
         rows.append(side.format.unpack(side.codes[block, :, offset]) * scale + minimum)
     return rows[0], rows[1]
 

@@ -110,7 +110,7 @@ def random_cache(
         side.codes[block, :, offset] = torch.randint(0, 256, (*rows, width), dtype=torch.uint8, device=device)
         span = 6 * spread * (0.75 + 0.5 * torch.rand(rows, device=device))
         minimum = -span * (0.4 + 0.2 * torch.rand(rows, device=device))
-        side.meta[block, :, offset] = side.format.pack_meta((span / side.format.levels).half(), minimum.half())
+        side.meta[block, :, offset] = torch.stack([span / side.format.levels, minimum], dim=-1).half()
     return PackedCache(layout, kv_cache, table, torch.tensor(seq_lens, dtype=torch.int32, device=device))
 
 

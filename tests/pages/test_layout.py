@@ -7,7 +7,6 @@ import pytest
 from vllm_kvtuner.pages.layout import (
     ALIGNMENT,
     QUANTIZED_PAIRS,
-    SHORT_SCALE_PAIRS,
     PageLayout,
     PrecisionPair,
     content_bytes,
@@ -29,10 +28,6 @@ CONTENT_BYTES = {
     "K2V8": (88, 128, 168, 328),
     "K2V4": (56, 80, 104, 200),
     "K2V2": (40, 56, 72, 136),
-    "K4V4S8": (66, 98, 130, 258),
-    "K4V2S8": (50, 74, 98, 194),
-    "K2V4S8": (50, 74, 98, 194),
-    "K2V2S8": (34, 50, 66, 130),
     "K16V16": (256, 384, 512, 1024),
 }
 """Bytes per token and KV head at each of HEAD_SIZES, counted by hand."""
@@ -47,10 +42,6 @@ STORED_BITS_AT_128 = {
     "K2V8": 5.25,
     "K2V4": 3.25,
     "K2V2": 2.25,
-    "K4V4S8": 4.0625,
-    "K4V2S8": 3.0625,
-    "K2V4S8": 3.0625,
-    "K2V2S8": 2.0625,
     "K16V16": 16,
 }
 
@@ -62,7 +53,7 @@ def test_content_bytes_are_the_table(name):
 
 
 def test_tables_name_all_pairs():
-    pairs = {pair.name for pair in (*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS)}
+    pairs = {pair.name for pair in QUANTIZED_PAIRS}
     assert pairs | {"K16V16"} == set(CONTENT_BYTES) == set(STORED_BITS_AT_128)
     assert len(QUANTIZED_PAIRS) == 9
 
@@ -70,19 +61,6 @@ def test_tables_name_all_pairs():
 @pytest.mark.parametrize("name", CONTENT_BYTES)
 def test_a_pair_reads_its_own_name(name):
     assert PrecisionPair.parse(name.lower()).name == name
-
-
-@pytest.mark.parametrize(
-    ("name", "rule"),
-    [
-        ("K8V4S8", r"scale_bits must be 16 where codes have other bits than \(2, 4\), but got K8V4S8"),
-        ("K16V16S8", "scale_bits must be 16"),
-        ("K2V2S4", r"scale_bits must be one of \(16, 8\), but got 4"),
-    ],
-)
-def test_scales_that_no_page_has(name, rule):
-    with pytest.raises(ValueError, match=rule):
-        PrecisionPair.parse(name)
 
 
 @pytest.mark.parametrize("name", STORED_BITS_AT_128)
@@ -95,7 +73,7 @@ def test_overhead_of_scales_by_head_size():
     assert [float(stored_bits(pair, size)) for size in (64, 128, 256)] == [4.5, 4.25, 4.125]
 
 
-@pytest.mark.parametrize("pair", [*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS], ids=str)
+@pytest.mark.parametrize("pair", QUANTIZED_PAIRS, ids=str)
 @pytest.mark.parametrize("head_size", HEAD_SIZES)
 @pytest.mark.parametrize("block_size", [16, 48, 128])
 def test_parts_follow_each_other_aligned(pair, head_size, block_size):
@@ -103,8 +81,8 @@ def test_parts_follow_each_other_aligned(pair, head_size, block_size):
     parts = [
         (page.k_codes_offset, block_size * head_size * pair.k_bits // 8),
         (page.v_codes_offset, block_size * head_size * pair.v_bits // 8),
-        (page.k_meta_offset, block_size * (4 if pair.scale_bits == 16 else 1)),
-        (page.v_meta_offset, block_size * (4 if pair.scale_bits == 16 else 1)),
+        (page.k_meta_offset, block_size * 4),
+        (page.v_meta_offset, block_size * 4),
     ]
     end = 0
     for offset, size in parts:

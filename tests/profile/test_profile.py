@@ -196,16 +196,6 @@ def test_overlaps_gaps_and_layers_out_of_range_are_named(write):
     )
 
 
-def test_scales_of_8_bits_where_codes_allow_them(write):
-    layers = "{0: K16V16, 1: K8V4, 2: K4V2, 3: K2V2S8}"
-    profile = load_profile(write(f"version: 1\nlayers: {layers}\nscale_bits: 8\n"))
-    assert [pair.name for pair in profile.pairs.values()] == ["K16V16", "K8V4", "K4V2S8", "K2V2S8"]
-    profile = load_profile(write(f"version: 1\nlayers: {layers}\n"))
-    assert [pair.name for pair in profile.pairs.values()] == ["K16V16", "K8V4", "K4V2", "K2V2S8"]
-    assert load_profile(write("version: 1\nlayers: K2V2\nscale_bits: 8\n")).pairs == PrecisionPair(2, 2, 8)
-    assert load_profile("k4v2s8").pairs == PrecisionPair(4, 2, 8)
-
-
 # Errors of a file
 
 
@@ -264,9 +254,8 @@ def test_all_problems_at_once(write):
         ("version: 1\n", "layers must be a pair such as K8V4 or a mapping from layers to pairs such as 1-31: K4V2"),
         ("version: 1\nlayers: []\n", "layers must be a pair"),
         ("version: 1\nlayers: K3V4\n", "layers: k_bits must be one of (2, 4, 8, 16), but got 3"),
-        ("version: 1\nlayers: K2V2\nscale_bits: 4\n", "scale_bits must be one of (16, 8), but got 4"),
-        ("version: 1\nlayers: K8V4\nscale_bits: 8\n", "scale_bits must be 16 where no layer's keys and values"),
-        ("version: 1\nlayers: K8V4S8\n", "layers: scale_bits must be 16 where codes have other bits than (2, 4)"),
+        ("version: 1\nlayers: K4V2S8\n", "layers: a precision pair is written like K8V4, but got 'K4V2S8'"),
+        ("version: 1\nlayers: K4V2\nscale_bits: 8\n", "attend_cached_prefill, provenance, but got 'scale_bits'"),
         ("version: 1\nlayers: K8V4\nmodel: toy\n", "model must be a mapping with keys of name, architecture"),
         ("version: 1\nlayers: K8V4\ntransforms: all\n", "transforms must be a mapping"),
         ("version: 1\nlayers: K8V4\ntransforms: {overrides: 3}\n", "overrides must be a mapping from layers"),

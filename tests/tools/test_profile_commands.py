@@ -37,7 +37,6 @@ def test_show_json(run_cli):
         "pair": "K8V4",
         "k_bits": 8,
         "v_bits": 4,
-        "scale_bits": 16,
         "transforms": ["key_hadamard", "value_hadamard", "range_search"],
         "recent_window": 64,
         "recent_window_bits": 16,

@@ -249,7 +249,8 @@ def random_pages(batch: Batch, layout: PageLayout, transforms: LayerTransforms) 
     kv_cache = torch.randint(0, 256, shape, dtype=torch.uint8, device=batch.device)
     for side, scale in zip(page_sides(kv_cache, layout), (batch.key_scale, 1.0), strict=True):
         span = 6 * scale * (0.75 + 0.5 * torch.rand(side.meta.shape[:-1], device=batch.device))
-        side.meta.copy_(side.format.pack_meta((span / side.format.levels).half(), (-span / 2).half()))
+        side.meta[..., 0] = span / side.format.levels
+        side.meta[..., 1] = -span / 2
     return Pages(kv_cache, layout, transforms, batch.sinks)
 
 

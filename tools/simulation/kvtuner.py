@@ -62,14 +62,12 @@ class Kvtuner(Method):
         self._bits: tuple[int, int] | None = None
         if match is not None:
             self._bits = int(match[1]), int(match[2])
-            if match[3] is not None or not set(self._bits) <= {2, 3, 4, 8}:
+            if not set(self._bits) <= {2, 3, 4, 8}:
                 raise ValueError(f"{self.label}: the pair must have codes of 2, 3, 4 or 8 bits, but got {last}")
         self._resolved: ResolvedProfile = load_profile(head if match is not None else spec).resolve(shape)
         for layer in self._resolved.layers:
             if layer.recent is not None and layer.recent.bits != 16:
                 raise ValueError(f"{self.label}: recent windows must have 16 bits, but got {layer.recent.bits}")
-            if layer.pair.scale_bits != 16:
-                raise ValueError(f"{self.label}: scales must have 16 bits, but got {layer.pair}")
         self._precisions = {layer.index: layer for layer in self._resolved.layers}
         self.calibrates = self._bits is not None and UNSERVED_BITS in self._bits
 

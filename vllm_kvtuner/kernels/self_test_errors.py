@@ -69,7 +69,7 @@ class StoredRows:
     Args:
         side: keys or values of the whole cache.
         rows: [num_tokens, num_kv_heads, head_size] fp32.
-        meta: [num_tokens, num_kv_heads, ...], of each row as its side has it.
+        meta: [num_tokens, num_kv_heads, 2], scale and minimum of each row.
     """
 
     side: Side
@@ -79,14 +79,12 @@ class StoredRows:
     def steps(self, wanted: torch.Tensor, range_search: bool) -> float:
         """Largest error in steps, that of clipping left out, unless it is more than range search may clip.
 
-        A range shrunk by f loses (1 - f) / 2 of what it was at either end, and its ``levels`` steps are f of that. Some
-        formats shrink it besides.
+        A range shrunk by f loses (1 - f) / 2 of what it was at either end, and its ``levels`` steps are f of that.
         """
         levels = self.side.format.levels
-        scale, minimum = (each[..., None] for each in self.side.format.unpack_meta(self.meta))
+        scale, minimum = self.meta.float().unsqueeze(-1).unbind(-2)
         rounding = (wanted.clamp(minimum, minimum + levels * scale) - self.rows).abs() / scale
         factor = min(RANGE_FACTORS) if range_search and self.side.format.bits < 8 else 1.0
-        factor *= self.side.format.reach
         beyond = (wanted - self.rows).abs() / scale - (1 - factor) / (2 * factor) * levels
         return torch.maximum(rounding, beyond).max().item()
 

@@ -10,15 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from vllm_kvtuner.pages.feedback import RoundFeedback
-from vllm_kvtuner.pages.layout import FP16_MAX, QUANTIZED_BITS, SHORT_SCALE_BITS
+from vllm_kvtuner.pages.layout import FP16_MAX, QUANTIZED_BITS
 
 RANGE_FACTORS = tuple(1.0 - 0.05 * step for step in range(11))
 """Factors 1, 0.95, ..., 0.5 that range search shrinks a row's [min, max] by, about its middle."""
-SYMMETRIC_RANGE = 1.875
-"""A range about 0, over a row's largest magnitude: about what maximum - minimum is of a row of some hundred numbers, so
-that the factors that suit ranges with a minimum suit those about 0."""
-NAN_SCALE = 0xFF
-"""Byte of the scale of a row that holds NaN."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +30,6 @@ class UniformCodes:
     def levels(self) -> int:
         """The largest code, steps between a row's minimum and maximum."""
         return 2**self.bits - 1
-
-    @property
-    def reach(self) -> float:
-        """Share of a row's range, of factor 1, that the levels span at least: rounding may shrink the scale."""
-        return 1 - 2.0**-11
 
     @property
     def fields(self) -> int:
@@ -107,15 +97,6 @@ class UniformCodes:
         scale = ((high - low) * (factor / self.levels)).clamp(max=FP16_MAX).half()
         return scale, (low + shrink).clamp(-FP16_MAX, FP16_MAX).half()
 
-    def pack_meta(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-        """What a page holds of fp16 scale and minimum [...]: fp16 [..., 2]."""
-        return torch.stack([scale, minimum], dim=-1)
-
-    def unpack_meta(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and minimum, fp32 [...]: inverse of :meth:`pack_meta`."""
-        scale, minimum = meta.float().unbind(-1)
-        return scale, minimum
-
     def pack(self, codes: torch.Tensor) -> torch.Tensor:
         """Codes uint8 [..., head_size] to bytes uint8 [..., row bytes], in the order of pages/layout.py."""
         slices = codes.chunk(self.fields, dim=-1)
@@ -131,9 +112,9 @@ class UniformCodes:
         return torch.cat([(packed >> shift) & self.levels for shift in range(0, 8, self.bits)], dim=-1)
 
     def dequantize(self, packed: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
-        """Rows fp32 [..., head_size] of packed codes [..., row bytes] and their meta, as :meth:`pack_meta` has it."""
-        scale, minimum = self.unpack_meta(meta)
-        return self.unpack(packed).float() * scale[..., None] + minimum[..., None]
+        """Rows fp32 [..., head_size] of packed codes [..., row bytes] and meta [..., 2] (scale, minimum)."""
+        scale, minimum = meta.float().unsqueeze(-1).unbind(-2)
+        return self.unpack(packed).float() * scale + minimum
 
     def round_trip(
         self, rows: torch.Tensor, range_search: bool = False, feedback: RoundFeedback | None = None
@@ -143,60 +124,8 @@ class UniformCodes:
         return codes.float() * scale.float()[..., None] + minimum.float()[..., None]
 
 
-@dataclass(frozen=True)
-class SymmetricCodes(UniformCodes):
-    """Uniform codes about 0, with a scale of 8 bits and no minimum: row ~ scale * (code - levels / 2).
-
-    A scale's byte is bits 14 to 7 of an fp16 number: five of exponent, three of mantissa. So it reaches from 2^-17 to
-    40,960, and from 2^-14 up steps are of 6 to 13%; a reader shifts. The minimum is an fp16 number, without rounding.
-
-    A range follows a row's largest magnitude, so that a row on one side of 0 is not cut off.
-
-    Args:
-        bits: of a code, 2 or 4.
-    """
-
-    @property
-    def reach(self) -> float:
-        """Of twice the largest magnitude."""
-        return SYMMETRIC_RANGE / 2 * (1 - 2.0**-4)
-
-    @property
-    def largest_scale(self) -> int:
-        """Byte of the largest scale, whose minimum is an fp16 number too."""
-        return int(torch.tensor(2 * FP16_MAX / self.levels).half().view(torch.int16)) >> 7
-
-    def _range(self, low: torch.Tensor, high: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
-        span = torch.maximum(-low, high).abs() * SYMMETRIC_RANGE
-        scale = self._scale(self.scale_bytes(span * (factor / self.levels)))
-        return scale, scale * (-0.5 * self.levels)
-
-    def scale_bytes(self, scale: torch.Tensor) -> torch.Tensor:
-        """Bytes uint8 of scales fp32 that are not negative: that of the nearest one, the larger one of two."""
-        code = (scale.clamp(max=FP16_MAX).half().view(torch.int16).int() + 64) >> 7
-        return torch.where(scale.isnan(), NAN_SCALE, code.clamp(max=self.largest_scale)).to(torch.uint8)
-
-    def pack_meta(self, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
-        """What a page holds of fp16 scales [...] of its own: uint8 [..., 1]."""
-        return (scale.view(torch.int16) >> 7).to(torch.uint8)[..., None]
-
-    def unpack_meta(self, meta: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = self._scale(meta[..., 0]).float()
-        return scale, scale * (-0.5 * self.levels)
-
-    @staticmethod
-    def _scale(code: torch.Tensor) -> torch.Tensor:
-        """fp16 numbers of bytes."""
-        return (code.to(torch.int16) << 7).view(torch.float16)
-
-
-def largest_scale(bits: int) -> int:
-    """Byte of the largest scale of 8 bits beside codes of ``bits``."""
-    return SymmetricCodes(bits).largest_scale
-
-
 @functools.cache
-def code_format(bits: int, scale_bits: int = 16) -> UniformCodes:
-    """The format of codes of ``bits`` and scales of ``scale_bits``."""
-    assert bits in QUANTIZED_BITS and (scale_bits == 16 or bits in SHORT_SCALE_BITS), (bits, scale_bits)
-    return UniformCodes(bits) if scale_bits == 16 else SymmetricCodes(bits)
+def code_format(bits: int) -> UniformCodes:
+    """The format of codes of ``bits``."""
+    assert bits in QUANTIZED_BITS, bits
+    return UniformCodes(bits)

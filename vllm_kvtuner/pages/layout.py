@@ -7,14 +7,13 @@ A page holds, per KV head, one contiguous *chunk* of ``block_size`` tokens, in t
     key codes    [block_size][head_size * k_bits / 8]    value codes  [block_size][head_size * v_bits / 8]
     key meta     [block_size](scale, minimum) fp16       value meta   [block_size](scale, minimum) fp16
 
-With scales of 8 bits a row's meta is one byte, its scale, and the minimum follows from it (pages/codes.py).
 Codes are packed along head_size: with ``n = 8 / bits`` codes per byte, byte ``j`` of a row holds dimensions
 ``j, j + D/n, j + 2D/n, ...`` from the low bits up (D = head_size). Writing one token touches only its own bytes.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
 PAGE_FORMAT = 1
@@ -24,11 +23,6 @@ QUANTIZED_BITS = (2, 4, 8)
 BITS = (*QUANTIZED_BITS, 16)
 META_BYTES = 4
 """Bytes of one row's scale and minimum, two fp16 numbers."""
-SHORT_META_BYTES = 1
-"""Bytes of one row's scale of 8 bits, which has no minimum beside it."""
-SCALE_BITS = (16, 8)
-SHORT_SCALE_BITS = (2, 4)
-"""Bits of codes beside which a scale may have 8 bits; codes of 8 bits are finer than such a scale."""
 ALIGNMENT = 16
 """Bytes every part of a chunk is aligned to: one bulk copy or one 16-byte load."""
 BLOCK_SIZE_MULTIPLE = 16
@@ -47,7 +41,7 @@ FP16_MAX = 65504.0
 RECENT_BITS = (8, 16)
 """Bits in which a recent window keeps its tokens: K8V8 pages, or rows of the model's dtype."""
 
-PAIR_FORM = re.compile(r"K(\d+)V(\d+)(?:S(\d+))?", re.IGNORECASE)
+PAIR_FORM = re.compile(r"K(\d+)V(\d+)", re.IGNORECASE)
 """How a precision pair is written."""
 
 
@@ -58,15 +52,13 @@ class PrecisionPair:
     Args:
         k_bits: of a key's codes.
         v_bits: of a value's codes.
-        scale_bits: of a row's scale: 16, with a minimum beside it, or 8 without one, then written ``K4V2S8``.
 
     Raises:
-        ValueError: bits outside (2, 4, 8, 16), 16 for only one of the two, or scales of bits that the codes rule out.
+        ValueError: bits outside (2, 4, 8, 16), or 16 for only one of the two.
     """
 
     k_bits: int
     v_bits: int
-    scale_bits: int = 16
 
     def __post_init__(self) -> None:
         for name, bits in (("k_bits", self.k_bits), ("v_bits", self.v_bits)):
@@ -74,15 +66,10 @@ class PrecisionPair:
                 raise ValueError(f"{name} must be one of {BITS}, but got {bits!r}")
         if (self.k_bits == 16) != (self.v_bits == 16):
             raise ValueError(f"16 bits must be given to keys and values together (K16V16), but got {self.name}")
-        if isinstance(self.scale_bits, bool) or self.scale_bits not in SCALE_BITS:
-            raise ValueError(f"scale_bits must be one of {SCALE_BITS}, but got {self.scale_bits!r}")
-        if self.scale_bits == 8 and not self.allows_short_scales:
-            rule = f"scale_bits must be 16 where codes have other bits than {SHORT_SCALE_BITS}"
-            raise ValueError(f"{rule}, but got {self.name}")
 
     @classmethod
     def parse(cls, text: str) -> "PrecisionPair":
-        """Read ``K8V4`` or ``K4V2S8`` (any case).
+        """Read ``K8V4`` (any case).
 
         Raises:
             ValueError: not of that form, or bits outside the set.
@@ -90,11 +77,11 @@ class PrecisionPair:
         match = PAIR_FORM.fullmatch(text.strip()) if isinstance(text, str) else None
         if match is None:
             raise ValueError(f"a precision pair is written like K8V4, but got {text!r}")
-        return cls(*(int(bits) for bits in match.groups() if bits))
+        return cls(int(match[1]), int(match[2]))
 
     @property
     def name(self) -> str:
-        return f"K{self.k_bits}V{self.v_bits}" + (f"S{self.scale_bits}" if self.scale_bits != 16 else "")
+        return f"K{self.k_bits}V{self.v_bits}"
 
     def __str__(self) -> str:
         return self.name
@@ -104,27 +91,12 @@ class PrecisionPair:
         return self.k_bits != 16
 
     @property
-    def allows_short_scales(self) -> bool:
-        """Whether scales may have 8 bits."""
-        return self.k_bits in SHORT_SCALE_BITS and self.v_bits in SHORT_SCALE_BITS
-
-    def with_short_scales(self) -> "PrecisionPair":
-        """With scales of 8 bits where codes allow them."""
-        return replace(self, scale_bits=8) if self.allows_short_scales else self
-
-    @property
-    def meta_bytes(self) -> int:
-        """Bytes of the scale, and the minimum if there is one, of one row."""
-        return META_BYTES if self.scale_bits == 16 else SHORT_META_BYTES
-
-    @property
     def nominal_bits(self) -> Fraction:
         """Mean of key and value bits, scales not counted (what KVTuner's paper prints)."""
         return Fraction(self.k_bits + self.v_bits, 2)
 
 
 QUANTIZED_PAIRS = tuple(PrecisionPair(k, v) for k in reversed(QUANTIZED_BITS) for v in reversed(QUANTIZED_BITS))
-SHORT_SCALE_PAIRS = tuple(pair.with_short_scales() for pair in QUANTIZED_PAIRS if pair.allows_short_scales)
 UNQUANTIZED = PrecisionPair(16, 16)
 
 
@@ -141,7 +113,7 @@ def content_bytes(pair: PrecisionPair, head_size: int) -> int:
     """Bytes one token takes in one KV head: both rows, scales and minima included."""
     if not pair.is_quantized:
         return 4 * head_size
-    return head_size * (pair.k_bits + pair.v_bits) // 8 + 2 * pair.meta_bytes
+    return head_size * (pair.k_bits + pair.v_bits) // 8 + 2 * META_BYTES
 
 
 def stored_bits(pair: PrecisionPair, head_size: int) -> Fraction:
@@ -224,10 +196,6 @@ class PageLayout:
         return self.pair.v_bits
 
     @property
-    def scale_bits(self) -> int:
-        return self.pair.scale_bits
-
-    @property
     def k_row_bytes(self) -> int:
         return self.head_size * self.k_bits // 8
 
@@ -253,21 +221,19 @@ class PageLayout:
 
     @property
     def v_meta_offset(self) -> int:
-        return self.k_meta_offset + self.block_size * self.pair.meta_bytes
+        return self.k_meta_offset + self.block_size * META_BYTES
 
     @property
     def chunk_bytes(self) -> int:
         return self.block_size * self.content_bytes
 
     def constants(self) -> dict[str, int]:
-        """Every number of a chunk, by the names that kernels in C++ have for them: bytes, but TOKENS and SCALE_BITS."""
+        """Every number of a chunk, by the names that kernels in C++ have for them: offsets and sizes in bytes."""
         return {
             "TOKENS": self.block_size,
             "K_ROW": self.k_row_bytes,
             "V_ROW": self.v_row_bytes,
-            "META_ROW": self.pair.meta_bytes,
-            "SCALE_BITS": self.scale_bits,
-            "CONTENT": self.content_bytes,
+            "META_ROW": META_BYTES,
             "K_CODES": self.k_codes_offset,
             "V_CODES": self.v_codes_offset,
             "K_META": self.k_meta_offset,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from vllm_kvtuner.pages.codes import UniformCodes, code_format
-from vllm_kvtuner.pages.layout import PageLayout
+from vllm_kvtuner.pages.layout import META_BYTES, PageLayout
 
 
 class Side(NamedTuple):
@@ -14,7 +14,7 @@ class Side(NamedTuple):
     Args:
         format: of the codes.
         codes: [num_blocks, num_kv_heads, block_size, row bytes] uint8.
-        meta: [num_blocks, num_kv_heads, block_size, 2] fp16, scale and minimum; with scales of 8 bits [..., 1] uint8.
+        meta: [num_blocks, num_kv_heads, block_size, 2] fp16, scale and minimum.
     """
 
     format: UniformCodes
@@ -36,9 +36,7 @@ def page_sides(kv_cache: torch.Tensor, layout: PageLayout) -> tuple[Side, Side]:
         )
 
     def side(bits: int, codes: int, row_bytes: int, meta: int) -> Side:
-        of_rows = part(meta, layout.pair.meta_bytes)
-        of_rows = of_rows.view(torch.float16) if layout.scale_bits == 16 else of_rows
-        return Side(code_format(bits, layout.scale_bits), part(codes, row_bytes), of_rows)
+        return Side(code_format(bits), part(codes, row_bytes), part(meta, META_BYTES).view(torch.float16))
 
     return (
         side(layout.k_bits, layout.k_codes_offset, layout.k_row_bytes, layout.k_meta_offset),

@@ -13,8 +13,7 @@ A profile file::
     layers:                     # or one pair for all layers, `layers: K8V4`
       0: K8V4
       1-30: K4V2
-      31: K4V4                  # `4, 8, 12-14: K4V2` works too; K4V4S8: scales of 8 bits in that layer
-    scale_bits: 16              # or 8, in all layers whose codes have 2 or 4 bits
+      31: K4V4                  # `4, 8, 12-14: K4V2` works too
     transforms:                 # all false where left out
       value_hadamard: true
       overrides:
@@ -38,14 +37,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_kvtuner.pages.layout import (
-    BITS,
-    RECENT_BITS,
-    SCALE_BITS,
-    SHORT_SCALE_BITS,
-    UNQUANTIZED,
-    PrecisionPair,
-)
+from vllm_kvtuner.pages.layout import BITS, RECENT_BITS, UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.profile.checkpoint import CHECKPOINT_FILES, checkpoint_profile
 from vllm_kvtuner.profile.hub import FORM, fetch_profile, is_hub_spec
 from vllm_kvtuner.profile.model_shape import LayerShape, ModelShape
@@ -98,7 +90,6 @@ _KEYS = (
     "version",
     "model",
     "layers",
-    "scale_bits",
     "transforms",
     "recent_window",
     "recent_window_bits",
@@ -156,7 +147,7 @@ def _parse(problems: Problems, document: Mapping[Any, Any], path: Path) -> Profi
         problems.add("version", f"must be {SCHEMA_VERSION}", show(version) if "version" in document else "none")
     model = _parse_model(problems, document["model"]) if "model" in document else None
     num_layers = None if model is None else len(model.layers) or None
-    pairs = _with_scales(problems, _parse_pairs(problems, document.get("layers"), model), document)
+    pairs = _parse_pairs(problems, document.get("layers"), model)
     transforms, overrides = _parse_transforms(problems, document.get("transforms", {}), num_layers)
     window, window_bits, window_overrides, sink_tokens = _parse_recent(problems, document, num_layers)
 
@@ -269,24 +260,6 @@ def _parse_pairs(problems: Problems, raw: Any, model: ModelShape | None) -> Mapp
     if missing := [layer for layer in required if layer not in written]:
         problems.add("layers", "must give every layer a pair", f"none for {format_layers(missing)}")
     return {layer: pairs[key] for layer, (key, _) in sorted(written.items()) if key in pairs}
-
-
-def _with_scales(
-    problems: Problems, pairs: Mapping[int, PrecisionPair] | PrecisionPair, document: Mapping[Any, Any]
-) -> Mapping[int, PrecisionPair] | PrecisionPair:
-    """The pairs with scales of as many bits as ``scale_bits`` says."""
-    bits = document.get("scale_bits", 16)
-    if isinstance(bits, bool) or bits not in SCALE_BITS:
-        problems.add("scale_bits", f"must be one of {SCALE_BITS}", show(bits))
-    if bits != 8:
-        return pairs
-    every = [pairs] if isinstance(pairs, PrecisionPair) else pairs.values()
-    if not any(pair.allows_short_scales for pair in every):
-        codes = " or ".join(map(str, SHORT_SCALE_BITS))
-        problems.add("scale_bits", f"must be 16 where no layer's keys and values have codes of {codes} bits", "8")
-    if isinstance(pairs, PrecisionPair):
-        return pairs.with_short_scales()
-    return {layer: pair.with_short_scales() for layer, pair in pairs.items()}
 
 
 def _parse_transforms(

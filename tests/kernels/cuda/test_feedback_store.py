@@ -67,7 +67,6 @@ def feedback(head_size, ranges):
         ("K4V2", 128, (3, 3), torch.bfloat16, True, True),
         ("K4V4", 128, (1, 1), torch.bfloat16, True, False),
         ("K4V4", 128, (1, 0), torch.bfloat16, False, True),
-        ("K4V2S8", 128, (3, 1), torch.bfloat16, True, True),
         ("K2V2", 256, (3, 2), torch.float16, True, True),
         ("K8V4", 64, (0, 3), torch.float32, False, False),
     ],

@@ -108,7 +108,6 @@ class _TwoParts:
             ("K2V2", (3, 2), {"transformed": True}),
             ("K4V4", (0, 2), {"dtype": torch.float16}),
             ("K4V8", (1, 0), {"dtype": torch.float32, "size": 32}),
-            ("K2V2S8", (1, 0), {"heads": 3}),
             ("K4V2", (2, 1), {"size": 256, "heads": 1}),
         ],
         ids=str,

@@ -26,20 +26,20 @@ from vllm_kvtuner.kernels.cuda import paged_attention as cuda
 from vllm_kvtuner.kernels.cuda.paged_attention_config import DecodeConfig
 from vllm_kvtuner.kernels.reference.attention import paged_attention_ref
 from vllm_kvtuner.kernels.triton import paged_attention as portable
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, SHORT_SCALE_PAIRS
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
 pytestmark = pytest.mark.gpu
 
 LADDER = [
     pytest.param(pair.name, head_size, id=f"{pair.name}-{head_size}")
-    for pair, head_size in itertools.product((*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS), HEAD_SIZES)
+    for pair, head_size in itertools.product(QUANTIZED_PAIRS, HEAD_SIZES)
     if head_size * pair.v_bits % 128 == 0  # others are left to the portable kernel
 ]
 MANY_ROWS = [
     (pair.name, *case)
     for pair, case in itertools.product(
-        (*QUANTIZED_PAIRS, SHORT_SCALE_PAIRS[0], SHORT_SCALE_PAIRS[-1]),
+        QUANTIZED_PAIRS,
         [
             (64, 12, 16, [1] * 7), (64, 8, 64, [4] * 7), (64, 64, 16, [1] * 7), (96, 16, 32, [1] * 7),
             (96, 5, 16, [6] * 7), (192, 4, 16, [1] * 7), (192, 16, 32, [1] * 7), (192, 8, 16, [4] * 7),

@@ -17,7 +17,7 @@ from vllm_kvtuner.kernels.reference.rows import (
     store_rows_ref,
 )
 from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, SHORT_SCALE_PAIRS, PrecisionPair
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
 from vllm_kvtuner.pages.transforms import KEY, VALUE, LayerTransforms, rotate_values, transform_keys
 from vllm_kvtuner.pages.views import page_sides
 
@@ -48,7 +48,7 @@ def test_rows_come_back_as_they_were_stored():
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("pair", [pair.name for pair in (*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS)])
+@pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
 def test_what_is_stored_comes_back(pair):
     """Store, then gather, through every transform: within half a step of each row, rotated back."""
     layout = make_layout(pair, 64)
@@ -70,7 +70,7 @@ def test_what_is_stored_comes_back(pair):
     at_once = read_back_ref(key, value, positions, layout.pair, transforms)
     for got, read_back in zip((keys, values), at_once, strict=True):
         torch.testing.assert_close(read_back, got, rtol=0, atol=1e-5)
-    k_scale, v_scale = (side.format.unpack_meta(side.meta)[0] for side in page_sides(kv_cache, layout))
+    k_scale, v_scale = (side.meta[..., 0].float() for side in page_sides(kv_cache, layout))
     stretch = transforms.key_equalization.max()
     for got, want, scale, factor in ((keys, key, k_scale, stretch), (values, value, v_scale, 1.0)):
         # Half a step in each stored number is sqrt(64) / 2 steps at most in one number rotated back.
@@ -80,7 +80,7 @@ def test_what_is_stored_comes_back(pair):
 
 
 @pytest.mark.quick(1)
-@pytest.mark.parametrize("pair", [pair.name for pair in (*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS)])
+@pytest.mark.parametrize("pair", [pair.name for pair in QUANTIZED_PAIRS])
 def test_each_side_is_stored_with_its_own_feedback(pair):
     """Of the transformed rows, in the page's bits, whatever the search; reading and :func:`read_back_ref` agree."""
     layout = make_layout(pair, 64)
@@ -102,7 +102,7 @@ def test_each_side_is_stored_with_its_own_feedback(pair):
         codes, scale, minimum = side.format.quantize(row, range_search=True, feedback=know)
         block, offset = slots // 16, slots % 16
         assert torch.equal(side.format.unpack(side.codes[block, :, offset]), codes)
-        assert torch.equal(side.meta[block, :, offset], side.format.pack_meta(scale, minimum))
+        assert torch.equal(side.meta[block, :, offset], torch.stack([scale, minimum], dim=-1))
         nearest = side.format.quantize(row, range_search=True)[0]
         assert torch.equal(codes, nearest) == (side.format.bits == 8)
     read = gathered(pages, table, key)

@@ -81,8 +81,6 @@ def check_against_reference(pages, slots, key, value, positions=None):
         ("K2V4", 1, "both"),
         ("K8V4", 2, "both"),
         ("K2V8", 3, "both"),
-        ("K4V2S8", 3, "both"),
-        ("K2V4S8", 1, "values"),
         ("K4V2", 1, "keys"),
         ("K4V2", 2, "values"),
     ],

@@ -12,10 +12,9 @@ from tests.helpers.paged_cache import make_layout, random_cache, random_transfor
 from vllm_kvtuner.kernels.contract import CachedTokens
 from vllm_kvtuner.kernels.reference.rows import gather_cache_ref
 from vllm_kvtuner.kernels.triton.gather_cache import gather_cache
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, SHORT_SCALE_PAIRS
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.pages.transforms import LayerTransforms
 
-PAIRS = (*QUANTIZED_PAIRS, *SHORT_SCALE_PAIRS)
 HEAD_SIZES = (64, 96, 128, 256)
 SEQ_LENS = [40, 1, 16, 17, 95]
 # First token and number of tokens gathered of each request: whole, none, one block, mid-block to mid-block.
@@ -53,9 +52,9 @@ def check(cache, slices, transforms, dtype):
 
 
 @pytest.mark.quick(2)
-@pytest.mark.parametrize("index", range(len(PAIRS)), ids=[pair.name for pair in PAIRS])
+@pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
 def test_every_pair(index, device):
-    layout = make_layout(PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 48)[index % 3])
+    layout = make_layout(QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4], (16, 32, 48)[index % 3])
     cache = random_cache(layout, SEQ_LENS, 3, device)
     check(cache, SLICES, LayerTransforms(), tuple(TOLERANCES)[index % 3])
 
@@ -73,7 +72,7 @@ def test_transforms_are_undone(pair, head_size, rotary_dim, is_neox, device):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("pair", "head_size", "rotary_dim"),
-    [("K2V4", 80, 80), ("K4V2S8", 112, 56), ("K2V8", 512, 128), ("K4V2", 512, None)],
+    [("K2V4", 80, 80), ("K4V2", 112, 56), ("K2V8", 512, 128), ("K4V2", 512, None)],
 )
 def test_head_sizes_that_this_kernel_alone_serves(pair, head_size, rotary_dim, device):
     check_transforms(pair, head_size, rotary_dim, True, device)
@@ -101,9 +100,9 @@ def test_nothing_to_gather(device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("index", range(len(PAIRS)), ids=[pair.name for pair in PAIRS])
+@pytest.mark.parametrize("index", range(len(QUANTIZED_PAIRS)), ids=[pair.name for pair in QUANTIZED_PAIRS])
 def test_long_prefixes(index, device):
-    pair, head_size = PAIRS[index].name, HEAD_SIZES[index % 4]
+    pair, head_size = QUANTIZED_PAIRS[index].name, HEAD_SIZES[index % 4]
     rotary = rotary_table(head_size, True, 8192, device)
     transforms = random_transforms(
         8, head_size, device, rotary, offset=5.0, equalization=True, key_hadamard=True, value_hadamard=True

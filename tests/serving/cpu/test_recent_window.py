@@ -36,9 +36,9 @@ PROFILES = {
         "layers: {0: K8V8, 1: K4V4, 2: K16V16, 3: K8V4}\nrecent_window: 40\nrecent_window_bits: 8\nsink_tokens: 4\n",
         "layers: {0: K8V8, 1: K4V4, 2: K16V16, 3: K8V4}\n",
     ),
-    "sink tokens, scales of 8 bits": (
-        "layers: {0: K8V8, 1-3: K4V4}\nscale_bits: 8\nrecent_window: 24\nsink_tokens: 16\n",
-        "layers: {0: K8V8, 1-3: K4V4}\nscale_bits: 8\nrecent_window: 24\n",
+    "sink tokens": (
+        "layers: {0: K8V8, 1-3: K4V4}\nrecent_window: 24\nsink_tokens: 16\n",
+        "layers: {0: K8V8, 1-3: K4V4}\nrecent_window: 24\n",
     ),
 }
 """With windows or sink tokens, and the same without."""
@@ -220,7 +220,7 @@ def test_sliding_window_layers(gemma3, prompts, tmp_path, sink_tokens):
 
 @pytest.mark.parametrize(
     ("pair", "window", "bits", "sink_tokens"),
-    [("K4V4", 64, 16, 0), ("K4V2", 40, 8, 4), ("K2V2S8", 200, 16, 4)],
+    [("K4V4", 64, 16, 0), ("K4V2", 40, 8, 4), ("K2V2", 200, 16, 4)],
 )
 def test_capacity_is_what_the_layout_says(llama, tmp_path, pair, window, bits, sink_tokens):
     """The packed pages set the size of a block; a request takes packed blocks and those of its recent windows."""

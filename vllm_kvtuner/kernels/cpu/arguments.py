@@ -17,7 +17,6 @@ CACHE = Arguments(
     Field("int", "v_codes", ""),
     Field("int", "k_meta", ""),
     Field("int", "v_meta", ""),
-    Field("int", "meta_bytes", "of a row: scale and minimum in fp16, or SHORT_META"),
 )
 TRANSFORMS = Arguments(
     Field("const float*", "offset", "[num_kv_heads, D], or null"),
@@ -37,7 +36,6 @@ ROUNDING = Arguments(
     Field("int", "num_ranges", ""),
     Field("int", "bits", "of a code"),
     Field("int", "levels", "the largest code"),
-    Field("int", "largest_scale", "byte of the largest scale of 8 bits, 0 for scales and minima in fp16"),
 )
 LAYER = Arguments(
     Field("Cache", "cache", "", CACHE.structure),

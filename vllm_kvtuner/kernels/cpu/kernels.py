@@ -15,7 +15,7 @@ from vllm_kvtuner.kernels.contract import AttentionShape, CachedTokens, LatePack
 from vllm_kvtuner.kernels.cpu import build
 from vllm_kvtuner.kernels.cpu.arguments import ATTEND, CACHE, GATHER, LAYER, ROUNDING, STORE, TRANSFORMS
 from vllm_kvtuner.kernels.reference.kernels import ReferenceKernels
-from vllm_kvtuner.pages.codes import RANGE_FACTORS, SymmetricCodes, UniformCodes, code_format
+from vllm_kvtuner.pages.codes import RANGE_FACTORS, UniformCodes, code_format
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.layout import FEEDBACK_BITS, UNQUANTIZED, PrecisionPair
 from vllm_kvtuner.pages.transforms import LayerTransforms
@@ -24,8 +24,6 @@ logger = logging.getLogger(f"vllm.{__name__}")
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Numbers of the sources' Type."""
-KNOWN_FORMATS = (UniformCodes, SymmetricCodes)
-"""Classes of pages/codes.py that the sources know."""
 KNOWN_TRANSFORMS = {
     "key_offset",
     "rotary",
@@ -285,7 +283,7 @@ class CompiledKernels(ReferenceKernels):
 def serves(pages: Pages) -> bool:
     """Whether the compiled operations know all that the pages are: formats of codes, and no transform added since."""
     layout, transforms = pages.layout, pages.transforms
-    if any(type(code_format(bits, layout.scale_bits)) not in KNOWN_FORMATS for bits in (layout.k_bits, layout.v_bits)):
+    if any(type(code_format(bits)) is not UniformCodes for bits in (layout.k_bits, layout.v_bits)):
         return False
     if transforms.positions is not None:  # their table is read by the reference alone
         return False
@@ -329,7 +327,6 @@ def _layer(pages: Pages) -> _Layer:
         v_codes=layout.v_codes_offset,
         k_meta=layout.k_meta_offset,
         v_meta=layout.v_meta_offset,
-        meta_bytes=layout.pair.meta_bytes,
     )
     kept: list[Any] = []
 
@@ -341,12 +338,8 @@ def _layer(pages: Pages) -> _Layer:
         return numbers.data_ptr()
 
     def rounding(bits: int, feedback: RoundFeedback | None) -> Any:
-        codes = code_format(bits, layout.scale_bits)
-        common = {
-            "bits": bits,
-            "levels": codes.levels,
-            "largest_scale": codes.largest_scale if isinstance(codes, SymmetricCodes) else 0,
-        }
+        codes = code_format(bits)
+        common = {"bits": bits, "levels": codes.levels}
         if feedback is not None and bits in FEEDBACK_BITS:
             ranges = feedback.range_factors[bits]
             return ROUNDING.structure(

@@ -41,7 +41,7 @@ def reshape_and_cache_ref(
         feedback = pages.transforms.feedback(name, side.format.bits)
         codes, scale, minimum = side.format.quantize(rows, pages.transforms.range_search, feedback)
         side.codes[block, :, offset] = side.format.pack(codes)
-        side.meta[block, :, offset] = side.format.pack_meta(scale, minimum)
+        side.meta[block, :, offset] = torch.stack([scale, minimum], dim=-1)
     if window is not None:
         store_rows_ref(key, value, window)
 
@@ -70,7 +70,7 @@ def read_back_ref(
     arguments as :func:`reshape_and_cache_ref`."""
     search = transforms.range_search
     keys, values = transform_keys(key, positions, transforms), rotate_values(value, transforms)
-    key_format, value_format = (code_format(bits, pair.scale_bits) for bits in (pair.k_bits, pair.v_bits))
+    key_format, value_format = (code_format(bits) for bits in (pair.k_bits, pair.v_bits))
     keys = key_format.round_trip(keys, search, transforms.feedback(KEY, pair.k_bits))
     values = value_format.round_trip(values, search, transforms.feedback(VALUE, pair.v_bits))
     return restore_keys(keys, positions, transforms), rotate_values(values, transforms)

@@ -9,11 +9,6 @@ import triton
 import triton.language as tl
 
 from vllm_kvtuner.kernels.triton.common import FP16_MAX, load_padded
-from vllm_kvtuner.pages import codes as page_codes
-
-LARGEST_SCALE_2 = tl.constexpr(page_codes.largest_scale(2))
-LARGEST_SCALE_4 = tl.constexpr(page_codes.largest_scale(4))
-"""Bytes of the largest scales of 8 bits. Compiled code calls no function but Triton's, so they are numbers here."""
 
 
 @triton.jit
@@ -34,8 +29,7 @@ def byte_columns(HEAD_SIZE: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def store_rows(
     x, valid, chunk_ptr, offset, keep,
-    ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr,
-    RANGE_SEARCH: tl.constexpr,
+    ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr, RANGE_SEARCH: tl.constexpr,
 ):  # fmt: skip
     """Quantize rows x [rows, columns], columns as byte_columns has them, and write codes and meta.
 
@@ -48,11 +42,11 @@ def store_rows(
     ROWS: tl.constexpr = x.shape[0]
     low = tl.min(tl.where(valid, x, float("inf")), 1)
     high = tl.max(tl.where(valid, x, float("-inf")), 1)
-    scale, minimum = _range(low, high, 0, BITS, SCALE_BITS)
+    scale, minimum = _range(low, high, 0, BITS)
     if RANGE_SEARCH and BITS < 8:
         best = tl.full([ROWS], float("inf"), tl.float32)
         for step in range(11):
-            trial_scale, trial_minimum = _range(low, high, step, BITS, SCALE_BITS)
+            trial_scale, trial_minimum = _range(low, high, step, BITS)
             back = _quantize(x, trial_scale, trial_minimum, BITS) * trial_scale.to(tl.float32)[:, None]
             error = tl.where(valid, x - (back + trial_minimum.to(tl.float32)[:, None]), 0.0)
             error = tl.sum(error * error, 1)
@@ -60,13 +54,13 @@ def store_rows(
             minimum = tl.where(error < best, trial_minimum, minimum)
             best = tl.minimum(error, best)
     codes = _quantize(x, scale, minimum, BITS)
-    write_rows(codes, scale, minimum, chunk_ptr, offset, keep, ROW_BYTES, CODES, META, BITS, SCALE_BITS)
+    write_rows(codes, scale, minimum, chunk_ptr, offset, keep, ROW_BYTES, CODES, META, BITS)
 
 
 @triton.jit
 def write_rows(
     codes, scale, minimum, chunk_ptr, offset, keep,
-    ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr, SCALE_BITS: tl.constexpr,
+    ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Pack and write codes, fp32 [rows, columns], and their fp16 scale and minimum; arguments as store_rows."""
     ROWS: tl.constexpr = codes.shape[0]
@@ -80,16 +74,12 @@ def write_rows(
     codes_ptr = (chunk_ptr + (CODES + offset * ROW_BYTES))[:, None] + byte[None, :]
     tl.store(codes_ptr, packed.to(tl.uint8), mask=keep[:, None] & (byte < ROW_BYTES)[None, :])
     word = scale.to(tl.uint16, bitcast=True).to(tl.uint32)
-    if SCALE_BITS == 8:
-        byte = tl.where(scale != scale, 0xFF, word >> 7)
-        tl.store(chunk_ptr + (META + offset), byte.to(tl.uint8), mask=keep)
-    else:
-        word |= minimum.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
-        tl.store((chunk_ptr + (META + offset * 4)).to(tl.pointer_type(tl.uint32)), word, mask=keep)
+    word |= minimum.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+    tl.store((chunk_ptr + (META + offset * 4)).to(tl.pointer_type(tl.uint32)), word, mask=keep)
 
 
 @triton.jit
-def _range(low, high, step, BITS: tl.constexpr, SCALE_BITS: tl.constexpr):
+def _range(low, high, step, BITS: tl.constexpr):
     """Scale and minimum, fp16, of rows between low and high when their range shrinks by factor number ``step``.
 
     The factors are codes.RANGE_FACTORS; they become fp32 where the reference rounds them.
@@ -99,32 +89,15 @@ def _range(low, high, step, BITS: tl.constexpr, SCALE_BITS: tl.constexpr):
     for index in tl.static_range(1, 11):
         stretch = tl.where(step == index, (1.0 - 0.05 * index) / ((1 << BITS) - 1), stretch)
         shift = tl.where(step == index, 0.5 * (1.0 - (1.0 - 0.05 * index)), shift)
-    return shrunk_range(low, high, stretch, shift, BITS, SCALE_BITS)
+    return shrunk_range(low, high, stretch, shift)
 
 
 @triton.jit
-def shrunk_range(low, high, stretch, shift, BITS: tl.constexpr, SCALE_BITS: tl.constexpr):
-    """Scale and minimum, fp16, by the factors on high - low that the step and what the minimum moves by have.
-
-    With scales of 8 bits the range lies about 0, and the minimum follows from the scale.
-    """
-    if SCALE_BITS == 8:
-        span = 1.875 * tl.maximum(-low, high)  # SYMMETRIC_RANGE
-        word = tl.minimum(span * stretch, FP16_MAX).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
-        word &= 0x7FFF  # of zeros the largest magnitude may be -0
-        largest: tl.constexpr = LARGEST_SCALE_2 if BITS == 2 else LARGEST_SCALE_4
-        scale = scale_of_byte(tl.minimum((word + 64) >> 7, largest))
-        return scale, (scale.to(tl.float32) * (-0.5 * ((1 << BITS) - 1))).to(tl.float16)
-    else:
-        scale = tl.minimum((high - low) * stretch, FP16_MAX)
-        minimum = low + (high - low) * shift
-        return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -FP16_MAX), FP16_MAX).to(tl.float16)
-
-
-@triton.jit
-def scale_of_byte(byte):
-    """fp16 scales of their bytes, as uint32."""
-    return (byte << 7).to(tl.uint16).to(tl.float16, bitcast=True)
+def shrunk_range(low, high, stretch, shift):
+    """Scale and minimum, fp16, by the factors on high - low that the step and what the minimum moves by have."""
+    scale = tl.minimum((high - low) * stretch, FP16_MAX)
+    minimum = low + (high - low) * shift
+    return scale.to(tl.float16), tl.minimum(tl.maximum(minimum, -FP16_MAX), FP16_MAX).to(tl.float16)
 
 
 @triton.jit
@@ -146,7 +119,6 @@ def inverse_step(scale):
 def load_rows(
     chunk_ptr, offset, keep,
     HEAD_SIZE: tl.constexpr, ROW_BYTES: tl.constexpr, CODES: tl.constexpr, META: tl.constexpr, BITS: tl.constexpr,
-    SCALE_BITS: tl.constexpr,
 ):  # fmt: skip
     """Dequantized rows fp32 [rows, columns], columns as byte_columns has them, padding and rows not kept 0.
 
@@ -165,23 +137,17 @@ def load_rows(
         shift = (tl.arange(0, FIELDS) * BITS).to(tl.uint8)
         codes = (codes[:, None, :] >> shift[None, :, None]) & ((1 << BITS) - 1)
         codes = tl.reshape(codes, [ROWS, FIELDS * WIDTH])
-    scale, minimum = load_meta(chunk_ptr + META, offset, keep, BITS, SCALE_BITS)
+    scale, minimum = load_meta((chunk_ptr + (META + offset * 4)).to(tl.pointer_type(tl.uint32)), keep)
     _, in_row = byte_columns(HEAD_SIZE, BITS)
     return tl.where(in_row[None, :], codes.to(tl.float32) * scale[:, None] + minimum[:, None], 0.0)
 
 
 @triton.jit
-def load_meta(pointers, place, mask, BITS: tl.constexpr, SCALE_BITS: tl.constexpr):
-    """Scale and minimum, both fp32, of row ``place`` of chunks whose meta begin at ``pointers`` (uint8); 0 where masked
-    out."""
-    if SCALE_BITS == 8:
-        byte = tl.load(pointers + place, mask=mask, other=0)
-        scale = scale_of_byte(byte.to(tl.uint32)).to(tl.float32)
-        minimum = scale * (-0.5 * ((1 << BITS) - 1))
-    else:
-        word = tl.load(pointers.to(tl.pointer_type(tl.uint32)) + place, mask=mask, other=0)
-        scale = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
-        minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+def load_meta(pointers, mask):
+    """Scale and minimum, both fp32, of rows whose meta stands at ``pointers`` (uint32); 0 where masked out."""
+    word = tl.load(pointers, mask=mask, other=0)
+    scale = word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+    minimum = (word >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
     return scale, minimum
 
 

@@ -52,8 +52,7 @@ def _feedback_store_kernel(
     window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, BITS: tl.constexpr, ROW_BYTES: tl.constexpr,
     CODES: tl.constexpr, META: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, AXES: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    SCALE_BITS: tl.constexpr, RANGES: tl.constexpr, WINDOW_BLOCK_SIZE: tl.constexpr, WINDOW_BEGIN: tl.constexpr,
+    HADAMARD: tl.constexpr, RANGES: tl.constexpr, WINDOW_BLOCK_SIZE: tl.constexpr, WINDOW_BEGIN: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -74,11 +73,11 @@ def _feedback_store_kernel(
     low = tl.min(tl.where(valid, x, float("inf")), 1)
     high = tl.max(tl.where(valid, x, float("-inf")), 1)
     columns_ptr += tl.program_id(1) * HEAD_SIZE * HEAD_SIZE
-    scale, minimum = shrunk_range(low, high, tl.load(ranges_ptr), tl.load(ranges_ptr + 1), BITS, SCALE_BITS)
+    scale, minimum = shrunk_range(low, high, tl.load(ranges_ptr), tl.load(ranges_ptr + 1))
     codes, cost = _round_rows(x, scale, minimum, dim, in_row, columns_ptr, HEAD_SIZE, BITS)
     for index in range(1, RANGES):
         stretch, shift = tl.load(ranges_ptr + 2 * index), tl.load(ranges_ptr + 2 * index + 1)
-        trial_scale, trial_minimum = shrunk_range(low, high, stretch, shift, BITS, SCALE_BITS)
+        trial_scale, trial_minimum = shrunk_range(low, high, stretch, shift)
         trial, trial_cost = _round_rows(x, trial_scale, trial_minimum, dim, in_row, columns_ptr, HEAD_SIZE, BITS)
         better = trial_cost < cost
         cost = tl.where(better, trial_cost, cost)
@@ -87,7 +86,7 @@ def _feedback_store_kernel(
     unknown = tl.full([ROWS], float("nan"), tl.float16)
     scale, minimum = tl.where(nan, unknown, scale), tl.where(nan, unknown, minimum)
     chunk_ptr = kv_cache_ptr + slot // BLOCK_SIZE * block_stride + head.to(tl.int64) * head_stride
-    write_rows(codes, scale, minimum, chunk_ptr, slot % BLOCK_SIZE, slot >= 0, ROW_BYTES, CODES, META, BITS, SCALE_BITS)
+    write_rows(codes, scale, minimum, chunk_ptr, slot % BLOCK_SIZE, slot >= 0, ROW_BYTES, CODES, META, BITS)
 
 
 def store_side(
@@ -123,7 +122,7 @@ def store_side(
         HEAD_SIZE=layout.head_size, BLOCK_SIZE=layout.block_size, BITS=bits,
         ROW_BYTES=layout.k_row_bytes if keys else layout.v_row_bytes,
         CODES=layout.k_codes_offset if keys else layout.v_codes_offset,
-        META=layout.k_meta_offset if keys else layout.v_meta_offset, SCALE_BITS=layout.scale_bits,
+        META=layout.k_meta_offset if keys else layout.v_meta_offset,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         AXES=several.num_axes if several else 0,
         HADAMARD=transforms.key_hadamard if keys else transforms.value_hadamard,

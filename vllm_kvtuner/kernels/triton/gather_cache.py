@@ -26,7 +26,7 @@ def _gather_cache_kernel(
     block_stride, head_stride, table_stride, key_stride, value_stride,
     HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr, K_META: tl.constexpr, V_META: tl.constexpr,
-    SCALE_BITS: tl.constexpr, ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, AXES: tl.constexpr,
+    ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, AXES: tl.constexpr,
     KEY_HADAMARD: tl.constexpr, VALUE_HADAMARD: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -49,7 +49,7 @@ def _gather_cache_kernel(
     if tl.program_id(2) == 0:
         dim, in_row = byte_columns(HEAD_SIZE, K_BITS)
         valid = keep[:, None] & in_row[None, :]
-        x = load_rows(chunk_ptr, offset, keep, HEAD_SIZE, K_ROW, 0, K_META, K_BITS, SCALE_BITS)
+        x = load_rows(chunk_ptr, offset, keep, HEAD_SIZE, K_ROW, 0, K_META, K_BITS)
         if KEY_HADAMARD:
             x = hadamard_rows(x, dim, HEAD_SIZE)
         if equalization_ptr is not None:
@@ -69,7 +69,7 @@ def _gather_cache_kernel(
         tl.store(out, x.to(key_ptr.dtype.element_ty), mask=valid)
     else:
         dim, in_row = byte_columns(HEAD_SIZE, V_BITS)
-        x = load_rows(chunk_ptr, offset, keep, HEAD_SIZE, V_ROW, V_CODES, V_META, V_BITS, SCALE_BITS)
+        x = load_rows(chunk_ptr, offset, keep, HEAD_SIZE, V_ROW, V_CODES, V_META, V_BITS)
         if VALUE_HADAMARD:
             x = hadamard_rows(x, dim, HEAD_SIZE)
         out = value_ptr + token.to(tl.int64)[:, None] * value_stride + head * HEAD_SIZE + dim[None, :]
@@ -96,7 +96,7 @@ def gather_cache(pages: Pages, tokens: CachedTokens, key_out: torch.Tensor, valu
         block_stride, head_stride, tokens.block_table.stride()[0], key_out.stride()[0], value_out.stride()[0],
         HEAD_SIZE=layout.head_size, BLOCK_SIZE=layout.block_size, K_BITS=layout.k_bits, V_BITS=layout.v_bits,
         K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes, V_CODES=layout.v_codes_offset,
-        K_META=layout.k_meta_offset, V_META=layout.v_meta_offset, SCALE_BITS=layout.scale_bits,
+        K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         AXES=several.num_axes if several else 0,
         KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,

@@ -60,32 +60,19 @@ class DecodeWorkspace:
     lse: torch.Tensor
 
 
-def _workspace_parts(
-    max_num_tokens: int, num_heads: int, head_size: int
-) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    rows = max_num_tokens * num_heads
-    partial_rows = max(2 * rows, MIN_PARTIAL_ROWS)
-    return {
-        "query": ((rows, folded_size(head_size)), torch.float16),
-        "constants": ((rows, ROW_CONSTANTS), torch.float32),
-        "coefficients": ((rows * head_size,), torch.float32),
-        "output": ((partial_rows, head_size), torch.float32),
-        "lse": ((partial_rows,), torch.float32),
-    }
-
-
 def decode_workspace(
     max_num_tokens: int, num_heads: int, head_size: int, device: torch.device | str
 ) -> DecodeWorkspace:
     """Scratch for batches of up to ``max_num_tokens`` query tokens in layers of this shape."""
-    parts = _workspace_parts(max_num_tokens, num_heads, head_size)
-    return DecodeWorkspace(**{k: torch.empty(shape, dtype=dtype, device=device) for k, (shape, dtype) in parts.items()})
-
-
-def decode_workspace_bytes(max_num_tokens: int, num_heads: int, head_size: int) -> int:
-    """Bytes that :func:`decode_workspace` allocates."""
-    parts = _workspace_parts(max_num_tokens, num_heads, head_size)
-    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in parts.values())
+    rows = max_num_tokens * num_heads
+    partial_rows = max(2 * rows, MIN_PARTIAL_ROWS)
+    return DecodeWorkspace(
+        query=torch.empty(rows, folded_size(head_size), dtype=torch.float16, device=device),
+        constants=torch.empty(rows, ROW_CONSTANTS, dtype=torch.float32, device=device),
+        coefficients=torch.empty(rows * head_size, dtype=torch.float32, device=device),
+        output=torch.empty(partial_rows, head_size, dtype=torch.float32, device=device),
+        lse=torch.empty(partial_rows, dtype=torch.float32, device=device),
+    )
 
 
 @triton.jit
@@ -107,7 +94,7 @@ def _attend_kernel(
     seq_lens_ptr, query_start_loc_ptr, partial_ptr, lse_ptr, block_stride, head_stride, table_stride,
     NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr, V_CODES: tl.constexpr,
-    K_META: tl.constexpr, V_META: tl.constexpr, SCALE_BITS: tl.constexpr,
+    K_META: tl.constexpr, V_META: tl.constexpr,
     FOLDED_SIZE: tl.constexpr, HAS_OFFSET: tl.constexpr, ROTARY_DIM: tl.constexpr, AXES: tl.constexpr,
     SPLIT_ANGLES: tl.constexpr, ONE_QUERY: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr, SKIP_NEWEST: tl.constexpr, SKIP_FIRST: tl.constexpr, SOFT_CAP: tl.constexpr,
@@ -204,9 +191,8 @@ def _attend_kernel(
         k_codes = load_key_words(words + k_place, k_word, HEAD_SIZE, K_BITS)
         v_place = chunk * 2 + (V_CODES // 2 + place * (V_ROW // 2))
         v_codes = load_value_words(halves + v_place, v_word, HEAD_SIZE, V_BITS)
-        chunk_bytes = (words + chunk).to(tl.pointer_type(tl.uint8))
-        k_scale, k_minimum = load_meta(chunk_bytes + K_META, place, seen, K_BITS, SCALE_BITS)
-        v_scale, v_minimum = load_meta(chunk_bytes + V_META, place, seen, V_BITS, SCALE_BITS)
+        k_scale, k_minimum = load_meta(words + chunk + (K_META // 4 + place), seen)
+        v_scale, v_minimum = load_meta(words + chunk + (V_META // 4 + place), seen)
 
         logits = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for i in tl.static_range(K_SLICES):
@@ -401,7 +387,6 @@ def paged_attention(
         NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
-        SCALE_BITS=layout.scale_bits,
         FOLDED_SIZE=workspace.query.shape[1], HAS_OFFSET=offset is not None, ROTARY_DIM=rotary_dim,
         AXES=several.num_axes if several else 0,
         SPLIT_ANGLES=rotary is not None and rotary.cos_sin.dtype != coefficients.dtype,

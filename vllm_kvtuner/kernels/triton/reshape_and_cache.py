@@ -24,7 +24,7 @@ def _reshape_and_cache_kernel(
     window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
     NUM_KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_ROW: tl.constexpr, V_ROW: tl.constexpr,
-    V_CODES: tl.constexpr, K_META: tl.constexpr, V_META: tl.constexpr, SCALE_BITS: tl.constexpr,
+    V_CODES: tl.constexpr, K_META: tl.constexpr, V_META: tl.constexpr,
     ROTARY_DIM: tl.constexpr, IS_NEOX: tl.constexpr, AXES: tl.constexpr,
     KEY_HADAMARD: tl.constexpr, VALUE_HADAMARD: tl.constexpr, RANGE_SEARCH: tl.constexpr,
     WINDOW_BLOCK_SIZE: tl.constexpr, FIRST_SIDE: tl.constexpr, ROWS: tl.constexpr,
@@ -43,7 +43,7 @@ def _reshape_and_cache_kernel(
             window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
             HEAD_SIZE, ROTARY_DIM, IS_NEOX, AXES, KEY_HADAMARD, WINDOW_BLOCK_SIZE, 0,
         )  # fmt: skip
-        store_rows(x, in_row[None, :], chunk_ptr, offset, keep, K_ROW, 0, K_META, K_BITS, SCALE_BITS, RANGE_SEARCH)
+        store_rows(x, in_row[None, :], chunk_ptr, offset, keep, K_ROW, 0, K_META, K_BITS, RANGE_SEARCH)
     else:
         dim, in_row = byte_columns(HEAD_SIZE, V_BITS)
         x = load_rows_to_pack(
@@ -52,9 +52,7 @@ def _reshape_and_cache_kernel(
             window_ptr, window_slots_ptr, window_block_stride, window_head_stride, window_place_stride,
             HEAD_SIZE, 0, IS_NEOX, 0, VALUE_HADAMARD, WINDOW_BLOCK_SIZE, HEAD_SIZE,
         )  # fmt: skip
-        store_rows(
-            x, in_row[None, :], chunk_ptr, offset, keep, V_ROW, V_CODES, V_META, V_BITS, SCALE_BITS, RANGE_SEARCH
-        )
+        store_rows(x, in_row[None, :], chunk_ptr, offset, keep, V_ROW, V_CODES, V_META, V_BITS, RANGE_SEARCH)
 
 
 def reshape_and_cache(
@@ -99,7 +97,6 @@ def reshape_and_cache(
         NUM_KV_HEADS=num_kv_heads, HEAD_SIZE=head_size, BLOCK_SIZE=layout.block_size,
         K_BITS=layout.k_bits, V_BITS=layout.v_bits, K_ROW=layout.k_row_bytes, V_ROW=layout.v_row_bytes,
         V_CODES=layout.v_codes_offset, K_META=layout.k_meta_offset, V_META=layout.v_meta_offset,
-        SCALE_BITS=layout.scale_bits,
         ROTARY_DIM=rotary.rotary_dim if rotary else 0, IS_NEOX=rotary.is_neox if rotary else True,
         AXES=several.num_axes if several else 0,
         KEY_HADAMARD=transforms.key_hadamard, VALUE_HADAMARD=transforms.value_hadamard,

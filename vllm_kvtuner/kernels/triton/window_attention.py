@@ -70,7 +70,7 @@ def _attend(
 def _window_attention_kernel(
     query_ptr, cache_ptr, block_table_ptr, seq_lens_ptr, query_start_loc_ptr, output_ptr, lse_ptr,
     query_stride, output_stride, block_stride, head_stride, place_stride, table_stride, num_tokens, scale_log2,
-    NUM_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_SIZE: tl.constexpr, PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, WINDOW_TOKENS: tl.constexpr, SINK_TOKENS: tl.constexpr,
     SLIDING_WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ROW_TILES: tl.constexpr, DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SINK_TILE: tl.constexpr, LARGE: tl.constexpr,
@@ -187,7 +187,7 @@ def window_attention(
         query, rows, queries.block_table, queries.seq_lens, queries.query_start_loc, output, lse,
         query.stride()[0], output.stride()[0], block_stride, head_stride, place_stride,
         queries.block_table.stride()[0], num_tokens, shape.scale * math.log2(math.e),
-        NUM_HEADS=num_heads, GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
+        GROUP=group, HEAD_SIZE=head_size, PADDED=triton.next_power_of_2(head_size),
         BLOCK_SIZE=block_size, WINDOW_TOKENS=span.skip_newest, SINK_TOKENS=span.skip_first,
         SLIDING_WINDOW=span.sliding_window or 0, SOFT_CAP=shape.logits_soft_cap,
         ROW_TILES=row_tiles, DEPENDENT=launch.dependent, BLOCK_M=block_m, BLOCK_N=BLOCK_N, SINK_TILE=SINK_TILE,

@@ -40,20 +40,11 @@ inline u8* chunk_of(const Cache& cache, i64 block, int head) {
   return static_cast<u8*>(cache.data) + block * cache.block_stride + head * cache.head_stride;
 }
 
-constexpr int SHORT_META = 1;  // bytes of a row's meta where that is a scale of 8 bits alone
+constexpr int META_ROW = 2 * sizeof(u16);  // a row's scale and minimum, both fp16
 
-// Of a scale of 8 bits: bits 14 to 7 of an fp16 number. The minimum follows from it, for levels about 0.
-inline float short_scale(int byte) { return from_half(u16(byte << 7)); }
-inline float short_minimum(float scale, int levels) { return scale * (-0.5f * float(levels)); }
-
-inline void read_meta(const u8* meta, int meta_bytes, int bits, float& scale, float& minimum) {
-  if (meta_bytes == SHORT_META) {
-    scale = short_scale(*meta);
-    minimum = short_minimum(scale, (1 << bits) - 1);
-    return;
-  }
+inline void read_meta(const u8* meta, float& scale, float& minimum) {
   u16 pair[2];
-  std::memcpy(pair, meta, 4);
+  std::memcpy(pair, meta, META_ROW);
   scale = from_half(pair[0]);
   minimum = from_half(pair[1]);
 }
@@ -72,10 +63,10 @@ inline void read_rows(const Cache& cache, bool value, const u8* chunk, int offse
     return;
   }
   const u8* rows = chunk + (value ? cache.v_codes : cache.k_codes) + offset * (D * bits / 8);
-  const u8* meta = chunk + (value ? cache.v_meta : cache.k_meta) + offset * cache.meta_bytes;
+  const u8* meta = chunk + (value ? cache.v_meta : cache.k_meta) + offset * META_ROW;
   for (int t = 0; t < count; ++t) {
     unpack(rows + t * (D * bits / 8), bits, codes + t * D);
-    read_meta(meta + t * cache.meta_bytes, cache.meta_bytes, bits, scale[t], minimum[t]);
+    read_meta(meta + t * META_ROW, scale[t], minimum[t]);
   }
 }
 

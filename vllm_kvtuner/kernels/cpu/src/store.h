@@ -11,40 +11,27 @@ struct Range {
   }
 };
 
-constexpr float SYMMETRIC_RANGE = 1.875f;  // a range about 0, over a row's largest magnitude
-
-inline Range range_of(const Rounding& rounding, float low, float high, const float* factors) {
+inline Range range_of(float low, float high, const float* factors) {
   Range range;
-  if (rounding.largest_scale) {  // of 8 bits; of zeros the largest magnitude may be -0
-    const float magnitude = std::fabs(-low > high ? -low : high), scale = magnitude * SYMMETRIC_RANGE * factors[0];
-    const int byte = ((to_half(scale > FP16_MAX ? FP16_MAX : scale) & 0x7fff) + 64) >> 7;
-    range.scale = short_scale(byte < rounding.largest_scale ? byte : rounding.largest_scale);
-    range.minimum = short_minimum(range.scale, rounding.levels);
-  } else {
-    const float scale = (high - low) * factors[0], minimum = low + (high - low) * factors[1];
-    range.scale = from_half(to_half(scale > FP16_MAX ? FP16_MAX : scale));
-    range.minimum = from_half(to_half(minimum > FP16_MAX ? FP16_MAX : minimum < -FP16_MAX ? -FP16_MAX : minimum));
-  }
+  const float scale = (high - low) * factors[0], minimum = low + (high - low) * factors[1];
+  range.scale = from_half(to_half(scale > FP16_MAX ? FP16_MAX : scale));
+  range.minimum = from_half(to_half(minimum > FP16_MAX ? FP16_MAX : minimum < -FP16_MAX ? -FP16_MAX : minimum));
   range.inverse = range.scale > 0 ? 1.0f / range.scale : 0.0f;
   return range;
 }
 
 // A row's meta: of a range, or of a row with NaN, which is read back as NaN, as the model made it.
-inline void write_meta(const Rounding& rounding, const Range* range, u8* meta) {
-  if (rounding.largest_scale) {
-    *meta = range ? u8(to_half(range->scale) >> 7) : 0xff;
-    return;
-  }
+inline void write_meta(const Range* range, u8* meta) {
   const u16 halves[2] = {range ? to_half(range->scale) : u16(0x7e00), range ? to_half(range->minimum) : u16(0x7e00)};
-  std::memcpy(meta, halves, 4);
+  std::memcpy(meta, halves, META_ROW);
 }
 
 // The nearest codes, in the first range of least squared error.
 inline Range quantize_nearest(const Rounding& rounding, const float* row, float low, float high, u8* codes) {
-  Range best = range_of(rounding, low, high, rounding.ranges);
+  Range best = range_of(low, high, rounding.ranges);
   float least = INFINITE;
   for (int index = 0; rounding.num_ranges > 1 && index < rounding.num_ranges; ++index) {
-    const Range range = range_of(rounding, low, high, rounding.ranges + 2 * index);
+    const Range range = range_of(low, high, rounding.ranges + 2 * index);
     float error = 0;
 #pragma omp simd reduction(+ : error)
     for (int d = 0; d < D; ++d) {
@@ -73,7 +60,7 @@ inline Range quantize_with_feedback(const Rounding& rounding, int head, const fl
   float aims[MAX_RANGES][D], costs[MAX_RANGES] = {};
   u8 tried[MAX_RANGES][D];
   for (int k = 0; k < count; ++k) {
-    ranges[k] = range_of(rounding, low, high, rounding.ranges + 2 * k);
+    ranges[k] = range_of(low, high, rounding.ranges + 2 * k);
     std::memcpy(aims[k], row, sizeof aims[k]);
   }
   for (int j = D - 1; j >= 0; --j) {
@@ -115,7 +102,7 @@ inline void write_row(const Rounding& rounding, int head, float* row, u8* bytes,
                              : quantize_nearest(rounding, row, low, high, codes);
   }
   pack(codes, rounding.bits, bytes);
-  write_meta(rounding, whole ? &range : nullptr, meta);
+  write_meta(whole ? &range : nullptr, meta);
 }
 
 void store(const Store& args) {
@@ -137,11 +124,11 @@ void store(const Store& args) {
       load_row(key, args.type, row);
       transform_key(layer.transforms, head, layer.transforms.offset ? args.positions[token] : 0, row);
       write_row(layer.key, head, row, chunk + cache.k_codes + offset * (D * cache.k_bits / 8),
-                chunk + cache.k_meta + offset * cache.meta_bytes);
+                chunk + cache.k_meta + offset * META_ROW);
       load_row(value, args.type, row);
       if (layer.transforms.value_hadamard) hadamard(row);
       write_row(layer.value, head, row, chunk + cache.v_codes + offset * (D * cache.v_bits / 8),
-                chunk + cache.v_meta + offset * cache.meta_bytes);
+                chunk + cache.v_meta + offset * META_ROW);
     }
     const i64 slot = args.window_slots ? args.window_slots[token] : -1;
     if (slot >= 0) {

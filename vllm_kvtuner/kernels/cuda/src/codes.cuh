@@ -5,7 +5,6 @@
 
 constexpr int RANGE_STEPS = 11;  // factors 1, 0.95, ..., 0.5 of the range search
 constexpr float FP16_MAX = 65504.0f;
-constexpr float SYMMETRIC_RANGE = 1.875f;  // a range about 0, over a row's largest magnitude
 constexpr float MAGIC = 8388608.0f;  // 2^23: a float of this size is an integer, in its lowest bits
 
 // A possible range of a row.
@@ -15,18 +14,13 @@ struct __align__(16) Range {
   float to_unit;         // inverse / LEVELS
 };
 
-// Uniform codes per row: row ~ scale * code + minimum. With scales of 16 bits both are fp16 numbers; with scales of 8 bits the
-// minimum is -LEVELS / 2 times the scale, and that is bits 14 to 7 of an fp16 number.
-template <int BITS, int SCALE_BITS>
+// Asymmetric uniform codes per row: row ~ scale * code + minimum, scale and minimum fp16.
+template <int BITS>
 struct UniformCodes {
   static constexpr int CODE_BITS = BITS;
   static constexpr int LEVELS = (1 << BITS) - 1;  // the largest code
   static constexpr int FIELDS = 8 / BITS;         // codes of a byte
   static constexpr int FIELD_SHIFT = BITS;        // a masked code of field i counts 2^(i * FIELD_SHIFT) times
-
-  static constexpr u32 LARGEST_SCALE = BITS == 2 ? 0xF2 : 0xE0;  // of 8 bits: its minimum is an fp16 number too
-  static constexpr u32 NAN_META = SCALE_BITS == 8 ? 0xFF : 0x7FFF7FFF;  // of a row that holds NaN
-  static_assert(SCALE_BITS == 16 || BITS < 8, "codes of 8 bits are finer than such a scale");
 
   // Ones in each byte of a word where its lowest `fields` codes stand.
   static __device__ __forceinline__ constexpr u32 lowest_fields(int fields) {
@@ -64,46 +58,15 @@ struct UniformCodes {
 
   // Likewise, by the factors on high - low that the step and what the minimum moves by have.
   static __device__ __forceinline__ Range make_range(float low, float high, float stretch, float shift) {
+    const float range = __fsub_rn(high, low);
+    const u16 scale = to_fp16(fminf(__fmul_rn(range, stretch), FP16_MAX));
+    const u16 minimum = to_fp16(fminf(fmaxf(__fadd_rn(low, __fmul_rn(range, shift)), -FP16_MAX), FP16_MAX));
     Range result;
-    if constexpr (SCALE_BITS == 8) {
-      // Of zeros the largest magnitude may be -0.
-      const u32 scale = to_fp16(fminf(__fmul_rn(__fmul_rn(SYMMETRIC_RANGE, fmaxf(-low, high)), stretch), FP16_MAX)) & 0x7FFF;
-      const u32 byte = (scale + 64) >> 7;
-      const float2 meta = unpack_meta(byte < LARGEST_SCALE ? byte : LARGEST_SCALE);
-      result.scale = meta.x;
-      result.minimum = meta.y;
-    } else {
-      const float range = __fsub_rn(high, low);
-      const u16 scale = to_fp16(fminf(__fmul_rn(range, stretch), FP16_MAX));
-      const u16 minimum = to_fp16(fminf(fmaxf(__fadd_rn(low, __fmul_rn(range, shift)), -FP16_MAX), FP16_MAX));
-      result.minimum = from_fp16(minimum);
-      result.scale = from_fp16(scale);
-    }
+    result.minimum = from_fp16(minimum);
+    result.scale = from_fp16(scale);
     result.inverse = result.scale > 0.0f ? reciprocal(result.scale) : 0.0f;
     result.to_unit = result.inverse * (1.0f / LEVELS);
     return result;
-  }
-
-  // What a page holds of a range besides codes, in the lowest bits.
-  static __device__ __forceinline__ u32 pack_meta(const Range& range) {
-    if constexpr (SCALE_BITS == 8) return to_fp16(range.scale) >> 7;
-    return pack_fp16(range.scale, range.minimum);
-  }
-
-  // Scale and minimum.
-  static __device__ __forceinline__ float2 unpack_meta(u32 meta) {
-    if constexpr (SCALE_BITS == 8) {
-      const float scale = from_fp16((u16)(meta << 7));
-      return make_float2(scale, scale * (-0.5f * LEVELS));
-    } else {
-      return unpack_fp16(meta);
-    }
-  }
-
-  // Those of a row whose meta stands in shared memory.
-  static __device__ __forceinline__ float2 shared_meta(const u8* meta) {
-    if constexpr (SCALE_BITS == 8) return unpack_meta(*meta);
-    return unpack_meta(*(const u32*)meta);
   }
 
   // Squared error of a lane's numbers under a range.
@@ -198,6 +161,6 @@ struct UniformCodes {
   }
 };
 
-// The format of codes of BITS with scales of SCALE_BITS, as code_format of pages/codes.py gives it.
-template <int BITS, int SCALE_BITS = 16>
-using CodeFormat = UniformCodes<BITS, SCALE_BITS>;
+// The format of codes of BITS, as code_format of pages/codes.py gives it.
+template <int BITS>
+using CodeFormat = UniformCodes<BITS>;

@@ -43,7 +43,7 @@ struct Place {
 // The tile of keys or of values with number `index`.
 template <int BITS, int LANES, bool HADAMARD>
 __device__ __forceinline__ void gather_tile(const Arguments& a, u32 index, bool is_key, int lane) {
-  using CODES = CodeFormat<BITS, Chunk::SCALE_BITS>;
+  using CODES = CodeFormat<BITS>;
   using SHARE = RowShare<HEAD_SIZE, CODES, LANES>;
   constexpr int RUN = SHARE::RUN, COUNT = SHARE::COUNT, TURNS = TILE_TOKENS / SHARE::ROWS;
   const int group = lane / LANES, part = lane % LANES;
@@ -53,7 +53,7 @@ __device__ __forceinline__ void gather_tile(const Arguments& a, u32 index, bool 
   const u8* cached = a.kv_cache + (u64)head * a.head_stride;
 
   typename CODES::template Bytes<SHARE> bytes[TURNS];
-  u32 meta[TURNS][1];
+  u32 meta[TURNS];
   int position[TURNS];
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
@@ -62,13 +62,13 @@ __device__ __forceinline__ void gather_tile(const Arguments& a, u32 index, bool 
     const u8* chunk = cached + __shfl_sync(FULL_WARP, place.page, row);
     const u32 slot = (u32)position[turn] % Chunk::TOKENS;
     bytes[turn].load(chunk, (is_key ? Chunk::K_CODES : Chunk::V_CODES) + slot * SHARE::ROW_BYTES, part);
-    load_bytes<Chunk::META_ROW>(meta[turn], chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + slot * Chunk::META_ROW));
+    meta[turn] = __ldg((const u32*)(chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + slot * Chunk::META_ROW)));
   }
 #pragma unroll
   for (int turn = 0; turn < TURNS; turn++) {
     float x[COUNT];
     CODES::template unpack<SHARE>(x, bytes[turn]);
-    const float2 meta_of_row = CODES::unpack_meta(meta[turn][0]);  // scale and minimum
+    const float2 meta_of_row = unpack_fp16(meta[turn]);  // scale and minimum
     if (HADAMARD) {
       // Of the codes, whose sums are exact. All numbers of a block but its first get nothing of the minimum.
       constexpr int BLOCK = HEAD_SIZE & -HEAD_SIZE;

@@ -49,7 +49,7 @@ static_assert((BLOCK_SIZE % STAGE_TOKENS == 0 || STAGE_TOKENS % BLOCK_SIZE == 0)
 static_assert(HEAD_SIZE % 32 == 0 && HEAD_SIZE * V_BITS % 128 == 0, "head size");
 
 // Words of a key row in a lane: lane t = lane % 4 holds words in runs of K_RUN, as wide as rows are aligned.
-using KeyCodes = CodeFormat<K_BITS, Chunk::SCALE_BITS>;
+using KeyCodes = CodeFormat<K_BITS>;
 constexpr int K_FIELDS = KeyCodes::FIELDS;
 constexpr int K_FIELD = HEAD_SIZE / K_FIELDS;  // numbers of a row that stand in one field of their bytes
 constexpr int K_SHIFT = KeyCodes::FIELD_SHIFT;
@@ -60,7 +60,7 @@ constexpr bool K_MATRICES = K_ROW == 16 || K_ROW == 32;
 constexpr int K_RUN = K_MATRICES ? 1 : K_WORDS_ROW % 16 == 0 ? 4 : K_WORDS_ROW % 8 == 0 ? 2 : 1;
 // A *unit* of values: two neighbouring bytes of a row in each lane, g = lane / 4. Where rows are wide, a lane holds runs of
 // V_RUN units, since matrices of 16-byte pieces of such rows would meet in the same of shared memory's banks.
-using ValueCodes = CodeFormat<V_BITS, Chunk::SCALE_BITS>;
+using ValueCodes = CodeFormat<V_BITS>;
 constexpr int V_FIELDS = ValueCodes::FIELDS;
 constexpr int V_FIELD = HEAD_SIZE / V_FIELDS;
 constexpr int V_SHIFT = ValueCodes::FIELD_SHIFT;

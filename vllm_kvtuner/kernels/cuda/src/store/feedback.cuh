@@ -196,7 +196,7 @@ __device__ __forceinline__ float round_rows(const float* rows, u8* errors, u8* c
 template <bool IS_KEY, int BITS, int RANGES, bool HADAMARD>
 __device__ __forceinline__ void store_groups(const StoreArguments& a, const FeedbackTables& tables, int group, int end,
                                              int groups_of_head, u8* memory) {
-  using CODES = CodeFormat<BITS, Chunk::SCALE_BITS>;
+  using CODES = CodeFormat<BITS>;
   using MEMORY = FeedbackMemory<RANGES>;
   using SHARE = RowShare<HEAD_SIZE, CodeFormat<8>, NUM_WARPS * 32 / FEEDBACK_ROWS>;  // plain runs of numbers
   static_assert(RANGES <= NUM_WARPS, "a warp rounds in one range");
@@ -319,9 +319,10 @@ __device__ __forceinline__ void store_groups(const StoreArguments& a, const Feed
       const float2 bound = bounds[thread];
       const Range range = CODES::make_range(bound.x, bound.y, __ldg(tables.ranges + 2 * best),
                                             __ldg(tables.ranges + 2 * best + 1));
-      const u32 meta[1] = {bound.x == bound.x ? CODES::pack_meta(range) : CODES::NAN_META};
-      store_bytes<Chunk::META_ROW>(chunk_of(slot) + ((IS_KEY ? Chunk::K_META : Chunk::V_META) +
-                                                     (u32)slot % Chunk::TOKENS * Chunk::META_ROW), meta);
+      const u32 nan = 0x7FFF7FFF;
+      *(u32*)(chunk_of(slot) +
+              ((IS_KEY ? Chunk::K_META : Chunk::V_META) + (u32)slot % Chunk::TOKENS * Chunk::META_ROW)) =
+          bound.x == bound.x ? pack_fp16(range.scale, range.minimum) : nan;
     }
     __syncthreads();
   }

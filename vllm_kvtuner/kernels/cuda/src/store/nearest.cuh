@@ -81,7 +81,7 @@ __device__ __forceinline__ int best_range(const float (&x)[SHARE::COUNT], const 
 template <int BITS, int LANES, bool HADAMARD>
 __device__ __forceinline__ int store_tiles(const StoreArguments& a, int tile, int step, int end, int key_tiles,
                                            Range (&all_ranges)[MAX_ROWS][RANGE_STEPS], int lane) {
-  using CODES = CodeFormat<BITS, Chunk::SCALE_BITS>;
+  using CODES = CodeFormat<BITS>;
   using SHARE = RowShare<HEAD_SIZE, CODES, LANES>;
   static_assert(SHARE::ROWS <= MAX_ROWS, "rows");
   constexpr int COUNT = SHARE::COUNT;
@@ -134,10 +134,9 @@ __device__ __forceinline__ int store_tiles(const StoreArguments& a, int tile, in
     u8* chunk = a.kv_cache + (u64)block * a.block_stride + (u64)head * a.head_stride;
     CODES::template write<SHARE>(chunk + ((is_key ? Chunk::K_CODES : Chunk::V_CODES) + place * SHARE::ROW_BYTES), x,
                                   range, part);
-    if (part == 0) {
-      const u32 meta[1] = {CODES::pack_meta(range)};
-      store_bytes<Chunk::META_ROW>(chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + place * Chunk::META_ROW), meta);
-    }
+    if (part == 0)
+      *(u32*)(chunk + ((is_key ? Chunk::K_META : Chunk::V_META) + place * Chunk::META_ROW)) =
+          pack_fp16(range.scale, range.minimum);
   }
   return tile;
 }

@@ -60,9 +60,8 @@ __device__ __forceinline__ void attend(const Arguments& a, const Shared&, const 
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int row = token_of_row(g) + 8 * half;
-      const int meta = (within + row) * Piece::META_ROW;
-      const float2 k_meta = KeyCodes::shared_meta(piece + Piece::K_META + meta);
-      const float2 v_meta = ValueCodes::shared_meta(piece + Piece::V_META + meta);
+      const float2 k_meta = unpack_fp16(*(const u32*)(piece + Piece::K_META + (within + row) * Piece::META_ROW));
+      const float2 v_meta = unpack_fp16(*(const u32*)(piece + Piece::V_META + (within + row) * Piece::META_ROW));
       scale[group][half] = v_meta.x;
       minimum[group][half] = v_meta.y;
 #pragma unroll

@@ -62,8 +62,8 @@ __device__ __forceinline__ void load_meta(const u8* stage, int of_stage, float u
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     const u8* row = stage + 8 * half * Piece::META_ROW;
-    const float2 k_meta = KeyCodes::shared_meta(row + group_place(of_stage, Piece::K_META, Piece::META_ROW));
-    const float2 v_meta = ValueCodes::shared_meta(row + group_place(of_stage, Piece::V_META, Piece::META_ROW));
+    const float2 k_meta = unpack_fp16(*(const u32*)(row + group_place(of_stage, Piece::K_META, Piece::META_ROW)));
+    const float2 v_meta = unpack_fp16(*(const u32*)(row + group_place(of_stage, Piece::V_META, Piece::META_ROW)));
     meta.k_scale[group][half] = k_meta.x * (unit * (1.0f / CODE_UNIT));
     meta.k_minimum[group][half] = k_meta.y * unit;
     meta.v_scale[group][half] = v_meta.x;
