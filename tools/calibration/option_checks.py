@@ -12,7 +12,6 @@ from typing import Any
 from kvtuner_tools.calibration import window_default
 from kvtuner_tools.calibration.calibration_text import MIN_WINDOW, OwnText, read_generated
 from kvtuner_tools.calibration.options import (
-    ANSWER_TOKENS,
     DEFAULT_GENERATED_TOKENS,
     DEFAULT_WINDOW,
     GROUPS,
@@ -155,7 +154,7 @@ def _check_memory(options: CalibrationOptions, shape: ModelShape, texts: Texts) 
     """
     longest = max(text.identity["longest"] for text in (texts.capture, texts.search, texts.heldout))
     if options.generated_tokens:
-        longest = max(longest, ANSWER_TOKENS)
+        longest = max(longest, options.answer_tokens)
     width = 2 if options.dtype == "float32" else 1
     tensor, stages = ranks(options.engine)
     shapes = {layer: (max(1, heads // tensor), size) for layer, (heads, size) in shapes_of(shape).items()}
