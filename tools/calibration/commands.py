@@ -30,6 +30,7 @@ from kvtuner_tools.calibration.options import (
     given_options,
     merge,
 )
+from kvtuner_tools.calibration.table_stages import TABLE_STAGES, TableStages
 from kvtuner_tools.engine_arguments import NO_WORDS, check_engine_words, refuse_computed
 from kvtuner_tools.processes import STDERR, OwnProcess, output_to, redirect
 from kvtuner_tools.vllm_logs import import_vllm
@@ -64,6 +65,10 @@ def _run(options: CalibrationOptions, out: Path, stages: Sequence[str], *, verbo
         checked = check_options(options, out, stages)
         if checked.note is not None:
             print(checked.note, file=sys.stderr)
+        (out / ENGINE_LOG).unlink(missing_ok=True)
+        if set(stages) <= set(TABLE_STAGES):
+            options.write(out)
+            return _run_stages(TableStages(out, checked.options), stages, verbose=verbose)
         from kvtuner_tools.calibration.pipeline import Calibration
         from kvtuner_tools.calibration.run_engines import RunEngines
 
@@ -72,24 +77,27 @@ def _run(options: CalibrationOptions, out: Path, stages: Sequence[str], *, verbo
         is_whole = len(stages) > 1
         calibration = Calibration(out, checked.options, checked.texts, engines, is_whole=is_whole)
         options.write(out)
-        log = out / ENGINE_LOG
-        log.unlink(missing_ok=True)
-        output = STDERR if verbose else log
         if process is not None:
-            process.submit(redirect, output)
+            process.submit(redirect, STDERR if verbose else out / ENGINE_LOG)
         started = time.monotonic()
-        with _interruptible(), output_to(output):
-            for number, stage in enumerate(stages, 1):
-                try:
-                    line = calibration.run(stage)
-                except Exception:
-                    _show_end(log)
-                    raise
-                print(f"{number}/{len(stages)} {line}" if is_whole else line, flush=True)
-    if is_whole:
-        print(f"all stages: {time.monotonic() - started:.1f} s")
-        for name, text in calibration.summary():
-            print(f"{name + ':':12}{text}")
+        status = _run_stages(calibration, stages, verbose=verbose)
+        if is_whole:
+            print(f"all stages: {time.monotonic() - started:.1f} s")
+            for name, text in calibration.summary():
+                print(f"{name + ':':12}{text}")
+        return status
+
+
+def _run_stages(calibration: TableStages, stages: Sequence[str], *, verbose: bool) -> int:
+    log = calibration.out / ENGINE_LOG
+    with _interruptible(), output_to(STDERR if verbose else log):
+        for number, stage in enumerate(stages, 1):
+            try:
+                line = calibration.run(stage)
+            except Exception:
+                _show_end(log)
+                raise
+            print(f"{number}/{len(stages)} {line}" if len(stages) > 1 else line, flush=True)
     return 0
 
 

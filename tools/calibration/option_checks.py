@@ -24,6 +24,7 @@ from kvtuner_tools.calibration.options import (
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.space import bf16_bytes, check_budget
 from kvtuner_tools.calibration.study import open_storage
+from kvtuner_tools.calibration.table_stages import TABLE_STAGES
 from kvtuner_tools.data_files import read_documents
 from kvtuner_tools.engine_arguments import check_engine_words, check_max_model_len, ranks
 from kvtuner_tools.model_files import (
@@ -31,6 +32,7 @@ from kvtuner_tools.model_files import (
     load_tokenizer,
     max_positions,
     refuse_model_folder,
+    shape_of_values,
     text_value,
 )
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, UNQUANTIZED
@@ -84,7 +86,9 @@ def check_options(options: CalibrationOptions, out: Path, stages: Collection[str
     problems += _numbers(options)
     attempt(lambda: check_engine_words(options.engine))
     attempt(lambda: refuse_model_folder(options.model, out))
-    shape: ModelShape | None = attempt(lambda: load_model_shape(options.model, options.source))
+    # An earlier stage had vLLM's verdict on the model, which takes its import; tables need the shape alone.
+    load = shape_of_values if set(stages) <= set(TABLE_STAGES) else load_model_shape
+    shape: ModelShape | None = attempt(lambda: load(options.model, options.source))
     layers_known = shape is not None and attempt(lambda: _check_layers(options, shape)) is not None
     filled, note = options, None
     if shape is not None:

@@ -6,12 +6,10 @@ kept per setting. The rest takes no time.
 """
 
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from kvtuner_tools.cache_setting import AUTO
 from kvtuner_tools.calibration.artifacts import (
@@ -25,13 +23,13 @@ from kvtuner_tools.calibration.artifacts import (
 from kvtuner_tools.calibration.calibration_text import CalibrationText, read_generated
 from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
 from kvtuner_tools.calibration.captured import Capture
-from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
+from kvtuner_tools.calibration.cluster import read_clusters
 from kvtuner_tools.calibration.engine_evaluator import start_engine
 from kvtuner_tools.calibration.export import write_profiles
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
 from kvtuner_tools.calibration.generated_text import MAX_NUM_SEQS, generate_text, longest_answer
 from kvtuner_tools.calibration.heldout_scores import HeldoutRequest, additive_errors, score_heldout, wanted_settings
-from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
+from kvtuner_tools.calibration.options import CalibrationOptions, Texts, load_texts
 from kvtuner_tools.calibration.outcome import (
     REPORT_FILE,
     Heldout,
@@ -39,16 +37,23 @@ from kvtuner_tools.calibration.outcome import (
     bits_text,
 )
 from kvtuner_tools.calibration.plots import read_study_figures, write_study_figures
-from kvtuner_tools.calibration.prune import prune, read_candidates, write_candidates
+from kvtuner_tools.calibration.prune import read_candidates
 from kvtuner_tools.calibration.report import build_report
 from kvtuner_tools.calibration.report_inputs import ReportInputs
 from kvtuner_tools.calibration.run_engines import RunEngines
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.search import allocate, run_search, search_result
-from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
+from kvtuner_tools.calibration.sensitivity import measure_sensitivity
 from kvtuner_tools.calibration.space import SearchSpace, check_budget
 from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
 from kvtuner_tools.calibration.summary import summarize
+from kvtuner_tools.calibration.table_stages import (
+    CANDIDATES_FILE,
+    CLUSTERS_FILE,
+    SENSITIVITY_FILE,
+    TableStages,
+    read_costs,
+)
 from kvtuner_tools.calibration.transform_choice import TransformChoice, choose_transforms
 from kvtuner_tools.data_files import file_sha256
 from kvtuner_tools.engine_arguments import NO_WORDS, EngineWords
@@ -63,15 +68,11 @@ from vllm_kvtuner.profile.statics import FEEDBACK_KINDS
 SENSITIVITY_KEY_FILE = "sensitivity.key.json"
 KEY_SCHEMA = "kvtuner-stage-key/1"
 """What the sensitivity table follows from, and its digest."""
-CANDIDATES_FILE = "candidates.json"
-CLUSTERS_FILE = "clusters.json"
 FIGURES_FILE = "study_figures.json"
-COSTS_FILE = "costs.json"
-COSTS_SCHEMA = "kvtuner-costs/1"
 
 
-class Calibration:
-    """The stages on one output folder.
+class Calibration(TableStages):
+    """All ``STAGES`` on one output folder.
 
     Args:
         out: the folder; made if it does not exist.
@@ -90,27 +91,10 @@ class Calibration:
         *,
         is_whole: bool = False,
     ) -> None:
-        self.out = out
-        self.options = options
+        super().__init__(out, options)
         self._texts = texts
         self._engines = engines or RunEngines()
         self._is_whole = is_whole
-        out.mkdir(parents=True, exist_ok=True)
-
-    def run(self, stage: str) -> str:
-        """Run one of ``STAGES``.
-
-        Returns:
-            What came of it and what it took, in a line.
-
-        Raises:
-            ValueError: a stage before it has not been run, or its input is wrong.
-        """
-        started = time.monotonic()
-        message = getattr(self, stage)()
-        seconds = time.monotonic() - started
-        self._add_cost(stage, seconds)
-        return f"{stage}: {message} ({seconds:.1f} s)"
 
     @property
     def texts(self) -> Texts:
@@ -191,19 +175,6 @@ class Calibration:
         table = measure_sensitivity(capture, choice, self.out, recent_window=recent_window)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
         return f"{len(table.layers)} layers, {len(QUANTIZED_PAIRS)} pairs each"
-
-    def prune(self) -> str:
-        table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
-        options = self.options
-        candidates = prune(table, unquantized=options.unquantized_layers, keep_all=options.keep_all_pairs)
-        write_candidates(self.out / CANDIDATES_FILE, candidates)
-        counts = [len(layer.pairs) for layer in candidates]
-        return f"{min(counts)} to {max(counts)} of {len(QUANTIZED_PAIRS)} pairs per layer"
-
-    def cluster(self) -> str:
-        clusters = cluster(read_candidates(self.out / CANDIDATES_FILE), self.options.cluster_factor)
-        write_clusters(self.out / CLUSTERS_FILE, clusters)
-        return f"{len(clusters)} clusters of {sum(len(each.layers) for each in clusters)} layers"
 
     def search(self) -> str:
         plan = self._plan()
@@ -332,33 +303,11 @@ class Calibration:
         request = HeldoutRequest(digest(engine.identity), text.identity, wanted, positions)
         return score_heldout(request, lambda: self._engines.evaluator(engine) or start_engine(engine), self.out)
 
-    def _add_cost(self, stage: str, seconds: float) -> None:
-        """Add to what earlier runs with the same options took."""
-        options = asdict(self.options)
-        names = [name for each in STAGES[: STAGES.index(stage) + 1] for name in GROUPS[each] if name != "trials"]
-        words = {name: list(each) for name, each in self.options.engine.items()}
-        inputs = digest({"model": self.options.model, "engine": words, **{name: options[name] for name in names}})
-        costs = read_costs(self.out)
-        before = costs.get(stage, {})
-        total = seconds + (before["seconds"] if before.get("inputs") == inputs else 0.0)
-        costs[stage] = {"inputs": inputs, "seconds": round(total, 2)}
-        write_json(self.out / COSTS_FILE, {"schema": COSTS_SCHEMA, "stages": costs})
-
 
 def _named(settings: Iterable[TransformSettings], names: Iterable[str] = TRANSFORM_KEYS) -> str:
     """How many layers have each transform that any has."""
     counts = Counter(name for each in settings for name in each.names if name in names)
     return ", ".join(f"{name} in {count}" for name, count in counts.items()) or "none of them"
-
-
-def read_costs(out: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> its inputs' digest and the seconds it took; empty where nothing has run.
-
-    Raises:
-        ValueError: a file of another schema.
-    """
-    path = out / COSTS_FILE
-    return read_artifact(path, COSTS_SCHEMA, ("stages",))["stages"] if path.exists() else {}
 
 
 def join(storage: str, study_name: str | None, words: EngineWords = NO_WORDS) -> None:

@@ -8,7 +8,7 @@ from kvtuner_tools.engines.evaluate import Asked, MeasuringEngine
 from kvtuner_tools.progress import Progress
 from kvtuner_tools.task_accuracy import Completion
 
-SHARE_EXPECTED = 0.5
+SHARE_EXPECTED = 0.6
 """Of the tokens that an answer may have: how many prompts are asked at once. Too many cost little, as a step takes a
 GPU as long for a few as for many; too few cost as many steps again as an answer may have tokens."""
 Answer = Callable[[Asked], Sequence[Completion]]

@@ -34,8 +34,8 @@ def test_prompts_are_asked_in_turn_until_there_is_enough():
     asked = []
     found = collect(job(tokens=600), answers_of(20, asked))
 
-    # As many as are enough if answers have half of 90 tokens, again and again.
-    assert [len(each.prompts) for each in asked] == [14, 4, 2]
+    # As many as are enough if answers have .6 of 90 tokens, again and again.
+    assert [len(each.prompts) for each in asked] == [12, 5, 2, 1]
     assert [number for number, _ in found] == [each % 3 for each in range(20)]
     assert sum(10 + each.num_tokens for _, each in found) == 600
     assert {(each.max_tokens, each.temperature) for each in asked} == {(90, 0.7)}
