@@ -79,37 +79,34 @@ def longest_answer(options: CalibrationOptions) -> int:
     Raises:
         ValueError: the model has too few positions for an answer.
     """
-    return 0 if not options.generated_tokens else max(map(len, _prompts(options))) + _answer_tokens(options)
+    if not options.generated_tokens:
+        return 0
+    job = _job(options)
+    return max(map(len, job.prompts)) + job.max_tokens
 
 
 def _write(options: CalibrationOptions, engine: UnquantizedEngine) -> list[dict[str, Any]]:
     """Rows with question, answer and token ids."""
-    assert options.generated_tokens is not None
-    prompts = _prompts(options)
-    job = GenerationJob(prompts, _answer_tokens(options), options.generated_tokens, TEMPERATURE)
+    job, questions = _job(options), _questions()
     return [
         {
-            "question": _questions()[number],
+            "question": questions[number],
             "answer": answer.text,
-            "ids": [*prompts[number], *answer.token_ids],
+            "ids": [*job.prompts[number], *answer.token_ids],
         }
         for number, answer in engine.run(generate, job)
     ]
 
 
-def _prompts(options: CalibrationOptions) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each question."""
+def _job(options: CalibrationOptions) -> GenerationJob:
     tokenizer = load_tokenizer(options.model, options.source)
-    return tuple(prompt_ids(tokenizer, question) for question in _questions())
-
-
-def _answer_tokens(options: CalibrationOptions) -> int:
-    """Tokens that an answer may have at most."""
+    prompts = tuple(prompt_ids(tokenizer, question) for question in _questions())
     positions = max_positions(options.model, options.source)
-    found = min(options.answer_tokens, positions - 1 - max(map(len, _prompts(options))))
-    if found < 1:
+    max_tokens = min(options.answer_tokens, positions - 1 - max(map(len, prompts)))
+    if max_tokens < 1:
         raise ValueError(f"--generated-tokens must be 0 for a model of {positions} positions, which hold no answer")
-    return found
+    assert options.generated_tokens is not None
+    return GenerationJob(prompts, max_tokens, options.generated_tokens, TEMPERATURE)
 
 
 def _questions() -> list[str]:
