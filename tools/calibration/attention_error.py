@@ -30,6 +30,9 @@ from vllm_kvtuner.pages.transforms import (
 )
 from vllm_kvtuner.profile.profile import RecentWindow
 
+Ranges = Sequence[float]
+"""Factors on a row's range that round feedback tries."""
+
 
 @dataclass(frozen=True)
 class PairErrors:
@@ -106,6 +109,23 @@ class AttentionMeter:
         """Output error per value bits, with unquantized keys."""
         quantized = self._quantized_values(transforms, bits)
         return {each: self._error(self._weights, values)[0] for each, values in quantized}
+
+    def key_errors_by(self, transforms: LayerTransforms, bits: int, candidates: Sequence[Ranges]) -> list[float]:
+        """As :meth:`key_errors` with each candidate's ranges in place of those of the keys' round feedback."""
+        transforms = replace(transforms, rotary=self._rotary)
+        assert transforms.key_feedback is not None
+        rows = transform_keys(self._keys, self._positions, transforms)
+        read = code_format(bits).round_trips(rows, transforms.key_feedback, candidates)
+        keys = (restore_keys(each, self._positions, transforms) for each in read)
+        return [self._error(self._attend(each), self._values)[0] for each in keys]
+
+    def value_errors_by(self, transforms: LayerTransforms, bits: int, candidates: Sequence[Ranges]) -> list[float]:
+        """Likewise of values."""
+        assert transforms.value_feedback is not None
+        read = code_format(bits).round_trips(
+            rotate_values(self._values, transforms), transforms.value_feedback, candidates
+        )
+        return [self._error(self._weights, rotate_values(each, transforms))[0] for each in read]
 
     def pair_errors(self, transforms: LayerTransforms) -> PairErrors:
         """Errors of all quantized pairs."""
