@@ -56,6 +56,11 @@ class RunEngines:
 
     def end_unquantized(self) -> None:
         """End the first engine: its memory is the next one's."""
+        if self._unquantized is not None:
+            self._unquantized.end()
+        self._end_process()
+
+    def _end_process(self) -> None:
         if self._process is not None:
             self._process.close()
         self._process = self._unquantized = None
@@ -82,7 +87,7 @@ class RunEngines:
         return None
 
     def close(self) -> None:
-        self.end_unquantized()
+        self._end_process()
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None

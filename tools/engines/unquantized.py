@@ -58,6 +58,12 @@ class UnquantizedEngine:
         logits = self.run(_record, tuple(map(Window, windows)))
         return RecordedText(tuple(windows), logits, self._options.chunk)
 
+    def end(self) -> None:
+        """End the engine and, where it has ranks, their processes; its own remains."""
+        if self.is_running:
+            self._process.run(_end)
+            self.is_running = False
+
 
 _engine: MeasuringEngine
 """The engine of this process, where this module serves an UnquantizedEngine elsewhere."""
@@ -66,6 +72,10 @@ _engine: MeasuringEngine
 def _build(options: EngineOptions, logits: Path) -> None:
     global _engine
     _engine = MeasuringEngine(options, logits)
+
+
+def _end() -> None:
+    _engine.close()
 
 
 def _run(function: Callable[[MeasuringEngine, Argument], Result], argument: Argument) -> Result:

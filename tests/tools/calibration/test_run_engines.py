@@ -80,7 +80,7 @@ def test_one_engine_gives_all_that_is_unquantized_and_the_next_starts_after_it(m
     assert process.asked[-1][1][1] == tuple(map(Window, WINDOWS))
     assert not made
     engines.end_unquantized()
-    assert process.is_closed
+    assert process.asked[-1][0] == "_end" and process.is_closed
     engines.start_ahead(SPEC)
     (ahead,) = made
     assert ahead.recorded == RecordedText(WINDOWS, ReferenceLogits(Path("logits"), "float32", 7, 3), 64)
