@@ -1,5 +1,6 @@
 """Find a model's files and read its shape, without loading weights."""
 
+import functools
 import json
 import logging
 from collections.abc import Mapping
@@ -195,16 +196,22 @@ def load_tokenizer(model: str, source: ModelSource = MODEL_AS_IT_IS) -> Any:
     Raises:
         ProfileError: none there.
     """
-    from transformers import AutoTokenizer
-
     model = source.tokenizer or model
     revision = source.tokenizer_revision or source.revision
-    given = {name: value for name, value in (("revision", revision), *_code(source)) if value}
+    given = tuple((name, value) for name, value in (("revision", revision), *_code(source)) if value)
     try:
-        return AutoTokenizer.from_pretrained(model, **given)
+        return _tokenizer(model, given)
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ProfileError([f"{model}: model must have a tokenizer, but got {reason}"]) from None
+
+
+@functools.cache
+def _tokenizer(model: str, given: tuple[tuple[str, Any], ...]) -> Any:
+    """A large vocabulary takes a second, and several stages ask."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model, **dict(given))
 
 
 def text_value(model: str, name: str, source: ModelSource = MODEL_AS_IT_IS) -> Any:

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -52,6 +52,7 @@ class OwnProcess:
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_begin, initargs=(_output,))
         self._pid = self._pool.submit(os.getpid).result()
+        self._last: Future[Any] | None = None
 
     def run(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """``function(*arguments)`` there; interrupted while it runs, the process is ended.
@@ -60,18 +61,28 @@ class OwnProcess:
             BrokenProcessPool: the process was killed.
             Exception: whatever ``function`` raised, with its traceback.
         """
-        future = self._pool.submit(function, *arguments)
+        future = self.submit(function, *arguments)
         try:
             return future.result()
         except BaseException:
-            if not future.done():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._pid, signal.SIGTERM)
+            self._stop()
             raise
 
+    def submit(self, function: Callable[..., Result], *arguments: Any) -> Future[Result]:
+        """``function(*arguments)`` there, behind what was submitted before, without waiting for it."""
+        self._last = self._pool.submit(function, *arguments)
+        return self._last
+
     def close(self) -> None:
-        """End the process and wait until its memory and device context are gone."""
+        """End the process, amid whatever it does, and wait until its memory and device context are gone."""
+        self._stop()
         self._pool.shutdown()
+
+    def _stop(self) -> None:
+        """Kill a process that is at work."""
+        if self._last is not None and not self._last.done():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGTERM)
 
 
 def in_own_process(function: Callable[[Argument], Result], argument: Argument) -> Result:
@@ -91,17 +102,25 @@ def in_own_process(function: Callable[[Argument], Result], argument: Argument) -
 def _begin(output: Path | int | None) -> None:
     _follow_owner()
     if output is not None:
-        _redirect(output)
+        redirect(output)
 
 
-def _redirect(output: Path | int) -> None:
-    """Send what this process and its libraries write to another place."""
+def redirect(output: Path | int) -> None:
+    """Send what this process and its libraries write to another place: to the end of a file, or to the owner's stderr.
+
+    Args:
+        output: the file, or ``STDERR``.
+    """
     global _progress
-    _progress = os.fdopen(os.dup(STDERR), "w", buffering=1)
-    target = output if isinstance(output, int) else os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    if _progress is None:
+        _progress = os.fdopen(os.dup(STDERR), "w", buffering=1)
+    if isinstance(output, int):
+        target = _progress.fileno()
+    else:
+        target = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, STDERR):
         os.dup2(target, descriptor)
-    if target not in (1, STDERR):
+    if target != _progress.fileno():
         os.close(target)
 
 

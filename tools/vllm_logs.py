@@ -27,6 +27,13 @@ def importing_vllm() -> Iterator[None]:
             os.environ.pop(LEVEL_VARIABLE, None)
 
 
+def import_vllm() -> None:
+    """What a process can do before anyone knows which engine it will run."""
+    with importing_vllm():
+        import vllm.v1.engine.core  # noqa: F401
+        from vllm import LLM  # noqa: F401
+
+
 @contextlib.contextmanager
 def results_alone_on_stdout() -> Iterator[None]:
     """An engine that is not started has nothing to warn of: errors alone are logged, to stderr, of what `NAMES` log."""

@@ -211,6 +211,16 @@ def test_rows_do_not_depend_on_their_batch(monkeypatch):
     assert (heads != whole).any(-1).sum() <= TIES * HEADS * len(rows)
 
 
+def test_candidates_of_ranges_are_rounded_together_as_alone():
+    known, codes, candidates = random_feedback(64, (1.0,)), code_format(2), [(0.8, 0.95, 1.1), (0.95,), (1.1, 0.6)]
+    rows = correlated_rows(70, 64)
+    together = list(codes.round_trips(rows, known, candidates))
+    for got, ranges in zip(together, candidates, strict=True):
+        alone = codes.round_trip(rows, feedback=RoundFeedback(known.factors, {2: ranges}))
+        assert (got != alone).any(-1).sum() <= TIES * HEADS * len(rows)
+    assert not torch.equal(together[0], together[1])
+
+
 def test_leading_axes_are_kept():
     known = random_feedback(64)
     rows = correlated_rows(12, 64)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kvtuner_tools.processes import STDERR, OwnProcess, in_own_process, output_to, progress_stream
+from kvtuner_tools.processes import STDERR, OwnProcess, in_own_process, output_to, progress_stream, redirect
 
 TIMEOUT_S = 30
 OWNER = """
@@ -76,6 +76,17 @@ def test_an_interrupted_call_ends_the_process() -> None:
     wait_until_gone(pid)
 
 
+def test_work_that_nobody_waits_for_runs_in_turn_and_ends_with_the_process() -> None:
+    process = OwnProcess()
+    pid = process.run(os.getpid)
+    process.submit(os.umask, 0o123)
+    assert process.run(os.umask, 0) == 0o123
+    endless = process.submit(time.sleep, 600)
+    process.close()
+    assert isinstance(endless.exception(), BrokenProcessPool)
+    wait_until_gone(pid)
+
+
 def test_ctrl_c_is_left_to_the_owner() -> None:
     process = OwnProcess()
     try:
@@ -120,3 +131,22 @@ def test_output_goes_to_a_file_and_progress_to_stderr(tmp_path: Path, capfd: pyt
     out, err = capfd.readouterr()
     assert sorted(out.split("\n")) == ["", "by a library", "printed"]
     assert sorted(err.split("\n")) == ["", "a warning", "half way"]
+
+
+@pytest.mark.slow
+def test_output_can_go_elsewhere_once_it_is_known_where_to(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "engine.log"
+    with output_to(Path(os.devnull)):
+        process = OwnProcess()
+    try:
+        process.run(write_everywhere, None)
+        process.run(redirect, log)
+        process.run(write_everywhere, None)
+        assert sorted(log.read_text().split("\n")) == ["", "a warning", "by a library", "printed"]
+        assert capfd.readouterr() == ("", 2 * "half way\n")
+        process.run(redirect, STDERR)
+        process.run(write_everywhere, None)
+    finally:
+        process.close()
+    out, err = capfd.readouterr()
+    assert out == "" and sorted(err.split("\n")) == ["", "a warning", "by a library", "half way", "printed"]

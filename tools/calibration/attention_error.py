@@ -30,6 +30,9 @@ from vllm_kvtuner.pages.transforms import (
 )
 from vllm_kvtuner.profile.profile import RecentWindow
 
+Ranges = Sequence[float]
+"""Factors on a row's range that round feedback tries."""
+
 
 @dataclass(frozen=True)
 class PairErrors:
@@ -46,11 +49,30 @@ class PairErrors:
     score: Mapping[int, float]
 
 
+@dataclass(frozen=True)
+class _Reads:
+    """What the sampled queries of a window read, whatever the keys are quantized to.
+
+    Args:
+        num_queries: of the sample.
+        rows: [num_kv_heads, group * num_queries, head_size] fp32, the queries times the layer's scale.
+        scores: [num_kv_heads, group * num_queries, num_tokens] fp32, of unquantized keys; None where none is read so.
+        is_hidden: [group * num_queries, num_tokens], whether the query does not see the token.
+        is_unquantized: likewise, whether the token is a sink token or in the query's recent window; None for none.
+    """
+
+    num_queries: int
+    rows: torch.Tensor
+    scores: torch.Tensor | None
+    is_hidden: torch.Tensor
+    is_unquantized: torch.Tensor | None
+
+
 class AttentionMeter:
     """Measures one layer on its windows.
 
-    Holds the windows and, per window, num_queries num_heads num_tokens fp32 attention weights; a measurement takes up
-    to four times the layer's keys beside that.
+    Holds the windows and, per window, num_queries num_heads num_tokens fp32 attention weights, with a recent window
+    twice; a measurement takes up to four times the layer's keys beside that.
 
     Args:
         layer: the layer.
@@ -81,6 +103,7 @@ class AttentionMeter:
         self._values = torch.cat([window.value for window in windows])
         device = self._keys.device
         self._positions = torch.cat([torch.arange(length, device=device) for length in self._lengths])
+        self._reads = [self._read(window) for window in windows]
         self._weights = self._attend(self._keys)
         values = self._split(self._values)
         self._outputs = [weights @ value for weights, value in zip(self._weights, values, strict=True)]
@@ -106,6 +129,23 @@ class AttentionMeter:
         """Output error per value bits, with unquantized keys."""
         quantized = self._quantized_values(transforms, bits)
         return {each: self._error(self._weights, values)[0] for each, values in quantized}
+
+    def key_errors_by(self, transforms: LayerTransforms, bits: int, candidates: Sequence[Ranges]) -> list[float]:
+        """As :meth:`key_errors` with each candidate's ranges in place of those of the keys' round feedback."""
+        transforms = replace(transforms, rotary=self._rotary)
+        assert transforms.key_feedback is not None
+        rows = transform_keys(self._keys, self._positions, transforms)
+        read = code_format(bits).round_trips(rows, transforms.key_feedback, candidates)
+        keys = (restore_keys(each, self._positions, transforms) for each in read)
+        return [self._error(self._attend(each), self._values)[0] for each in keys]
+
+    def value_errors_by(self, transforms: LayerTransforms, bits: int, candidates: Sequence[Ranges]) -> list[float]:
+        """Likewise of values."""
+        assert transforms.value_feedback is not None
+        read = code_format(bits).round_trips(
+            rotate_values(self._values, transforms), transforms.value_feedback, candidates
+        )
+        return [self._error(self._weights, rotate_values(each, transforms))[0] for each in read]
 
     def pair_errors(self, transforms: LayerTransforms) -> PairErrors:
         """Errors of all quantized pairs."""
@@ -142,33 +182,25 @@ class AttentionMeter:
         """Attention weights of the sampled queries, per window [num_kv_heads, group * num_queries, num_tokens]."""
         layer = self._layer
         weights = []
-        for window, key in zip(self.windows, keys.split(self._lengths), strict=True):
-            num_queries = window.query.shape[0]
-            grouped = window.query.view(num_queries, layer.num_kv_heads, -1, layer.head_size).permute(1, 2, 0, 3)
-            rows = (grouped * layer.scale).flatten(1, 2)
-            scores = rows @ key.permute(1, 2, 0)
-            if self._recent_window is not None:
-                scores = torch.where(self._is_unquantized(window), rows @ window.key.permute(1, 2, 0), scores)
+        for read, key in zip(self._reads, keys.split(self._lengths), strict=True):
+            scores = read.rows @ key.permute(1, 2, 0)
+            if read.is_unquantized is not None and read.scores is not None:
+                scores = torch.where(read.is_unquantized, read.scores, scores)
             if layer.logits_soft_cap > 0:
                 scores = layer.logits_soft_cap * torch.tanh(scores / layer.logits_soft_cap)
-            distance = self._distance(window)
-            hidden = distance < 0
-            if layer.sliding_window is not None:
-                hidden |= distance >= layer.sliding_window
-            hidden = hidden.repeat(grouped.shape[1], 1)
-            scores = scores.masked_fill(hidden, -torch.inf).unflatten(1, (grouped.shape[1], num_queries))
+            scores = scores.masked_fill(read.is_hidden, -torch.inf).unflatten(1, (-1, read.num_queries))
             weights.append(layer.softmax(scores).flatten(1, 2))
         return weights
 
     def _error(self, weights: list[torch.Tensor], values: torch.Tensor) -> tuple[float, tuple[float, ...]]:
         """Output error over all heads, and per KV head."""
         squares = []
-        for window, attention, value, exact, output in zip(
-            self.windows, weights, self._split(values), self._split(self._values), self._outputs, strict=True
+        for read, attention, value, exact, output in zip(
+            self._reads, weights, self._split(values), self._split(self._values), self._outputs, strict=True
         ):
             got = attention @ value
-            if self._recent_window is not None:
-                got += (attention * self._is_unquantized(window)) @ (exact - value)
+            if read.is_unquantized is not None:
+                got += (attention * read.is_unquantized) @ (exact - value)
             squares.append(self._square(got - output))
         square = torch.stack(squares).sum(0)
         per_head = (square / self._norm).sqrt()
@@ -186,15 +218,20 @@ class AttentionMeter:
         """Per window [num_kv_heads, num_tokens, head_size]."""
         return [value.transpose(0, 1) for value in values.split(self._lengths)]
 
-    def _distance(self, window: Window) -> torch.Tensor:
-        """[num_queries, num_tokens], tokens from each token to the query."""
-        return window.query_position[:, None] - torch.arange(window.key.shape[0], device=window.key.device)
-
-    def _is_unquantized(self, window: Window) -> torch.Tensor:
-        """[group * num_queries, num_tokens], whether a token is a sink token or in the query's recent window."""
-        recent = self._recent_window
-        assert recent is not None
-        distance = self._distance(window)
-        is_sink = torch.arange(distance.shape[1], device=distance.device) < recent.sink_tokens
-        group = window.query.shape[1] // self._layer.num_kv_heads
-        return ((distance >= 0) & ((distance < recent.tokens) | is_sink)).repeat(group, 1)
+    def _read(self, window: Window) -> _Reads:
+        layer, recent = self._layer, self._recent_window
+        num_queries = window.query.shape[0]
+        grouped = window.query.view(num_queries, layer.num_kv_heads, -1, layer.head_size).permute(1, 2, 0, 3)
+        group = grouped.shape[1]
+        tokens = torch.arange(window.key.shape[0], device=window.key.device)
+        distance = window.query_position[:, None] - tokens
+        is_hidden = distance < 0
+        if layer.sliding_window is not None:
+            is_hidden = is_hidden | (distance >= layer.sliding_window)
+        is_unquantized = None
+        if recent is not None:
+            is_sink = tokens < recent.sink_tokens
+            is_unquantized = ((distance >= 0) & ((distance < recent.tokens) | is_sink)).repeat(group, 1)
+        rows = (grouped * layer.scale).flatten(1, 2)
+        scores = None if recent is None else rows @ window.key.permute(1, 2, 0)
+        return _Reads(num_queries, rows, scores, is_hidden.repeat(group, 1), is_unquantized)

@@ -17,7 +17,8 @@ from kvtuner_tools.calibration.artifacts import digest
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import CAPTURE_SCHEMA, Capture, model_identity
 from kvtuner_tools.engine_arguments import EngineWords, computed_by, model_source
-from kvtuner_tools.engines.capture import CaptureJob, run_capture_engine
+from kvtuner_tools.engines.capture import CaptureJob, capture_windows, run_capture_engine
+from kvtuner_tools.engines.unquantized import UnquantizedEngine
 from kvtuner_tools.model_files import load_model_shape
 from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import provenance
@@ -50,7 +51,7 @@ class CaptureRequest:
     words: EngineWords = field(default_factory=dict)
 
 
-def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
+def run_capture(request: CaptureRequest, out_dir: Path, engine: UnquantizedEngine | None = None) -> Capture:
     """Capture into ``out_dir / "capture"``, or go on with what an interrupted run of the same request left there.
 
     A capture of another request, other text or other versions is replaced.
@@ -58,6 +59,7 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
     Args:
         request: what to capture.
         out_dir: the calibration's output folder; made if it does not exist.
+        engine: captures, beside what else it does; None starts one for this alone.
 
     Raises:
         ValueError: the model is not served.
@@ -101,7 +103,10 @@ def run_capture(request: CaptureRequest, out_dir: Path) -> Capture:
         kv_memory_bytes=request.kv_memory_bytes,
         words=request.words,
     )
-    in_own_process(run_capture_engine, job)
+    if engine is None:
+        in_own_process(run_capture_engine, job)
+    else:
+        engine.run(capture_windows, job)
     return Capture.read(folder)
 
 

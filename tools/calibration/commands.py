@@ -4,10 +4,11 @@
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,10 @@ from kvtuner_tools.calibration.options import (
     given_options,
     merge,
 )
+from kvtuner_tools.calibration.table_stages import TABLE_STAGES, TableStages
 from kvtuner_tools.engine_arguments import NO_WORDS, check_engine_words, refuse_computed
-from kvtuner_tools.processes import STDERR, output_to
+from kvtuner_tools.processes import STDERR, OwnProcess, output_to, redirect
+from kvtuner_tools.vllm_logs import import_vllm
 from vllm_kvtuner.profile.hub import FOLDER
 from vllm_kvtuner.profile.problems import ProfileError
 
@@ -56,17 +59,37 @@ class Command:
 
 
 def _run(options: CalibrationOptions, out: Path, stages: Sequence[str], *, verbose: bool) -> int:
-    checked = check_options(options, out, stages)
-    if checked.note is not None:
-        print(checked.note, file=sys.stderr)
-    from kvtuner_tools.calibration.pipeline import Calibration
+    with ExitStack() as stack:
+        # Importing vLLM takes as long as an engine's start: the first engine's process does while options are checked.
+        process = stack.enter_context(closing(_warm_process())) if "capture" in stages else None
+        checked = check_options(options, out, stages)
+        if checked.note is not None:
+            print(checked.note, file=sys.stderr)
+        (out / ENGINE_LOG).unlink(missing_ok=True)
+        if set(stages) <= set(TABLE_STAGES):
+            options.write(out)
+            return _run_stages(TableStages(out, checked.options), stages, verbose=verbose)
+        from kvtuner_tools.calibration.pipeline import Calibration
+        from kvtuner_tools.calibration.run_engines import RunEngines
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    calibration = Calibration(out, checked.options, checked.texts)
-    options.write(out)
-    log = out / ENGINE_LOG
-    log.unlink(missing_ok=True)
-    started = time.monotonic()
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        engines = stack.enter_context(closing(RunEngines(process)))
+        is_whole = len(stages) > 1
+        calibration = Calibration(out, checked.options, checked.texts, engines, is_whole=is_whole)
+        options.write(out)
+        if process is not None:
+            process.submit(redirect, STDERR if verbose else out / ENGINE_LOG)
+        started = time.monotonic()
+        status = _run_stages(calibration, stages, verbose=verbose)
+        if is_whole:
+            print(f"all stages: {time.monotonic() - started:.1f} s")
+            for name, text in calibration.summary():
+                print(f"{name + ':':12}{text}")
+        return status
+
+
+def _run_stages(calibration: TableStages, stages: Sequence[str], *, verbose: bool) -> int:
+    log = calibration.out / ENGINE_LOG
     with _interruptible(), output_to(STDERR if verbose else log):
         for number, stage in enumerate(stages, 1):
             try:
@@ -75,11 +98,15 @@ def _run(options: CalibrationOptions, out: Path, stages: Sequence[str], *, verbo
                 _show_end(log)
                 raise
             print(f"{number}/{len(stages)} {line}" if len(stages) > 1 else line, flush=True)
-    if len(stages) > 1:
-        print(f"all stages: {time.monotonic() - started:.1f} s")
-        for name, text in calibration.summary():
-            print(f"{name + ':':12}{text}")
     return 0
+
+
+def _warm_process() -> OwnProcess:
+    """A process that imports vLLM, and says nothing until it is told where to."""
+    with output_to(Path(os.devnull)):
+        process = OwnProcess()
+    process.submit(import_vllm)
+    return process
 
 
 def _show_end(log: Path) -> None:

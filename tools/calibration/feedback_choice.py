@@ -9,18 +9,18 @@ Ranges of strong feedback are wide, since a number takes up what others lack; th
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from safetensors import safe_open
 
 from kvtuner_tools.calibration.artifacts import digest, read_artifact, unquantized_tokens
-from kvtuner_tools.calibration.attention_error import AttentionMeter
+from kvtuner_tools.calibration.attention_error import AttentionMeter, Ranges
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer, Window
 from kvtuner_tools.calibration.round_metric import DAMPING, PACKED_DAMPING, RoundMetrics, round_metrics
 from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
@@ -44,7 +44,7 @@ FEEDBACK_FILE = "feedback.json"
 """Name of the choice in a calibration's output folder."""
 FEEDBACK_STATICS_FILE = "feedback.statics.safetensors"
 """Holds the statics of the transforms, and those of round feedback with them."""
-RANGES = {
+RANGES: Mapping[int, tuple[tuple[float, ...], ...]] = {
     2: ((0.52, 0.62, 0.72), (0.6, 0.7, 0.8), (0.7, 0.82, 0.95), (0.8, 0.95, 1.1)),
     4: ((0.8, 0.88, 0.96), (0.85, 0.92, 1.0), (0.89, 0.96, 1.03), (0.93, 1.0, 1.05)),
 }
@@ -236,7 +236,7 @@ class _LayerCalibration:
         factors = self._factors(seen)
         problem = self._layer.offset_unsupported
         kinds = FEEDBACK_KINDS if problem is None else FEEDBACK_KINDS[1:]
-        sides = {kind: _choose_side(self._measures(kind, meters), factors[kind]) for kind in kinds}
+        sides = {kind: _choose_side(self._measures(kind, meters, factors[kind])) for kind in kinds}
         factors = self._factors(RoundMetrics(seen.keys + unseen.keys, seen.values + unseen.values))
         used = {
             kind: RoundFeedback(factors[kind], {int(bits): ranges for bits, ranges in side.ranges.items()})
@@ -252,17 +252,19 @@ class _LayerCalibration:
         meter = AttentionMeter(self._layer, rows, near, self._recent_window, gram)
         return [meter] if self._rotary is None else [meter, meter.at_far_positions(self._rotary)]
 
-    def _measures(self, kind: str, meters: list[AttentionMeter]) -> list["Measure"]:
+    def _measures(self, kind: str, meters: list[AttentionMeter], factors: torch.Tensor) -> list["Measure"]:
         """By each meter; of values by the first alone, which positions do not change."""
         if kind == "value_round_feedback":
-            meters = meters[:1]
-
-        def measure(meter: AttentionMeter, given: RoundFeedback | None) -> dict[int, float]:
-            if kind == "value_round_feedback":
-                return meter.value_errors(replace(self._transforms, value_feedback=given), FEEDBACK_BITS)
-            return meter.key_errors(replace(self._transforms, key_feedback=given), FEEDBACK_BITS)
-
-        return [partial(measure, meter) for meter in meters]
+            given = replace(self._transforms, value_feedback=RoundFeedback(factors, {}))
+            return [
+                Measure(partial(meter.value_errors, self._transforms), partial(meter.value_errors_by, given))
+                for meter in meters[:1]
+            ]
+        given = replace(self._transforms, key_feedback=RoundFeedback(factors, {}))
+        return [
+            Measure(partial(meter.key_errors, self._transforms), partial(meter.key_errors_by, given))
+            for meter in meters
+        ]
 
     def _metrics(self, windows: list[int], gram: torch.Tensor) -> RoundMetrics:
         near = None if self._rotary is None else self._rotary.near
@@ -284,37 +286,50 @@ def _sampled(window: Window) -> Window:
     return replace(window, query=window.query[rows], query_position=window.query_position[rows])
 
 
-Measure = Callable[[RoundFeedback | None], dict[int, float]]
-"""Error per bits with some round feedback, or with nearest codes."""
+class Measure(NamedTuple):
+    """What rounding costs by one meter.
+
+    Args:
+        nearest: bits -> error per bits, of the nearest codes.
+        feedback: bits and candidates of ranges -> the error of each.
+    """
+
+    nearest: Callable[[Sequence[int]], dict[int, float]]
+    feedback: Callable[[int, Sequence[Ranges]], list[float]]
 
 
-def _choose_side(measures: list[Measure], factors: torch.Tensor) -> SideChoice:
+def _choose_side(measures: list[Measure]) -> SideChoice:
     """Ranges of least error over all measures, and whether feedback is better than nearest codes by each of them."""
-    best: dict[int, tuple[float, tuple[float, ...]]] = {}
+    ranges: dict[int, tuple[float, ...]] = {}
+    errors: list[dict[int, float]] = [{} for _ in measures]
 
-    def mean_errors(ranges: Mapping[int, tuple[float, ...]]) -> dict[int, float]:
-        """Bits -> geometric mean of the measures' errors."""
-        measured = [measure(RoundFeedback(factors, ranges)) for measure in measures]
-        return {bits: math.prod(each[bits] for each in measured) ** (1 / len(measured)) for bits in ranges}
+    def measured(bits: int, candidates: Sequence[tuple[float, ...]]) -> list[list[float]]:
+        """Of each candidate the error by each measure."""
+        by_measure = [measure.feedback(bits, candidates) for measure in measures]
+        return [list(each) for each in zip(*by_measure, strict=True)]
 
-    for candidates in zip(*RANGES.values(), strict=True):
-        ranges = dict(zip(RANGES, candidates, strict=True))
-        for bits, error in mean_errors(ranges).items():
-            if bits not in best or error < best[bits][0]:
-                best[bits] = error, ranges[bits]
-    middle = {bits: ranges[1:2] for bits, (_, ranges) in best.items()}
-    for bits, error in mean_errors(middle).items():
-        if error <= (1 + ONE_RANGE_FLOOR) * best[bits][0]:
-            best[bits] = error, middle[bits]
-    chosen = RoundFeedback(factors, {bits: ranges for bits, (_, ranges) in best.items()})
-    nearest, errors = [each(None) for each in measures], [each(chosen) for each in measures]
+    for bits, candidates in RANGES.items():
+        found = measured(bits, candidates)
+        best = min(range(len(candidates)), key=lambda number: _geometric_mean(found[number]))
+        chosen, taken = candidates[best], found[best]
+        (middle,) = measured(bits, [chosen[1:2]])
+        if _geometric_mean(middle) <= (1 + ONE_RANGE_FLOOR) * _geometric_mean(taken):
+            chosen, taken = chosen[1:2], middle
+        ranges[bits] = chosen
+        for of_measure, error in zip(errors, taken, strict=True):
+            of_measure[bits] = error
+    nearest = [measure.nearest(FEEDBACK_BITS) for measure in measures]
     ratio = max(map(_ratio, errors, nearest))
     return SideChoice(
         is_on=ratio < 1,
-        ranges={str(bits): tuple(ranges) for bits, ranges in chosen.ranges.items()},
+        ranges={str(bits): each for bits, each in ranges.items()},
         errors={NEAREST: _by_name(nearest[0]), FEEDBACK: _by_name(errors[0])},
         ratio=ratio,
     )
+
+
+def _geometric_mean(errors: Sequence[float]) -> float:
+    return math.prod(errors) ** (1 / len(errors))
 
 
 def _by_name(errors: Mapping[int, float]) -> dict[str, float]:

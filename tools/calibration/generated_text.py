@@ -10,18 +10,16 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kvtuner_tools.cache_setting import AUTO
 from kvtuner_tools.calibration.artifacts import digest, read_artifact
 from kvtuner_tools.calibration.calibration_text import GENERATED_FILE, read_generated
 from kvtuner_tools.calibration.captured import model_identity
-from kvtuner_tools.calibration.options import ANSWER_TOKENS, CalibrationOptions
+from kvtuner_tools.calibration.options import CalibrationOptions
 from kvtuner_tools.data_files import file_sha256, read_data, usable_text
 from kvtuner_tools.engine_arguments import computed_by
-from kvtuner_tools.engines.evaluate import EngineOptions, max_model_len_for
-from kvtuner_tools.engines.generation import GenerationJob, run_generation
+from kvtuner_tools.engines.generation import GenerationJob, generate
+from kvtuner_tools.engines.unquantized import UnquantizedEngine
 from kvtuner_tools.evaluation.prompts import prompt_ids
 from kvtuner_tools.model_files import load_model_shape, load_tokenizer, max_positions
-from kvtuner_tools.processes import in_own_process
 from kvtuner_tools.results import provenance, write_bytes, write_json
 
 GENERATED_KEY_FILE = "generated.key.json"
@@ -33,8 +31,13 @@ MAX_NUM_SEQS = 64
 logger = logging.getLogger("kvtuner")
 
 
-def generate_text(options: CalibrationOptions, out: Path) -> str:
+def generate_text(options: CalibrationOptions, out: Path, engine: UnquantizedEngine) -> str:
     """Write the text that the options ask for, unless an earlier run of the same options did.
+
+    Args:
+        options: filled in.
+        out: the output folder.
+        engine: writes it; has room for :func:`longest_answer`.
 
     Returns:
         What came of it, in some words.
@@ -50,7 +53,7 @@ def generate_text(options: CalibrationOptions, out: Path) -> str:
             "schema": GENERATED_SCHEMA,
             "model": model_identity(shape),
             "prompts": file_sha256(PROMPTS),
-            "sampling": [TEMPERATURE, ANSWER_TOKENS, options.seed],
+            "sampling": [TEMPERATURE, options.answer_tokens, options.seed],
             "tokens": options.generated_tokens,
             "dtype": options.dtype,
             "versions": provenance("-")["versions"],
@@ -59,7 +62,7 @@ def generate_text(options: CalibrationOptions, out: Path) -> str:
     )
     known = read_artifact(key_path, GENERATED_SCHEMA, ("inputs", "sha256")) if key_path.exists() else {}
     if not path.exists() or known != {"inputs": inputs, "sha256": file_sha256(path)}:
-        rows = _write(options)
+        rows = _write(options, engine)
         write_bytes(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
         write_json(key_path, {"schema": GENERATED_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
     found = read_generated(out)
@@ -70,38 +73,46 @@ def generate_text(options: CalibrationOptions, out: Path) -> str:
     return f"{tokens:,} generated tokens"
 
 
-def _write(options: CalibrationOptions) -> list[dict[str, Any]]:
+def longest_answer(options: CalibrationOptions) -> int:
+    """Tokens of the longest prompt and the longest answer that it may have; 0 where no text is written.
+
+    Raises:
+        ValueError: the model has too few positions for an answer.
+    """
+    if not options.generated_tokens:
+        return 0
+    job = _job(options)
+    return max(map(len, job.prompts)) + job.max_tokens
+
+
+def _write(options: CalibrationOptions, engine: UnquantizedEngine) -> list[dict[str, Any]]:
     """Rows with question, answer and token ids."""
-    tokenizer = load_tokenizer(options.model, options.source)
-    questions = read_data(PROMPTS, _question)
-    assert not isinstance(questions, str) and options.generated_tokens is not None
-    prompts = tuple(prompt_ids(tokenizer, question) for _, question in questions)
-    positions = max_positions(options.model, options.source)
-    max_tokens = min(ANSWER_TOKENS, positions - 1 - max(map(len, prompts)))
-    if max_tokens < 1:
-        raise ValueError(f"--generated-tokens must be 0 for a model of {positions} positions, which hold no answer")
-    longest = max(map(len, prompts)) + max_tokens
-    engine = EngineOptions(
-        label="generated text",
-        model=options.model,
-        dtype=options.dtype,
-        setting=AUTO,
-        max_model_len=max_model_len_for(longest, positions),
-        chunk=longest,
-        kv_memory_bytes=options.kv_memory,
-        max_num_seqs=MAX_NUM_SEQS,
-        words=options.engine,
-    )
-    job = GenerationJob(engine, prompts, max_tokens, options.generated_tokens, TEMPERATURE)
-    answers = in_own_process(run_generation, job)
+    job, questions = _job(options), _questions()
     return [
         {
-            "question": questions[number][1],
+            "question": questions[number],
             "answer": answer.text,
-            "ids": [*prompts[number], *answer.token_ids],
+            "ids": [*job.prompts[number], *answer.token_ids],
         }
-        for number, answer in answers
+        for number, answer in engine.run(generate, job)
     ]
+
+
+def _job(options: CalibrationOptions) -> GenerationJob:
+    tokenizer = load_tokenizer(options.model, options.source)
+    prompts = tuple(prompt_ids(tokenizer, question) for question in _questions())
+    positions = max_positions(options.model, options.source)
+    max_tokens = min(options.answer_tokens, positions - 1 - max(map(len, prompts)))
+    if max_tokens < 1:
+        raise ValueError(f"--generated-tokens must be 0 for a model of {positions} positions, which hold no answer")
+    assert options.generated_tokens is not None
+    return GenerationJob(prompts, max_tokens, options.generated_tokens, TEMPERATURE)
+
+
+def _questions() -> list[str]:
+    rows = read_data(PROMPTS, _question)
+    assert not isinstance(rows, str)
+    return [question for _, question in rows]
 
 
 def _question(record: Any) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 from kvtuner_tools.calibration import window_default
 from kvtuner_tools.calibration.calibration_text import MIN_WINDOW, OwnText, read_generated
 from kvtuner_tools.calibration.options import (
-    ANSWER_TOKENS,
     DEFAULT_GENERATED_TOKENS,
     DEFAULT_WINDOW,
     GROUPS,
@@ -25,6 +24,7 @@ from kvtuner_tools.calibration.options import (
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.space import bf16_bytes, check_budget
 from kvtuner_tools.calibration.study import open_storage
+from kvtuner_tools.calibration.table_stages import TABLE_STAGES
 from kvtuner_tools.data_files import read_documents
 from kvtuner_tools.engine_arguments import check_engine_words, check_max_model_len, ranks
 from kvtuner_tools.model_files import (
@@ -32,6 +32,7 @@ from kvtuner_tools.model_files import (
     load_tokenizer,
     max_positions,
     refuse_model_folder,
+    shape_of_values,
     text_value,
 )
 from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, UNQUANTIZED
@@ -85,7 +86,9 @@ def check_options(options: CalibrationOptions, out: Path, stages: Collection[str
     problems += _numbers(options)
     attempt(lambda: check_engine_words(options.engine))
     attempt(lambda: refuse_model_folder(options.model, out))
-    shape: ModelShape | None = attempt(lambda: load_model_shape(options.model, options.source))
+    # An earlier stage had vLLM's verdict on the model, which takes its import; tables need the shape alone.
+    load = shape_of_values if set(stages) <= set(TABLE_STAGES) else load_model_shape
+    shape: ModelShape | None = attempt(lambda: load(options.model, options.source))
     layers_known = shape is not None and attempt(lambda: _check_layers(options, shape)) is not None
     filled, note = options, None
     if shape is not None:
@@ -155,7 +158,7 @@ def _check_memory(options: CalibrationOptions, shape: ModelShape, texts: Texts) 
     """
     longest = max(text.identity["longest"] for text in (texts.capture, texts.search, texts.heldout))
     if options.generated_tokens:
-        longest = max(longest, ANSWER_TOKENS)
+        longest = max(longest, options.answer_tokens)
     width = 2 if options.dtype == "float32" else 1
     tensor, stages = ranks(options.engine)
     shapes = {layer: (max(1, heads // tensor), size) for layer, (heads, size) in shapes_of(shape).items()}

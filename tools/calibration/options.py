@@ -36,8 +36,9 @@ DEFAULT_SINK_TOKENS = 4
 """Together they lower the KL several times (docs/notes/windows-and-first-tokens.md) for 3 to 4% of a decode step."""
 
 
-ANSWER_TOKENS = 512
-"""Of an answer that the model writes as text of its own, at most."""
+ANSWER_TOKENS, QUICK_ANSWER_TOKENS = 512, 256
+"""Of an answer that the model writes as text of its own, at most. Answers are written together, so this is how many
+steps the text takes, however long it is."""
 QUICK: dict[str, Any] = {
     "window": 1024,
     "long_window": 0,
@@ -122,6 +123,17 @@ class CalibrationOptions:
     @property
     def unquantized_layers(self) -> tuple[int, ...]:
         return tuple(parse_layers(self.unquantized, None)) if self.unquantized else ()
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that an answer of the model's own has at most."""
+        return QUICK_ANSWER_TOKENS if self.quick else ANSWER_TOKENS
+
+    @property
+    def longest_window(self) -> int:
+        """Tokens of held-out text's longer windows: a multiple of the others', so that both add up to what is asked."""
+        assert self.window is not None, "window_default.fill comes first"
+        return min(self.long_window, max_positions(self.model, self.source) - 1) // self.window * self.window
 
     @property
     def has_feedback(self) -> bool:
@@ -430,11 +442,7 @@ def load_texts(options: CalibrationOptions, tokenizer: Any, generated: OwnText |
     """
     assert options.window is not None, "window_default.fill comes first"
     data = None if options.data is None else Path(options.data)
-    # A multiple of the others, so that both add up to what is asked.
-    longest = (
-        min(options.long_window, max_positions(options.model, options.source) - 1) // options.window * options.window
-    )
-    heldout = TextRequest(options.heldout_tokens, options.window, longest, name="--heldout-tokens")
+    heldout = TextRequest(options.heldout_tokens, options.window, options.longest_window, name="--heldout-tokens")
     requests = [
         TextRequest(options.capture_tokens, options.window, name="--capture-tokens"),
         TextRequest(options.search_tokens, options.window, name="--search-tokens"),

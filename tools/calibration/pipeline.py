@@ -6,20 +6,14 @@ kept per setting. The rest takes no time.
 """
 
 import sys
-import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
-import numpy as np
-
+from kvtuner_tools.cache_setting import AUTO
 from kvtuner_tools.calibration.artifacts import (
     STATICS_FILE,
-    Evaluator,
-    Quality,
     SensitivityTable,
     digest,
     read_artifact,
@@ -29,12 +23,13 @@ from kvtuner_tools.calibration.artifacts import (
 from kvtuner_tools.calibration.calibration_text import CalibrationText, read_generated
 from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
 from kvtuner_tools.calibration.captured import Capture
-from kvtuner_tools.calibration.cluster import cluster, read_clusters, write_clusters
+from kvtuner_tools.calibration.cluster import read_clusters
+from kvtuner_tools.calibration.engine_evaluator import start_engine
 from kvtuner_tools.calibration.export import write_profiles
 from kvtuner_tools.calibration.feedback_choice import FEEDBACK_STATICS_FILE, FeedbackChoice, choose_feedback
-from kvtuner_tools.calibration.generated_text import generate_text
+from kvtuner_tools.calibration.generated_text import MAX_NUM_SEQS, generate_text, longest_answer
 from kvtuner_tools.calibration.heldout_scores import HeldoutRequest, additive_errors, score_heldout, wanted_settings
-from kvtuner_tools.calibration.options import GROUPS, STAGES, CalibrationOptions, Texts, load_texts
+from kvtuner_tools.calibration.options import CalibrationOptions, Texts, load_texts
 from kvtuner_tools.calibration.outcome import (
     REPORT_FILE,
     Heldout,
@@ -42,22 +37,30 @@ from kvtuner_tools.calibration.outcome import (
     bits_text,
 )
 from kvtuner_tools.calibration.plots import read_study_figures, write_study_figures
-from kvtuner_tools.calibration.prune import prune, read_candidates, write_candidates
+from kvtuner_tools.calibration.prune import read_candidates
 from kvtuner_tools.calibration.report import build_report
 from kvtuner_tools.calibration.report_inputs import ReportInputs
+from kvtuner_tools.calibration.run_engines import RunEngines
 from kvtuner_tools.calibration.sampling import make_sampler
 from kvtuner_tools.calibration.search import allocate, run_search, search_result
-from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
+from kvtuner_tools.calibration.sensitivity import measure_sensitivity
 from kvtuner_tools.calibration.space import SearchSpace, check_budget
 from kvtuner_tools.calibration.study import EvaluatorSpec, SearchPlan, create_study, find_plan, open_storage
 from kvtuner_tools.calibration.summary import summarize
+from kvtuner_tools.calibration.table_stages import (
+    CANDIDATES_FILE,
+    CLUSTERS_FILE,
+    SENSITIVITY_FILE,
+    TableStages,
+    read_costs,
+)
 from kvtuner_tools.calibration.transform_choice import TransformChoice, choose_transforms
 from kvtuner_tools.data_files import file_sha256
 from kvtuner_tools.engine_arguments import NO_WORDS, EngineWords
-from kvtuner_tools.engines.calibration import CacheRoom, CalibrationEngine, ModelTransforms
-from kvtuner_tools.model_files import load_tokenizer
+from kvtuner_tools.engines.evaluate import EngineOptions, max_model_len_for
+from kvtuner_tools.model_files import load_tokenizer, max_positions
 from kvtuner_tools.results import device_name, write_bytes, write_json
-from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS, PrecisionPair
+from vllm_kvtuner.pages.layout import QUANTIZED_PAIRS
 from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.profile import TRANSFORM_KEYS, TransformSettings
 from vllm_kvtuner.profile.statics import FEEDBACK_KINDS
@@ -65,42 +68,33 @@ from vllm_kvtuner.profile.statics import FEEDBACK_KINDS
 SENSITIVITY_KEY_FILE = "sensitivity.key.json"
 KEY_SCHEMA = "kvtuner-stage-key/1"
 """What the sensitivity table follows from, and its digest."""
-CANDIDATES_FILE = "candidates.json"
-CLUSTERS_FILE = "clusters.json"
 FIGURES_FILE = "study_figures.json"
-COSTS_FILE = "costs.json"
-COSTS_SCHEMA = "kvtuner-costs/1"
 
 
-class Calibration:
-    """The stages on one output folder.
+class Calibration(TableStages):
+    """All ``STAGES`` on one output folder.
 
     Args:
         out: the folder; made if it does not exist.
         options: what is asked for.
         texts: drawn by the options; None where the stages to run read none.
+        engines: that stages share; the caller closes them.
+        is_whole: whether all stages are run, one after the other, so that engines can start ahead of theirs.
     """
 
-    def __init__(self, out: Path, options: CalibrationOptions, texts: Texts | None = None) -> None:
-        self.out = out
-        self.options = options
+    def __init__(
+        self,
+        out: Path,
+        options: CalibrationOptions,
+        texts: Texts | None = None,
+        engines: RunEngines | None = None,
+        *,
+        is_whole: bool = False,
+    ) -> None:
+        super().__init__(out, options)
         self._texts = texts
-        out.mkdir(parents=True, exist_ok=True)
-
-    def run(self, stage: str) -> str:
-        """Run one of ``STAGES``.
-
-        Returns:
-            What came of it and what it took, in a line.
-
-        Raises:
-            ValueError: a stage before it has not been run, or its input is wrong.
-        """
-        started = time.monotonic()
-        message = getattr(self, stage)()
-        seconds = time.monotonic() - started
-        self._add_cost(stage, seconds)
-        return f"{stage}: {message} ({seconds:.1f} s)"
+        self._engines = engines or RunEngines()
+        self._is_whole = is_whole
 
     @property
     def texts(self) -> Texts:
@@ -109,7 +103,8 @@ class Calibration:
 
     def capture(self) -> str:
         options = self.options
-        generated = generate_text(options, self.out)
+        engine = self._engines.unquantized(self._unquantized_options())
+        generated = generate_text(options, self.out, engine)
         if options.generated_tokens:
             tokenizer = load_tokenizer(options.model, options.source)
             self._texts = load_texts(options, tokenizer, read_generated(self.out))
@@ -121,11 +116,39 @@ class Calibration:
             kv_memory_bytes=options.kv_memory,
             words=options.engine,
         )
-        capture = run_capture(request, self.out)
+        capture = run_capture(request, self.out, engine)
+        if self._records:
+            self._engines.record(self.texts.heldout.windows)
+        self._engines.end_unquantized()
+        if self._records:
+            self._engines.start_ahead(self._spec(self.texts.heldout))
         asked = {"capture": options.capture_tokens, "search": options.search_tokens, "held-out": options.heldout_tokens}
         texts = (self.texts.capture, self.texts.search, self.texts.heldout)
         got = [f"{name} {each.tokens:,} of {asked[name]:,} asked" for name, each in zip(asked, texts, strict=True)]
         return f"{len(capture.layers)} layers; {generated}; tokens: {', '.join(got)}"
+
+    def _unquantized_options(self) -> EngineOptions:
+        """Of the engine that writes text, captures a window a step, and gives the held-out text's logits if need be."""
+        options = self.options
+        assert options.window is not None, "window_default.fill comes first"
+        longest = max(options.window, longest_answer(options), options.longest_window if self._records else 0)
+        return EngineOptions(
+            label="held-out reference",
+            model=options.model,
+            dtype=options.dtype,
+            setting=AUTO,
+            max_model_len=max_model_len_for(longest, max_positions(options.model, options.source)),
+            chunk=options.window,
+            kv_memory_bytes=options.kv_memory,
+            max_num_seqs=MAX_NUM_SEQS,
+            prefix_caching=False,
+            words=options.engine,
+        )
+
+    @property
+    def _records(self) -> bool:
+        """Whether held-out scores follow without a search, whose engine would come first."""
+        return self._is_whole and self.options.quick
 
     def transforms(self) -> str:
         if self.options.transforms != "choose":
@@ -152,19 +175,6 @@ class Calibration:
         table = measure_sensitivity(capture, choice, self.out, recent_window=recent_window)
         write_json(key_path, {"schema": KEY_SCHEMA, "inputs": inputs, "sha256": file_sha256(path)})
         return f"{len(table.layers)} layers, {len(QUANTIZED_PAIRS)} pairs each"
-
-    def prune(self) -> str:
-        table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
-        options = self.options
-        candidates = prune(table, unquantized=options.unquantized_layers, keep_all=options.keep_all_pairs)
-        write_candidates(self.out / CANDIDATES_FILE, candidates)
-        counts = [len(layer.pairs) for layer in candidates]
-        return f"{min(counts)} to {max(counts)} of {len(QUANTIZED_PAIRS)} pairs per layer"
-
-    def cluster(self) -> str:
-        clusters = cluster(read_candidates(self.out / CANDIDATES_FILE), self.options.cluster_factor)
-        write_clusters(self.out / CLUSTERS_FILE, clusters)
-        return f"{len(clusters)} clusters of {sum(len(each.layers) for each in clusters)} layers"
 
     def search(self) -> str:
         plan = self._plan()
@@ -264,12 +274,17 @@ class Calibration:
         table = SensitivityTable.read(self.out / SENSITIVITY_FILE)
         transforms = {layer.index: layer.transforms for layer in table.layers}
         needs_statics = any(each.needs_statics for each in transforms.values())
+        statics = read_statics(self._statics) if needs_statics else None
+        return replace(self._spec(text), transforms=transforms, statics=statics)
+
+    def _spec(self, text: CalibrationText) -> EvaluatorSpec:
+        """An engine before its transforms are known."""
         return EvaluatorSpec(
             model=self.options.model,
             dtype=self.options.dtype,
             windows=text.windows,
-            transforms=transforms,
-            statics=read_statics(self._statics) if needs_statics else None,
+            transforms={},
+            statics=None,
             unquantized=self.options.unquantized_layers,
             kv_memory_bytes=self.options.kv_memory,
             recent_window=self.options.recent,
@@ -286,69 +301,13 @@ class Calibration:
         text = self.texts.heldout
         positions = tuple((kind, len(window) - 1) for kind, window in zip(text.kinds, text.windows, strict=True))
         request = HeldoutRequest(digest(engine.identity), text.identity, wanted, positions)
-        return score_heldout(request, lambda: start_engine(engine), self.out)
-
-    def _add_cost(self, stage: str, seconds: float) -> None:
-        """Add to what earlier runs with the same options took."""
-        options = asdict(self.options)
-        names = [name for each in STAGES[: STAGES.index(stage) + 1] for name in GROUPS[each] if name != "trials"]
-        words = {name: list(each) for name, each in self.options.engine.items()}
-        inputs = digest({"model": self.options.model, "engine": words, **{name: options[name] for name in names}})
-        costs = read_costs(self.out)
-        before = costs.get(stage, {})
-        total = seconds + (before["seconds"] if before.get("inputs") == inputs else 0.0)
-        costs[stage] = {"inputs": inputs, "seconds": round(total, 2)}
-        write_json(self.out / COSTS_FILE, {"schema": COSTS_SCHEMA, "stages": costs})
+        return score_heldout(request, lambda: self._engines.evaluator(engine) or start_engine(engine), self.out)
 
 
 def _named(settings: Iterable[TransformSettings], names: Iterable[str] = TRANSFORM_KEYS) -> str:
     """How many layers have each transform that any has."""
     counts = Counter(name for each in settings for name in each.names if name in names)
     return ", ".join(f"{name} in {count}" for name, count in counts.items()) or "none of them"
-
-
-def read_costs(out: Path) -> dict[str, dict[str, Any]]:
-    """Stage -> its inputs' digest and the seconds it took; empty where nothing has run.
-
-    Raises:
-        ValueError: a file of another schema.
-    """
-    path = out / COSTS_FILE
-    return read_artifact(path, COSTS_SCHEMA, ("stages",))["stages"] if path.exists() else {}
-
-
-class _EngineEvaluator:
-    """A calibration engine with the file that its statics are read from."""
-
-    def __init__(self, spec: EvaluatorSpec) -> None:
-        self._folder = TemporaryDirectory(prefix="kvtuner-statics-")
-        statics = None
-        if spec.statics is not None:
-            statics = Path(self._folder.name) / STATICS_FILE
-            statics.write_bytes(spec.statics)
-        self._engine = CalibrationEngine(
-            spec.model,
-            spec.windows,
-            transforms=ModelTransforms(overrides=spec.transforms, statics=statics),
-            room=CacheRoom(spec.unquantized, spec.recent_window, spec.kv_memory_bytes),
-            dtype=spec.dtype,
-            words=spec.words,
-        )
-
-    def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
-        return self._engine.score(pairs)
-
-    def score_tokens(self, pairs: Mapping[int, PrecisionPair]) -> tuple[Quality, np.ndarray]:
-        return self._engine.score_tokens(pairs)
-
-    def close(self) -> None:
-        self._engine.close()
-        self._folder.cleanup()
-
-
-def start_engine(spec: EvaluatorSpec) -> Evaluator:
-    """vLLM as the measuring instrument."""
-    return _EngineEvaluator(spec)
 
 
 def join(storage: str, study_name: str | None, words: EngineWords = NO_WORDS) -> None:

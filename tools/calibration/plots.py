@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import optuna.visualization
 import plotly.graph_objects as go
 from optuna.study import Study
 from plotly.subplots import make_subplots
@@ -42,6 +41,8 @@ def write_study_figures(path: Path, study: Study, parameters: int) -> None:
         study: with at least one trial that was scored.
         parameters: decisions that have more than one candidate.
     """
+    import optuna.visualization  # takes seconds, and Matplotlib with it
+
     figures = {"time line of the trials": optuna.visualization.plot_timeline(study)}
     if parameters > 1:
         with warnings.catch_warnings():

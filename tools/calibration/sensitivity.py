@@ -8,13 +8,11 @@ from kvtuner_tools.calibration.artifacts import LayerSensitivity, SensitivityTab
 from kvtuner_tools.calibration.attention_error import AttentionMeter
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.feedback_choice import FeedbackChoice
+from kvtuner_tools.calibration.table_stages import SENSITIVITY_FILE
 from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
 from kvtuner_tools.progress import track
 from vllm_kvtuner.pages.transforms import LayerTransforms
 from vllm_kvtuner.profile.profile import RecentWindow, TransformSettings
-
-SENSITIVITY_FILE = "sensitivity.json"
-"""Name of the table in a calibration's output folder."""
 
 
 def measure_sensitivity(

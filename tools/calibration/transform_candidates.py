@@ -21,6 +21,8 @@ NONE, BIAS, MEAN = "none", "bias", "mean"
 """Where a key offset is from; the first stands for an equalization that is off too."""
 NEAR, FAR = "near", "far"
 """Positions that errors are measured at: those captured, and the last ones of the model's rotary table."""
+LEAST_ERROR = 1e-9
+"""Relative errors below it, which fp32 does not tell from none, count as this: a layer without any has equal ones."""
 PAIRS_STEP = 8
 """Pairs of an offset that the decode kernel takes together."""
 
@@ -166,4 +168,4 @@ class TransformCandidates:
 
 
 def _geometric_mean(errors: Collection[float]) -> float:
-    return math.exp(sum(map(math.log, errors)) / len(errors))
+    return math.exp(sum(math.log(max(error, LEAST_ERROR)) for error in errors) / len(errors))

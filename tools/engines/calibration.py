@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,7 @@ from kvtuner_tools.engines.evaluate import (
     max_model_len_for,
     run_engine,
 )
+from kvtuner_tools.engines.unquantized import RecordedText
 from kvtuner_tools.model_files import load_model_shape, max_positions
 from kvtuner_tools.processes import OwnProcess, in_own_process
 from kvtuner_tools.task_accuracy import Completion, Task, TaskScore
@@ -90,16 +92,18 @@ class CalibrationEngine:
 
     Args:
         model: folder or model id.
-        windows: token ids, as ``kvtuner_tools.heldout.load_windows`` gives them.
+        windows: token ids, as ``kvtuner_tools.heldout.load_windows`` gives them; or a text that an UnquantizedEngine
+            has recorded. With that the engine starts while its owner goes on, and the first score waits for it.
         transforms: what layers do before they store, until :meth:`set_transforms`.
         room: what the cache is laid out for.
         task: questions for :meth:`score_task`.
-        chunk: prompt tokens per engine step; by default the longest window, at most ``CHUNK``.
+        chunk: prompt tokens per engine step; by default the longest window, at most ``CHUNK``, or as recorded.
         dtype: of the model.
         words: vLLM's engine arguments.
 
     Attributes:
-        start_seconds: what the reference's pass and the calibration engine's start took together.
+        start_seconds: what the reference's pass and the calibration engine's start took together; of a recorded text
+            what its owner waited.
         trial_seconds: what the latest score took.
 
     Raises:
@@ -109,7 +113,7 @@ class CalibrationEngine:
     def __init__(
         self,
         model: str,
-        windows: Sequence[Sequence[int]],
+        windows: Sequence[Sequence[int]] | RecordedText,
         *,
         transforms: ModelTransforms = NO_TRANSFORMS,
         room: CacheRoom = PAGES_ALONE,
@@ -121,7 +125,9 @@ class CalibrationEngine:
         self.start_seconds = self.trial_seconds = 0.0
         source = model_source(words)
         self._shape = load_model_shape(model, source)
-        self._windows = tuple(Window(tuple(window)) for window in windows)
+        recorded = windows if isinstance(windows, RecordedText) else None
+        texts = windows if recorded is None else recorded.windows
+        self._windows = tuple(Window(tuple(window)) for window in texts)
         self._recent_window = room.recent_window
         self._task = task
         self._base = {
@@ -140,7 +146,7 @@ class CalibrationEngine:
             dtype=dtype,
             setting=CacheSetting("auto"),
             max_model_len=max_model_len_for(longest_request, max_positions(model, source)),
-            chunk=chunk or min(longest, CHUNK),
+            chunk=chunk or (min(longest, CHUNK) if recorded is None else recorded.chunk),
             kv_memory_bytes=room.kv_memory_bytes,
             max_num_seqs=1 if task is None else TASK_MAX_NUM_SEQS,
             words=words,
@@ -149,19 +155,33 @@ class CalibrationEngine:
         self._folder = Path(tempfile.mkdtemp(prefix="kvtuner-calibration-"))
         self._process: OwnProcess | None = None
         try:
-            job = EngineJob(options, self._windows, self._folder / "logits")
-            reference = in_own_process(run_engine, job).reference
-            assert reference is not None, "a job with windows has a reference"
+            if recorded is None:
+                job = EngineJob(options, self._windows, self._folder / "logits")
+                reference = in_own_process(run_engine, job).reference
+                assert reference is not None, "a job with windows has a reference"
+            else:
+                reference = recorded.logits
             setting = CacheSetting(KVTUNER, str(self._write_room()))
             self._process = OwnProcess()
-            self._process.run(
-                _build, replace(options, label="calibration", setting=setting, switchable=True), reference
-            )
+            options = replace(options, label="calibration", setting=setting, switchable=True)
+            self._starting: Future[None] | None = self._process.submit(_build, options, reference)
+            if recorded is None:
+                self.wait()
         except BaseException:
             self.close()
             raise
         self.start_seconds = time.monotonic() - started
         logger.info("calibration engine: started in %.1f s, reference included", self.start_seconds)
+
+    def wait(self) -> None:
+        """Until the engine has started.
+
+        Raises:
+            Exception: what kept it from that.
+        """
+        if self._starting is not None:
+            self._starting.result()
+            self._starting = None
 
     def score(self, pairs: Mapping[int, PrecisionPair]) -> Quality:
         """Quality with these pairs, one for every layer that caches keys and values.
@@ -245,6 +265,7 @@ class CalibrationEngine:
         argument: Argument,
     ) -> Result:
         assert self._process is not None
+        self.wait()
         started = time.monotonic()
         result = self._process.run(function, replace(self._profile, pairs=pairs).resolve(self._shape), argument)
         self.trial_seconds = time.monotonic() - started

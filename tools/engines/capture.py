@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kvtuner_tools.cache_setting import unquantized_keywords
+from kvtuner_tools.cache_setting import AUTO
 from kvtuner_tools.calibration.calibration_text import CalibrationText
 from kvtuner_tools.calibration.captured import (
     Capture,
@@ -26,11 +26,11 @@ from kvtuner_tools.calibration.captured import (
     save_rotary,
     save_tensors,
 )
-from kvtuner_tools.engine_arguments import EngineWords, engine_keywords, model_source
-from kvtuner_tools.engines.evaluate import cache_memory, max_model_len_for
+from kvtuner_tools.engine_arguments import EngineWords, model_source
+from kvtuner_tools.engines.evaluate import EngineOptions, MeasuringEngine, max_model_len_for
 from kvtuner_tools.engines.ranks import kv_head_copies, make_room_for_stage_before, num_ranks, whole_heads, writes
 from kvtuner_tools.engines.residual_readers import ResidualReaders
-from kvtuner_tools.model_files import load_config, max_positions
+from kvtuner_tools.model_files import max_positions
 from kvtuner_tools.progress import track
 from vllm_kvtuner.engine.layer_names import layer_index
 from vllm_kvtuner.engine.statics import layer_rotary
@@ -139,63 +139,63 @@ class _Tap:
 
 
 def run_capture_engine(job: CaptureJob) -> None:
-    """Build the engine in this process and run the windows that are missing. Meant for a process of its own."""
-    # In-process: the memory of an engine of one rank is this process's. Read when vLLM is imported.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    from vllm import LLM, SamplingParams
-
+    """Run the windows in an engine for them alone, in this process. Meant for a process of its own."""
     source = model_source(job.words)
-    own = {
-        "model": job.shape.name,
-        "dtype": job.dtype,
-        "max_model_len": max_model_len_for(job.context, max_positions(job.shape.name, source)),
-        "max_num_seqs": 1,
-        "max_num_batched_tokens": job.context,
-        **cache_memory(job.kv_memory_bytes),
-        "enable_prefix_caching": False,
-        "enforce_eager": True,  # compiled graphs do not call the layers' forward
-        # What layers see follows from what those before them read of the cache.
-        **unquantized_keywords(load_config(job.shape.name, source), job.dtype),
-    }
-    llm = LLM(**engine_keywords(job.words, own))
-    params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
-
-    def run(window: int) -> None:
-        llm.generate([{"prompt_token_ids": list(job.text.windows[window])}], params, use_tqdm=False)
-
+    options = EngineOptions(
+        label="capture",
+        model=job.shape.name,
+        dtype=job.dtype,
+        setting=AUTO,
+        max_model_len=max_model_len_for(job.context, max_positions(job.shape.name, source)),
+        chunk=job.context,
+        kv_memory_bytes=job.kv_memory_bytes,
+        prefix_caching=False,
+        words=job.words,
+    )
+    engine = MeasuringEngine(options, Path(os.devnull))
     try:
-        dtype, layers, numbers = _joined(llm.collective_rpc(_install, args=(job,)), job.shape)
-        llm.collective_rpc(_write_tables, args=(numbers, job.context))
-        llm.collective_rpc(_watch)
-        run(0)
-        problem = llm.collective_rpc(_write_grams, args=(layers,))[0]
-        capture = Capture(
-            folder=job.folder,
-            inputs=job.inputs,
-            model=model_identity(job.shape),
-            data=job.text.identity,
-            seed=job.seed,
-            versions=job.versions,
-            dtype=dtype,
-            windows=tuple(map(len, job.text.windows)),
-            layers=layers,
-            gram_unsupported=problem,
-        )
-        capture.write()
-        missing = capture.missing_windows()
-        total = len(capture.windows)
-        for window in track(missing, "capture", "window", total=total, done=total - len(missing)):
-            folder = layer_file(job.folder, window, 0).parent
-            shutil.rmtree(folder, ignore_errors=True)  # part of a window, where a run was killed
-            folder.mkdir()
-            num_tokens = capture.windows[window]
-            llm.collective_rpc(_begin, args=(window, num_tokens, _sample(job, window, num_tokens)))
-            run(window)
-            if pending := set().union(*llm.collective_rpc(_pending)):
-                raise RuntimeError(f"every layer must run once per step, but layers {sorted(pending)} did not")
+        capture_windows(engine, job)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        engine.close()
+
+
+def capture_windows(engine: MeasuringEngine, job: CaptureJob) -> None:
+    """Run the windows that are missing.
+
+    Args:
+        engine: with an unquantized cache, since what layers see follows from what those before them read of it; without
+            prefix caching, and with steps that hold a window.
+        job: what to capture.
+    """
+    dtype, layers, numbers = _joined(engine.in_workers(_install, job), job.shape)
+    engine.in_workers(_write_tables, numbers, job.context)
+    engine.in_workers(_watch)
+    engine.prefill(job.text.windows[0])
+    problem = engine.in_workers(_write_grams, layers)[0]
+    capture = Capture(
+        folder=job.folder,
+        inputs=job.inputs,
+        model=model_identity(job.shape),
+        data=job.text.identity,
+        seed=job.seed,
+        versions=job.versions,
+        dtype=dtype,
+        windows=tuple(map(len, job.text.windows)),
+        layers=layers,
+        gram_unsupported=problem,
+    )
+    capture.write()
+    missing = capture.missing_windows()
+    total = len(capture.windows)
+    for window in track(missing, "capture", "window", total=total, done=total - len(missing)):
+        folder = layer_file(job.folder, window, 0).parent
+        shutil.rmtree(folder, ignore_errors=True)  # part of a window, where a run was killed
+        folder.mkdir()
+        num_tokens = capture.windows[window]
+        engine.in_workers(_begin, window, num_tokens, _sample(job, window, num_tokens))
+        engine.prefill(job.text.windows[window])
+        if pending := set().union(*engine.in_workers(_pending)):
+            raise RuntimeError(f"every layer must run once per step, but layers {sorted(pending)} did not")
 
 
 def _sample(job: CaptureJob, window: int, num_tokens: int) -> torch.Tensor:
@@ -234,7 +234,7 @@ def _install(worker: Any, job: CaptureJob) -> _Stage | None:
     """
     config, model = worker.vllm_config, worker.model_runner.get_model()
     make_room_for_stage_before(worker.model_runner)
-    tap = worker.model_runner.kvtuner_tap = _Tap(job.folder)
+    tap = worker.model_runner.kvtuner_capture = _Tap(job.folder)
     modules = dict(model.named_modules())
     names = {id(module): name for name, module in modules.items()}
     for name, layer in config.compilation_config.static_forward_context.items():
@@ -275,18 +275,18 @@ def _install(worker: Any, job: CaptureJob) -> _Stage | None:
 
 def _write_tables(worker: Any, numbers: Mapping[str, int], context: int) -> None:
     """Write the stage's rotary tables under their numbers in the model. Runs in the worker."""
-    tap = worker.model_runner.kvtuner_tap
+    tap = worker.model_runner.kvtuner_capture
     if writes():
         for table in tap.tables:
             save_rotary(tap.folder, numbers[_digest(table)], table, context)
 
 
 def _begin(worker: Any, window: int, num_tokens: int, rows: torch.Tensor) -> None:
-    worker.model_runner.kvtuner_tap.begin(window, num_tokens, rows)
+    worker.model_runner.kvtuner_capture.begin(window, num_tokens, rows)
 
 
 def _pending(worker: Any) -> set[int]:
-    return worker.model_runner.kvtuner_tap.pending
+    return worker.model_runner.kvtuner_capture.pending
 
 
 def _sinks(layer: Any) -> tuple[float, ...] | None:
@@ -307,12 +307,12 @@ def _watch(worker: Any) -> None:
         for name, layer in config.compilation_config.static_forward_context.items()
         if id(layer) in known and hasattr(layer, "num_kv_heads")
     }
-    worker.model_runner.kvtuner_tap.readers.watch(model, config.model_config.get_hidden_size(), attention)
+    worker.model_runner.kvtuner_capture.readers.watch(model, config.model_config.get_hidden_size(), attention)
 
 
 def _write_grams(worker: Any, layers: tuple[CapturedLayer, ...]) -> str | None:
     """Why the Grams of the attention outputs cannot be had, or None. Runs in the worker."""
-    tap = worker.model_runner.kvtuner_tap
+    tap = worker.model_runner.kvtuner_capture
     with torch.inference_mode():
         return tap.readers.write(worker.model_runner.get_model(), layers, tap.folder)
 

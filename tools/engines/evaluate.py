@@ -85,6 +85,7 @@ class EngineOptions:
         kv_memory_bytes: memory of the KV cache on each rank.
         max_num_seqs: questions that are answered together.
         switchable: calibration mode (``kvtuner`` settings only).
+        prefix_caching: whether prompts read what others that begin alike have stored.
         words: vLLM's engine arguments.
     """
 
@@ -97,6 +98,7 @@ class EngineOptions:
     kv_memory_bytes: int
     max_num_seqs: int = 1
     switchable: bool = False
+    prefix_caching: bool = True
     words: EngineWords = field(default_factory=dict)
 
 
@@ -300,9 +302,6 @@ class MeasuringEngine:
         reference: logits that passes are compared with, or a path to record this engine's own to.
     """
 
-    PREFIX_CACHING = True
-    """Prompts whose log-probabilities are wanted do not read the prefix cache; questions share their shots."""
-
     def __init__(self, options: EngineOptions, reference: ReferenceLogits | Path) -> None:
         # In-process: the memory of an engine of one rank is this process's. Read when vLLM is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -331,7 +330,7 @@ class MeasuringEngine:
             "max_num_seqs": options.max_num_seqs,
             "max_num_batched_tokens": max(options.chunk, options.max_num_seqs),
             **cache_memory(options.kv_memory_bytes),
-            "enable_prefix_caching": self.PREFIX_CACHING,
+            "enable_prefix_caching": options.prefix_caching,
             # Settings must differ in the cache alone, not in what the compiler fuses around it.
             "enforce_eager": True,
             **plain,
@@ -375,6 +374,17 @@ class MeasuringEngine:
 
     def after_window(self) -> None:
         """Likewise: a window has run."""
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Run a prompt, whose logits nobody wants."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, detokenize=False)
+        self._llm.generate([{"prompt_token_ids": list(ids)}], params, use_tqdm=False)
+
+    def in_workers(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """``function(worker, *arguments)`` in every worker."""
+        return self._llm.collective_rpc(function, args=arguments)
 
     def answer(self, asked: Asked, *, progress: bool) -> tuple[Completion, ...]:
         """Answers to all questions, in their order."""

@@ -116,15 +116,14 @@ class SimulatingEngine(MeasuringEngine):
         ValueError: layers whose attention the simulation does not know.
     """
 
-    PREFIX_CACHING = False
-    """Calibration texts begin alike, by a chat template, and a text must run in one step."""
-
     def __init__(
         self,
         options: EngineOptions,
         reference: ReferenceLogits,
         calibration: CalibrationTexts | None = None,
     ) -> None:
+        # Calibration texts begin alike, by a chat template, and a text must run in one step.
+        options = replace(options, prefix_caching=False)
         super().__init__(options, reference)
         self._plain, self._calibration = options, calibration
         self._llm.collective_rpc(_install)

@@ -5,6 +5,7 @@ scale * code + minimum; what decoding multiplies (q . codes, P . codes) rests on
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,14 +83,24 @@ class UniformCodes:
         self, rows: torch.Tensor, feedback: RoundFeedback
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As :meth:`quantize`; numbers beyond fp16 count as its largest, so that errors stay finite."""
+        return self._feed_back_by(rows, feedback, [feedback.ranges[self.bits]])[0]
+
+    def _feed_back_by(
+        self, rows: torch.Tensor, feedback: RoundFeedback, candidates: Sequence[Sequence[float]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """As :meth:`_feed_back` with each candidate's ranges for the feedback's own; each range is tried once."""
         shape = rows.shape
         rows = rows.reshape(-1, *shape[-2:]).clamp(-FP16_MAX, FP16_MAX)
         low, high = rows.amin(-1), rows.amax(-1)
-        ranges = [self._range(low, high, factor) for factor in feedback.ranges[self.bits]]
+        factors = list(dict.fromkeys(factor for ranges in candidates for factor in ranges))
+        ranges = [self._range(low, high, factor) for factor in factors]
         scale, minimum = (torch.stack(each) for each in zip(*ranges, strict=True))
-        codes, chosen = feedback.round(rows, scale, minimum, self.levels)
-        scale, minimum = (each.gather(0, chosen[None])[0].view(shape[:-1]) for each in (scale, minimum))
-        return codes.reshape(shape), scale, minimum
+        subsets = [[factors.index(factor) for factor in ranges] for ranges in candidates]
+        found = []
+        for codes, chosen in feedback.round_by(rows, scale, minimum, self.levels, subsets):
+            taken = (each.gather(0, chosen[None])[0].view(shape[:-1]) for each in (scale, minimum))
+            found.append((codes.reshape(shape), *taken))
+        return found
 
     def _range(self, low: torch.Tensor, high: torch.Tensor, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and minimum, fp16, of rows from ``low`` to ``high`` whose range is ``factor`` as wide."""
@@ -120,8 +131,25 @@ class UniformCodes:
         self, rows: torch.Tensor, range_search: bool = False, feedback: RoundFeedback | None = None
     ) -> torch.Tensor:
         """Rows fp32 as a page would give them back; arguments as :meth:`quantize`."""
-        codes, scale, minimum = self.quantize(rows, range_search, feedback)
-        return codes.float() * scale.float()[..., None] + minimum.float()[..., None]
+        return _read(*self.quantize(rows, range_search, feedback))
+
+    def round_trips(
+        self, rows: torch.Tensor, feedback: RoundFeedback, candidates: Sequence[Sequence[float]]
+    ) -> Iterator[torch.Tensor]:
+        """As :meth:`round_trip` with each candidate's ranges in place of the feedback's own, for less than one by one.
+
+        Args:
+            rows: as in :meth:`quantize`.
+            feedback: whose factors count.
+            candidates: factors on a row's range, 1 to 3 each.
+        """
+        for each in self._feed_back_by(rows.float(), feedback, candidates):
+            yield _read(*each)
+
+
+def _read(codes: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor) -> torch.Tensor:
+    """Numbers fp32 of codes [..., head_size], scale and minimum [...]."""
+    return codes.float() * scale.float()[..., None] + minimum.float()[..., None]
 
 
 @functools.cache

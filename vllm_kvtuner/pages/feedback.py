@@ -10,7 +10,7 @@ are those that are packed: after all transforms. Where M is a multiple of the id
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,10 @@ import torch
 BLOCK = 16
 """Channels that are rounded one after the other, before a matrix product takes their errors to all that follow."""
 TOKENS_AT_ONCE = 1024
-"""Bounds the memory of a call, whatever its tokens, and keeps it near the processor."""
+"""Of rows in up to RANGES_AT_ONCE ranges: bounds the memory of a call, and keeps it near the processor."""
+RANGES_AT_ONCE = 3
+GPU_TOKENS_AT_ONCE = 8192
+"""On a GPU, where a call takes as long for these as for a few: its launches do."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,21 +85,51 @@ class RoundFeedback:
             codes uint8 [num_tokens, num_kv_heads, head_size], and int64 [num_tokens, num_kv_heads], the range each row
             took: that of least e^T M e, the first of equals.
         """
+        return self.round_by(rows, scale, minimum, levels, [range(len(scale))])[0]
+
+    def round_by(
+        self,
+        rows: torch.Tensor,
+        scale: torch.Tensor,
+        minimum: torch.Tensor,
+        levels: int,
+        subsets: Sequence[Sequence[int]],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As :meth:`round` of some of the ranges alone, for each of several choices of them.
+
+        Rows are rounded in each range once, however many subsets it is in.
+
+        Args:
+            rows: as in :meth:`round`, like the next three.
+            subsets: numbers of ranges; all of them in order, where there are as many.
+
+        Returns:
+            For each subset codes and, among all ranges, the one that each row took.
+        """
+        at_once = TOKENS_AT_ONCE if rows.device.type == "cpu" else GPU_TOKENS_AT_ONCE
+        at_once = max(1, min(at_once, RANGES_AT_ONCE * at_once // len(scale)))
         parts = [
-            self._round(*part, levels)
+            self._round(*part, levels, subsets)
             for part in zip(
-                rows.split(TOKENS_AT_ONCE),
-                scale.float().split(TOKENS_AT_ONCE, dim=1),
-                minimum.float().split(TOKENS_AT_ONCE, dim=1),
+                rows.split(at_once),
+                scale.float().split(at_once, dim=1),
+                minimum.float().split(at_once, dim=1),
                 strict=True,
             )
         ]
-        codes, chosen = zip(*parts, strict=True)
-        return torch.cat(codes), torch.cat(chosen)
+        return [
+            (torch.cat([codes for codes, _ in of_subset]), torch.cat([chosen for _, chosen in of_subset]))
+            for of_subset in zip(*parts, strict=True)
+        ]
 
     def _round(
-        self, rows: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self,
+        rows: torch.Tensor,
+        scale: torch.Tensor,
+        minimum: torch.Tensor,
+        levels: int,
+        subsets: Sequence[Sequence[int]],
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         num_ranges, num_tokens, heads = scale.shape
         size = rows.shape[-1]
         # A channel is rounded in all rows at once, so rows stand last: [heads, head_size, ranges * tokens].
@@ -107,22 +140,33 @@ class RoundFeedback:
         aims, errors = exact.clone(), torch.empty_like(exact)
         codes = torch.empty_like(exact, dtype=torch.uint8)
         cost = torch.zeros_like(step)
+        # Views of single channels, made at once: a GPU waits for whoever launches its work, views included.
+        wanted, goals, left, taken = (each.unbind(1) for each in (exact, aims, errors, codes))
+        weights = self.weights[..., None].unbind(1)
         for begin in reversed(range(0, size, BLOCK)):
             end = min(begin + BLOCK, size)
             for channel in reversed(range(begin, end)):
-                aim = aims[:, channel]
+                aim = goals[channel]
                 code = ((aim - base) * inverse + 0.5).floor().clamp(0, levels)
                 number = code * step + base
-                error = exact[:, channel] - number
-                cost += self.weights[:, channel, None] * (aim - number).square()
-                codes[:, channel], errors[:, channel] = code.to(torch.uint8), error
-                before = self.coefficients[:, begin:channel, channel, None]
-                aims[:, begin:channel] += before * error[:, None]
+                error = wanted[channel] - number
+                cost += weights[channel] * (aim - number).square()
+                taken[channel].copy_(code)
+                left[channel].copy_(error)
+                if channel > begin:
+                    aims[:, begin:channel] += self.coefficients[:, begin:channel, channel, None] * error[:, None]
             aims[:, :begin] += self.coefficients[:, :begin, begin:end] @ errors[:, begin:end]
-        chosen = cost.view(heads, num_ranges, num_tokens).argmin(1)
-        index = chosen[:, None, None].expand(heads, size, 1, num_tokens)
-        codes = codes.view(heads, size, num_ranges, num_tokens).gather(2, index)[:, :, 0]
-        return codes.permute(2, 0, 1), chosen.T
+        cost, codes = cost.view(heads, num_ranges, num_tokens), codes.view(heads, size, num_ranges, num_tokens)
+        found = []
+        for subset in subsets:
+            if len(subset) == num_ranges:
+                chosen = cost.argmin(1)
+            else:
+                numbers = torch.tensor(subset, device=rows.device)
+                chosen = numbers[cost[:, numbers].argmin(1)]
+            index = chosen[:, None, None].expand(heads, size, 1, num_tokens)
+            found.append((codes.gather(2, index)[:, :, 0].permute(2, 0, 1), chosen.T))
+        return found
 
 
 def triangular_factors(metric: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,21 @@ import os
 import signal
 import time
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Glm4Config, Glm4ForCausalLM, PhiConfig, PhiForCausalLM
 
+from kvtuner_tools.cache_setting import AUTO
 from kvtuner_tools.calibration import capture as capture_module
 from kvtuner_tools.calibration.calibration_text import load_text
 from kvtuner_tools.calibration.capture import CAPTURE_FOLDER, CaptureRequest, run_capture
 from kvtuner_tools.calibration.captured import Capture
 from kvtuner_tools.calibration.rotation import undo_rotary
+from kvtuner_tools.engines.evaluate import EngineOptions
+from kvtuner_tools.engines.generation import GenerationJob, generate
+from kvtuner_tools.engines.unquantized import UnquantizedEngine
 from tests.helpers.engine import cpu_only, fork_server
 from tests.helpers.tiny_model import SLIDING_WINDOW, WEIGHT_STD, make_tiny_model, make_tokenizer
 from vllm_kvtuner.profile.problems import ProfileError
@@ -243,7 +248,7 @@ def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path, data, monkeypa
     run_capture(wanted, tmp_path / "killed")
     assert before == {path: path.stat().st_mtime_ns for path in before}, "a complete window is not captured again"
 
-    run_capture(wanted, tmp_path / "undisturbed")
+    beside_others(wanted, model, tmp_path / "undisturbed")
     files = contents(tmp_path / "undisturbed")
     assert len(files) == 34 * 3 + 3 + 2
     assert contents(tmp_path / "killed") == files
@@ -251,6 +256,23 @@ def test_killed_and_resumed_it_ends_with_the_same_files(tmp_path, data, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(capture_module, "in_own_process", None)
         assert run_capture(wanted, tmp_path / "killed") == Capture.read(tmp_path / "killed" / CAPTURE_FOLDER)
+
+
+def beside_others(wanted, model, out):
+    """Capture in an engine that writes text first, and records logits afterwards."""
+    options = EngineOptions(
+        "test", str(model), "bfloat16", AUTO, 256, 64, 1 << 24, max_num_seqs=4, prefix_caching=False
+    )
+    with ProcessPoolExecutor(max_workers=1, mp_context=fork_server()) as pool:
+        process = SimpleNamespace(run=lambda *call: pool.submit(*call).result())
+        engine = UnquantizedEngine(options, out.with_suffix(".logits"), process)
+        assert not engine.is_running
+        answers = engine.run(generate, GenerationJob((wanted.text.windows[0][:20],), 8, 20, 0.7))
+        assert answers[0][1].num_tokens <= 8
+        run_capture(wanted, out, engine)
+        recorded = engine.record(wanted.text.windows[:2])
+    assert recorded.logits.rows == sum(len(window) - 1 for window in recorded.windows)
+    assert recorded.logits.path.stat().st_size == recorded.logits.num_bytes and recorded.logits.dtype == "float32"
 
 
 def contents(folder):

@@ -1,27 +1,25 @@
 """Text of the model's own: how much is written, that it is kept, and that every text has its share of it."""
 
 import json
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 
-from kvtuner_tools.calibration import generated_text
 from kvtuner_tools.calibration.calibration_text import GENERATED_FILE, TextRequest, draw_texts, read_generated
-from kvtuner_tools.calibration.generated_text import generate_text
-from kvtuner_tools.calibration.options import ANSWER_TOKENS, CalibrationOptions
+from kvtuner_tools.calibration.generated_text import generate_text, longest_answer
+from kvtuner_tools.calibration.options import ANSWER_TOKENS, QUICK_ANSWER_TOKENS, CalibrationOptions
 from kvtuner_tools.engines.generation import MAX_ROUNDS, GenerationJob, collect
 from kvtuner_tools.task_accuracy import Completion
 from tests.helpers.tiny_model import make_tiny_model, make_tokenizer
 from vllm_kvtuner.profile.problems import ProfileError
 
-OPTIONS = SimpleNamespace(label="test")
 WRITTEN = 300
 """A token that no text has."""
 
 
 def job(tokens, num_prompts=3):
     prompts = tuple((number,) * 10 for number in range(num_prompts))
-    return GenerationJob(OPTIONS, prompts, max_tokens=90, tokens=tokens, temperature=0.7)
+    return GenerationJob(prompts, max_tokens=90, tokens=tokens, temperature=0.7)
 
 
 def answers_of(length, asked):
@@ -34,9 +32,11 @@ def answers_of(length, asked):
 
 def test_prompts_are_asked_in_turn_until_there_is_enough():
     asked = []
-    found = collect(job(tokens=600), answers_of(90, asked))
+    found = collect(job(tokens=600), answers_of(20, asked))
 
-    assert [number for number, _ in found] == [0, 1, 2, 0, 1, 2]
+    # As many as are enough if answers have .6 of 90 tokens, again and again.
+    assert [len(each.prompts) for each in asked] == [12, 5, 2, 1]
+    assert [number for number, _ in found] == [each % 3 for each in range(20)]
     assert sum(10 + each.num_tokens for _, each in found) == 600
     assert {(each.max_tokens, each.temperature) for each in asked} == {(90, 0.7)}
 
@@ -47,45 +47,53 @@ def test_a_model_that_says_little_is_not_asked_forever():
     assert MAX_ROUNDS * 3 <= len(found) < 100_000 / 11
 
 
-@pytest.fixture
-def written(tmp_path, monkeypatch):
-    """A model, an output folder, and how often its engine ran."""
-    model, out, runs = str(make_tiny_model(tmp_path / "model")), tmp_path / "out", []
-    out.mkdir()
+class Engine:
+    """What answers in place of an UnquantizedEngine."""
 
-    def in_own_process(function, job):
-        runs.append(job)
+    def __init__(self):
+        self.jobs = []
+
+    def run(self, function, job):
+        self.jobs.append(job)
         return collect(job, answers_of(200, []))
 
-    monkeypatch.setattr(generated_text, "in_own_process", in_own_process)
-    return model, out, runs
+
+@pytest.fixture
+def written(tmp_path):
+    """A model, an output folder, and an engine."""
+    out = tmp_path / "out"
+    out.mkdir()
+    return str(make_tiny_model(tmp_path / "model")), out, Engine()
 
 
 @pytest.mark.slow
 def test_text_is_written_once_and_again_for_other_options(written):
-    model, out, runs = written
+    model, out, engine = written
     options = CalibrationOptions(model=model, generated_tokens=2000)
 
     for _ in range(2):
-        assert "generated tokens" in generate_text(options, out)
+        assert "generated tokens" in generate_text(options, out, engine)
     rows = [json.loads(line) for line in (out / GENERATED_FILE).read_text().splitlines()]
-    assert len(runs) == 1
-    assert runs[0].options.max_model_len > max(map(len, runs[0].prompts)) + ANSWER_TOKENS
+    assert len(engine.jobs) == 1
+    longest = max(map(len, engine.jobs[0].prompts))
+    assert engine.jobs[0].max_tokens == ANSWER_TOKENS and longest_answer(options) == longest + ANSWER_TOKENS
     assert rows[0]["ids"][-200:] == [WRITTEN] * 200 and rows[0]["question"].startswith("A baker sells 45 rolls")
     assert sum(len(each.ids) for each in read_generated(out).documents) >= 2000
 
-    generate_text(CalibrationOptions(model=model, generated_tokens=2000, seed=1), out)
+    generate_text(replace(options, seed=1), out, engine)
     (out / GENERATED_FILE).write_text("edited")
-    generate_text(CalibrationOptions(model=model, generated_tokens=2000, seed=1), out)
-    assert len(runs) == 3
-    assert generate_text(CalibrationOptions(model=model, generated_tokens=0), out) == "no generated text"
-    assert read_generated(out) is None
+    generate_text(replace(options, seed=1), out, engine)
+    assert len(engine.jobs) == 3
+    generate_text(replace(options, seed=1, quick=True), out, engine)
+    assert engine.jobs[3].max_tokens == QUICK_ANSWER_TOKENS
+    assert generate_text(replace(options, generated_tokens=0), out, engine) == "no generated text"
+    assert read_generated(out) is None and longest_answer(replace(options, generated_tokens=0)) == 0
 
 
 @pytest.mark.slow
 def test_each_text_has_a_window_of_it_and_says_of_what_kind_windows_are(written):
-    model, out, _ = written
-    generate_text(CalibrationOptions(model=model, generated_tokens=3000), out)
+    model, out, engine = written
+    generate_text(CalibrationOptions(model=model, generated_tokens=3000), out, engine)
     requests = [TextRequest(3000, 500), TextRequest(1500, 500)]
     drawn = draw_texts(None, make_tokenizer(), requests, seed=0, generated=read_generated(out))
 

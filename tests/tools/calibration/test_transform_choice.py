@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from kvtuner_tools.calibration import transform_choice
 from kvtuner_tools.calibration.artifacts import SensitivityTable
-from kvtuner_tools.calibration.sensitivity import SENSITIVITY_FILE, measure_sensitivity
+from kvtuner_tools.calibration.sensitivity import measure_sensitivity
+from kvtuner_tools.calibration.table_stages import SENSITIVITY_FILE
 from kvtuner_tools.calibration.transform_choice import TRANSFORMS_FILE, TransformChoice, choose_transforms
 from tests.helpers.capture import (  # noqa: F401 (a fixture)
     HEAD_SIZE,
