@@ -367,7 +367,10 @@ def shared_tokens(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, .
 
 
 def _loses_sink_tokens(transfer: KVTransferConfig | None) -> str | None:
-    """A connector that does not bring sink tokens back, as it was asked for; see compat/offloading.py and transfers.py."""
+    """A connector that does not bring sink tokens back, as it was asked for.
+
+    Those that do: compat/offloading.py, compat/transfers.py.
+    """
     if transfer is None:
         return None
     if transfer.kv_connector in NIXL_PULL and transfer.kv_connector_module_path is None:

@@ -32,7 +32,7 @@ def with_facts(digest: str, config: VllmConfig) -> str:
 
 
 def refused_transfers(config: VllmConfig) -> list[str]:
-    """NIXL connectors, alone or among several, that would move pages unchecked, or that cannot move a model's states."""
+    """NIXL connectors, alone or among several, that would move pages unchecked or cannot move a model's states."""
     transfer = config.kv_transfer_config
     if transfer is None:
         return []
@@ -72,15 +72,16 @@ def _unmoved_states(config: VllmConfig, connector: str) -> list[str]:
             f"but got {layout or 'none'} with {connector} and {config.model_config.model}"
         )
     model, _ = ModelRegistry.resolve_model_cls(config.model_config.architecture, model_config=config.model_config)
-    if hasattr(model, "get_mamba_specs_from_config"):  # layers of several kinds
-        counts = {len(spec.shapes) for spec in model.get_mamba_specs_from_config(config)}
+    if hasattr(model, "get_mamba_specs_from_config"):
+        kinds = {tuple(spec.shapes) for spec in model.get_mamba_specs_from_config(config)}
     else:
-        counts = {len(model.get_mamba_state_shape_from_config(config))}
-    if unmoved := counts - {_MOVED_STATES}:
+        kinds = {tuple(model.get_mamba_state_shape_from_config(config))}
+    if len(kinds) > 1 or any(len(shapes) != _MOVED_STATES for shapes in kinds):
+        got = " or ".join(sorted(" and ".join(map(str, map(tuple, shapes))) for shapes in kinds))
         problems.append(
-            f"kv_connector must not be NIXL's for a model whose linear-attention layers keep other than "
-            f"{_MOVED_STATES} states each (of a convolution, and a recurrent one), but got {connector} and "
-            f"{'/'.join(map(str, sorted(unmoved)))} of {config.model_config.model}"
+            "kv_connector must not be NIXL's for a model whose linear-attention layers differ in their states, or keep "
+            f"other than a convolution's and a recurrent one, but got {connector} and states of {got} in "
+            f"{config.model_config.model}"
         )
     return problems
 
