@@ -106,7 +106,11 @@ def test_speculation_that_is_refused(tokens, parallel_drafting, dtype, got):
         ("OffloadingConnector", None, {"blocks_per_chunk": 2}, "OffloadingConnector and blocks_per_chunk=2"),
         ("OffloadingConnector", None, {"block_size": 64}, "OffloadingConnector and a block_size of its own"),
         ("OffloadingConnector", "of.others", {}, "OffloadingConnector"),
-        ("NixlConnector", None, {}, "NixlConnector"),
+        ("NixlConnector", None, {}, None),
+        ("NixlPullConnector", None, {}, None),
+        ("NixlPushConnector", None, {}, "NixlPushConnector"),
+        ("NixlConnector", "of.others", {}, "NixlConnector"),
+        ("MultiConnector", None, {}, "MultiConnector"),
     ],
 )
 def test_sink_tokens_are_refused_where_a_connector_loses_them(connector, module, extra, got, monkeypatch):

@@ -16,6 +16,8 @@ from vllm.v1.kv_cache_interface import (
     FullAttentionSpec,
     KVCacheConfig,
     KVCacheGroupSpec,
+    KVCacheSpec,
+    MambaSpec,
     UniformTypeKVCacheSpecs,
 )
 
@@ -32,7 +34,8 @@ class Rank:
 
     Args:
         worker: of the connector.
-        caches: [blocks, KV heads of the rank, tokens, content bytes] uint8 of each layer.
+        caches: [blocks, KV heads of the rank, tokens, content bytes] uint8 of each layer; of states
+            [blocks, 1, 1, page bytes].
     """
 
     worker: Any
@@ -49,7 +52,7 @@ def spec_of(pair: PrecisionPair, num_heads: int, block_size: int = BLOCK_SIZE) -
 def make_rank(
     patch: pytest.MonkeyPatch,
     config: Any,
-    groups: Sequence[Sequence[PrecisionPair]],
+    groups: Sequence[Sequence[PrecisionPair | MambaSpec]],
     *,
     tp_rank: int = 0,
     tp_size: int = 1,
@@ -59,8 +62,8 @@ def make_rank(
 
     Args:
         config: VllmConfig as far as a worker reads it, with its ``transfer`` settings.
-        groups: pairs of each cache group's layers. One group has tensors of its own per layer; several share blocks,
-            in which the layers of each begin anew.
+        groups: pairs of each cache group's layers, or states' specs. One group has tensors of its own per layer;
+            several share blocks, in which the layers of each begin anew.
     """
     base = importlib.import_module("vllm.distributed.kv_transfer.kv_connector.v1.nixl.base_worker")
     pull = importlib.import_module("vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker")
@@ -74,31 +77,41 @@ def make_rank(
     patch.setattr(base.current_platform, "discover_numa_topology", list)
     heads = NUM_HEADS // tp_size
     numbers = iter(range(100))
-    specs = [
-        {f"model.layers.{next(numbers)}.attn": spec_of(pair, heads, block_size) for pair in group} for group in groups
+    specs: list[dict[str, KVCacheSpec]] = [
+        {
+            f"model.layers.{next(numbers)}.attn": each
+            if isinstance(each, MambaSpec)
+            else spec_of(each, heads, block_size)
+            for each in group
+        }
+        for group in groups
     ]
     caches = _caches(specs)
     cache_config = KVCacheConfig(
         num_blocks=NUM_BLOCKS,
         kv_cache_tensors=[],
-        kv_cache_groups=[KVCacheGroupSpec(list(each), UniformTypeKVCacheSpecs(block_size, each)) for each in specs],
+        kv_cache_groups=[KVCacheGroupSpec(list(each), _group_spec(each, block_size)) for each in specs],
     )
     worker = pull.NixlPullConnectorWorker(config, f"engine {id(caches)}", cache_config)
     worker.register_kv_caches(caches)
     return Rank(worker, caches)
 
 
-def _caches(specs: Sequence[dict[str, AttentionSpec]]) -> dict[str, torch.Tensor]:
-    shapes = {
-        name: (
-            NUM_BLOCKS,
-            spec.num_kv_heads,
-            spec.block_size,
-            spec.page_size_bytes // spec.num_kv_heads // spec.block_size,
-        )
-        for group in specs
-        for name, spec in group.items()
-    }
+def _group_spec(specs: dict[str, KVCacheSpec], block_size: int) -> KVCacheSpec:
+    """States' specs are not wrapped (blocks/state_groups.py)."""
+    first = next(iter(specs.values()))
+    return first if isinstance(first, MambaSpec) else UniformTypeKVCacheSpecs(block_size, specs)
+
+
+def _shape(spec: KVCacheSpec) -> tuple[int, int, int, int]:
+    if not isinstance(spec, AttentionSpec):
+        return NUM_BLOCKS, 1, 1, spec.page_size_bytes
+    content = spec.page_size_bytes // spec.num_kv_heads // spec.block_size
+    return NUM_BLOCKS, spec.num_kv_heads, spec.block_size, content
+
+
+def _caches(specs: Sequence[dict[str, KVCacheSpec]]) -> dict[str, torch.Tensor]:
+    shapes = {name: _shape(spec) for group in specs for name, spec in group.items()}
     if len(specs) == 1:
         return {name: torch.randint(256, shape, dtype=torch.uint8) for name, shape in shapes.items()}
     block = max(sum(spec.page_size_bytes for spec in group.values()) for group in specs)

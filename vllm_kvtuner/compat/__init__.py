@@ -35,6 +35,8 @@ def apply() -> None:
     transfers.refuse_other_pages()
     transfers.pack_pages_for_transfers()
     transfers.transfer_whole_pages()
+    transfers.leave_last_token_to_reader()
+    transfers.bring_sink_tokens()
     reporting.log_capacity_once()
     reporting.tell_front_end_of_kernels()
     reporting.publish_metrics()

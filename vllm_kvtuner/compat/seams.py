@@ -446,9 +446,36 @@ _CONNECTORS_AND_REPORTS = (
         "regions of memory", _NIXL + "base_worker:NixlBaseConnectorWorker",
         "compat.transfers.transfer_whole_pages",
         attributes=(
-            "_layer_specs", "_physical_blocks_per_logical_kv_block", "block_len_per_layer", "compat_hash",
-            "device_kv_caches", "engine_id", "host_xfer_buffers", "kv_caches_base_addr", "tp_rank", "vllm_config",
+            "_layer_specs", "_physical_blocks_per_logical_kv_block", "block_len_per_layer", "block_stride_per_layer",
+            "compat_hash", "device_kv_caches", "engine_id", "host_xfer_buffers", "kv_caches_base_addr", "tp_rank",
+            "vllm_config",
         ),
+    ),
+    Seam(
+        "tokens that the reader of a transfer computes",
+        _NIXL + "base_scheduler:NixlBaseConnectorScheduler._prefill_backoff",
+        "compat.transfers.leave_last_token_to_reader", exact=True,
+    ),
+    Seam(
+        "blocks of a request that are transferred",
+        _NIXL + "base_scheduler:NixlBaseConnectorScheduler.get_exchange_clipped_blocks",
+        "compat.transfers.bring_sink_tokens", ("block_ids",),
+    ),
+    Seam(
+        "which blocks are read", _NIXL + "pull_scheduler:NixlPullConnectorScheduler.update_state_after_alloc",
+        "compat.transfers.bring_sink_tokens", ("request", "blocks", "num_external_tokens"), exact=True,
+    ),
+    Seam(
+        "requests that are to be read", _NIXL + "base_scheduler:NixlBaseConnectorScheduler",
+        "compat.transfers.bring_sink_tokens", attributes=("_reqs_need_recv", "kv_cache_config", "vllm_config"),
+    ),
+    Seam(
+        "groups that are transferred", _SPECS + "KVCacheConfig.select_transfer_block_ids",
+        "compat.transfers.bring_sink_tokens", ("block_ids",), exact=True,
+    ),
+    Seam(
+        "states of linear attention", "vllm.model_executor.models:ModelRegistry", "engine.page_facts.refused_transfers",
+        attributes=("resolve_model_cls",),
     ),
     Seam(
         "capacity", _CORE + "kv_cache_utils:update_kv_cache_capacity", "compat.reporting.log_capacity_once",

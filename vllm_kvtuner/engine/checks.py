@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from vllm_kvtuner.profile.profile import Profile, ResolvedProfile
 
 OFFLOADING = "OffloadingConnector"
+NIXL_PULL = ("NixlConnector", "NixlPullConnector")
+"""Two names of the connector whose decoding engine reads."""
 logger = logging.getLogger("vllm.kvtuner")
 
 
@@ -365,8 +367,13 @@ def shared_tokens(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, .
 
 
 def _loses_sink_tokens(transfer: KVTransferConfig | None) -> str | None:
-    """A connector that does not bring sink tokens back, as it was asked for; see compat/offloading.py."""
+    """A connector that does not bring sink tokens back, as it was asked for.
+
+    Those that do: compat/offloading.py, compat/transfers.py.
+    """
     if transfer is None:
+        return None
+    if transfer.kv_connector in NIXL_PULL and transfer.kv_connector_module_path is None:
         return None
     if transfer.kv_connector != OFFLOADING or transfer.kv_connector_module_path is not None:
         return str(transfer.kv_connector)
@@ -393,7 +400,8 @@ def recent_windows(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, 
     if sink_tokens and (connector := _loses_sink_tokens(config.kv_transfer_config)):
         problems.append(
             f"{source}: sink_tokens must be 0 with a KV connector, which brings back a window's newest tokens alone "
-            f"(OffloadingConnector serves, with one block per chunk), but got {sink_tokens} with {connector}"
+            f"(NixlConnector serves, and OffloadingConnector with one block per chunk), but got {sink_tokens} with "
+            f"{connector}"
         )
     if not current_platform.is_cpu() and resolved.attend_cached_prefill and bits != UNQUANTIZED.k_bits:
         problems.append(

