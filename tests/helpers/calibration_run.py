@@ -65,4 +65,4 @@ def feedback_of(layer):
     ranges = {str(bits): each for bits, each in FEEDBACK.ranges.items()}
     errors = {"nearest": {"2": 0.4, "4": 0.04}, "feedback": {"2": 0.1, "4": 0.01}}
     keys = SideChoice(layer.transforms.key_round_feedback, ranges, errors, 0.25)
-    return LayerFeedback(layer.index, layer.transforms, keys, replace(keys, is_on=False, ratio=1.125), None)
+    return LayerFeedback(layer.index, layer.transforms, keys, replace(keys, is_on=False, ratio=1.125), None, None)

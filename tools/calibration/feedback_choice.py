@@ -5,6 +5,9 @@ feedback in each of the candidates' ranges, and to the nearest codes. What is me
 attention output as what reads it counts it. A side keeps feedback where that is less than with nearest codes, by the
 geometric mean over 2 and 4 bits, at the captured positions and at far ones. Its factors are then those of all windows.
 
+Rows of keys may be equalized otherwise than for nearest codes, since feedback needs channels that are alike more than
+it needs queries that are (:mod:`~kvtuner_tools.calibration.key_statics`). Where that is less, keys take it.
+
 Ranges of strong feedback are wide, since a number takes up what others lack; those of weak feedback are narrow.
 """
 
@@ -22,8 +25,14 @@ from safetensors import safe_open
 from kvtuner_tools.calibration.artifacts import digest, read_artifact, unquantized_tokens
 from kvtuner_tools.calibration.attention_error import AttentionMeter, Ranges
 from kvtuner_tools.calibration.captured import Capture, CapturedLayer, Window
+from kvtuner_tools.calibration.key_statics import WHITENING, KeyStatics, PairLayout
 from kvtuner_tools.calibration.round_metric import DAMPING, PACKED_DAMPING, RoundMetrics, round_metrics
-from kvtuner_tools.calibration.transform_choice import TransformChoice, default_device, layer_transforms
+from kvtuner_tools.calibration.transform_choice import (
+    TransformChoice,
+    default_device,
+    layer_transforms,
+    pair_layout,
+)
 from kvtuner_tools.progress import track
 from kvtuner_tools.results import write_json
 from vllm_kvtuner.pages.feedback import RoundFeedback, triangular_factors
@@ -39,7 +48,7 @@ from vllm_kvtuner.profile.statics import (
     save_statics,
 )
 
-FEEDBACK_SCHEMA = "kvtuner-feedback/1"
+FEEDBACK_SCHEMA = "kvtuner-feedback/2"
 FEEDBACK_FILE = "feedback.json"
 """Name of the choice in a calibration's output folder."""
 FEEDBACK_STATICS_FILE = "feedback.statics.safetensors"
@@ -56,6 +65,7 @@ HELDOUT_EVERY = 4
 QUERIES = 256
 """Queries of a window that errors are measured on."""
 NEAREST, FEEDBACK = "nearest", "feedback"
+KEYS, VALUES = FEEDBACK_KINDS
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,7 @@ class LayerFeedback:
         transforms: all of its transforms, round feedback with them.
         keys: of its keys; None where ``note`` says why.
         values: likewise.
+        equalization: what the keys' factors are from instead of those without feedback, or None.
         note: why keys, or both, have no round feedback, or None.
     """
 
@@ -92,6 +103,7 @@ class LayerFeedback:
     transforms: TransformSettings
     keys: SideChoice | None
     values: SideChoice | None
+    equalization: str | None
     note: str | None
 
 
@@ -133,6 +145,7 @@ class FeedbackChoice:
                 transforms=TransformSettings(**layer["transforms"]),
                 keys=_read_side(layer["keys"]),
                 values=_read_side(layer["values"]),
+                equalization=layer["equalization"],
                 note=layer["note"],
             )
             for layer in document.pop("layers")
@@ -168,6 +181,7 @@ def choose_feedback(
             "transforms": choice.inputs,
             "ranges": {str(bits): ranges for bits, ranges in RANGES.items()},
             "method": [ONE_RANGE_FLOOR, HELDOUT_EVERY, QUERIES, DAMPING, PACKED_DAMPING],
+            "equalization": WHITENING,
             **unquantized_tokens(recent_window),
         }
     )
@@ -175,19 +189,24 @@ def choose_feedback(
         return found
     statics_path = None if choice.statics is None else out_dir / choice.statics
     transforms = layer_transforms(choice.transforms, statics_path, device)
+    layout = pair_layout(capture)
     layers, statics = [], {}
     for layer in track(capture.layers, "round feedback", "layer", total=len(capture.layers)):
-        settings = choice.transforms[layer.index]
         known = transforms[layer.index]
-        sides, feedback, note = _LayerCalibration(capture, layer, known, recent_window, device).choose()
-        keys, values = (sides.get(kind) for kind in FEEDBACK_KINDS)
-        settings = replace(settings, **{kind: kind in feedback for kind in FEEDBACK_KINDS})
-        layers.append(LayerFeedback(layer.index, settings, keys, values, note))
-        static = _layer_statics(known, settings, feedback)
+        taken = _LayerCalibration(capture, layer, known, layout, recent_window, device).choose()
+        keys, values = (taken.sides.get(kind) for kind in FEEDBACK_KINDS)
+        settings = replace(
+            choice.transforms[layer.index],
+            key_equalization=taken.transforms.key_equalization is not None,
+            **{kind: kind in taken.feedback for kind in FEEDBACK_KINDS},
+        )
+        layers.append(LayerFeedback(layer.index, settings, keys, values, taken.equalization, taken.note))
+        static = _layer_statics(taken.transforms, settings, taken.feedback)
         if any(each is not None for each in vars(static).values()):
             statics[layer.index] = static
     if statics:
         metadata = _metadata(statics_path) if statics_path is not None else {}
+        metadata |= {} if layout is None else layout.metadata
         metadata |= {"model": capture.model["name"], "method": "calibration", "data": capture.data["source"]}
         save_statics(out_dir / FEEDBACK_STATICS_FILE, statics, metadata)
     result = FeedbackChoice(inputs, FEEDBACK_STATICS_FILE if statics else None, tuple(layers))
@@ -195,13 +214,32 @@ def choose_feedback(
     return result
 
 
-class _LayerCalibration:
+class _Found(NamedTuple):
     """Round feedback of one layer.
+
+    Args:
+        transforms: of the layer, without round feedback, with the equalization that goes with it.
+        sides: name of a transform -> what was chosen.
+        feedback: of those that are used.
+        equalization: what the keys' factors are from, if not from what was known.
+        note: why some are missing.
+    """
+
+    transforms: LayerTransforms
+    sides: Mapping[str, SideChoice] = {}
+    feedback: Mapping[str, RoundFeedback] = {}
+    equalization: str | None = None
+    note: str | None = None
+
+
+class _LayerCalibration:
+    """Finds the round feedback of one layer.
 
     Args:
         capture: what to measure on.
         layer: of it.
         transforms: of the layer, without round feedback.
+        layout: which channels of keys share a factor; None where none may.
         recent_window: tokens of each query that are not quantized.
         device: where to measure.
     """
@@ -211,39 +249,68 @@ class _LayerCalibration:
         capture: Capture,
         layer: CapturedLayer,
         transforms: LayerTransforms,
+        layout: PairLayout | None,
         recent_window: RecentWindow | None,
         device: torch.device | str,
     ) -> None:
         self._capture = capture
         self._layer = layer
         self._transforms = transforms
+        self._layout = layout
         self._recent_window = recent_window
         self._device = device
         self._rotary = capture.load_rotary(layer, device)
 
-    def choose(self) -> tuple[dict[str, SideChoice], dict[str, RoundFeedback], str | None]:
-        """Per name of a transform what was chosen and the feedback of those that are used; and why some are missing."""
+    def choose(self) -> _Found:
+        """What is used, and why it is no more."""
         gram = self._capture.load_output_gram(self._layer, self._device)
         windows = range(len(self._capture.windows))
         heldout = [*windows[HELDOUT_EVERY - 1 :: HELDOUT_EVERY]] or [*windows[1:]][-1:]
         if gram is None:
-            return {}, {}, self._capture.gram_unsupported
+            return _Found(self._transforms, note=self._capture.gram_unsupported)
         if not heldout:
-            return {}, {}, "text must have at least two windows, one of them to measure on"
+            note = "text must have at least two windows, one of them to measure on"
+            return _Found(self._transforms, note=note)
         seen = self._metrics([each for each in windows if each not in heldout], gram)
-        unseen = self._metrics(heldout, gram)
+        every = seen + self._metrics(heldout, gram)
         meters = self._meters(heldout, gram)
-        factors = self._factors(seen)
-        problem = self._layer.offset_unsupported
-        kinds = FEEDBACK_KINDS if problem is None else FEEDBACK_KINDS[1:]
-        sides = {kind: _choose_side(self._measures(kind, meters, factors[kind])) for kind in kinds}
-        factors = self._factors(RoundMetrics(seen.keys + unseen.keys, seen.values + unseen.values))
+        transforms, name, sides = self._transforms, None, {}
+        if self._layer.offset_unsupported is None:
+            name, transforms, sides[KEYS] = self._choose_keys(seen, meters)
+        factors = self._factors(seen, self._transforms)[VALUES]
+        sides[VALUES] = _choose_side([self._value_measure(meters[0], factors)])
+        factors = self._factors(every, transforms)
         used = {
             kind: RoundFeedback(factors[kind], {int(bits): ranges for bits, ranges in side.ranges.items()})
             for kind, side in sides.items()
             if side.is_on
         }
-        return sides, used, problem
+        return _Found(transforms, sides, used, name, self._layer.offset_unsupported)
+
+    def _choose_keys(
+        self, seen: RoundMetrics, meters: list[AttentionMeter]
+    ) -> tuple[str | None, LayerTransforms, SideChoice]:
+        """What the factors of the best equalization are from, if not as known; the transforms with it, and the side."""
+        found = []
+        for name, transforms in self._equalized().items():
+            given = replace(transforms, key_feedback=RoundFeedback(self._factors(seen, transforms)[KEYS], {}))
+            measures = [
+                Measure(partial(meter.key_errors, self._transforms), partial(meter.key_errors_by, given))
+                for meter in meters
+            ]
+            found.append((name, transforms, _choose_side(measures)))
+        best = min(found, key=lambda each: each[2].ratio)
+        return best if best[2].is_on else found[0]
+
+    def _equalized(self) -> dict[str | None, LayerTransforms]:
+        """The transforms as they are known, under None, and with other factors by what these are from."""
+        known: dict[str | None, LayerTransforms] = {None: self._transforms}
+        if self._layout is None:
+            return known
+        windows = self._capture.load_layer(self._layer, self._device)
+        statics = KeyStatics.of(windows, None if self._rotary is None else self._rotary.near)
+        factors = statics.factors_with_feedback(self._layout)
+        return known | {name: replace(self._transforms, key_equalization=each) for name, each in factors.items()}
 
     def _meters(self, windows: list[int], gram: torch.Tensor) -> list[AttentionMeter]:
         """At the captured positions, and at far ones where there are any."""
@@ -252,29 +319,20 @@ class _LayerCalibration:
         meter = AttentionMeter(self._layer, rows, near, self._recent_window, gram)
         return [meter] if self._rotary is None else [meter, meter.at_far_positions(self._rotary)]
 
-    def _measures(self, kind: str, meters: list[AttentionMeter], factors: torch.Tensor) -> list["Measure"]:
-        """By each meter; of values by the first alone, which positions do not change."""
-        if kind == "value_round_feedback":
-            given = replace(self._transforms, value_feedback=RoundFeedback(factors, {}))
-            return [
-                Measure(partial(meter.value_errors, self._transforms), partial(meter.value_errors_by, given))
-                for meter in meters[:1]
-            ]
-        given = replace(self._transforms, key_feedback=RoundFeedback(factors, {}))
-        return [
-            Measure(partial(meter.key_errors, self._transforms), partial(meter.key_errors_by, given))
-            for meter in meters
-        ]
+    def _value_measure(self, meter: AttentionMeter, factors: torch.Tensor) -> "Measure":
+        """By one meter, since positions do not change values."""
+        given = replace(self._transforms, value_feedback=RoundFeedback(factors, {}))
+        return Measure(partial(meter.value_errors, self._transforms), partial(meter.value_errors_by, given))
 
     def _metrics(self, windows: list[int], gram: torch.Tensor) -> RoundMetrics:
         near = None if self._rotary is None else self._rotary.near
         rows = self._capture.load_windows(self._layer, windows, self._device)
         return round_metrics(self._layer, rows, gram, near, self._recent_window)
 
-    def _factors(self, metrics: RoundMetrics) -> dict[str, torch.Tensor]:
-        """Transform's name -> factors."""
+    def _factors(self, metrics: RoundMetrics, transforms: LayerTransforms) -> dict[str, torch.Tensor]:
+        """Transform's name -> factors, for rows after these transforms."""
         turns = None if self._rotary is None else self._rotary.turns
-        packed = metrics.at_positions(turns).packed(self._transforms)
+        packed = metrics.at_positions(turns).packed(transforms)
         factors = (triangular_factors(each) for each in (packed.keys, packed.values))
         return dict(zip(FEEDBACK_KINDS, factors, strict=True))
 

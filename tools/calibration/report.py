@@ -159,12 +159,14 @@ def _transforms_table(inputs: ReportInputs) -> str:
     """What each layer does before it stores; layers that do the same are one row."""
     pairs = inputs.result.chosen.pairs
     chosen = {} if inputs.transforms is None else {layer.index: layer for layer in inputs.transforms.layers}
+    feedback = {} if inputs.feedback is None else {layer.index: layer for layer in inputs.feedback.layers}
     rows: dict[tuple[str, ...], list[int]] = {}
     for layer in inputs.table.layers:
         pair, settings = pairs[layer.index], layer.transforms
         cells = (pair.name, "", "", "", "")
         if pair.is_quantized:
-            keys = _key_transforms(settings, chosen.get(layer.index))
+            factors = feedback[layer.index].equalization if layer.index in feedback else None
+            keys = _key_transforms(settings, chosen.get(layer.index), factors)
             values = _joined(Hadamard=settings.value_hadamard, feedback=settings.value_round_feedback)
             note = chosen[layer.index].note if layer.index in chosen else None
             cells = (pair.name, keys, values, "by error" if settings.range_search else "min, max", note or "")
@@ -173,13 +175,14 @@ def _transforms_table(inputs: ReportInputs) -> str:
     return _html_table(header, [[format_layers(layers), *cells] for cells, layers in rows.items()], style="words")
 
 
-def _key_transforms(settings: TransformSettings, choice: LayerChoice | None) -> str:
+def _key_transforms(settings: TransformSettings, choice: LayerChoice | None, factors: str | None) -> str:
+    """In words; ``factors`` is what those of an equalization are from where round feedback chose others."""
     offset, equalization = "offset", "equalization"
     if choice is not None and settings.key_offset:
         pairs = "" if choice.offset_pairs is None else f", {choice.offset_pairs} pairs"
         offset = f"offset ({choice.offset}{pairs})"
     if choice is not None and settings.key_equalization:
-        equalization = f"equalization ({choice.equalization})"
+        equalization = f"equalization ({factors or choice.equalization})"
     return _joined(
         **{
             offset: bool(settings.key_offset),

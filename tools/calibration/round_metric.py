@@ -42,6 +42,10 @@ class RoundMetrics:
     keys: torch.Tensor
     values: torch.Tensor
 
+    def __add__(self, other: "RoundMetrics") -> "RoundMetrics":
+        """Of the queries of both."""
+        return RoundMetrics(self.keys + other.keys, self.values + other.values)
+
     def at_positions(self, turns: Turns | None) -> "RoundMetrics":
         """With that of keys after RoPE, averaged over positions; as it is where nothing rotates."""
         return self if turns is None else replace(self, keys=turns.mean(self.keys))

@@ -145,7 +145,7 @@ def choose_transforms(
     if (found := _find(out_dir, inputs)) is not None:
         return found
     biases = _biases(capture)
-    layout = _pair_layout(capture)
+    layout = pair_layout(capture)
     choices, statics = [], {}
     for layer in track(capture.layers, "transforms", "layer", total=len(capture.layers)):
         candidates = TransformCandidates(
@@ -266,7 +266,7 @@ def _biases(capture: Capture) -> dict[int, torch.Tensor]:
     return {index: torch.from_numpy(statics.key_offset) for index, statics in offsets.items()}
 
 
-def _pair_layout(capture: Capture) -> PairLayout | None:
+def pair_layout(capture: Capture) -> PairLayout | None:
     """Which channels RoPE pairs, in all layers; None where layers differ, which a statics file cannot say."""
     tables = {layer.rotary: layer for layer in capture.layers if layer.rotary is not None}
     found = set()
