@@ -19,7 +19,7 @@ def one_rank(monkeypatch):
 
 
 def layer_of(index, offset):
-    transforms = SimpleNamespace(key_offset="from_weights")
+    transforms = SimpleNamespace(key_offset="from_weights", key_round_feedback=False)
     settings = SimpleNamespace(precision=SimpleNamespace(index=index, transforms=transforms))
     impl = SimpleNamespace(settings=settings, num_kv_heads=2, head_size=8, dtype=torch.float32, configured=0)
     impl.transforms = SimpleNamespace(key_offset=offset)
@@ -55,14 +55,14 @@ def biases(*values):
 def test_offsets_that_leave_little_are_kept(monkeypatch, full_graphs):
     """They are exact for the pages that were stored with them; a layer without biases has none."""
     worker, impls, bound = worker_with(monkeypatch, biases(1.4, 0.6, None), full_graphs)
-    assert not weight_updates.renew_offsets(worker)
+    assert not weight_updates.renew_transforms(worker)
     assert not bound and not any(impl.configured for impl in impls)
 
 
 @pytest.mark.parametrize("moved", [1.6, float("nan")])
 def test_those_that_leave_much_are_made_anew(monkeypatch, moved):
     worker, impls, bound = worker_with(monkeypatch, biases(1.0, moved, 1.0))
-    assert weight_updates.renew_offsets(worker)
+    assert weight_updates.renew_transforms(worker)
     assert [impl.configured for impl in impls] == [0, 1, 0]
     assert bound == [worker]
 
@@ -77,7 +77,7 @@ def test_those_that_leave_much_are_made_anew(monkeypatch, moved):
 def test_what_keeps_them_is_said(monkeypatch, options, why):
     worker, impls, bound = worker_with(monkeypatch, biases(1.0, 3.0, 3.0), **options)
     with pytest.raises(ValueError, match=f"^key_offset from_weights of layers 1-2 must change .*but {why}"):
-        weight_updates.renew_offsets(worker)
+        weight_updates.renew_transforms(worker)
     assert not bound and not any(impl.configured for impl in impls)
 
 
