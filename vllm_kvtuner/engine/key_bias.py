@@ -78,17 +78,17 @@ def key_projection(parent: torch.nn.Module) -> tuple[Any, int]:
     Raises:
         ValueError: what is needed, and what the model has.
     """
-    projection, is_fused = find_projection(parent, "k", _KEY_PROJECTIONS)
+    projection, is_fused = find_projection(parent, _KEY_PROJECTIONS, "one k projection beside the attention layer")
     return projection, projection.num_heads * projection.head_size if is_fused else 0
 
 
-def find_projection(parent: torch.nn.Module, letter: str, names: Sequence[str]) -> tuple[Any, bool]:
+def find_projection(parent: torch.nn.Module, names: Sequence[str], needed: str) -> tuple[Any, bool]:
     """The layer beside an attention layer that projects to queries, keys and values, or to one of them alone.
 
     Args:
         parent: the module that holds them.
-        letter: of what is looked for, for the error.
-        names: that a projection to it alone may have.
+        names: that a projection to what is looked for alone may have.
+        needed: what an error says is needed.
 
     Returns:
         The projection, beneath an adapter, and whether it gives queries, keys and values, in this order.
@@ -105,9 +105,7 @@ def find_projection(parent: torch.nn.Module, letter: str, names: Sequence[str]) 
     alone = [layers[name] for name in names if isinstance(layers.get(name), ColumnParallelLinear)]
     if fused or len(alone) != 1:
         kind = type(parent).__name__
-        raise ValueError(
-            f"one {letter} projection beside the attention layer, but the model's {kind} has {len(fused + alone)}"
-        )
+        raise ValueError(f"{needed}, but the model's {kind} has {len(fused + alone)}")
     return alone[0], False
 
 

@@ -39,7 +39,7 @@ _INPUT_NORMS = ("input_layernorm", "attention_norm", "ln_1", "norm1", "operator_
 
 def query_projection(parent: torch.nn.Module) -> tuple[Any, bool]:
     """As :func:`find_projection`, of queries."""
-    return find_projection(parent, "q", _QUERY_PROJECTIONS)
+    return find_projection(parent, _QUERY_PROJECTIONS, "one q projection beside the attention layer")
 
 
 def input_norm(layer: torch.nn.Module | None, input_size: int) -> torch.nn.Module | None:
@@ -130,7 +130,7 @@ def query_energy(parent: torch.nn.Module, norm: torch.nn.Module | None, heads: Q
             rows[:, begin : begin + count].fill_diagonal_(1.0)
             if norm is not None:  # it makes sqrt(size) of a 1 among zeros, more than some quantized inputs reach
                 rows = middle + (_normalized(norm, rows) - middle) / size**0.5
-            energy += (projected(projection, rows) - mean)[:, :outputs].square().sum(0).double()
+            energy += (projected(projection, rows) - mean)[:, :outputs].double().square().sum(0)
         energy = energy.view(heads.num_heads, heads.head_size)
         if gains is not None:
             smallest = torch.finfo(torch.float32).tiny
