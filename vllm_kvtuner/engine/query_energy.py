@@ -51,7 +51,7 @@ def input_norm(layer: torch.nn.Module | None, input_size: int) -> torch.nn.Modul
     """
     for name in _INPUT_NORMS:
         norm = getattr(layer, name, None)
-        if isinstance(norm, torch.nn.Module) and getattr(norm, "weight", torch.empty(0)).shape == (input_size,):
+        if _has_gains(norm, input_size):
             return norm
     return None
 
@@ -70,7 +70,7 @@ def layer_energy(layer: Any, modules: Modules, dtype: torch.dtype) -> tuple[torc
     parent, impl = modules.parent(layer), layer.impl
     projection, _ = query_projection(parent)
     norm = input_norm(modules.decoder_layer(layer), projection.input_size)
-    device = next(parent.parameters()).device
+    device = next(projection.parameters()).device
     heads = QueryHeads(impl.num_heads, impl.num_kv_heads, impl.head_size, dtype, device)
     return query_energy(parent, norm, heads), norm is not None
 
@@ -146,13 +146,18 @@ def _head_gains(parent: torch.nn.Module, heads: QueryHeads) -> torch.Tensor | No
     if not norms:
         return None
     name, norm = next(iter(norms.items()))
-    if len(norms) > 1 or getattr(norm, "weight", torch.empty(0)).shape != (heads.head_size,):
+    if len(norms) > 1 or not _has_gains(norm, heads.head_size):
         rule = "queries as their projection gives them, or normalized head by head"
         raise ValueError(f"{rule}, but the model's {type(parent).__name__} normalizes them otherwise ({name})")
     with torch.inference_mode():
         rows = torch.eye(heads.head_size, dtype=heads.dtype).to(heads.device)
         given = _normalized(norm, rows) - _normalized(norm, torch.zeros_like(rows))
         return given.diagonal().double().square() / heads.head_size
+
+
+def _has_gains(norm: Any, size: int) -> bool:
+    weight = getattr(norm, "weight", None)
+    return isinstance(norm, torch.nn.Module) and isinstance(weight, torch.Tensor) and weight.shape == (size,)
 
 
 def _normalized(norm: Any, rows: torch.Tensor) -> torch.Tensor:
