@@ -106,7 +106,8 @@ def test_round_feedback_follows_weights(monkeypatch, full_graphs):
     """In the tensors that full CUDA graphs know; where there are none, kernels hear of it. Layers without stay so."""
     factors = {name: triangular_factors(torch.diag(torch.tensor(each))[None]) for name, each in DIAGONALS.items()}
     before, after = (RoundFeedback(each, {4: (1.0,)}) for each in (factors["before"].clone(), factors["after"]))
-    read = before.factors, before.columns, before.weights
+    with torch.inference_mode():  # as in a step
+        read = before.factors, before.columns, before.weights
     worker, impls, bound = worker_with(monkeypatch, biases(1.0, 1.0, 1.0), full_graphs)
     for impl, known in zip(impls, (before, None, before), strict=True):
         impl.transforms = Transforms(known)

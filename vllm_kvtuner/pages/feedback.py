@@ -62,6 +62,7 @@ class RoundFeedback:
             for bits, factors in self.ranges.items()
         }
 
+    @torch.inference_mode()  # in which the cached ones may have been computed
     def take_over(self, other: "RoundFeedback") -> None:
         """Round by another's factors from now on, in the tensors that kernels and CUDA graphs have the addresses of."""
         self.factors.copy_(other.factors)
