@@ -18,7 +18,14 @@ from vllm_kvtuner.profile.load import AUTO, load_profile, shipped_profiles
 from vllm_kvtuner.profile.model_files import ModelFiles
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError, format_layers
-from vllm_kvtuner.profile.profile import FROM_WEIGHTS, Profile, RecentWindow, ResolvedProfile, TransformSettings
+from vllm_kvtuner.profile.profile import (
+    FROM_WEIGHTS,
+    WEIGHT_TRANSFORMS,
+    Profile,
+    RecentWindow,
+    ResolvedProfile,
+    TransformSettings,
+)
 from vllm_kvtuner.profile.statics import load_statics
 
 SCHEMA = {
@@ -219,9 +226,13 @@ def _summarize(spec: str, model: str | None, memory: int | None) -> dict[str, An
         "attend_cached_prefill": profile.attend_cached_prefill,
         "adapts": profile.adapts,
         "left_out": list((profile if resolved is None else resolved.profile).left_out),
-        "key_offset_from_weights": any(
-            each.key_offset == FROM_WEIGHTS for each in (profile.transforms, *profile.transform_overrides.values())
-        ),
+        **{
+            f"{name}_from_weights": any(
+                getattr(each, name) == FROM_WEIGHTS
+                for each in (profile.transforms, *profile.transform_overrides.values())
+            )
+            for name in WEIGHT_TRANSFORMS
+        },
         "statics": None if profile.statics is None else str(profile.statics),
         "layers": _layers(profile, resolved),
         "provenance": profile.provenance,
@@ -303,6 +314,8 @@ def _format(summary: Mapping[str, Any]) -> str:
         rows.append(("recent window", f"{summary['recent_bytes_per_request']:,} more bytes per request{fewer}"))
     if summary["key_offset_from_weights"]:
         rows.append(("key offset", "the k projection's bias, when the model is loaded"))
+    if summary["key_round_feedback_from_weights"]:
+        rows.append(("key feedback", "by the q projection's weights, when the model is loaded"))
     rows += [("without", reason) for reason in summary["left_out"]]
     if summary["tokens_that_fit"] is not None:
         bf16 = f"bf16: {summary['bf16_tokens_that_fit']:,}"

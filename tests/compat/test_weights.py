@@ -15,7 +15,7 @@ def core(monkeypatch):
     core = SimpleNamespace(vllm_config=None, calls=calls, changed=[False, False])
 
     def workers(method, *args):
-        calls.append("renew" if method is weights.renew_offsets else method)
+        calls.append("renew" if method is weights.renew_transforms else method)
         return core.changed
 
     def forget(reset_running_requests=False):

@@ -10,7 +10,7 @@ from vllm_kvtuner.profile.problems import ProfileError
 from vllm_kvtuner.profile.profile import FROM_WEIGHTS, RecentWindow
 
 SHAPE = ModelShape("toy", "ToyForCausalLM", (LayerShape(2, 64),) * 4)
-NO_DATA = ("key_offset", "key_hadamard", "value_hadamard", "range_search")
+NO_DATA = ("key_offset", "key_hadamard", "value_hadamard", "range_search", "key_round_feedback")
 
 
 def test_a_pair_has_the_treatment_that_needs_no_data():
@@ -19,7 +19,7 @@ def test_a_pair_has_the_treatment_that_needs_no_data():
     for layer in profile.resolve(SHAPE).layers:
         assert layer.pair == PrecisionPair(4, 2)
         assert layer.transforms.names == NO_DATA
-        assert layer.transforms.key_offset == FROM_WEIGHTS
+        assert layer.transforms.key_offset == layer.transforms.key_round_feedback == FROM_WEIGHTS
         assert layer.transforms.needs_model
         assert not layer.transforms.needs_statics
         assert layer.recent == RecentWindow(64, 16, 4)
@@ -75,7 +75,40 @@ def test_an_offset_from_weights_in_a_file(tmp_path):
     assert [layer.transforms.key_offset for layer in layers] == [FROM_WEIGHTS, False, FROM_WEIGHTS, FROM_WEIGHTS]
 
 
-def test_from_weights_is_a_value_of_the_offset_alone(tmp_path):
+def test_keys_of_8_bits_have_no_feedback():
+    (layer, *_) = load_profile("K8V4").resolve(SHAPE).layers
+    assert layer.transforms.names == NO_DATA[:4]
+
+
+def test_feedback_from_weights_in_a_file(tmp_path):
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "version: 1\nlayers: {0-1: K4V4, 2-3: K8V4}\n"
+        "transforms:\n  key_hadamard: true\n  key_round_feedback: from_weights\n"
+        "  overrides: {1: {key_round_feedback: false}}\n"
+    )
+    layers = load_profile(str(path)).resolve(SHAPE).layers
+    assert [layer.transforms.key_round_feedback for layer in layers] == [FROM_WEIGHTS, False, False, False]
+    assert [layer.transforms.needs_model for layer in layers] == [True, False, False, False]
+    assert not any(layer.transforms.needs_statics for layer in layers)
+
+
+def test_feedback_from_weights_needs_the_rotation(tmp_path):
+    """Without it its metric is diagonal, which is nearest rounding in a range that nobody searches."""
+    path = tmp_path / "p.yaml"
+    path.write_text(
+        "version: 1\nlayers: K4V4\ntransforms: {key_round_feedback: from_weights, overrides: {"
+        "1: {key_hadamard: true}, 2: {key_hadamard: false}, 3: {value_hadamard: true}}}\n"
+    )
+    with pytest.raises(ProfileError) as caught:
+        load_profile(str(path))
+    rule = "must be true or false without key_hadamard, by which the channels that weights weigh come together"
+    assert caught.value.problems == tuple(
+        f"{path}: transforms{where}.key_round_feedback {rule}, but got from_weights" for where in ("", ".overrides.2")
+    )
+
+
+def test_what_cannot_follow_weights_is_refused(tmp_path):
     path = tmp_path / "p.yaml"
     path.write_text("version: 1\nlayers: K4V4\ntransforms: {key_offset: weights, key_equalization: from_weights}\n")
     with pytest.raises(ProfileError) as caught:

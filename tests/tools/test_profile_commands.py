@@ -88,8 +88,9 @@ def test_a_pair_is_shown_as_it_is_served(run_cli, make_model):
     out = run_cli("profile", "show", "K4V4", "--model", make_model())[1]
     assert "recent window    69,632 more bytes per request; fewer where requests are short\n" in out
     assert "key offset       the k projection's bias, when the model is loaded\n" in out
-    treatment = "key_offset, key_hadamard, value_hadamard, range_search  64 tokens and the first 4 in 16 bits"
-    assert f"0-1     K4V4    {treatment}" in out
+    assert "key feedback     by the q projection's weights, when the model is loaded\n" in out
+    treatment = "key_offset, key_hadamard, value_hadamard, range_search, key_round_feedback  64 tokens and the first 4"
+    assert f"0-1     K4V4    {treatment} in 16 bits" in out
     shown = json.loads(run_cli("profile", "show", "K4V4:plain", "--model", make_model(), "--json")[1])
     assert (shown["adapts"], shown["key_offset_from_weights"], shown["left_out"]) == (False, False, [])
     assert {(tuple(layer["transforms"]), layer["recent_window"]) for layer in shown["layers"]} == {((), 0)}

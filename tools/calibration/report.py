@@ -188,7 +188,7 @@ def _key_transforms(settings: TransformSettings, choice: LayerChoice | None, fac
             offset: bool(settings.key_offset),
             equalization: settings.key_equalization,
             "Hadamard": settings.key_hadamard,
-            "feedback": settings.key_round_feedback,
+            "feedback": bool(settings.key_round_feedback),
         }
     )
 

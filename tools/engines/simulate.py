@@ -6,6 +6,7 @@ text are in one step, so a layer sees all rows that its cache would hold, and vL
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from kvtuner_tools.engines.evaluate import EngineOptions, MeasuringEngine, Refer
 from kvtuner_tools.simulation.cache import Layer, Method, Rows, Storage, attend
 from kvtuner_tools.simulation.gradients import read_gradients
 from vllm_kvtuner.engine.layer_names import layer_index
+from vllm_kvtuner.engine.modules import Modules
+from vllm_kvtuner.engine.query_energy import layer_energy
 from vllm_kvtuner.engine.statics import layer_rotary
 
 
@@ -184,11 +187,10 @@ def _install(worker: Any) -> None:
     """Put the simulation into every attention layer. Runs in the worker."""
     config, model = worker.vllm_config, worker.model_runner.get_model()
     simulation = worker.model_runner.kvtuner_simulation = _Simulation()
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
+    modules = Modules(model)
     found = {}
     for name, layer in config.compilation_config.static_forward_context.items():
-        if id(layer) not in names or not hasattr(layer, "num_kv_heads"):  # not an attention layer with a cache
+        if layer not in modules or not hasattr(layer, "num_kv_heads"):  # not an attention layer with a cache
             continue
         index = layer_index(config, name)
         if index is None or index in found:
@@ -197,8 +199,9 @@ def _install(worker: Any) -> None:
         if layer.has_sink or shares or getattr(layer, "head_size_v", layer.head_size) != layer.head_size:
             rule = "--simulate must have layers without sinks, with keys and values of their own and of one size"
             raise ValueError(f"layer {index}: {rule}")
-        found[index] = layer, modules[names[id(layer)].rpartition(".")[0]]
-    for index, (layer, parent) in found.items():
+        found[index] = layer
+    for index, layer in found.items():
+        parent = modules.parent(layer)
         simulation.layers[index] = Layer(
             index=index,
             num_heads=layer.num_heads,
@@ -209,6 +212,7 @@ def _install(worker: Any) -> None:
             sliding_window=layer.sliding_window,
             logits_soft_cap=float(layer.impl.logits_soft_cap or 0.0),
             weights=_weights(parent, config.model_config.dtype),
+            query_energy=partial(layer_energy, layer, modules, config.model_config.dtype),
         )
         _replace_forward(layer, index, simulation)
 

@@ -35,6 +35,7 @@ class Layer:
         logits_soft_cap: c > 0 replaces each logit x by c tanh(x / c).
         weights: gives what the model multiplies the layer's input by for keys and for values, [num_kv_heads *
             head_size, hidden_size] fp32 each, and the keys' bias [num_kv_heads * head_size], 0 where there is none.
+        query_energy: gives what vllm_kvtuner.engine.query_energy.layer_energy does of the layer, and raises as it does.
     """
 
     index: int
@@ -46,6 +47,7 @@ class Layer:
     sliding_window: int | None = None
     logits_soft_cap: float = 0.0
     weights: Callable[[], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
+    query_energy: Callable[[], tuple[torch.Tensor, bool]] | None = field(default=None, repr=False)
 
     @property
     def group(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from kvtuner_tools.calibration.transform_choice import layer_transforms
 from kvtuner_tools.simulation.cache import Layer, Method, Rows, Storage, View, first, newest
 from vllm_kvtuner.engine.key_bias import largest_pairs
+from vllm_kvtuner.engine.query_energy import key_feedback
 from vllm_kvtuner.pages.codes import UniformCodes
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.layout import PAIR_FORM
@@ -88,8 +89,15 @@ class Kvtuner(Method):
             if bias.any():
                 offset, _ = largest_pairs(bias, layer.rotary)
             settings = replace(settings, key_offset=False)
+        of_weights = settings.key_round_feedback == FROM_WEIGHTS
+        if of_weights:
+            settings = replace(settings, key_round_feedback=False)
         path = self._resolved.profile.statics
         transforms = layer_transforms({layer.index: settings}, path, device)[layer.index]
+        if of_weights:
+            assert layer.query_energy is not None
+            known = key_feedback(layer.query_energy()[0], layer.rotary, transforms.key_equalization)
+            transforms = replace(transforms, key_feedback=known)
         offset = transforms.key_offset if offset is None else offset
         transforms = replace(transforms, key_offset=offset, rotary=None if offset is None else layer.rotary)
         sides = zip((KEY, VALUE), self._pair(layer), strict=True)

@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.engine.core import EngineCore
 
-from vllm_kvtuner.engine.weight_updates import follows_weights, renew_offsets
+from vllm_kvtuner.engine.weight_updates import follows_weights, renew_transforms
 
 ENDS_OF_UPDATES = ("reload_weights", "finish_weight_update")
 """Calls of workers behind which all weights are those of one model."""
@@ -14,7 +14,7 @@ PENDING = "kvtuner_weights_pending"
 
 
 def renew_what_follows_weights() -> None:
-    """Let key offsets that are made of weights follow these.
+    """Let key offsets and round feedback that are made of weights follow these.
 
     Symptom: after trainers have swapped the weights of an engine that began with dummy ones, keys are stored as if they
     had no bias, and answers are bad. Cause: weights are loaded by any call of a worker's method, vLLM's or a trainer's
@@ -50,6 +50,6 @@ def _renewed_before(step: Any) -> Any:
 
 def _renew(core: EngineCore) -> None:
     setattr(core, PENDING, False)
-    if any(core.model_executor.collective_rpc(renew_offsets)):
+    if any(core.model_executor.collective_rpc(renew_transforms)):
         # Requests begin anew, since their pages were stored with other offsets.
         core.scheduler.reset_prefix_cache(reset_running_requests=True)

@@ -7,6 +7,7 @@ Any constant offset is given back exactly, so a bias that is no good one costs q
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def key_bias(parent: torch.nn.Module, num_kv_heads: int, head_size: int, dtype: 
         ValueError: what is needed, and what the model has: no projection of the known kinds, or keys that are not those
             of the projection.
     """
-    projection, first = _key_projection(parent)
+    projection, first = key_projection(parent)
     if projection.bias is None:
         return None
     kind = type(parent).__name__
@@ -51,10 +52,7 @@ def key_bias(parent: torch.nn.Module, num_kv_heads: int, head_size: int, dtype: 
         raise ValueError(f"keys as their projection gives them, but the model's {kind} normalizes them ({norms[0]})")
     with torch.inference_mode():
         zeros = torch.zeros(1, projection.input_size, dtype=dtype, device=projection.bias.device)
-        given = projection(zeros)
-        row = (given[0] if isinstance(given, tuple) else given)[0].float()
-        if projection.skip_bias_add:
-            row = row + projection.bias.float()
+        row = projected(projection, zeros)[0]
     size = num_kv_heads * head_size
     num_rows = getattr(projection, "num_kv_heads", num_kv_heads) * head_size
     if num_rows != size or row[first:].numel() < size:
@@ -62,21 +60,53 @@ def key_bias(parent: torch.nn.Module, num_kv_heads: int, head_size: int, dtype: 
     return row[first : first + size].clone().view(num_kv_heads, head_size)
 
 
-def _key_projection(parent: torch.nn.Module) -> tuple[Any, int]:
-    """The layer that projects keys, and the first of its outputs that is one."""
+def projected(projection: Any, rows: torch.Tensor) -> torch.Tensor:
+    """What a projection gives for rows [num_rows, input_size], its bias added: [num_rows, outputs of this rank] fp32.
+
+    Call it in inference mode.
+    """
+    given = projection(rows)
+    outputs = (given[0] if isinstance(given, tuple) else given).float()
+    if projection.bias is not None and projection.skip_bias_add:
+        outputs = outputs + projection.bias.float()
+    return outputs
+
+
+def key_projection(parent: torch.nn.Module) -> tuple[Any, int]:
+    """The layer that projects keys, and the first of its outputs that is one.
+
+    Raises:
+        ValueError: what is needed, and what the model has.
+    """
+    projection, is_fused = find_projection(parent, _KEY_PROJECTIONS, "one k projection beside the attention layer")
+    return projection, projection.num_heads * projection.head_size if is_fused else 0
+
+
+def find_projection(parent: torch.nn.Module, names: Sequence[str], needed: str) -> tuple[Any, bool]:
+    """The layer beside an attention layer that projects to queries, keys and values, or to one of them alone.
+
+    Args:
+        parent: the module that holds them.
+        names: that a projection to what is looked for alone may have.
+        needed: what an error says is needed.
+
+    Returns:
+        The projection, beneath an adapter, and whether it gives queries, keys and values, in this order.
+
+    Raises:
+        ValueError: what is needed, and what the model has.
+    """
     from vllm.model_executor.layers.linear import ColumnParallelLinear, QKVParallelLinear
 
     layers = {name: getattr(child, "base_layer", child) for name, child in parent.named_children()}  # beneath LoRA's
     fused = [layer for layer in layers.values() if isinstance(layer, QKVParallelLinear)]
     if len(fused) == 1:
-        return fused[0], fused[0].num_heads * fused[0].head_size
-    alone = [layers[name] for name in _KEY_PROJECTIONS if isinstance(layers.get(name), ColumnParallelLinear)]
+        return fused[0], True
+    alone = [layers[name] for name in names if isinstance(layers.get(name), ColumnParallelLinear)]
     if fused or len(alone) != 1:
         kind = type(parent).__name__
-        raise ValueError(
-            f"one k projection beside the attention layer, but the model's {kind} has {len(fused + alone)}"
-        )
-    return alone[0], 0
+        raise ValueError(f"{needed}, but the model's {kind} has {len(fused + alone)}")
+    return alone[0], False
 
 
 def largest_pairs(

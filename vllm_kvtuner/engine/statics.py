@@ -1,4 +1,4 @@
-"""Give layers their static tensors, the offset of their own weights and the rotary table once the model is loaded."""
+"""Give layers their static tensors, what follows from their weights, and the rotary table once the model is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ import torch
 
 from vllm_kvtuner.engine.config import resolved_profile
 from vllm_kvtuner.engine.key_bias import key_bias, largest_pairs
+from vllm_kvtuner.engine.modules import Modules
 from vllm_kvtuner.engine.mrope import MRope
+from vllm_kvtuner.engine.query_feedback import Feedbacks
+from vllm_kvtuner.engine.rotary import rotary_module, table_of
 from vllm_kvtuner.pages.feedback import RoundFeedback
 from vllm_kvtuner.pages.transforms import LayerTransforms, RotaryTable, linear_rotary
 from vllm_kvtuner.profile.problems import format_layers
@@ -28,7 +31,7 @@ logger = logging.getLogger("vllm.kvtuner")
 
 
 def bind_statics(worker: Any, resolved: ResolvedProfile | None = None) -> None:
-    """Complete the transforms of every layer that needs the model for them: statics, key bias, rotary table.
+    """Complete the transforms of every layer that needs the model for them: statics, weights, rotary table.
 
     Under tensor parallelism a rank takes the rows of its own KV heads.
 
@@ -38,8 +41,8 @@ def bind_statics(worker: Any, resolved: ResolvedProfile | None = None) -> None:
 
     Raises:
         ValueError: the statics file is missing, unreadable or does not fit, a layer's rotary embedding is of a kind
-            whose table is not one row per position, or its k projection of a kind whose bias cannot be told. A profile
-            that adapts goes without the offset there.
+            whose table is not one row per position, or its projections of a kind whose bias or weights cannot be told.
+            A profile that adapts goes without the offset, or with nearest codes, there.
     """
     config = worker.vllm_config
     layers = {
@@ -49,28 +52,27 @@ def bind_statics(worker: Any, resolved: ResolvedProfile | None = None) -> None:
     }
     if not layers:
         return
-    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+    from vllm.distributed import get_tensor_model_parallel_rank
 
     model = worker.get_model()
     resolved = resolved or resolved_profile(config)
     path = resolved.profile.statics
     assert path is not None or not any(layer.transforms.needs_statics for layer in resolved.layers)
     statics = {} if path is None else load_statics(path, resolved)
-    modules = dict(model.named_modules())
-    names = {id(module): name for name, module in modules.items()}
-    rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    modules = Modules(model)
     offsets, mrope = Offsets(), MRope.of(worker.model_runner, config)
+    feedbacks = Feedbacks(modules, config, resolved.profile.adapts)
     for layer in layers.values():
         precision = layer.impl.settings.precision
         device = next(model.parameters()).device
-        heads = _heads_of_rank(precision.shape.num_kv_heads, layer.num_kv_heads, rank, world_size)
+        heads = heads_of_layer(layer)
 
         chosen, static = precision.transforms, statics.get(precision.index, LayerStatics())
         tensor = functools.partial(_on_device, heads=heads, device=device)
         feedback = functools.partial(_feedback, heads=heads, device=device)
         offset, rotary = tensor(static.key_offset), None
         if chosen.key_offset:
-            parent = modules.get(names.get(id(layer), "").rpartition(".")[0], model)
+            parent = modules.parent(layer)
             try:
                 rotary = layer_rotary(parent, config, precision.index, mrope)
                 if chosen.key_offset == FROM_WEIGHTS:
@@ -80,20 +82,25 @@ def bind_statics(worker: Any, resolved: ResolvedProfile | None = None) -> None:
                     raise
                 offsets.left_out.setdefault(str(error).partition(": ")[2], []).append(precision.index)
         refuse_sharded(offset, config, precision.index)
+        equalization = tensor(static.key_equalization) if chosen.key_equalization else None
+        key_feedback = feedback(static.key_round_feedback) if chosen.key_round_feedback is True else None
+        if chosen.key_round_feedback == FROM_WEIGHTS:
+            key_feedback = feedbacks.of(layer, heads, equalization)
         layer.impl.bind_statics(
             LayerTransforms(
                 key_offset=offset,
                 rotary=None if offset is None else rotary,
-                key_equalization=tensor(static.key_equalization) if chosen.key_equalization else None,
+                key_equalization=equalization,
                 key_hadamard=chosen.key_hadamard,
                 value_hadamard=chosen.value_hadamard,
                 range_search=chosen.range_search,
-                key_feedback=feedback(static.key_round_feedback) if chosen.key_round_feedback else None,
+                key_feedback=key_feedback,
                 value_feedback=feedback(static.value_round_feedback) if chosen.value_round_feedback else None,
             )
         )
-    if rank == 0:
+    if get_tensor_model_parallel_rank() == 0:
         offsets.log()
+        feedbacks.log()
 
 
 def refuse_sharded(offset: torch.Tensor | None, config: VllmConfig, layer: int) -> None:
@@ -157,6 +164,14 @@ def _feedback(static: FeedbackStatics | None, heads: slice, device: torch.device
     return RoundFeedback(factors, static.ranges)
 
 
+def heads_of_layer(layer: Any) -> slice:
+    """The KV heads of an attention layer that this rank has."""
+    from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+
+    rank, world_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+    return _heads_of_rank(layer.impl.settings.precision.shape.num_kv_heads, layer.num_kv_heads, rank, world_size)
+
+
 def _heads_of_rank(total: int, local: int, rank: int, world_size: int) -> slice:
     """The KV heads of a tensor-parallel rank; with fewer heads than ranks, each is on several."""
     first = rank * local if total >= world_size else rank * total // world_size
@@ -178,12 +193,11 @@ def layer_rotary(
         ValueError: the model has RoPE, but keeps it elsewhere (Transformers' own modelling code does), or as
             :func:`rotary_table`.
     """
-    if not hasattr(parent, "rotary_emb") and getattr(config.model_config.hf_text_config, "rope_parameters", None):
-        raise ValueError(
-            f"layer {layer}: key_offset needs the rotary embedding beside the attention layer, but the model's "
-            f"{type(parent).__name__} has none"
-        )
-    return rotary_table(getattr(parent, "rotary_emb", None), config, layer, mrope)
+    try:
+        module = rotary_module(parent, config)
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: key_offset needs {error}") from None
+    return rotary_table(module, config, layer, mrope)
 
 
 def rotary_table(
@@ -192,20 +206,12 @@ def rotary_table(
     """The table of a model's rotary embedding, None if the layer has none."""
     if module is None:
         return None
-    dtype = config.model_config.dtype
-    if hasattr(module, "long_short_cos_sin_cache"):  # Phi-3 keeps the tables of short and long contexts in one
-        table, split = module.long_short_cos_sin_cache, module.original_max_position_embeddings
-        table = table[split:] if module.use_long_rope else table[:split]
-    else:
-        table = getattr(module, "cos_sin_cache", None)
-    if table is None or table.ndim != 2 or table.is_complex():
-        raise ValueError(
-            f"layer {layer}: key_offset needs a rotary table with one row per position, but the model's "
-            f"{type(module).__name__} has none"
-        )
-    is_neox = getattr(module, "is_neox_style", True)
+    try:
+        table, is_neox = table_of(module)
+    except ValueError as error:
+        raise ValueError(f"layer {layer}: key_offset needs {error}") from None
     # In the dtype the model rotates in, so that exactly what it added is subtracted.
-    rounded = RotaryTable(cos_sin=table.to(dtype), is_neox=is_neox)
+    rounded = RotaryTable(cos_sin=table.to(config.model_config.dtype), is_neox=is_neox)
     if mrope is not None and getattr(module, "mrope_section", None):
         try:
             return mrope.table(module, rounded)

@@ -65,6 +65,14 @@ class RoundFeedback:
             for bits, factors in self.ranges.items()
         }
 
+    @torch.inference_mode()  # in which the cached ones may have been computed
+    def take_over(self, other: "RoundFeedback") -> None:
+        """Round by another's factors from now on, in the tensors that kernels and CUDA graphs have the addresses of."""
+        self.factors.copy_(other.factors)
+        for name in ("coefficients", "weights", "columns"):
+            if name in self.__dict__:  # computed already, and read by somebody perhaps
+                self.__dict__[name].copy_(getattr(other, name))
+
     def weighted_error(self, errors: torch.Tensor) -> torch.Tensor:
         """e^T M e, fp32 [num_tokens, num_kv_heads], of errors [num_tokens, num_kv_heads, head_size] fp32."""
         taken = errors + torch.einsum("hij,thj->thi", self.coefficients, errors)

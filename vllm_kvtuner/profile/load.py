@@ -61,6 +61,7 @@ from vllm_kvtuner.profile.profile import (
     SINK_TOKENS_WITHOUT_WINDOW,
     STATIC_TRANSFORMS,
     TRANSFORM_KEYS,
+    WEIGHT_TRANSFORMS,
     LayerPrecision,
     Profile,
     RecentWindow,
@@ -269,6 +270,7 @@ def _parse_transforms(
     if not problems.check_keys(key, raw, (*TRANSFORM_KEYS, "overrides")):
         return TransformSettings(), {}
     default = _read_switches(problems, key, raw)
+    _check_feedback(problems, key, default)
     overrides = raw.get("overrides", {})
     key = "transforms.overrides"
     if not isinstance(overrides, Mapping):
@@ -278,6 +280,8 @@ def _parse_transforms(
     for written, value in overrides.items():
         if problems.check_keys(f"{key}.{written}", value, TRANSFORM_KEYS):
             switches[str(written)] = {**default, **_read_switches(problems, f"{key}.{written}", value)}
+            if value.keys() & {"key_hadamard", "key_round_feedback"}:  # else the default's problem is told already
+                _check_feedback(problems, f"{key}.{written}", switches[str(written)])
     expanded = expand_layers(problems, key, overrides, num_layers)
     settings = {
         layer: TransformSettings(**switches[written]) for layer, (written, _) in expanded.items() if written in switches
@@ -288,12 +292,18 @@ def _parse_transforms(
 def _read_switches(problems: Problems, key: str, raw: Mapping[Any, Any]) -> dict[str, Any]:
     switches = {name: raw[name] for name in TRANSFORM_KEYS if name in raw}
     for name, value in switches.items():
-        from_weights = name == "key_offset" and value == FROM_WEIGHTS
-        if not isinstance(value, bool) and not from_weights:
-            rule = "must be true or false" if name != "key_offset" else f"must be true, false or {FROM_WEIGHTS}"
+        may_follow = name in WEIGHT_TRANSFORMS
+        if not isinstance(value, bool) and not (may_follow and value == FROM_WEIGHTS):
+            rule = f"must be true, false or {FROM_WEIGHTS}" if may_follow else "must be true or false"
             problems.add(f"{key}.{name}", rule, show(value))
             switches[name] = False
     return switches
+
+
+def _check_feedback(problems: Problems, key: str, switches: Mapping[str, Any]) -> None:
+    if switches.get("key_round_feedback") == FROM_WEIGHTS and not switches.get("key_hadamard"):
+        rule = "must be true or false without key_hadamard, by which the channels that weights weigh come together"
+        problems.add(f"{key}.key_round_feedback", rule, FROM_WEIGHTS)
 
 
 def _parse_recent(

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from vllm_kvtuner.pages.layout import PAIR_FORM, PrecisionPair
+from vllm_kvtuner.pages.layout import FEEDBACK_BITS, PAIR_FORM, PrecisionPair
 from vllm_kvtuner.profile.problems import ProfileError, show
 from vllm_kvtuner.profile.profile import FROM_WEIGHTS, Profile, TransformSettings
 
@@ -51,7 +51,8 @@ def pair_profile(spec: str) -> Profile:
 def treatment(pair: PrecisionPair) -> Mapping[str, Any]:
     """What layers of a pair do where nobody says more: all that is known to help and needs no data.
 
-    The only place that says so. Whatever is learned to follow from weights alone belongs here, as key_offset does.
+    The only place that says so. Whatever is learned to follow from weights alone belongs here, as key_offset and
+    key_round_feedback do. Feedback of values does not (docs/notes/feedback-from-weights.md).
 
     Returns:
         Fields of :class:`Profile`.
@@ -59,7 +60,11 @@ def treatment(pair: PrecisionPair) -> Mapping[str, Any]:
     if not pair.is_quantized:
         return {}
     transforms = TransformSettings(
-        key_offset=FROM_WEIGHTS, key_hadamard=True, value_hadamard=True, range_search=min(pair.k_bits, pair.v_bits) < 8
+        key_offset=FROM_WEIGHTS,
+        key_hadamard=True,
+        value_hadamard=True,
+        range_search=min(pair.k_bits, pair.v_bits) < 8,
+        key_round_feedback=FROM_WEIGHTS if pair.k_bits in FEEDBACK_BITS else False,
     )
     if min(pair.k_bits, pair.v_bits) >= 8:  # what 8 bits lose is too little for a window to matter
         return {"transforms": transforms}

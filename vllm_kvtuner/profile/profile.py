@@ -23,7 +23,7 @@ from vllm_kvtuner.profile.weights import ANY_WEIGHTS
 SCHEMA_VERSION = 1
 """Version of the YAML schema that this package reads."""
 FROM_WEIGHTS = "from_weights"
-"""Value of key_offset that takes it from the bias of the loaded k projection instead of from statics."""
+"""Value of a transform that takes it from the loaded projections instead of from statics."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class TransformSettings:
         key_hadamard: rotate keys over head_size.
         value_hadamard: rotate values over head_size.
         range_search: choose each row's range by squared error.
-        key_round_feedback: round each number of a key with regard to the errors of those before it (statics).
+        key_round_feedback: round each number of a key with regard to the errors of those before it: by statics, or, as
+            FROM_WEIGHTS, by what the q projection reads.
         value_round_feedback: likewise for values.
     """
 
@@ -46,7 +47,7 @@ class TransformSettings:
     key_hadamard: bool = False
     value_hadamard: bool = False
     range_search: bool = False
-    key_round_feedback: bool = False
+    key_round_feedback: bool | str = False
     value_round_feedback: bool = False
 
     @property
@@ -57,7 +58,12 @@ class TransformSettings:
     @property
     def needs_model(self) -> bool:
         """Whether some of them are complete only once the model is loaded."""
-        return self.needs_statics or self.key_offset == FROM_WEIGHTS
+        return self.needs_statics or self.follows_weights
+
+    @property
+    def follows_weights(self) -> bool:
+        """Whether some of them are made of the model's weights."""
+        return any(getattr(self, name) == FROM_WEIGHTS for name in WEIGHT_TRANSFORMS)
 
     def at(self, pair: PrecisionPair) -> "TransformSettings":
         """What of them a layer of that pair does: none in 16 bits, and round feedback in few bits alone."""
@@ -65,7 +71,7 @@ class TransformSettings:
             return TransformSettings()
         return replace(
             self,
-            key_round_feedback=self.key_round_feedback and pair.k_bits in FEEDBACK_BITS,
+            key_round_feedback=self.key_round_feedback if pair.k_bits in FEEDBACK_BITS else False,
             value_round_feedback=self.value_round_feedback and pair.v_bits in FEEDBACK_BITS,
         )
 
@@ -85,6 +91,8 @@ TRANSFORM_KEYS = tuple(field.name for field in fields(TransformSettings))
 """Names of the transforms, in the order they are applied."""
 STATIC_TRANSFORMS = ("key_offset", "key_equalization", "key_round_feedback", "value_round_feedback")
 """Those of them that read statics."""
+WEIGHT_TRANSFORMS = ("key_offset", "key_round_feedback")
+"""Those of them that can be made of weights alone."""
 
 MAX_RECENT_WINDOW = 4096
 """Longest recent window, in tokens."""

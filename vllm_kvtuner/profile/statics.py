@@ -153,7 +153,7 @@ class _Reader:
                 if kind == "key_equalization" and found[kind] is not None:
                     _check_factors(self._problems, name, found[kind], self._metadata)
         for kind, bits in zip(FEEDBACK_KINDS, (layer.pair.k_bits, layer.pair.v_bits), strict=True):
-            if getattr(layer.transforms, kind):
+            if getattr(layer.transforms, kind) is True:
                 found[kind] = self._feedback(kind, layer, bits)
         return found
 

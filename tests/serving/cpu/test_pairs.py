@@ -1,4 +1,4 @@
-"""A pair alone, in engines: the offset of the model's own weights, and the window at a small share of memory."""
+"""A pair alone, in engines: what it takes from the model's own weights, and the window at a small share of memory."""
 
 import shutil
 
@@ -64,6 +64,7 @@ def test_a_pair_is_far_better_than_its_bare_format(qwen2, prompts):
         )
         for run in runs
     )
+    assert "round feedback of keys from weights, layers 0-3: of the q projection and its input's norm" in runs[0].log
     print("KL", pair, plain)
     assert pair < plain / GAIN, (pair, plain)
 

@@ -18,13 +18,23 @@ pytestmark = cpu_only
 LOGPROB = {True: 0.02, "from_weights": 0.25}
 """Summed over an answer, by the source of the offset; measured 0.002 and 0.074. Ranks add their halves in another
 order, which can move a code by one, and what is left of a bias makes the steps larger."""
+FACTOR = 2e-3
+"""Of a number of round feedback: a step of fp16."""
 TRANSFORMS = ("key_offset", "key_hadamard", "value_hadamard", "range_search")
 
 
 def offsets(worker: Any) -> list[list[list[float]]]:
-    """Key offsets of a rank, [layers][KV heads][head size]."""
+    """Key offsets of a rank and its keys' round feedback, [layers][KV heads][numbers]."""
     layers = worker.vllm_config.compilation_config.static_forward_context.values()
-    return [layer.impl.transforms.key_offset.tolist() for layer in layers]
+    chosen = [layer.impl.transforms for layer in layers]
+    feedback = [each.key_feedback for each in chosen]
+    factors = [
+        each.key_offset[:, :0] if known is None else known.factors for each, known in zip(chosen, feedback, strict=True)
+    ]
+    return [
+        torch.cat([each.key_offset, more.float().flatten(1)], 1).tolist()
+        for each, more in zip(chosen, factors, strict=True)
+    ]
 
 
 def answers(
@@ -83,7 +93,11 @@ def test_two_ranks_answer_as_one(tmp_path, num_kv_heads, key_offset):
             {
                 "version": 1,
                 "layers": {0: "K8V4", "1-2": "K4V4", 3: "K4V2"},
-                "transforms": {**dict.fromkeys(TRANSFORMS, True), "key_offset": key_offset},
+                "transforms": {
+                    **dict.fromkeys(TRANSFORMS, True),
+                    "key_offset": key_offset,
+                    "key_round_feedback": key_offset if key_offset == "from_weights" else False,
+                },
                 "statics": "statics.safetensors",
             }
         )
@@ -92,7 +106,9 @@ def test_two_ranks_answer_as_one(tmp_path, num_kv_heads, key_offset):
     prompts = [torch.randint(0, 250, (length,), generator=generator).tolist() for length in (5, 40, 200)]
     (one, (whole,)), (two, parts) = (run(model, profile, prompts, ranks) for ranks in (1, 2))
     for layer, of_ranks in zip(whole, zip(*parts, strict=True), strict=True):
-        assert layer == ([head for rank in of_ranks for head in rank] if num_kv_heads == 2 else of_ranks[0])
+        heads = [head for rank in of_ranks for head in rank] if num_kv_heads == 2 else of_ranks[0]
+        # Ranks that share a head add what their queries read of it in another order.
+        torch.testing.assert_close(torch.tensor(layer), torch.tensor(heads), rtol=FACTOR, atol=FACTOR)
         assert num_kv_heads == 2 or of_ranks[0] == of_ranks[1]
     for (tokens, logprob), (other_tokens, other_logprob) in zip(one, two, strict=True):
         assert tokens == other_tokens

@@ -13,7 +13,10 @@ from vllm_kvtuner.engine.key_bias import PAIRS_STEP
 
 pytestmark = cpu_only
 
-PROFILE = "version: 1\nlayers: K4V4\nrecent_window: 16\ntransforms: {key_offset: from_weights, key_hadamard: true}\n"
+PROFILE = (
+    "version: 1\nlayers: K4V4\nrecent_window: 16\n"
+    "transforms: {key_offset: from_weights, key_hadamard: true, key_round_feedback: from_weights}\n"
+)
 KV_HEADS = 2
 TOKENS = 12
 """That a request gets, a third of them before the weights are swapped."""

@@ -70,7 +70,9 @@ def served(pair, layer, rows, transforms) -> torch.Tensor:
 
 def test_bits_are_those_of_the_page(shape, layer, rows):
     method = Kvtuner("K4V2", shape)
-    storage = method.view(layer, method.prepare(replace(layer, weights=zero_weights), ()), rows).storage
+    storage = method.view(
+        layer, method.prepare(replace(layer, weights=zero_weights, query_energy=even_energy), ()), rows
+    ).storage
     layout = make_layout("K4V2", SIZE)
     assert storage.bits == pytest.approx(8 * layout.content_bytes / (2 * SIZE))
     assert (storage.exact_tokens, storage.beside) == (WINDOW + SINKS, True)
@@ -81,12 +83,28 @@ def zero_weights() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return empty, empty, torch.zeros(HEADS * SIZE)
 
 
+def even_energy() -> tuple[torch.Tensor, bool]:
+    """By which feedback rounds to the nearest."""
+    return torch.ones(HEADS, SIZE), True
+
+
+def test_feedback_of_weights_takes_error_off_what_queries_read(shape, layer, rows):
+    energy = torch.tensor([4.0, 0.1] * (SIZE // 4)).repeat(HEADS, 2)  # equal within a RoPE pair
+    errors = []
+    for given in (even_energy, lambda: (energy, True)):
+        known = replace(layer, weights=zero_weights, query_energy=given)
+        method = Kvtuner("K4V4", shape)
+        view = method.view(known, method.prepare(known, ()), rows)
+        errors.append(float((energy * (view.key - rows.key).square()).mean()))
+    assert errors[1] < 0.7 * errors[0]
+
+
 def test_three_bits(shape, layer, rows):
     """Between two bits and four, with more of both."""
     errors = []
     for pair in ("K2V2", "K3V2", "K3V3", "K4V3"):
         method = Kvtuner(f"K4V4:{pair}", shape)
-        statics = method.prepare(replace(layer, weights=zero_weights), ())
+        statics = method.prepare(replace(layer, weights=zero_weights, query_energy=even_energy), ())
         view = method.view(layer, statics, rows)
         errors.append((float((view.key - rows.key).square().mean()), float((view.value - rows.value).square().mean())))
     assert errors[0][0] > 3 * errors[1][0] > 0 and errors[0][1] == errors[1][1]
