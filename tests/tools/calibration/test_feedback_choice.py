@@ -7,7 +7,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-from kvtuner_tools.calibration import feedback_choice, transform_choice
+from kvtuner_tools.calibration import feedback_choice, key_statics, transform_choice
 from kvtuner_tools.calibration.feedback_choice import (
     FEEDBACK_FILE,
     FEEDBACK_STATICS_FILE,
@@ -105,6 +105,22 @@ def test_feedback_is_chosen_where_few_directions_count(tmp_path, recent_window):
         assert static.value_round_feedback.ranges == {int(pair[3]): pytest.approx(layer.values.ranges[pair[3]])}
     with safe_open(tmp_path / FEEDBACK_STATICS_FILE, framework="numpy") as file:
         assert file.metadata()["rotary_dim"] == str(HEAD_SIZE) and file.metadata()["method"] == "calibration"
+
+
+@pytest.mark.slow
+def test_keys_with_feedback_are_equalized_for_it(tmp_path, monkeypatch):
+    """Channels of unlike keys and queries that balance them: nearest codes need no factors, feedback does."""
+    spread = torch.logspace(-1, 1, HEAD_SIZE // 2).repeat(2)
+    capture = capture_of(tmp_path, low_gram(), offset=None, spread=spread, query_spread=2 * spread)
+    (layer,) = choose(capture, tmp_path).layers
+    assert layer.equalization in key_statics.WHITENING and layer.transforms.key_equalization
+    factors = torch.from_numpy(loaded(tmp_path, layer, "K2V2").key_equalization)
+    wanted = spread ** key_statics.WHITENING[layer.equalization]
+    assert torch.allclose(factors, wanted / wanted.log().mean().exp(), rtol=0.25)
+    monkeypatch.setattr(key_statics, "WHITENING", {})
+    (plain,) = choose(capture, tmp_path / "plain").layers
+    assert plain.equalization is None and not plain.transforms.key_equalization
+    assert layer.keys.ratio < 0.95 * plain.keys.ratio
 
 
 @pytest.mark.slow
