@@ -1,11 +1,13 @@
 """Fixtures of the commands' tests."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
 
 from kvtuner_tools import cli
+from kvtuner_tools.calibration import commands
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -15,6 +17,20 @@ CONFIG = {
     "num_key_value_heads": 2,
     "hidden_size": 256,
 }
+
+
+@pytest.fixture(autouse=True)
+def warm_processes(monkeypatch):
+    """Calls to the process that imports vLLM for a calibration's first engine, which tests of refusals need not wait
+    for."""
+    calls = []
+
+    def warm():
+        calls.append("warm")
+        return SimpleNamespace(submit=lambda *_: calls.append("submit"), close=lambda: calls.append("close"))
+
+    monkeypatch.setattr(commands, "_warm_process", warm)
+    return calls
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import pytest
 from kvtuner_tools import cli
 from kvtuner_tools.calibration.options import STAGES, CalibrationOptions
 from kvtuner_tools.calibration.pipeline import Calibration
+from kvtuner_tools.calibration.table_stages import TableStages
 from tests.helpers.tiny_model import make_tokenizer
 from vllm_kvtuner.profile.load import load_profile
 
@@ -97,14 +98,17 @@ def model(tmp_path):
         (["--max-bits", "4", "--storage", "nonsense"], ["--storage must be a database that can be opened"]),
     ],
 )
-def test_all_input_errors_at_once_before_a_model_loads(model, tmp_path, capsys, monkeypatch, arguments, problems):
-    monkeypatch.setattr(Calibration, "run", lambda *_: pytest.fail("a stage was run"))
+def test_all_input_errors_at_once_before_a_model_loads(
+    model, tmp_path, capsys, monkeypatch, warm_processes, arguments, problems
+):
+    monkeypatch.setattr(TableStages, "run", lambda *_: pytest.fail("a stage was run"))
     out = tmp_path / "out"
     assert cli.main(["calibrate", model, "--out", str(out), *arguments]) == 1
     errors = capsys.readouterr().err
     assert all(problem in errors for problem in problems), errors
     assert len(errors.splitlines()) == max(1, len(problems) if len(arguments) > 8 else 1)
     assert not out.exists()
+    assert warm_processes == ["warm", "close"], "nothing is left of it after a refusal"
 
 
 @pytest.mark.parametrize(
@@ -118,7 +122,7 @@ def test_sink_tokens_are_refused_as_a_profile_with_them_is(tmp_path, settings, r
 
 
 def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Calibration, "run", lambda *_: "done")
+    monkeypatch.setattr(TableStages, "run", lambda *_: "done")
     monkeypatch.setattr(Calibration, "summary", lambda _: [])
     out = str(tmp_path / "out")
     window = ["--recent-window", "64", "--sink-tokens", "4"]
@@ -131,21 +135,21 @@ def test_a_window_cannot_go_where_its_sinks_stay(model, tmp_path, monkeypatch, c
 
 
 def test_saving_to_a_model_needs_its_folder(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(Calibration, "run", lambda *_: pytest.fail("a stage was run"))
+    monkeypatch.setattr(TableStages, "run", lambda *_: pytest.fail("a stage was run"))
     arguments = ["--out", str(tmp_path / "out"), "--max-bits", "4", "--save-to-model"]
     assert cli.main(["calibrate", "org/model", *arguments]) == 1
     assert "--save-to-model must be given with a model's folder" in capsys.readouterr().err
 
 
 def test_the_models_own_folder_is_no_output_folder(model, capsys, monkeypatch):
-    monkeypatch.setattr(Calibration, "run", lambda *_: pytest.fail("a stage was run"))
+    monkeypatch.setattr(TableStages, "run", lambda *_: pytest.fail("a stage was run"))
     assert cli.main(["calibrate", model, "--out", model, "--max-bits", "4"]) == 1
     assert "--out must not be in the model's folder" in capsys.readouterr().err
 
 
-def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatch, capsys):
+def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatch, capsys, warm_processes):
     ran = []
-    monkeypatch.setattr(Calibration, "run", lambda self, stage: ran.append((stage, self.options)))
+    monkeypatch.setattr(TableStages, "run", lambda self, stage: ran.append((stage, self.options)))
     monkeypatch.setattr(Calibration, "summary", lambda _: [])
     out = tmp_path / "out"
     assert cli.main(["capture", model, "--out", str(out), "--seed", "7"]) == 0
@@ -153,6 +157,7 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert cli.main(["search", str(out), "--memory", "1MiB", "--context", "1000", "--concurrency", "2"]) == 0
     assert cli.main(["search", str(out), "--max-bits", "4.25"]) == 0
     assert [stage for stage, _ in ran] == ["capture", "prune", "search", "search"]
+    assert warm_processes == ["warm", "submit", "close"], "of the capture"
     assert ran[2][1].memory == 1 << 20
     asked = CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
     assert CalibrationOptions.read(out) == asked
@@ -170,7 +175,7 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
 )
 def test_the_model_writes_text_of_its_own_beside_the_bundled_set(model, tmp_path, monkeypatch, words, tokens):
     ran = []
-    monkeypatch.setattr(Calibration, "run", lambda self, stage: ran.append(self.options.generated_tokens))
+    monkeypatch.setattr(TableStages, "run", lambda self, stage: ran.append(self.options.generated_tokens))
     monkeypatch.setattr(Calibration, "summary", lambda _: [])
     text = tmp_path / "text.txt"
     text.write_text("Every word is a word of text. " * 3000)
@@ -183,7 +188,7 @@ def test_interrupt_says_how_to_go_on(model, tmp_path, monkeypatch, capsys):
     def interrupted(self, stage):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Calibration, "run", interrupted)
+    monkeypatch.setattr(TableStages, "run", interrupted)
     with pytest.raises(SystemExit) as caught:
         cli.main(["calibrate", model, "--out", str(tmp_path / "out"), "--max-bits", "4"])
     assert caught.value.code == 130
