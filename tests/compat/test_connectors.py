@@ -1,16 +1,25 @@
 """What KV connectors tell one profile's pages from another's by; test_transfers.py has those that move pages."""
 
 import inspect
+import resource
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import pytest
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnectorMetadata
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, UniformTypeKVCacheSpecs
+
+from tests.helpers.nixl_workers import spec_of
 from vllm_kvtuner.compat import connectors
+from vllm_kvtuner.pages.layout import PrecisionPair
 
 
 def test_connectors_keep_profiles_apart(monkeypatch):
     """What an offloading connector files pages under."""
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-    from vllm.distributed.kv_transfer.kv_connector.v1 import offloading_connector
+    from vllm.distributed.kv_transfer.kv_connector.v1 import example_connector, offloading_connector
     from vllm.v1.kv_offload.config import OffloadingModelConfig
 
     @dataclass(frozen=True)
@@ -40,8 +49,14 @@ def test_connectors_keep_profiles_apart(monkeypatch):
         class Connector:
             def __init__(self, vllm_config, role, kv_cache_config=None):
                 self._storage_path, self.model = "pages", vllm_config.model_config.model
+                self._kv_cache_config = SimpleNamespace(kv_cache_groups=[])
 
-        Connector.__name__ = name
+            def _found_match_for_prompt(self):
+                """Of the example's."""
+
+            save_kv_layer = _found_match_for_prompt
+
+        Connector.__name__, Connector.__module__ = name, example_connector.__name__
         given = config(*which)
         given.model_config = SimpleNamespace(model="model")
         made = connectors._of_profile(Connector)(given, "role")
@@ -56,3 +71,68 @@ def test_connectors_keep_profiles_apart(monkeypatch):
 
     assert offloaded("auto", "a") is built.model
     assert offloaded("kvtuner", "a") == OffloadingModelConfig("model", "kvtuner-a")
+
+
+def example_of_profile(folder):
+    """vLLM's, of two layers with pages of unlike pairs, as an engine with our cache makes it."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.example_connector import ExampleConnector
+
+    specs = {f"layer.{bits}": spec_of(PrecisionPair(bits, bits), 2) for bits in (8, 2)}
+    group = KVCacheGroupSpec(list(specs), UniformTypeKVCacheSpecs(32, specs))
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="kvtuner", block_size=32),
+        additional_config={"kvtuner_digest": "d"},
+        kv_transfer_config=SimpleNamespace(get_from_extra_config=lambda *_: str(folder)),
+    )
+    cache = KVCacheConfig(num_blocks=4, kv_cache_tensors=[], kv_cache_groups=[group])
+    made = connectors._of_profile(ExampleConnector)(config, KVConnectorRole.WORKER, cache)
+    caches = {
+        name: torch.randint(256, (4, 2, 32, spec.page_size_bytes // 64), dtype=torch.uint8)
+        for name, spec in specs.items()
+    }
+    return made, caches
+
+
+def store(connector, caches, prompt):
+    """Of one step."""
+    metadata = ExampleConnectorMetadata()
+    metadata.add_request(prompt, [3, 1], 32, True, [])
+    connector.bind_connector_metadata(metadata)
+    for name, cache in caches.items():
+        connector.save_kv_layer(name, cache, None)
+
+
+PROMPT = list(range(50))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_examples_files_that_are_cut_short_are_no_hit(layer, tmp_path):
+    """They end the engine if they are read; the prompt is computed and stored again."""
+    connector, caches = example_of_profile(tmp_path)
+    assert not connector._found_match_for_prompt(PROMPT, [])
+    store(connector, caches, PROMPT)
+    assert connector._found_match_for_prompt(PROMPT, [])
+    file = sorted(tmp_path.rglob("*.safetensors"))[layer]
+    whole = file.read_bytes()
+    for kept in (len(whole) - 1, 100, 7, 0):
+        file.write_bytes(whole[:kept])
+        assert not connector._found_match_for_prompt(PROMPT, [])
+    file.unlink()
+    assert not connector._found_match_for_prompt(PROMPT, [])
+    store(connector, caches, PROMPT)
+    assert connector._found_match_for_prompt(PROMPT, [])
+    assert file.read_bytes() == whole
+
+
+def test_the_example_goes_on_with_a_full_disk(tmp_path, caplog):
+    """A limit on the size of files stands for it, which the smaller layer's keeps."""
+    connector, caches = example_of_profile(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with caplog.at_level("WARNING", logger="vllm.kvtuner"):
+            store(connector, caches, PROMPT)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "layer.8 is not stored for later prompts" in caplog.text and "layer.2" not in caplog.text
+    assert not connector._found_match_for_prompt(PROMPT, [])

@@ -10,6 +10,7 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
+from vllm_kvtuner.compat.example_files import keep_whole_files
 from vllm_kvtuner.compat.offloading import loads_sink_tokens
 from vllm_kvtuner.compat.patching import when_connectors_import
 from vllm_kvtuner.engine.config import DIGEST_KEY, uses_kvtuner
@@ -23,7 +24,8 @@ def tell_connectors_of_the_profile() -> None:
 
     Symptom: an engine may load pages that another profile wrote, and answer nonsense. Cause: offloaded files name the
     model and the cache's dtype, which is ``kvtuner`` for every profile; LMCache names the model, and the example's
-    files nothing but the tokens. Can go when a dtype can tell more of itself.
+    files nothing but the tokens. Can go when a dtype can tell more of itself. The example also ends the engine over
+    a file that is cut short (compat/example_files.py).
     """
 
     def change(module: Any) -> None:
@@ -57,6 +59,7 @@ def _of_profile(connector: type[Any]) -> type[Any]:
             original(self, vllm_config, *args, **kwargs)
             if uses_kvtuner(vllm_config):
                 self._storage_path = str(Path(self._storage_path) / vllm_config.additional_config[DIGEST_KEY])
+                keep_whole_files(self)
 
     else:
         return connector

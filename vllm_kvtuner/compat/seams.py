@@ -397,6 +397,17 @@ _CONNECTORS_AND_REPORTS = (
         "compat.connectors.tell_connectors_of_the_profile", attributes=("_storage_path",),
     ),
     Seam(
+        "the example's hits, and what it stores", _CONNECTORS + "v1.example_connector:ExampleConnector",
+        "compat.example_files.keep_whole_files",
+        attributes=(
+            "_block_size", "_found_match_for_prompt", "_generate_filename_debug", "_kv_cache_config", "save_kv_layer",
+        ),
+    ),
+    Seam(
+        "tokens in the example's files", _CONNECTORS + "v1.example_connector:align_to_block_size",
+        "compat.example_files.keep_whole_files", ("num_tokens", "block_size"), exact=True,
+    ),
+    Seam(
         "what is offloaded of a request", _OFFLOADING + "scheduler:OffloadingConnectorScheduler",
         "compat.offloading.loads_sink_tokens",
         attributes=(
