@@ -83,6 +83,7 @@ def test_work_that_nobody_waits_for_runs_in_turn_and_ends_with_the_process() -> 
     assert process.run(os.umask, 0) == 0o123
     endless = process.submit(time.sleep, 600)
     process.close()
+    process.close()
     assert isinstance(endless.exception(), BrokenProcessPool)
     wait_until_gone(pid)
 

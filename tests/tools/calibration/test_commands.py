@@ -157,7 +157,7 @@ def test_options_are_kept_for_the_stages_that_follow(model, tmp_path, monkeypatc
     assert cli.main(["search", str(out), "--memory", "1MiB", "--context", "1000", "--concurrency", "2"]) == 0
     assert cli.main(["search", str(out), "--max-bits", "4.25"]) == 0
     assert [stage for stage, _ in ran] == ["capture", "prune", "search", "search"]
-    assert warm_processes == ["warm", "submit", "close"], "of the capture"
+    assert warm_processes == ["warm", "submit", "close", "close"], "of the capture alone"
     assert ran[2][1].memory == 1 << 20
     asked = CalibrationOptions(model=model, seed=7, keep_all_pairs=True, max_bits=4.25)
     assert CalibrationOptions.read(out) == asked
