@@ -1,5 +1,6 @@
 """What KV connectors tell one profile's pages from another's by; test_transfers.py has those that move pages."""
 
+import contextlib
 import inspect
 import resource
 from dataclasses import dataclass
@@ -102,6 +103,17 @@ def store(connector, caches, prompt):
         connector.save_kv_layer(name, cache, None)
 
 
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """A full disk, as far as a process sees it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
 PROMPT = list(range(50))
 
 
@@ -127,12 +139,25 @@ def test_examples_files_that_are_cut_short_are_no_hit(layer, tmp_path):
 def test_the_example_goes_on_with_a_full_disk(tmp_path, caplog):
     """A limit on the size of files stands for it, which the smaller layer's keeps."""
     connector, caches = example_of_profile(tmp_path)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with caplog.at_level("WARNING", logger="vllm.kvtuner"):
-            store(connector, caches, PROMPT)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with files_of_at_most(4096), caplog.at_level("WARNING", logger="vllm.kvtuner"):
+        store(connector, caches, PROMPT)
     assert "layer.8 is not stored for later prompts" in caplog.text and "layer.2" not in caplog.text
     assert not connector._found_match_for_prompt(PROMPT, [])
+
+
+def test_offloaded_files_are_whole_or_none(tmp_path):
+    """What docs/operate/tiers.md relies on in vLLM: nothing of a full disk stays, and a file cut short is removed."""
+    from vllm.v1.kv_offload.tiering.fs.io import batch_load_block, batch_store_block
+
+    size, paths = 8192, [str(tmp_path / "a" / name) for name in ("1.bin", "2.bin")]
+    (tmp_path / "a").mkdir()
+    blocks = memoryview(bytearray(range(256)) * (2 * size // 256))
+    with files_of_at_most(4096), pytest.raises(OSError, match=r"\[Errno"):
+        batch_store_block(paths, blocks, [0, size], size, False)
+    assert not list(tmp_path.rglob("*.*"))
+    batch_store_block(paths, blocks, [0, size], size, False)
+    (tmp_path / "a" / "2.bin").write_bytes(bytes(blocks[:4096]))
+    with pytest.raises(OSError, match=r"\[Errno") as error:
+        batch_load_block(paths, memoryview(bytearray(2 * size)), [0, size], size, False)
+    assert error.value.num_succeeded == 1
+    assert [file.name for file in tmp_path.rglob("*.*")] == ["1.bin"]

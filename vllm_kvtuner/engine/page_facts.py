@@ -68,7 +68,7 @@ def _unmoved_states(config: VllmConfig, connector: str) -> list[str]:
     layout = vllm_envs.VLLM_SSM_CONV_STATE_LAYOUT
     if layout != _MOVED_LAYOUT and not (layout is None and current_platform.is_cpu()):
         problems.append(
-            f"VLLM_SSM_CONV_STATE_LAYOUT must be {_MOVED_LAYOUT} with NIXL and a model with linear-attention layers, "
+            "VLLM_SSM_CONV_STATE_LAYOUT must be DS with NIXL and a model with linear-attention layers, "
             f"but got {layout or 'none'} with {connector} and {config.model_config.model}"
         )
     model, _ = ModelRegistry.resolve_model_cls(config.model_config.architecture, model_config=config.model_config)
