@@ -126,6 +126,24 @@ def test_sink_tokens_are_refused_where_a_connector_loses_them(connector, module,
 
 
 @pytest.mark.parametrize(
+    ("connector", "module", "ranks", "is_refused"),
+    [
+        ("ExampleConnector", None, 1, False),
+        ("ExampleConnector", None, 2, True),
+        ("ExampleConnector", "of.others", 2, False),
+        ("OffloadingConnector", None, 2, False),
+        (None, None, 2, False),
+    ],
+)
+def test_ranks_do_not_share_the_files_of_the_example(connector, module, ranks, is_refused):
+    transfer = SimpleNamespace(kv_connector=connector, kv_connector_module_path=module) if connector else None
+    parallel = SimpleNamespace(tensor_parallel_size=ranks)
+    problems = checks.files_of_ranks(SimpleNamespace(kv_transfer_config=transfer, parallel_config=parallel))
+    rule = "tensor_parallel_size must be 1 with ExampleConnector, whose ranks write to the same files, but got 2"
+    assert problems == ((rule,) if is_refused else ())
+
+
+@pytest.mark.parametrize(
     ("profile", "model", "said"),
     [
         ({}, {}, []),

@@ -13,9 +13,9 @@ from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 from vllm_kvtuner.compat.example_files import keep_whole_files
 from vllm_kvtuner.compat.offloading import loads_sink_tokens
 from vllm_kvtuner.compat.patching import when_connectors_import
+from vllm_kvtuner.engine.checks import EXAMPLE
 from vllm_kvtuner.engine.config import DIGEST_KEY, uses_kvtuner
 
-EXAMPLE = "ExampleConnector"
 LMCACHE = "LMCacheMPConnector"
 
 

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 OFFLOADING = "OffloadingConnector"
 NIXL_PULL = ("NixlConnector", "NixlPullConnector")
 """Two names of the connector whose decoding engine reads."""
+EXAMPLE = "ExampleConnector"
 logger = logging.getLogger("vllm.kvtuner")
 
 
@@ -77,7 +78,7 @@ def check_config(config: VllmConfig) -> None:
     resolved = _resolved(config)
     problems = other_weights(config, resolved.profile) + draft_model(config, resolved)
     problems += captured_stores(config, resolved) + shared_tokens(config, resolved)
-    problems += context_parallel(config, resolved)
+    problems += context_parallel(config, resolved) + files_of_ranks(config)
     problems += unserved_positions(config, resolved) + pictures_read_back(config, resolved)
     if resolved.recent_windows:
         problems += recent_windows(config, resolved)
@@ -364,6 +365,16 @@ def shared_tokens(config: VllmConfig, resolved: ResolvedProfile) -> tuple[str, .
     windows = "/".join(str(window.tokens) for window in resolved.recent_windows)
     rule = "must be 0 for a model whose layers also read what another pass or layer has stored in the same step"
     return (f"{resolved.profile.source or resolved.profile.name}: recent_window {rule}, but got {windows}",)
+
+
+def files_of_ranks(config: VllmConfig) -> tuple[str, ...]:
+    """ExampleConnector names a file by layer and prompt alone, so that each rank's heads overwrite the others'."""
+    transfer, ranks = config.kv_transfer_config, config.parallel_config.tensor_parallel_size
+    if transfer is None or transfer.kv_connector != EXAMPLE or transfer.kv_connector_module_path is not None:
+        return ()
+    if ranks == 1:
+        return ()
+    return (f"tensor_parallel_size must be 1 with {EXAMPLE}, whose ranks write to the same files, but got {ranks}",)
 
 
 def _loses_sink_tokens(transfer: KVTransferConfig | None) -> str | None:
