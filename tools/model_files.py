@@ -3,6 +3,7 @@
 import functools
 import json
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from vllm_kvtuner.engine.config import KV_CACHE_DTYPE, PROFILE_KEY
 from vllm_kvtuner.engine.verdict import model_shape
 from vllm_kvtuner.pages.layout import UNQUANTIZED
 from vllm_kvtuner.plugin import register
+from vllm_kvtuner.profile.hub import refuse_unknown_model
 from vllm_kvtuner.profile.model_shape import ModelShape
 from vllm_kvtuner.profile.problems import ProfileError
 
@@ -56,7 +58,7 @@ def read_config(model: str, source: ModelSource = MODEL_AS_IT_IS) -> Any:
     model = source.hf_config_path or model
     folder = Path(model)
     if not folder.is_dir():
-        refuse_missing_folder(model)
+        refuse_missing_model(model, source)
         return load_config(model, source)
     path = folder / "config.json"
     try:
@@ -81,7 +83,7 @@ def load_model_shape(model: str, source: ModelSource = MODEL_AS_IT_IS) -> ModelS
             serve it whatever the profile.
     """
     name = source.hf_config_path or model
-    refuse_missing_folder(name)
+    refuse_missing_model(name, source)
     if Path(name).is_dir():
         read_config(model, source)
     try:
@@ -178,16 +180,19 @@ def max_positions(model: str, source: ModelSource = MODEL_AS_IT_IS) -> int:
     return load_config(model, source).get_text_config().max_position_embeddings
 
 
-def refuse_missing_folder(model: str) -> None:
-    """Refuse what can only be a folder and is none, before the hub is asked for a model of that name.
+def refuse_missing_model(model: str, source: ModelSource) -> None:
+    """Refuse what can only be a folder and is none, and what neither the hub nor its cache has.
 
     Raises:
-        ProfileError: no such folder.
+        ProfileError: no such folder or model.
     """
-    is_path = model.startswith(("/", "./", "../", "~")) or model.endswith("/") or model.count("/") > 1
-    if is_path and not Path(model).is_dir():
+    if Path(model).is_dir():
+        return
+    if model.startswith(("/", "./", "../", "~")) or model.endswith("/") or model.count("/") > 1:
         got = "a file" if Path(model).is_file() else "no such folder"
         raise ProfileError([f"{model}: model must be a folder with a config.json, or the id of a model, but got {got}"])
+    if not os.environ.get("VLLM_USE_MODELSCOPE"):  # another hub
+        refuse_unknown_model(model, source.revision, source.download_dir)
 
 
 def load_tokenizer(model: str, source: ModelSource = MODEL_AS_IT_IS) -> Any:
@@ -246,7 +251,7 @@ def load_config(model: str, source: ModelSource = MODEL_AS_IT_IS) -> Any:
     from transformers import AutoConfig
 
     model = source.hf_config_path or model
-    refuse_missing_folder(model)
+    refuse_missing_model(model, source)
     given = {name: value for name, value in (("revision", source.revision), *_code(source)) if value}
     try:
         return AutoConfig.from_pretrained(model, **given)

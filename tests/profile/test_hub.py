@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import HfApi, constants
 from safetensors.numpy import save
 
 from tests.helpers.hub import lead_to, running_hub
@@ -105,6 +105,36 @@ def test_without_the_hub_what_was_brought_serves(hub, monkeypatch):
     assert list_files(repository, "it") == ["config.json", "kvtuner/a.yaml"]
     assert "the hub must answer as asked" in problem_of("hf://org/other")
     assert len(hub.asked) == before
+
+
+def test_without_a_way_to_the_hub_it_is_asked_once(hub, monkeypatch):
+    """Its library asks five more times, for each file."""
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens
+    rule = "org/none: model must be a folder, or the id of a model that the hub has, but it could not be asked: "
+    with pytest.raises(ProfileError) as caught:
+        hub_module.refuse_unknown_model("org/none", None, None)
+    assert caught.value.problems[0].startswith(rule)
+    monkeypatch.setattr(hub_module, "_download", lambda *_: HfApi().model_info("org/none"))
+    with pytest.raises(ProfileError, match="it: the hub must answer as asked, but got "):
+        hub_module.fetch_file(hub_module.Repository("org/none"), "a.yaml", "it")
+
+
+def test_models_that_the_hub_does_not_have_are_refused_at_once(hub, monkeypatch):
+    hub.commit("org/model", {"config.json": "{}"})
+    hub_module.refuse_unknown_model("org/model", None, None)
+    for model, revision, problem in (
+        ("org/none", None, "org/none: model must be .* that the hub has, but it has none of that name"),
+        ("org/model", "9", "org/model: revision must be one that the hub has, but got '9'"),
+    ):
+        with pytest.raises(ProfileError, match=problem):
+            hub_module.refuse_unknown_model(model, revision, None)
+    hub_module._download(hub_module.Repository("org/model"), "config.json")
+    asked = len(hub.asked)
+    hub_module.refuse_unknown_model("org/model", None, "elsewhere")  # it is here
+    hub_module.refuse_unknown_model("a/b/c", None, None)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    hub_module.refuse_unknown_model("org/none", None, None)
+    assert len(hub.asked) == asked
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from vllm_kvtuner.profile.problems import Problems, ProfileError, read_yaml, sho
 
 PREFIX = "hf://"
 FORM = f"{PREFIX}ORG/REPO[@REVISION][/FILE.yaml]"
+TIMEOUT_S = 10.0
+"""Of one question to the hub."""
 FOLDER = "kvtuner"
 """Where a model's folder or repository has its profiles."""
 
@@ -178,6 +180,36 @@ def local_snapshot(model: str, revision: str | None, cache_dir: str | None) -> P
     return None
 
 
+def refuse_unknown_model(model: str, revision: str | None, cache_dir: str | None) -> None:
+    """Ask the hub once for a model that it has not brought here yet, before others ask it file by file for minutes.
+
+    Raises:
+        ProfileError: the hub has no such model or revision, or there is no way to it.
+    """
+    # Weights may lie in a folder of their own, configurations in the hub's cache.
+    caches = {None, cache_dir}
+    if not is_model_id(model) or any(local_snapshot(model, revision, each) is not None for each in caches):
+        return
+    try:
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    except ImportError:
+        return
+    if constants.HF_HUB_OFFLINE:
+        return  # nobody asks it then
+    rule = f"{model}: model must be a folder, or the id of a model that the hub has"
+    try:
+        HfApi().model_info(model, revision=revision, timeout=TIMEOUT_S)
+    except RepositoryNotFoundError:
+        raise ProfileError([f"{rule}, but it has none of that name for this account"]) from None
+    except RevisionNotFoundError:
+        raise ProfileError([f"{model}: revision must be one that the hub has, but got {revision!r}"]) from None
+    except HfHubHTTPError:
+        return  # it has answered; whoever reads the files says more
+    except _unreachable() as error:
+        raise ProfileError([f"{rule}, but it could not be asked: {error}"]) from None
+
+
 def _download(repository: Repository, name: str) -> Path:
     from huggingface_hub import hf_hub_download
 
@@ -201,10 +233,12 @@ def _commit(path: Path) -> str:
 def _unreachable() -> tuple[type[Exception], ...]:
     """What the hub's library raises where it cannot reach the hub, or must not, or is asked for what cannot be."""
     try:
-        from httpx import HTTPError
-    except ImportError:  # earlier versions of the library, on requests, whose errors are OSErrors
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
         return (OSError, ValueError)
-    return (OSError, ValueError, HTTPError)
+    # Its own errors are those of the library beneath too, whose name has changed more than once.
+    beneath = (each for each in HfHubHTTPError.__mro__ if each.__name__ == "HTTPError")
+    return (OSError, ValueError, *(each for each in beneath if issubclass(each, Exception)))
 
 
 @contextmanager
