@@ -1,6 +1,7 @@
 """Files of vLLM's ExampleConnector that were cut short, or find no room on the disk."""
 
 import functools
+import json
 import logging
 import sys
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from vllm.v1.kv_cache_interface import KVCacheConfig, UniformTypeKVCacheSpecs
 
 logger = logging.getLogger("vllm.kvtuner")
 _LENGTH_BYTES = 8
@@ -26,7 +26,7 @@ def keep_whole_files(connector: Any) -> None:
         connector: an ExampleConnector, of the scheduler or of a worker.
     """
     found, save = connector._found_match_for_prompt, connector.save_kv_layer
-    sizes = _token_bytes(connector._kv_cache_config)
+    layers = [name for group in connector._kv_cache_config.kv_cache_groups for name in group.layer_names]
     # Not imported above: only a run with this connector needs its module.
     tokens_in_files = sys.modules[type(connector).__module__].align_to_block_size
 
@@ -36,10 +36,8 @@ def keep_whole_files(connector: Any) -> None:
             return False
         tokens = tokens_in_files(len(prompt_token_ids), connector._block_size)
         token_ids = torch.tensor(prompt_token_ids)[:tokens]
-        return all(
-            _is_whole(Path(connector._generate_filename_debug(name, token_ids, mm_hashes)), tokens * size)
-            for name, size in sizes.items()
-        )
+        files = (Path(connector._generate_filename_debug(name, token_ids, mm_hashes)) for name in layers)
+        return all(_is_whole(file, tokens) for file in files)
 
     @functools.wraps(save)
     def save_kv_layer(layer_name: str, *args: Any, **kwargs: Any) -> None:
@@ -52,22 +50,14 @@ def keep_whole_files(connector: Any) -> None:
     connector.save_kv_layer = save_kv_layer
 
 
-def _token_bytes(config: KVCacheConfig) -> dict[str, int]:
-    """Bytes of a token in each layer's pages."""
-    sizes = {}
-    for group in config.kv_cache_groups:
-        spec = group.kv_cache_spec
-        specs = spec.kv_cache_specs if isinstance(spec, UniformTypeKVCacheSpecs) else {}
-        for name in group.layer_names:
-            of_layer = specs.get(name, spec)
-            sizes[name] = of_layer.page_size_bytes // of_layer.block_size
-    return sizes
-
-
-def _is_whole(file: Path, content_bytes: int) -> bool:
+def _is_whole(file: Path, tokens: int) -> bool:
+    """Whether a file is there, of so many tokens, and as long as its own header says."""
     try:
         with file.open("rb") as opened:
-            header = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-        return file.stat().st_size == _LENGTH_BYTES + header + content_bytes
-    except OSError:
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            size = file.stat().st_size
+            tensor = json.loads(opened.read(min(length, size)))["kv_cache"]
+        end = _LENGTH_BYTES + length + tensor["data_offsets"][1]
+        return bool(tensor["shape"][0] == tokens and size == end)
+    except (OSError, ValueError, LookupError, TypeError):
         return False
