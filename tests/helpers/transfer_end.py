@@ -76,8 +76,10 @@ class TransferEnd:
             "disable_log_stats": False,
             **options,
         }
+        # As the guide says. On some CPUs vLLM sets another layout, which processes that start later inherit.
+        environment = {"VLLM_SSM_CONV_STATE_LAYOUT": "DS", **(environment or {})}
         self._pool = ProcessPoolExecutor(1, fork_server())
-        self.pid = self._pool.submit(_start, keywords, self.port, self.log, environment or {}).result()
+        self.pid = self._pool.submit(_start, keywords, self.port, self.log, environment).result()
 
     def prefill(self, prompt: Sequence[int]) -> Said:
         """Compute a prompt and keep its pages for the other end."""
