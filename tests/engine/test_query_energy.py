@@ -97,7 +97,6 @@ def test_the_projection_beneath_an_adapter():
         ({}, "one q projection beside the attention layer, but the model's Module has 0"),
         ({"qkv_proj": fused(QKV), "q_norm": Norm(torch.ones(HEADS * HEAD_SIZE))}, "normalizes them otherwise .q_norm."),
         ({"qkv_proj": fused(QKV), "qk_norm": torch.nn.Identity()}, "normalizes them otherwise .qk_norm."),
-        ({"qkv_proj": fused(QKV * math.inf)}, "finite numbers, but the q projection gives others"),
         ({"q_proj": projection(ColumnParallelLinear, 8, None)}, "a q projection of 4 heads of 8, but the model's"),
     ],
 )
@@ -143,6 +142,18 @@ def test_two_ranks_have_what_one_has(monkeypatch, num_kv_heads):
     for rank in range(2):
         monkeypatch.setattr(distributed, "tensor_model_parallel_all_reduce", lambda mine, r=rank: mine + placed(1 - r))
         torch.testing.assert_close(over_ranks(parts[rank], own[rank], num_kv_heads), whole[own[rank]])
+
+
+def test_energy_that_is_not_finite_is_refused_by_all_ranks(monkeypatch):
+    """The one whose own weights are well too, since the next sum over ranks would wait for those that stopped."""
+    broken = energy_of(beside(qkv_proj=fused(QKV * math.inf)))
+    whole = torch.cat([broken, torch.ones_like(broken)])
+    monkeypatch.setattr(distributed, "tensor_model_parallel_all_reduce", lambda mine: whole)
+    count = len(broken)
+    for rank in range(2):
+        own = slice(rank * count, (rank + 1) * count)
+        with pytest.raises(ValueError, match="finite numbers, but the q projection gives others"):
+            over_ranks(whole[own], own, 2 * count)
 
 
 def rope(rotary_dim, is_neox):

@@ -307,7 +307,9 @@ class _LayerCalibration:
         known: dict[str | None, LayerTransforms] = {None: self._transforms}
         if self._layout is None:
             return known
-        windows = self._capture.load_layer(self._layer, self._device)
+        # Of all windows, those held out too: two moments of a channel say nothing of single rows.
+        every = range(len(self._capture.windows))
+        windows = (each for number in every for each in self._capture.load_layer(self._layer, self._device, [number]))
         statics = KeyStatics.of(windows, None if self._rotary is None else self._rotary.near)
         factors = statics.factors_with_feedback(self._layout)
         return known | {name: replace(self._transforms, key_equalization=each) for name, each in factors.items()}

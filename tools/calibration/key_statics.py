@@ -11,7 +11,7 @@ quantized row are alike. At few bits, numbers that take up what others lack leav
 metric, so that factors between both are best: f^2 = std(k)^(1 + w) / rms(q)^(1 - w).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -83,24 +83,30 @@ class KeyStatics:
     query_square: torch.Tensor
 
     @classmethod
-    def of(cls, windows: Sequence[Window], rotary: RotaryTable | None) -> "KeyStatics":
+    def of(cls, windows: Iterable[Window], rotary: RotaryTable | None) -> "KeyStatics":
         """Over all windows but their first tokens, whose keys, where attention sinks, are unlike all others.
+
+        Holds one window at a time.
 
         Args:
             windows: the layer's.
             rotary: rotated row t of each; None if nothing did.
         """
-        keys, queries = [], []
+        keys = queries = 0
+        key_sum = key_square = query_square = torch.zeros((), dtype=torch.float64)
         for window in windows:
             positions = torch.arange(window.key.shape[0], device=window.key.device)
             key = window.key if rotary is None else undo_rotary(window.key, positions, rotary)
-            keys.append(key[1:])
+            key = key[1:].double()
             query, at = window.query, window.query_position
-            queries.append(query if rotary is None else undo_rotary(query, at, rotary))
-        key, query = torch.cat(keys), torch.cat(queries)
-        num_kv_heads, head_size = key.shape[1:]
-        grouped = query.view(query.shape[0], num_kv_heads, -1, head_size)
-        return cls(key.mean(0), key.var(0, correction=0), grouped.square().mean((0, 2)))
+            query = (query if rotary is None else undo_rotary(query, at, rotary)).double()
+            grouped = query.view(query.shape[0], key.shape[1], -1, key.shape[2])
+            keys, queries = keys + key.shape[0], queries + grouped.shape[0] * grouped.shape[2]
+            key_sum, key_square = key_sum + key.sum(0), key_square + key.square().sum(0)
+            query_square = query_square + grouped.square().sum((0, 2))
+        mean = key_sum / keys
+        variance = (key_square / keys - mean.square()).clamp(min=0)
+        return cls(mean.float(), variance.float(), (query_square / queries).float())
 
     def factors(self, layout: PairLayout) -> dict[str, torch.Tensor | None]:
         """Factors [num_kv_heads, head_size] by what they follow from, of geometric mean 1 per head."""

@@ -111,7 +111,7 @@ def query_energy(parent: torch.nn.Module, norm: torch.nn.Module | None, heads: Q
 
     Raises:
         ValueError: what is needed, and what the model has: no projection of the known kinds, queries that are neither
-            those of the projection nor normalized head by head, or numbers that are not finite.
+            those of the projection nor normalized head by head.
     """
     projection, is_fused = query_projection(parent)
     gains = _head_gains(parent, heads)
@@ -135,8 +135,6 @@ def query_energy(parent: torch.nn.Module, norm: torch.nn.Module | None, heads: Q
         if gains is not None:
             smallest = torch.finfo(torch.float32).tiny
             energy = gains * energy / energy.mean(-1, keepdim=True).clamp(min=smallest)
-        if not energy.isfinite().all():
-            raise ValueError("finite numbers, but the q projection gives others")
         return energy.view(heads.num_kv_heads, -1, heads.head_size).sum(1).float()
 
 
@@ -172,12 +170,18 @@ def over_ranks(energy: torch.Tensor, own: slice, num_kv_heads: int) -> torch.Ten
         energy: [KV heads of this rank, head_size] fp32, of its query heads.
         own: its KV heads among all.
         num_kv_heads: of all ranks.
+
+    Raises:
+        ValueError: a rank's is not finite. All ranks say so then, since none may wait for another.
     """
     from vllm.distributed import tensor_model_parallel_all_reduce
 
     whole = energy.new_zeros(num_kv_heads, energy.shape[1])
     whole[own] = energy
-    return tensor_model_parallel_all_reduce(whole)[own]
+    whole = tensor_model_parallel_all_reduce(whole)
+    if not whole.isfinite().all():
+        raise ValueError("finite numbers, but the q projection gives others")
+    return whole[own]
 
 
 def key_feedback(energy: torch.Tensor, rotary: RotaryTable | None, equalization: torch.Tensor | None) -> RoundFeedback:

@@ -53,13 +53,13 @@ class Feedbacks:
             module = rotary_module(parent, self._config)
             rotary = None if module is None else _without_positions(*table_of(module))
             energy, has_norm = layer_energy(layer, self._modules, self._config.model_config.dtype)
+            energy = over_ranks(energy, own, precision.shape.num_kv_heads)
         except ValueError as error:
             if not self._adapts:
                 raise ValueError(f"layer {precision.index}: key_round_feedback needs {error}") from None
             self._left_out.setdefault(str(error), []).append(precision.index)
             return None
         self._made.setdefault(has_norm, []).append(precision.index)
-        energy = over_ranks(energy, own, precision.shape.num_kv_heads)
         return key_feedback(energy, rotary, equalization)
 
     def log(self) -> None:
